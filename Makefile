@@ -1,0 +1,44 @@
+# Set-up and checks. On a fresh machine with python3 (3.11 or newer), pip and make: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN_DIR ?= runs/digits
+# which tests: the fast ones; `make test TESTS=` runs all
+TESTS ?= -m "not slow"
+
+.PHONY: demo test check lint format types docs clean
+
+demo: $(VENV)/.experiments
+	$(BIN)/python -m experiments.train digits --workdir $(RUN_DIR)
+	$(BIN)/python -m experiments.analyze $(RUN_DIR)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(TESTS)
+
+check: lint types docs test
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.lint $(VENV)/.experiments
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs $(VENV)/.experiments
+	$(BIN)/sphinx-build -W -q -b html docs docs/_build
+
+clean:
+	rm -rf $(VENV) docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# the environment needs no ensurepip: the pip that is there installs into it
+$(BIN)/python:
+	$(PYTHON) -m venv --without-pip $(VENV)
+
+$(VENV)/.%: $(BIN)/python pyproject.toml
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -e ".[$*]"
+	touch $@

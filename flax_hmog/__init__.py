@@ -1,0 +1,43 @@
+"""Hierarchical mixtures of Gaussians as Flax modules: exact likelihood, inference and EM."""
+
+from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
+from flax_hmog.coordinates import (
+    Mean,
+    Moments,
+    Natural,
+    SharedBase,
+    Statistics,
+    mean_to_natural,
+    moments_to_natural,
+    natural_to_mean,
+    natural_to_moments,
+)
+from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
+from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_step, penalty
+from flax_hmog.fit import EMResult, fit_em
+from flax_hmog.heads import (
+    AnalyticHMoG,
+    DifferentiableHMoG,
+    SymmetricHMoG,
+    analytic_hmog,
+    differentiable_hmog,
+    symmetric_hmog,
+)
+from flax_hmog.inference import (
+    HMoGOutput,
+    Posterior,
+    infer,
+    latent_mean,
+    log_observable_density,
+    posterior_assignments,
+    posterior_at,
+    posterior_categorical,
+    posterior_hard_assignment,
+    posterior_soft_assignments,
+    sample,
+)
+from flax_hmog.information import kl_divergence, log_partition, negative_entropy
+from flax_hmog.initialize import initialize_moments
+from flax_hmog.layout import ravel_mean, ravel_natural, unravel_mean, unravel_natural
+from flax_hmog.statistics import expected_statistics, whiten_prior
+from flax_hmog.warm_start import WarmStartInfo, warm_start

@@ -1,0 +1,51 @@
+"""What can be asked of a fitted model: clusters, hierarchies, merges, loadings, metrics, figures and reports.
+
+Figures need matplotlib (`pip install flax-hmog[plots]`); metrics and reports need scikit-learn and jinja2
+(`pip install flax-hmog[experiments]`).
+"""
+
+from flax_hmog.analysis.clusters import (
+    ComponentSummary,
+    cluster_hierarchy,
+    cluster_prototypes,
+    co_assignment,
+    component_distances,
+    component_summary,
+    merge_clusters,
+    merged_responsibilities,
+)
+from flax_hmog.analysis.loadings import CanonicalLoadings, LatentAxes, canonical_loadings, discriminant_axes
+from flax_hmog.analysis.metrics import clustering_metrics, contingency_table
+from flax_hmog.analysis.plots import plot_latent_space, plot_loadings, plot_objective, plot_prototypes
+from flax_hmog.analysis.relations import plot_co_assignment, plot_contingency, plot_dendrogram
+from flax_hmog.analysis.report import Picture, Section, Table, format_cell, mean_and_sd, write_report
+
+__all__ = [
+    "CanonicalLoadings",
+    "ComponentSummary",
+    "LatentAxes",
+    "Picture",
+    "Section",
+    "Table",
+    "canonical_loadings",
+    "cluster_hierarchy",
+    "cluster_prototypes",
+    "clustering_metrics",
+    "co_assignment",
+    "component_distances",
+    "component_summary",
+    "contingency_table",
+    "discriminant_axes",
+    "format_cell",
+    "mean_and_sd",
+    "merge_clusters",
+    "merged_responsibilities",
+    "plot_co_assignment",
+    "plot_contingency",
+    "plot_dendrogram",
+    "plot_latent_space",
+    "plot_loadings",
+    "plot_objective",
+    "plot_prototypes",
+    "write_report",
+]

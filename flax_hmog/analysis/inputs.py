@@ -1,0 +1,183 @@
+"""What the analysis takes from a model and from its callers: plain numpy arrays in float64, checked at the door."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import Any
+
+import jax
+import numpy as np
+from scipy.linalg import solve_triangular
+
+from flax_hmog.checks import check_type
+from flax_hmog.coordinates import Natural, with_prior
+from flax_hmog.covariances import PositiveDefinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """A model in standard form, in float64 on the host: nothing here is large, and close components cancel in float32.
+
+    Attributes:
+        loadings: W (D, L).
+        bias: b (D,).
+        whitened_loadings: A = F'W (D, L) with F F' = Psi^-1: the loadings where the noise is N(0, I).
+        weights: w (K,).
+        means: m (K, L).
+        covariances: S (K, L, L).
+    """
+
+    loadings: np.ndarray
+    bias: np.ndarray
+    whitened_loadings: np.ndarray
+    weights: np.ndarray
+    means: np.ndarray
+    covariances: np.ndarray
+
+    def signal_components(self) -> tuple[np.ndarray, np.ndarray]:
+        """Means (K, R) and covariances (K, R, R) of x given each component where components can differ, R = min(D, L).
+
+        With A = U G (thin SVD, U'U = I) and u = U'F'(x - b): u | k ~ N(G m_k, I + G S_k G'). The other D - R directions
+        of F'(x - b) are standard normal whatever k, so distances between components in x are those in u, exactly.
+        """
+        _, scale, rotation = np.linalg.svd(self.whitened_loadings, full_matrices=False)
+        signal = scale[:, None] * rotation
+        covariances = signal @ self.covariances @ signal.T
+        return self.means @ signal.T, covariances + np.eye(len(signal))
+
+    def latent_moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """E[y] (L,), the average covariance within components (L, L) and the covariance between their means (L, L)."""
+        center = self.weights @ self.means
+        gap = self.means - center
+        within = np.einsum("k,kij->ij", self.weights, self.covariances)
+        return center, within, (self.weights[:, None] * gap).T @ gap
+
+
+def geometry(caller: str, natural: Any) -> Geometry:
+    """The standard form of a model, in float64.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type.
+        ValueError: if a prior precision is not positive definite.
+    """
+    check_type(caller, "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(natural, caller))
+    theta, precision = natural.interaction, natural.observable_precision
+    if isinstance(precision, PositiveDefinite):
+        noise = np.linalg.inv(precision.entries)
+        loadings, bias = noise @ theta, noise @ natural.observable_location
+        whitened = solve_triangular(np.linalg.cholesky(precision.entries), theta, lower=True)
+    else:
+        diagonal = np.broadcast_to(precision.entries, theta.shape[:1])
+        loadings, bias = theta / diagonal[:, None], natural.observable_location / diagonal
+        whitened = theta / np.sqrt(diagonal)[:, None]
+    covariances = np.linalg.inv(natural.prior_precision.entries)
+    return Geometry(
+        loadings=loadings,
+        bias=bias,
+        whitened_loadings=whitened,
+        weights=np.exp(natural.log_weights),
+        means=np.einsum("kij,kj->ki", covariances, natural.prior_location),
+        covariances=(covariances + covariances.transpose(0, 2, 1)) / 2,
+    )
+
+
+def as_array(caller: str, argument: str, value: Any, ndim: int, shape: str) -> np.ndarray:
+    """`value` as finite float64 numbers of this rank.
+
+    Raises:
+        TypeError: if it holds no real numbers.
+        ValueError: for another rank, no entries, or entries that are not finite.
+    """
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(array.dtype, np.floating):
+        raise TypeError(f"{caller}: `{argument}` must hold real numbers; got {array.dtype}. Convert it first.")
+    if array.ndim != ndim or array.size == 0:
+        raise ValueError(
+            f"{caller}: `{argument}` must have shape {shape}; got {array.shape}. Reshape it; it may not be empty."
+        )
+    array = array.astype(np.float64)
+    if not np.isfinite(array).all():
+        count = int((~np.isfinite(array)).sum())
+        raise ValueError(f"{caller}: `{argument}` must be finite; got {count} entries that are not. Drop these rows.")
+    return array
+
+
+def as_responsibilities(caller: str, value: Any) -> np.ndarray:
+    """Responsibilities (N, K) in float64, from (..., K).
+
+    Raises:
+        TypeError: if `value` holds no real numbers.
+        ValueError: unless the rows are probabilities.
+    """
+    array = np.asarray(value)
+    array = array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
+    array = as_array(caller, "responsibilities", array, 2, "(..., K)")
+    worst = int(np.abs(array.sum(axis=1) - 1).argmax())
+    if array.min() < 0 or abs(array[worst].sum() - 1) > 1e-3:
+        raise ValueError(
+            f"{caller}: `responsibilities` must be probabilities that sum to 1 in each row; got smallest entry "
+            f"{array.min():.3g} and sum {array[worst].sum():.6g} in row {worst}. Use posterior_soft_assignments."
+        )
+    return array
+
+
+def as_labels(caller: str, argument: str, value: Any, length: int | None = None, shape: str = "(N,)") -> np.ndarray:
+    """Labels of any kind that can be compared.
+
+    Raises:
+        ValueError: unless they are one non-empty vector, of `length` if that is given.
+    """
+    array = np.asarray(value)
+    if array.ndim != 1 or array.size == 0 or length not in (None, array.size):
+        wanted = shape if length is None else f"({length},)"
+        raise ValueError(
+            f"{caller}: `{argument}` must have shape {wanted}; got {array.shape}. Give one label for each, in order."
+        )
+    return array
+
+
+def as_names(caller: str, names: Any, count: int, *, argument: str = "names") -> list[str]:
+    """Names as text; the numbers from 0 if none are given.
+
+    Raises:
+        ValueError: unless there are `count` of them.
+    """
+    return [str(name) for name in (range(count) if names is None else as_labels(caller, argument, names, count))]
+
+
+def as_images(caller: str, rows: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
+    """Rows (n, D) as images (n, height, width) or (n, height, width, 3).
+
+    Raises:
+        ValueError: if `image_shape` is no such shape or its product is not D.
+    """
+    shape = tuple(image_shape)
+    if len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,)) or np.prod(shape) != rows.shape[1]:
+        raise ValueError(
+            f"{caller}: `image_shape` must be (height, width) or (height, width, 3) with product {rows.shape[1]}; got "
+            f"{image_shape}. Give the shape of one observation before it was flattened."
+        )
+    return rows.reshape(-1, *(shape[:2] if shape[2:] == (1,) else shape))
+
+
+def check_choice(caller: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    """ValueError unless `value` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{caller}: `{argument}` must be one of {choices}; got {value!r}. Choose one of them.")
+
+
+def require(module: str, caller: str, extra: str) -> Any:
+    """Import an optional dependency.
+
+    Raises:
+        ImportError: with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = {"sklearn": "scikit-learn"}.get(module.partition(".")[0], module.partition(".")[0])
+        raise ImportError(
+            f"{caller}: `{package}` must be installed; got {type(error).__name__}. pip install flax-hmog[{extra}]"
+        ) from error

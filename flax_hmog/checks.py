@@ -1,0 +1,117 @@
+"""What a user can get wrong, found at the public door. Checks of values are skipped for tracers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.covariances import Array
+
+
+def is_concrete(*trees: Any) -> bool:
+    """Whether all leaves hold values, so that they can be looked at."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def check_type(caller: str, argument: str, value: Any, expected: type, remedy: str) -> None:
+    """TypeError unless `value` is an instance of `expected`."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{caller}: `{argument}` must be {expected.__name__}; got {type(value).__name__}. {remedy}")
+
+
+def check_size(caller: str, argument: str, value: Any, *, at_most: int | None = None, at_least: int = 1) -> None:
+    """ValueError unless `value` is a whole number within the bounds."""
+    bound = "" if at_most is None else f" and at most {at_most}"
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < at_least or (at_most is not None and value > at_most):
+        raise ValueError(
+            f"{caller}: `{argument}` must be a whole number of at least {at_least}{bound}; got {value!r}. "
+            f"Choose {argument} within these bounds."
+        )
+
+
+def check_interval(caller: str, argument: str, value: Any) -> None:
+    """ValueError unless `value` is a pair 0 < lower < upper of finite numbers."""
+    valid = isinstance(value, Sequence) and len(value) == 2 and 0 < value[0] < value[1] < float("inf")
+    if not valid:
+        raise ValueError(
+            f"{caller}: `{argument}` must be a pair 0 < lower < upper; got {value!r}. Give both bounds, as (1e-6, 1e6)."
+        )
+
+
+def check_shape(caller: str, argument: str, value: Any, shape: tuple[int, ...]) -> None:
+    """ValueError unless `value` has exactly this shape."""
+    if jnp.shape(value) != shape:
+        raise ValueError(
+            f"{caller}: `{argument}` must have shape {shape}; got {jnp.shape(value)}. "
+            "Check the dimensions against those of the model."
+        )
+
+
+def check_observations(caller: str, x: Any, obs_dim: int | None, dtype: Any, *, argument: str = "x") -> Array:
+    """Observations (..., D) as an array of the working dtype.
+
+    Raises:
+        TypeError: for something that is no array of real numbers.
+        ValueError: for no dimension, a wrong last dimension, or entries that are not finite once converted.
+    """
+    kind = getattr(x, "dtype", None)
+    x = x if kind is not None else np.asarray(x)
+    if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
+        raise TypeError(f"{caller}: `{argument}` must hold real numbers; got dtype {x.dtype}. Convert it first.")
+    if x.ndim == 0 or (obs_dim is not None and x.shape[-1] != obs_dim):
+        wanted = "D" if obs_dim is None else obs_dim
+        raise ValueError(
+            f"{caller}: `{argument}` must have shape (..., {wanted}); got {x.shape}. "
+            "Put the observed dimensions last."
+        )
+    with np.errstate(over="ignore"):
+        x = jnp.asarray(x, dtype)
+    check_finite(caller, argument, x)
+    return x
+
+
+def check_finite(caller: str, argument: str, x: Array) -> None:
+    """ValueError if any entry is not finite, with the count and the first row."""
+    if not is_concrete(x):
+        return
+    with jax.ensure_compile_time_eval():
+        finite = jnp.isfinite(x)
+        all_finite = bool(jnp.all(finite))
+    if not all_finite:
+        bad = ~np.asarray(finite).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
+        raise ValueError(
+            f"{caller}: `{argument}` must be finite in {x.dtype}; got {int(bad.sum())} entries that are not, "
+            f"the first in row {int(bad.any(axis=-1).argmax())}. Missing values are not supported by any function "
+            "here: drop or impute these rows, and rescale entries too large for the dtype."
+        )
+
+
+def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: str) -> None:
+    """ValueError naming the first matrix (..., n, n) that is not positive definite, with its smallest eigenvalue."""
+    if not is_concrete(matrices):
+        return
+    stack = np.asarray(matrices, np.float64).reshape(-1, *matrices.shape[-2:])
+    for index, matrix in enumerate(stack):
+        try:
+            np.linalg.cholesky(matrix)
+        except np.linalg.LinAlgError:
+            smallest = np.linalg.eigvalsh(matrix)[0] if np.isfinite(matrix).all() else np.nan
+            where = f"component {index} has" if matrices.ndim > 2 else "it has"
+            raise ValueError(
+                f"{caller}: `{argument}` must be positive definite; {where} smallest eigenvalue {smallest:.3g}. {remedy}"
+            ) from None
+
+
+def check_positive(caller: str, argument: str, values: Any, remedy: str) -> None:
+    """ValueError unless every entry is positive and finite."""
+    if is_concrete(values):
+        flat = np.asarray(values).reshape(-1)
+        bad = ~((flat > 0) & np.isfinite(flat))
+        if bad.any():
+            first = int(bad.argmax())
+            raise ValueError(f"{caller}: `{argument}` must be positive; got {flat[first]:.3g} at entry {first}. {remedy}")

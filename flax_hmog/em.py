@@ -1,0 +1,282 @@
+"""Exact expectation-maximisation: what regularises it, the M-step, and one whole step. The fit around them: fit.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_hmog.checks import check_type
+from flax_hmog.coordinates import (
+    Mean,
+    Moments,
+    Natural,
+    Statistics,
+    check_full,
+    component_moments,
+    moments_to_natural,
+    natural_to_mean,
+    natural_to_moments,
+    observable_bias,
+    outer,
+    regress_observed,
+    symmetrize,
+)
+from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, inverse_lower, matmul, pytree, trace_product
+from flax_hmog.statistics import accumulate, check_samples, whiten_prior
+
+
+@pytree
+class Regularizer:
+    """Pseudo-statistics that EM adds to those of the data: samples "seen" before any data.
+
+    They are fixed before the first step, so that the penalised log-likelihood
+
+        sum_i log p(x_i) + weights sum_k log w_k + components sum_k E[log N(y; m_k, S_k)] + noise E[log N(e; 0, Psi)],
+        y ~ N(component_mean, component_covariance),  e ~ N(0, noise_covariance),
+
+    never decreases, and an empty component or a constant column does no harm.
+
+    Attributes:
+        weights: pseudo-count added to each component's weight ().
+        components: pseudo-samples added to each component's mean and covariance ().
+        noise: pseudo-samples added to the noise ().
+        component_mean: (L,), in the latent basis of the model.
+        component_covariance: `PositiveDefinite` (L, L), in the latent basis of the model.
+        noise_covariance: of kind `obs_rep`, in squared units of x.
+    """
+
+    weights: Array
+    components: Array
+    noise: Array
+    component_mean: Array
+    component_covariance: PositiveDefinite
+    noise_covariance: Covariance
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoCounts:
+    """Strength of the regulariser, in samples; what the samples look like is taken from the initial model.
+
+    Attributes:
+        weights: added to each component's weight.
+        components: added to each component's mean and covariance; such a sample has the pooled within-component
+            covariance and lies at the mean of the latent space.
+        noise: added to the noise; such a sample has the noise variances of the initial model, but no less than
+            `noise_floor` times their average.
+        noise_floor: see `noise`; a share, not a number of samples.
+    """
+
+    weights: float = 1.0
+    components: float = 1.0
+    noise: float = 1.0
+    noise_floor: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"PseudoCounts: `{field.name}` must be at least 0; got {value!r}. Use 0 for none of this kind."
+                )
+
+    def regularizer(self, moments: Moments) -> Regularizer:
+        """The pseudo-statistics of this strength for EM that starts from `moments`."""
+        dtype = moments.loadings.dtype
+        noise = moments.noise
+        variances = noise.diagonal(moments.bias.shape[0])
+        floored = jnp.maximum(variances, self.noise_floor * jnp.mean(variances))
+        if isinstance(noise, Diagonal):
+            noise = Diagonal(floored)
+        elif isinstance(noise, PositiveDefinite):
+            noise = PositiveDefinite(noise.entries + jnp.diag(floored - variances))
+        return Regularizer(
+            weights=jnp.asarray(self.weights, dtype),
+            components=jnp.asarray(self.components, dtype),
+            noise=jnp.asarray(self.noise, dtype),
+            component_mean=matmul(moments.weights, moments.means),
+            component_covariance=PositiveDefinite(
+                jnp.sum(moments.covariances.weighted(moments.weights).entries, axis=0)
+            ),
+            noise_covariance=noise,
+        )
+
+
+@pytree
+class EMInfo:
+    """Diagnostics of a model on the data of an EM step; the step returns those of the model it started from.
+
+    Attributes:
+        log_likelihood: weighted mean of log p(x) in nats ().
+        objective: log_likelihood plus the penalty divided by the sum of weights ().
+        occupancy: expected number of samples in each component (K,).
+        smallest_noise: smallest noise variance ().
+        smallest_latent_variance: smallest variance of a latent axis given the others, over components ().
+    """
+
+    log_likelihood: Array
+    objective: Array
+    occupancy: Array
+    smallest_noise: Array
+    smallest_latent_variance: Array
+
+
+def em_step(
+    natural: Natural, x: Any, weights: Any = None, regularizer: Regularizer | None = None
+) -> tuple[Natural, EMInfo]:
+    """One step of exact EM: expected statistics of the data, then the model that maximises with them.
+
+    Without a regularizer this is maximum likelihood, and the new model's prior is whitened. With one the latent basis
+    is left as it is, since the penalty refers to it.
+
+    Args:
+        natural: the model, with full component covariances.
+        x: observations (N, D).
+        weights: sample weights (N,).
+        regularizer: pseudo-statistics, for example `PseudoCounts().regularizer(moments)`.
+
+    Returns:
+        The new model and `EMInfo` of the old.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type or its component matrices are restricted.
+        ValueError: for unusable data, or if the likelihood has no maximum (a component or a column without spread).
+    """
+    check_type("em_step", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_full("em_step", "natural", natural.posterior_precision)
+    natural, x, weights = check_samples("em_step", natural, x, weights)
+    statistics, log_likelihood = accumulate(natural, x, weights, observable_bias(natural))
+    info = em_info(natural, statistics, log_likelihood, regularizer)
+    return moments_to_natural(maximize(statistics, regularizer)), info
+
+
+def maximize(statistics: Statistics, regularizer: Regularizer | None) -> Moments:
+    """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
+    mean, count = statistics.centered_mean(), statistics.count
+    loadings, bias, noise = regress_observed(mean)
+    weights, first, second = mean.weights, mean.weighted_means, mean.weighted_second_moments.entries
+    mass = weights
+    if regularizer is not None:
+        r = regularizer
+        noise = jax.tree.map(
+            lambda data, pseudo: (count * data + r.noise * pseudo) / (count + r.noise), noise, r.noise_covariance
+        )
+        share = r.components / count
+        mass = weights + share
+        first = first + share * r.component_mean[None]
+        pseudo_square = r.component_covariance.entries + outer(r.component_mean, r.component_mean)
+        second = second + share * pseudo_square[None]
+        weights = (weights + r.weights / count) / (1 + weights.shape[0] * r.weights / count)
+    means, covariances = component_moments(mass, first, second)
+    moments = Moments(loadings, bias + statistics.center, noise, weights, means, covariances)
+    return whiten_moments(moments) if regularizer is None else moments
+
+
+def penalty(natural: Natural, regularizer: Regularizer) -> Array:
+    """The penalty () that `Regularizer` adds to the sum of log-densities, in nats."""
+    r = regularizer
+    moments = natural_to_moments(natural)
+    obs_dim, lat_dim = moments.loadings.shape
+    gap = moments.means - r.component_mean[None]
+    spread = r.component_covariance.entries[None] + outer(gap, gap)
+    log_2pi = math.log(2 * math.pi)
+    # E[log N(y; m, S)] = -1/2 (L log 2 pi + log|S| + tr S^-1 E[(y - m)(y - m)'])
+    component = lat_dim * log_2pi + moments.covariances.log_det(lat_dim)
+    component = component + jnp.sum(natural.prior_precision.entries * spread, axis=(-1, -2))
+    noise = obs_dim * log_2pi + moments.noise.log_det(obs_dim)
+    noise = noise + trace_product(natural.observable_precision, r.noise_covariance, obs_dim)
+    weights = r.weights * jnp.sum(jnp.log(moments.weights))
+    return weights - (r.components * jnp.sum(component) + r.noise * noise) / 2
+
+
+def whiten_moments(moments: Moments) -> Moments:
+    """The same p(x) in the latent basis L^-1 (y - E[y]), L L' = Cov(y), in which y has mean 0 and covariance I."""
+    center, factor = whitening(moments)
+    means, covariances = _change_basis(center, factor, moments.means, moments.covariances)
+    return dataclasses.replace(
+        moments,
+        loadings=matmul(moments.loadings, factor),
+        bias=moments.bias + matmul(moments.loadings, center),
+        means=means,
+        covariances=covariances,
+    )
+
+
+def whiten_regularizer(regularizer: Regularizer, moments: Moments) -> Regularizer:
+    """The same penalty in the latent basis to which `whiten_moments` carries `moments`."""
+    mean, covariance = regularizer.component_mean[None], regularizer.component_covariance.entries[None]
+    mean, spread = _change_basis(*whitening(moments), mean, PositiveDefinite(covariance))
+    return dataclasses.replace(
+        regularizer, component_mean=mean[0], component_covariance=PositiveDefinite(spread.entries[0])
+    )
+
+
+def whitening(moments: Moments) -> tuple[Array, Array]:
+    """E[y] (L,) and the lower factor L (L, L) of Cov(y)."""
+    center = matmul(moments.weights, moments.means)
+    gap = moments.means - center[None]
+    within = moments.covariances.weighted(moments.weights).entries
+    covariance = jnp.sum(within + outer(moments.weights[:, None] * gap, gap), axis=0)
+    return center, PositiveDefinite(symmetrize(covariance)).cholesky().entries
+
+
+def _change_basis(
+    center: Array, factor: Array, means: Array, covariances: PositiveDefinite
+) -> tuple[Array, PositiveDefinite]:
+    """Means (K, L) and covariances of L^-1 (y - center)."""
+    inverse = inverse_lower(factor)
+    spread = matmul(matmul(inverse[None], covariances.entries), inverse.T[None])
+    return matmul(means - center[None], inverse.T), PositiveDefinite(symmetrize(spread))
+
+
+def em_info(
+    natural: Natural, statistics: Statistics, log_likelihood: Array, regularizer: Regularizer | None
+) -> EMInfo:
+    """Diagnostics of `natural`, whose pass over the data gave these statistics and summed log-likelihood."""
+    obs_dim, lat_dim = natural.interaction.shape
+    objective = log_likelihood if regularizer is None else log_likelihood + penalty(natural, regularizer)
+    noise = natural.observable_precision.inverse().diagonal(obs_dim)
+    return EMInfo(
+        log_likelihood=log_likelihood / statistics.count,
+        objective=objective / statistics.count,
+        occupancy=statistics.sums.weights,
+        smallest_noise=jnp.min(noise),
+        smallest_latent_variance=1 / jnp.max(natural.prior_precision.diagonal(lat_dim)),
+    )
+
+
+def stepwise_update(natural: Natural, mean: Mean, x: Array, rate: Array, pseudo_share: float) -> Mean:
+    """One step of stepwise EM: (1 - rate) mean + rate (regularised statistics of a batch), its prior whitened.
+
+    Args:
+        natural: the model of `mean`.
+        mean: running expected statistics, with full latent second moments.
+        x: the batch (..., D); no gradient flows through it.
+        rate: step size ().
+        pseudo_share: pseudo-samples per sample: N(0, I) for each component, the mean noise variance for the noise.
+
+    Returns:
+        The new running statistics.
+
+    Source: Cappe and Moulines 2009.
+    """
+    natural, x, weights = check_samples("stepwise_update", natural, jax.lax.stop_gradient(x), None)
+    obs_dim, lat_dim = natural.interaction.shape
+    noise = natural.observable_precision.inverse()
+    spread = jnp.mean(noise.diagonal(obs_dim)) * jnp.eye(obs_dim, dtype=x.dtype)
+    strength = jnp.asarray(pseudo_share * x.shape[0], x.dtype)
+    regularizer = Regularizer(
+        weights=strength / mean.weights.shape[0],
+        components=strength,
+        noise=strength,
+        component_mean=jnp.zeros(lat_dim, x.dtype),
+        component_covariance=PositiveDefinite(jnp.eye(lat_dim, dtype=x.dtype)),
+        noise_covariance=type(noise).project(spread),
+    )
+    statistics, _ = accumulate(natural, x, weights, observable_bias(natural))
+    batch = natural_to_mean(moments_to_natural(maximize(statistics, regularizer)))
+    rate = jnp.asarray(rate, x.dtype)
+    return whiten_prior(jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, mean, batch))

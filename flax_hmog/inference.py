@@ -1,0 +1,226 @@
+"""Exact inference: densities, posteriors, latent means and sampling, as pure functions of `Natural`.
+
+Every public function checks its arguments, then runs a compiled pass over blocks of rows.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_hmog.checks import check_observations, check_size, check_type
+from flax_hmog.coordinates import Natural, Precision, natural_to_moments, with_prior
+from flax_hmog.covariances import Array, PositiveDefinite, matmul, pytree
+from flax_hmog.factors import (
+    block_rows,
+    component_logits,
+    factorise,
+    map_rows,
+    posterior_rows,
+    project_rows,
+    shared_log_density,
+)
+
+
+@pytree
+class Posterior:
+    """Natural parameters of p(y, z | x).
+
+    Attributes:
+        location: eta_k + Theta' x (..., K, L).
+        precision: Q_k, batch (K,), the same for every x.
+        bias: harmonium categorical bias (K-1,), against component 0.
+    """
+
+    location: Array
+    precision: Precision
+    bias: Array
+
+
+@pytree
+class HMoGOutput:
+    """What a head returns for observations x (..., D).
+
+    Attributes:
+        log_density: log p(x) in nats (...).
+        log_responsibilities: log p(z = k | x) (..., K).
+        latent_mean: E[y | x] (..., L).
+    """
+
+    log_density: Array
+    log_responsibilities: Array
+    latent_mean: Array
+
+
+def infer(natural: Natural, x: Any) -> HMoGOutput:
+    """Log-density, log-responsibilities and latent mean of observations in one pass.
+
+    Args:
+        natural: the model.
+        x: observations (..., D); integers and float64 are converted to the dtype of `natural`.
+
+    Returns:
+        `HMoGOutput`.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type or `x` holds no real numbers.
+        ValueError: for a wrong last dimension, entries that are not finite, or a model that does not exist.
+    """
+    return _infer(*_enter("infer", natural, x))
+
+
+def log_observable_density(natural: Natural, x: Any) -> Array:
+    """log p(x) = log sum_k w_k N(x; W m_k + b, W S_k W' + Psi), in nats.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Log-densities (...). Raises as `infer`.
+    """
+    return _infer(*_enter("log_observable_density", natural, x), "log_density")
+
+
+def posterior_soft_assignments(natural: Natural, x: Any) -> Array:
+    """Responsibilities p(z = k | x). Rows sum to 1.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Probabilities (..., K). Raises as `infer`.
+    """
+    return jnp.exp(_infer(*_enter("posterior_soft_assignments", natural, x), "log_responsibilities"))
+
+
+posterior_assignments = posterior_soft_assignments
+
+
+def posterior_categorical(natural: Natural, x: Any) -> Array:
+    """Natural parameters of p(z | x): log-odds of components 1..K-1 against component 0.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Log-odds (..., K-1). Raises as `infer`.
+    """
+    logits = _infer(*_enter("posterior_categorical", natural, x), "log_responsibilities")
+    return logits[..., 1:] - logits[..., :1]
+
+
+def posterior_hard_assignment(natural: Natural, x: Any) -> Array:
+    """The most probable component of each observation.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Component numbers (...), int32. Raises as `infer`.
+    """
+    logits = _infer(*_enter("posterior_hard_assignment", natural, x), "log_responsibilities")
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def latent_mean(natural: Natural, x: Any) -> Array:
+    """E[y | x] = sum_k p(z = k | x) Q_k^-1 (eta_k + Theta' x).
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Latent means (..., L). Raises as `infer`.
+    """
+    return _infer(*_enter("latent_mean", natural, x), "latent_mean")
+
+
+def posterior_at(natural: Natural, x: Any) -> Posterior:
+    """Natural parameters of p(y, z | x): locations eta_k + Theta' x, precisions Q_k, categorical bias.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        `Posterior` with locations (..., K, L). Raises as `infer`.
+    """
+    natural, x = _enter("posterior_at", natural, x)
+    shift = matmul(x, natural.interaction)[..., None, :]
+    eta = natural.posterior_location
+    location = shift + eta.reshape(*(1,) * (x.ndim - 1), *eta.shape)
+    return Posterior(location, natural.posterior_precision, natural.categorical_bias)
+
+
+def sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
+    """Draw from the joint: z ~ w, y | z ~ N(m_z, S_z), x | y ~ N(W y + b, Psi).
+
+    Args:
+        natural: the model.
+        key: PRNG key.
+        n: number of draws.
+
+    Returns:
+        x (n, D), y (n, L), z (n,) int32.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type.
+        ValueError: if `n` is no positive whole number.
+    """
+    check_type("sample", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_size("sample", "n", n)
+    return _sample(with_prior(natural, "sample"), key, n)
+
+
+def _enter(caller: str, natural: Any, x: Any) -> tuple[Natural, Array]:
+    """The checks of every function of (natural, x)."""
+    check_type(caller, "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    interaction = natural.interaction
+    x = check_observations(caller, x, interaction.shape[0], interaction.dtype)
+    return with_prior(natural, caller), x
+
+
+@partial(jax.jit, static_argnames="field")
+def _infer(natural: Natural, x: Array, field: str | None = None) -> Any:
+    """The whole `HMoGOutput`, or one field of it and only what that takes."""
+    factors = factorise(natural)
+
+    def rows(block: Array) -> Any:
+        residual, t = project_rows(factors, block)
+        logits = component_logits(factors, t)
+        evidence = jax.nn.logsumexp(logits, axis=-1)
+        log_responsibilities = jax.nn.log_softmax(logits, axis=-1)
+        output = HMoGOutput(
+            shared_log_density(factors, residual, t) + evidence,
+            log_responsibilities,
+            matmul(posterior_rows(factors, jnp.exp(log_responsibilities), t), factors.inverse_basis.T),
+        )
+        return output if field is None else getattr(output, field)
+
+    return map_rows(rows, x, block_rows(*natural.interaction.shape, natural.posterior_location.shape[0]))
+
+
+@partial(jax.jit, static_argnames="n")
+def _sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
+    moments = natural_to_moments(natural)
+    dtype = moments.bias.dtype
+    obs_dim, lat_dim = moments.loadings.shape
+    component_key, latent_key, noise_key = jax.random.split(key, 3)
+    z = jax.random.categorical(component_key, jnp.log(moments.weights), shape=(n,))
+    roots = moments.covariances.cholesky().entries
+    y = jax.lax.map(
+        lambda draw: moments.means[draw[0]] + matmul(roots[draw[0]], draw[1]),
+        (z, jax.random.normal(latent_key, (n, lat_dim), dtype)),
+        batch_size=min(n, 4096),
+    )
+    noise = jax.random.normal(noise_key, (n, obs_dim), dtype)
+    root = moments.noise.cholesky()
+    scaled = matmul(noise, root.entries.T) if isinstance(root, PositiveDefinite) else root.rows_times(noise)
+    return matmul(y, moments.loadings.T) + moments.bias[None] + scaled, y, z.astype(jnp.int32)

@@ -1,0 +1,73 @@
+"""The device mesh and where things lie on it: batches over `data`, leaves by the rule table."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flax_hmog.checks import check_size
+
+RULES = (("component", "model"), ("observed", None), ("latent", None))
+"""Logical axis of a leaf to mesh axis; None replicates."""
+
+logger = logging.getLogger(__name__)
+
+
+def make_mesh(*, model: int = 1, devices: Any = None) -> Mesh:
+    """A data x model mesh over all devices.
+
+    Args:
+        model: devices along the axis that splits components; the rest split the batch.
+        devices: the devices; None takes all there are.
+
+    Returns:
+        Mesh with axes `data` and `model`.
+
+    Raises:
+        ValueError: if `model` does not divide the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    check_size("make_mesh", "model", model)
+    if len(devices) % model:
+        raise ValueError(
+            f"make_mesh: `model` must divide the number of devices, {len(devices)}; got {model}. Choose a divisor."
+        )
+    return jax.make_mesh(
+        (len(devices) // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over the data axis."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES) -> Any:
+    """Shardings for a tree whose leaves may carry logical axis names.
+
+    Args:
+        abstract: what `jax.eval_shape` of an init returns, linen's boxes included.
+        mesh: the mesh.
+        rules: logical to mesh axes.
+
+    Returns:
+        The tree of `NamedSharding`, unboxed. A leaf that its mesh axes do not divide is replicated, and logged.
+    """
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
+
+    def fit(path: Any, leaf: Any, sharding: NamedSharding) -> NamedSharding:
+        sizes = [
+            math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
+            for axes in sharding.spec
+        ]
+        if all(dim % size == 0 for dim, size in zip(leaf.shape, sizes, strict=False)):
+            return sharding
+        logger.warning("%s %s is replicated: %s does not divide it", jax.tree_util.keystr(path), leaf.shape, sharding.spec)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(fit, nn.unbox(abstract), shardings)

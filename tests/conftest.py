@@ -1,0 +1,60 @@
+"""What every test shares: strict JAX settings, seeded keys, float64, the shared folder and a compilation counter."""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+COMPILED = []  # one entry for every program that XLA has compiled in this process
+
+
+def _count_compilation(event, duration, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(duration)
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def eager():
+    """Without compilation: operations are shared between cases of one shape, so that whole grids of cases are cheap."""
+    with jax.disable_jit():
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not (SHARED / "fixtures").is_dir():
+        pytest.skip(f"the golden numbers are missing: no folder {SHARED / 'fixtures'} beside the checkout")
+    return SHARED
+
+
+@pytest.fixture
+def compilations():
+    """A function: how many programs a call compiled."""
+
+    def count(function, *args, **kwargs):
+        before = len(COMPILED)
+        jax.block_until_ready(function(*args, **kwargs))
+        return len(COMPILED) - before
+
+    return count
