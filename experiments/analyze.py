@@ -1,6 +1,6 @@
 """Report on a finished run, from its checkpoints alone: tables, plots and one self-contained page.
 
-    python -m experiments.analyze runs/digits
+python -m experiments.analyze runs/digits
 """
 
 from __future__ import annotations

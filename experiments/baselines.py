@@ -66,7 +66,7 @@ def fit_baselines(train: np.ndarray, test: np.ndarray, *, lat_dim: int, n_compon
 def _log_density(
     x: np.ndarray, loadings: np.ndarray, noise: np.ndarray, mixture: GaussianMixture, mean: np.ndarray
 ) -> np.ndarray:
-    """log sum_k w_k N(x; W m_k + b, W S_k W' + Psi) with dense covariances."""
+    """Log sum_k w_k N(x; W m_k + b, W S_k W' + Psi) with dense covariances."""
     # in units of the noise's standard deviations, so that the smallest variances are not lost beside the largest
     root = np.sqrt(noise)
     scaled, whitened = (x - mean) / root, loadings / root[:, None]

@@ -35,8 +35,10 @@ def digits(seed: int, test_share: float) -> Split:
     """scikit-learn's digits, scaled from 0..16 to [0, 1]."""
     raw, labels = load_digits(return_X_y=True)
     preprocessing = Affine.constant(raw.shape[1], scale=16.0)
-    parts = train_test_split(preprocessing(raw), labels, test_size=test_share, random_state=seed)
-    return Split(*parts, preprocessing)
+    train, test, train_labels, test_labels = train_test_split(
+        preprocessing(raw), labels, test_size=test_share, random_state=seed
+    )
+    return Split(train, test, train_labels, test_labels, preprocessing)
 
 
 def digits_digest() -> str:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.baselines import fit_baselines
 from experiments.configs import EXPERIMENTS
 from experiments.data import Split, digits
-from flax_hmog import HMoGOutput, Regularizer, fit_em, penalty, warm_start
+from flax_hmog import Regularizer, fit_em, infer, log_observable_density, penalty, warm_start
 from flax_hmog.analysis import clustering_metrics
-from flax_hmog.objectives import negative_log_likelihood
 from flax_hmog.training import CheckpointWriter, create_state, make_mesh, make_train_step, restore
 from flax_hmog.training.checkpoints import restore_like, saved_steps
 
@@ -64,7 +62,8 @@ def run(config: Any, console: Console) -> None:
     mesh = make_mesh()
     if config.batch_size % mesh.shape["data"]:
         raise ValueError(
-            f"run: `batch_size` must be a multiple of the {mesh.shape['data']} devices; got {config.batch_size}. Change it."
+            f"run: `batch_size` must be a multiple of the {mesh.shape['data']} devices; "
+            f"got {config.batch_size}. Change it."
         )
     console.print(f"{len(mesh.devices.flat)} x {jax.devices()[0].device_kind}, run folder {workdir}")
     with _Bar(console, config) as bar, (workdir / "metrics.jsonl").open("a") as log:
@@ -127,9 +126,7 @@ class Finetuning:
         self.config, self.name, self.head, self.mesh = config, name, head, mesh
         self.step: Callable | None = None
 
-    def run(
-        self, seed: int, split: Split, natural: Any, regularizer: Regularizer, record: Callable, bar: _Bar
-    ) -> None:
+    def run(self, seed: int, split: Split, natural: Any, regularizer: Regularizer, record: Callable, bar: _Bar) -> None:
         """One seed, from the warm start or from the last checkpoint to the last epoch."""
         config = self.config
         folder = checkpoint_folder(config.workdir, seed, self.name)
@@ -147,7 +144,7 @@ class Finetuning:
                 for batch in self.batches(seed, epoch, split) if epoch else ():
                     state, loss = self.step(state, batch, extra)
                     losses.append(loss)
-                metrics = evaluate(self.head, {"params": state.params}, split)
+                metrics: dict[str, Any] = evaluate(self.head, {"params": state.params}, split)
                 metrics["objective"] = -float(np.mean(losses)) if losses else None
                 history.append(metrics)
                 record(seed=seed, model=self.name, epoch=epoch, **metrics)
@@ -182,8 +179,8 @@ class Finetuning:
     def loss(self, params: Any, x: jax.Array, extra: tuple[Regularizer, float]) -> jax.Array:
         """Negative penalised log-likelihood per sample: what EM maximises, up to the prior of the components."""
         regularizer, share = extra
-        fit = negative_log_likelihood(self.head.apply({"params": params}, x))
-        return fit - share * penalty(self.head.apply({"params": params}, method="natural"), regularizer)
+        natural = self.head.apply({"params": params}, method="natural")
+        return -jnp.mean(log_observable_density(natural, x)) - share * penalty(natural, regularizer)
 
     def batches(self, seed: int, epoch: int, split: Split) -> Any:
         """The epoch's batches, in an order that follows from seed and epoch alone."""
@@ -195,17 +192,13 @@ class Finetuning:
 
 def evaluate(head: Any, variables: Any, split: Split) -> dict[str, float]:
     """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part."""
-    train, test = (_apply(head, variables, x) for x in (split.train, split.test))
+    output = infer(head.apply(variables, method="natural"), np.concatenate([split.train, split.test]))
+    train = len(split.train)
     return {
-        "train_log_density": float(jnp.mean(train.log_density)),
-        "test_log_density": float(jnp.mean(test.log_density)),
-        **clustering_metrics(split.test_labels, np.argmax(test.log_responsibilities, axis=-1)),
+        "train_log_density": float(jnp.mean(output.log_density[:train])),
+        "test_log_density": float(jnp.mean(output.log_density[train:])),
+        **clustering_metrics(split.test_labels, np.asarray(output.log_responsibilities[train:]).argmax(axis=-1)),
     }
-
-
-@partial(jax.jit, static_argnums=0)
-def _apply(head: Any, variables: Any, x: jax.Array) -> HMoGOutput:
-    return head.apply(variables, x)
 
 
 def checkpoint_folder(workdir: str | Path, seed: int, model: str) -> Path:

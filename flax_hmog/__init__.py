@@ -1,17 +1,8 @@
 """Hierarchical mixtures of Gaussians as Flax modules: exact likelihood, inference and EM."""
 
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
-from flax_hmog.coordinates import (
-    Mean,
-    Moments,
-    Natural,
-    SharedBase,
-    Statistics,
-    mean_to_natural,
-    moments_to_natural,
-    natural_to_mean,
-    natural_to_moments,
-)
+from flax_hmog.conversions import mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
+from flax_hmog.coordinates import Mean, Moments, Natural, SharedBase, Statistics
 from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
 from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_step, penalty
 from flax_hmog.fit import EMResult, fit_em
@@ -41,3 +32,58 @@ from flax_hmog.initialize import initialize_moments
 from flax_hmog.layout import ravel_mean, ravel_natural, unravel_mean, unravel_natural
 from flax_hmog.statistics import expected_statistics, whiten_prior
 from flax_hmog.warm_start import WarmStartInfo, warm_start
+
+__all__ = [
+    "AnalyticHMoG",
+    "Diagonal",
+    "DifferentiableHMoG",
+    "EMInfo",
+    "EMResult",
+    "HMoGOutput",
+    "LinearGaussian",
+    "Mean",
+    "Mixture",
+    "Moments",
+    "Natural",
+    "PositiveDefinite",
+    "Posterior",
+    "PseudoCounts",
+    "Regularizer",
+    "Scale",
+    "SharedBase",
+    "Statistics",
+    "SymmetricHMoG",
+    "WarmStartInfo",
+    "analytic_hmog",
+    "differentiable_hmog",
+    "em_step",
+    "expected_statistics",
+    "fit_em",
+    "infer",
+    "initialize_moments",
+    "join_conjugated",
+    "kl_divergence",
+    "latent_mean",
+    "log_observable_density",
+    "log_partition",
+    "mean_to_natural",
+    "moments_to_natural",
+    "natural_to_mean",
+    "natural_to_moments",
+    "negative_entropy",
+    "penalty",
+    "posterior_assignments",
+    "posterior_at",
+    "posterior_categorical",
+    "posterior_hard_assignment",
+    "posterior_soft_assignments",
+    "ravel_mean",
+    "ravel_natural",
+    "sample",
+    "split_conjugated",
+    "symmetric_hmog",
+    "unravel_mean",
+    "unravel_natural",
+    "warm_start",
+    "whiten_prior",
+]

@@ -43,7 +43,7 @@ def check_interval(caller: str, argument: str, value: Any) -> None:
         )
 
 
-def check_shape(caller: str, argument: str, value: Any, shape: tuple[int, ...]) -> None:
+def check_shape(caller: str, argument: str, value: Any, shape: tuple) -> None:
     """ValueError unless `value` has exactly this shape."""
     if jnp.shape(value) != shape:
         raise ValueError(
@@ -66,8 +66,7 @@ def check_observations(caller: str, x: Any, obs_dim: int | None, dtype: Any, *, 
     if x.ndim == 0 or (obs_dim is not None and x.shape[-1] != obs_dim):
         wanted = "D" if obs_dim is None else obs_dim
         raise ValueError(
-            f"{caller}: `{argument}` must have shape (..., {wanted}); got {x.shape}. "
-            "Put the observed dimensions last."
+            f"{caller}: `{argument}` must have shape (..., {wanted}); got {x.shape}. Put the observed dimensions last."
         )
     with np.errstate(over="ignore"):
         x = jnp.asarray(x, dtype)
@@ -103,7 +102,8 @@ def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: s
             smallest = np.linalg.eigvalsh(matrix)[0] if np.isfinite(matrix).all() else np.nan
             where = f"component {index} has" if matrices.ndim > 2 else "it has"
             raise ValueError(
-                f"{caller}: `{argument}` must be positive definite; {where} smallest eigenvalue {smallest:.3g}. {remedy}"
+                f"{caller}: `{argument}` must be positive definite; {where} smallest eigenvalue "
+                f"{smallest:.3g}. {remedy}"
             ) from None
 
 
@@ -114,4 +114,6 @@ def check_positive(caller: str, argument: str, values: Any, remedy: str) -> None
         bad = ~((flat > 0) & np.isfinite(flat))
         if bad.any():
             first = int(bad.argmax())
-            raise ValueError(f"{caller}: `{argument}` must be positive; got {flat[first]:.3g} at entry {first}. {remedy}")
+            raise ValueError(
+                f"{caller}: `{argument}` must be positive; got {flat[first]:.3g} at entry {first}. {remedy}"
+            )

@@ -7,16 +7,8 @@ import dataclasses
 import jax
 
 from flax_hmog.checks import check_type
-from flax_hmog.coordinates import (
-    FULL_ONLY,
-    Natural,
-    Precision,
-    SharedBase,
-    categorical_logits,
-    conjugation,
-    gaussian_log_partition,
-    with_prior,
-)
+from flax_hmog.conversions import conjugation, with_prior
+from flax_hmog.coordinates import FULL_ONLY, Natural, Precision, SharedBase, categorical_logits, gaussian_log_partition
 from flax_hmog.covariances import Array, Covariance, PositiveDefinite, pytree
 
 

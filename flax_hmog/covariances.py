@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,15 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 Array: TypeAlias = jax.Array
+T = TypeVar("T")
 
 # Sums of squares cancel, so products are asked for in full float32 (GPUs and TPUs round more by default).
 matmul = partial(jnp.matmul, precision="highest")
 einsum = partial(jnp.einsum, precision="highest")
 
 
-def pytree(cls: type) -> type:
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass whose fields are the children of a JAX pytree."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
@@ -137,11 +139,11 @@ class Scale:
         return Scale(jnp.sqrt(self.entries))
 
     def times(self, columns: Array) -> Array:
-        """matrix @ columns, for columns (n, m)."""
+        """Matrix @ columns, for columns (n, m)."""
         return self.entries * columns
 
     def rows_times(self, rows: Array) -> Array:
-        """rows @ matrix, for rows (B, n)."""
+        """Rows @ matrix, for rows (B, n)."""
         return rows * self.entries
 
     def lower_solve(self, columns: Array) -> Array:
@@ -208,11 +210,11 @@ class Diagonal:
         return Diagonal(jnp.sqrt(self.entries))
 
     def times(self, columns: Array) -> Array:
-        """matrix @ columns, for columns (n, m)."""
+        """Matrix @ columns, for columns (n, m)."""
         return self.entries[..., None] * columns
 
     def rows_times(self, rows: Array) -> Array:
-        """rows @ matrix, for rows (B, n)."""
+        """Rows @ matrix, for rows (B, n)."""
         return rows * self.entries[None]
 
     def lower_solve(self, columns: Array) -> Array:
@@ -274,17 +276,17 @@ class PositiveDefinite:
         return inverse_and_log_det(self.entries)[1]
 
     def cholesky(self) -> PositiveDefinite:
-        """Lower factor F with F F' equal to the matrix (n, n) or (K, n, n). NaN where a matrix is not positive definite."""
+        """Lower factor F with F F' equal to the matrix (n, n) or (K, n, n); NaN where it is not positive definite."""
         if self.entries.ndim == 2:
             return PositiveDefinite(jnp.linalg.cholesky(self.entries))
         return PositiveDefinite(one_by_one(jnp.linalg.cholesky, self.entries))
 
     def times(self, columns: Array) -> Array:
-        """matrix @ columns, for columns (n, m)."""
+        """Matrix @ columns, for columns (n, m)."""
         return matmul(self.entries, columns)
 
     def rows_times(self, rows: Array) -> Array:
-        """rows @ matrix, for rows (B, n)."""
+        """Rows @ matrix, for rows (B, n)."""
         return matmul(rows, self.entries)
 
     def lower_solve(self, columns: Array) -> Array:
@@ -302,6 +304,7 @@ class PositiveDefinite:
 Covariance: TypeAlias = Scale | Diagonal | PositiveDefinite
 Rep: TypeAlias = type[Scale] | type[Diagonal] | type[PositiveDefinite]
 
+
 def trace_product(left: Covariance, right: Covariance, dim: int) -> Array:
     """tr(left right) () of two matrices of dimension `dim`, of any kinds."""
     if isinstance(left, PositiveDefinite) and isinstance(right, PositiveDefinite):
@@ -318,7 +321,7 @@ def as_rep(rep: Any, *, caller: str, argument: str = "rep") -> Rep:
     Raises:
         ValueError: for anything else, with the choices.
     """
-    kind = REPS.get(rep.lower()) if isinstance(rep, str) else rep if isinstance(rep, type) else type(rep)
+    kind: Any = REPS.get(rep.lower()) if isinstance(rep, str) else rep if isinstance(rep, type) else type(rep)
     if kind not in REPS.values():
         choices = ", ".join(f'"{name}" ({kind.__name__})' for name, kind in REPS.items())
         raise ValueError(f"{caller}: `{argument}` must be one of {choices}; got {rep!r}. Give the name or the class.")

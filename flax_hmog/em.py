@@ -10,22 +10,24 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.checks import check_type
-from flax_hmog.coordinates import (
-    Mean,
-    Moments,
-    Natural,
-    Statistics,
-    check_full,
+from flax_hmog.conversions import (
     component_moments,
     moments_to_natural,
     natural_to_mean,
     natural_to_moments,
-    observable_bias,
-    outer,
     regress_observed,
-    symmetrize,
 )
-from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, inverse_lower, matmul, pytree, trace_product
+from flax_hmog.coordinates import Mean, Moments, Natural, Statistics, check_full, observable_bias, outer, symmetrize
+from flax_hmog.covariances import (
+    Array,
+    Covariance,
+    Diagonal,
+    PositiveDefinite,
+    inverse_lower,
+    matmul,
+    pytree,
+    trace_product,
+)
 from flax_hmog.statistics import accumulate, check_samples, whiten_prior
 
 
@@ -153,6 +155,7 @@ def em_step(
     return moments_to_natural(maximize(statistics, regularizer)), info
 
 
+@jax.jit
 def maximize(statistics: Statistics, regularizer: Regularizer | None) -> Moments:
     """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
     mean, count = statistics.centered_mean(), statistics.count
@@ -176,7 +179,15 @@ def maximize(statistics: Statistics, regularizer: Regularizer | None) -> Moments
 
 
 def penalty(natural: Natural, regularizer: Regularizer) -> Array:
-    """The penalty () that `Regularizer` adds to the sum of log-densities, in nats."""
+    """What `Regularizer` adds to the sum of log-densities: the log-density of its pseudo-samples.
+
+    Args:
+        natural: the model.
+        regularizer: the pseudo-statistics, in the latent basis of the model.
+
+    Returns:
+        The penalty () in nats.
+    """
     r = regularizer
     moments = natural_to_moments(natural)
     obs_dim, lat_dim = moments.loadings.shape
@@ -192,8 +203,9 @@ def penalty(natural: Natural, regularizer: Regularizer) -> Array:
     return weights - (r.components * jnp.sum(component) + r.noise * noise) / 2
 
 
+@jax.jit
 def whiten_moments(moments: Moments) -> Moments:
-    """The same p(x) in the latent basis L^-1 (y - E[y]), L L' = Cov(y), in which y has mean 0 and covariance I."""
+    """The same p(x) in the latent basis H^-1 (y - E[y]), H H' = Cov(y), in which y has mean 0 and covariance I."""
     center, factor = whitening(moments)
     means, covariances = _change_basis(center, factor, moments.means, moments.covariances)
     return dataclasses.replace(
@@ -205,8 +217,9 @@ def whiten_moments(moments: Moments) -> Moments:
     )
 
 
+@jax.jit
 def whiten_regularizer(regularizer: Regularizer, moments: Moments) -> Regularizer:
-    """The same penalty in the latent basis to which `whiten_moments` carries `moments`."""
+    """The same penalty, up to a constant, in the latent basis to which `whiten_moments` carries `moments`."""
     mean, covariance = regularizer.component_mean[None], regularizer.component_covariance.entries[None]
     mean, spread = _change_basis(*whitening(moments), mean, PositiveDefinite(covariance))
     return dataclasses.replace(
@@ -215,7 +228,7 @@ def whiten_regularizer(regularizer: Regularizer, moments: Moments) -> Regularize
 
 
 def whitening(moments: Moments) -> tuple[Array, Array]:
-    """E[y] (L,) and the lower factor L (L, L) of Cov(y)."""
+    """E[y] (L,) and the lower factor H (L, L) of Cov(y)."""
     center = matmul(moments.weights, moments.means)
     gap = moments.means - center[None]
     within = moments.covariances.weighted(moments.weights).entries
@@ -226,15 +239,14 @@ def whitening(moments: Moments) -> tuple[Array, Array]:
 def _change_basis(
     center: Array, factor: Array, means: Array, covariances: PositiveDefinite
 ) -> tuple[Array, PositiveDefinite]:
-    """Means (K, L) and covariances of L^-1 (y - center)."""
+    """Means (K, L) and covariances of H^-1 (y - center)."""
     inverse = inverse_lower(factor)
     spread = matmul(matmul(inverse[None], covariances.entries), inverse.T[None])
     return matmul(means - center[None], inverse.T), PositiveDefinite(symmetrize(spread))
 
 
-def em_info(
-    natural: Natural, statistics: Statistics, log_likelihood: Array, regularizer: Regularizer | None
-) -> EMInfo:
+@jax.jit
+def em_info(natural: Natural, statistics: Statistics, log_likelihood: Array, regularizer: Regularizer | None) -> EMInfo:
     """Diagnostics of `natural`, whose pass over the data gave these statistics and summed log-likelihood."""
     obs_dim, lat_dim = natural.interaction.shape
     objective = log_likelihood if regularizer is None else log_likelihood + penalty(natural, regularizer)

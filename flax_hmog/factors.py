@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.coordinates import Natural, SharedBase, observable_bias, symmetrize, with_prior
+from flax_hmog.conversions import with_prior
+from flax_hmog.coordinates import Natural, SharedBase, observable_bias, symmetrize
 from flax_hmog.covariances import (
     Array,
     Covariance,
@@ -118,7 +119,9 @@ def _full_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
 
 def _diagonal_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
     """T = diag(mean_k Q_k)^1/2, in which all Q~_k are diagonal."""
-    precision = natural.posterior_precision.diagonal(pooled_root.shape[0])
+    precision = natural.posterior_precision.diagonal(  # type: ignore[union-attr]
+        pooled_root.shape[0]
+    )
     pooled = jnp.mean(precision, axis=0)
     scale = jnp.sqrt(pooled)
     covariance = pooled[None] / precision
@@ -134,7 +137,7 @@ def component_product(matrices: Array, vectors: Array) -> Array:
 
 
 def quadratic_features(rows: Array, matrices: Array) -> Array:
-    """The products t_i t_j that quadratic forms in `matrices` need: (B, L) squares, or the (B, L(L+1)/2) distinct ones."""
+    """The products t_i t_j that quadratic forms in `matrices` need: (B, L) squares, or all distinct (B, L(L+1)/2)."""
     if matrices.ndim == 2:
         return rows * rows
     i, j = np.triu_indices(rows.shape[-1])
@@ -165,7 +168,7 @@ def project_rows(factors: Factors, x: Array) -> tuple[Array, Array]:
 
 
 def component_logits(factors: Factors, t: Array) -> Array:
-    """log p(x, z = k) (B, K) up to a term that all components share."""
+    """Log p(x, z = k) (B, K) up to a term that all components share."""
     features = quadratic_features(t, factors.curvature)
     quadratic = matmul(features, quadratic_coefficients(factors.curvature).T)
     return factors.constant[None] + matmul(t, factors.linear.T) - quadratic / 2
@@ -189,9 +192,10 @@ def posterior_rows(factors: Factors, responsibilities: Array, t: Array) -> Array
     return matmul(responsibilities, factors.linear) + spread
 
 
-def block_rows(obs_dim: int, lat_dim: int, n_components: int) -> int:
+def block_rows(factors: Factors) -> int:
     """Rows of a block: as many as fit in `BLOCK_FLOATS`, between 64 and 8192."""
-    per_row = 2 * obs_dim + 2 * lat_dim * lat_dim + 4 * n_components
+    obs_dim, lat_dim = factors.projection.shape
+    per_row = 2 * obs_dim + 2 * lat_dim * lat_dim + 4 * factors.constant.shape[0]
     return max(64, min(8192, BLOCK_FLOATS // per_row))
 
 

@@ -13,15 +13,8 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flax_hmog.checks import check_observations, check_shape, check_size, check_type
-from flax_hmog.coordinates import (
-    Moments,
-    Natural,
-    Statistics,
-    check_full,
-    moments_to_natural,
-    natural_to_moments,
-    with_prior,
-)
+from flax_hmog.conversions import moments_to_natural, natural_to_moments, with_prior
+from flax_hmog.coordinates import Moments, Natural, Statistics, check_full
 from flax_hmog.covariances import Array
 from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_info, maximize, whiten_moments, whiten_regularizer
 from flax_hmog.initialize import METHODS, check_counts, initialize_moments
@@ -48,7 +41,7 @@ class EMResult:
     converged: bool
     info: EMInfo
     restart_objectives: np.ndarray
-    regularizer: Regularizer | None
+    regularizer: Regularizer
 
 
 def fit_em(
@@ -76,8 +69,9 @@ def fit_em(
         key: PRNG key of the initialisation.
         weights: sample weights (N,); arrays only.
         labels: known components (N,), integers, -1 where unknown: their responsibilities are clamped; arrays only.
-        init: "pca" or "fa" (see `initialize_moments`), or a model to start from.
-        regularizer: pseudo-samples; None for maximum likelihood, whose maximum need not exist.
+        init: "pca" or "fa" (see `initialize_moments`), or a model to start from; its prior is whitened first.
+        regularizer: strength of pseudo-samples that look like the initial model, or the pseudo-samples themselves (in
+            the latent basis of `init`); None for maximum likelihood, whose maximum need not exist.
         n_restarts: starts from different keys, each run to its end; the best objective wins.
         max_steps: steps per start at most.
         tolerance: a gain in nats per sample below which a start has converged.
@@ -101,11 +95,16 @@ def fit_em(
         raise ValueError(
             f"{caller}: `n_restarts` must be 1 for a given `init`; got {n_restarts}. All starts would be the same."
         )
-    best, finals = None, []
-    with _progress_bar(progress, n_restarts, max_steps) as report:
+    best: Any = None
+    finals: list[float] = []
+    with _ProgressBar(progress, n_restarts, max_steps) as report:
         for restart, restart_key in enumerate(jax.random.split(key, n_restarts)):
-            moments = _first_moments(head, source, restart_key, init)
-            strength = regularizer.regularizer(moments) if isinstance(regularizer, PseudoCounts) else regularizer
+            start = _first_moments(head, source, restart_key, init)
+            moments = whiten_moments(start)
+            if isinstance(regularizer, PseudoCounts):
+                strength: Regularizer | None = regularizer.regularizer(moments)
+            else:
+                strength = regularizer and whiten_regularizer(regularizer, start)
             result = _run(moments, source, strength, max_steps, tolerance, lambda *args: report(restart, *args))  # noqa: B023
             finals.append(result.objective_history[-1])
             if best is None or finals[-1] > best.objective_history[-1]:
@@ -121,7 +120,7 @@ def _run(
     center = moments.bias
     for step in range(max_steps + 1):
         statistics, log_likelihood = source.expectations(natural, center)
-        info = _info(natural, statistics, log_likelihood, regularizer)
+        info = em_info(natural, statistics, log_likelihood, regularizer)
         history.append(float(info.objective))
         report(step, history[-1])
         if not math.isfinite(history[-1]):
@@ -135,11 +134,10 @@ def _run(
         natural = _update(statistics, regularizer)
     moments = natural_to_moments(natural)
     natural = moments_to_natural(whiten_moments(moments))
-    regularizer = None if regularizer is None else whiten_regularizer(regularizer, moments)
-    return EMResult(natural, np.asarray(history), converged, info, np.asarray(history[-1:]), regularizer)
-
-
-_info = jax.jit(em_info)
+    smallest = 1 / jnp.max(natural.prior_precision.diagonal(natural.interaction.shape[-1]))
+    info = dataclasses.replace(info, smallest_latent_variance=smallest)
+    whitened: Any = None if regularizer is None else whiten_regularizer(regularizer, moments)
+    return EMResult(natural, np.asarray(history), converged, info, np.asarray(history[-1:]), whitened)
 
 
 @jax.jit
@@ -148,14 +146,14 @@ def _update(statistics: Statistics, regularizer: Regularizer | None) -> Natural:
 
 
 def _first_moments(head: Any, source: _Source, key: Array, init: str | Moments | Natural) -> Moments:
-    """The initial model, its prior whitened."""
+    """The initial model."""
     if isinstance(init, str):
         rows, weights = source.head_rows()
-        return whiten_moments(initialize_moments(head, rows, key, weights=weights, method=init))
+        return initialize_moments(head, rows, key, weights=weights, method=init)
     if isinstance(init, Moments):
-        init = moments_to_natural(init)
+        return natural_to_moments(moments_to_natural(init))
     check_type("fit_em", "init", init, Natural, 'Give "pca", "fa", Moments or Natural.')
-    return whiten_moments(natural_to_moments(with_prior(init, "fit_em")))
+    return natural_to_moments(with_prior(init, "fit_em"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +219,7 @@ class _Source:
                 total = part
             else:
                 statistics, log_likelihood = total
-                count, sums = jax.tree.map(
-                    jnp.add, (statistics.count, statistics.sums), (part[0].count, part[0].sums)
-                )
+                count, sums = jax.tree.map(jnp.add, (statistics.count, statistics.sums), (part[0].count, part[0].sums))
                 total = Statistics(count, sums, center), log_likelihood + part[1]
         if total is None:
             raise ValueError("fit_em: `data` must hold at least one batch; got none. Check the iterator.")
@@ -241,7 +237,7 @@ def _check_labels(labels: Any, shape: tuple[int, ...], n_components: int) -> Arr
     return jnp.asarray(values, jnp.int32)
 
 
-class _progress_bar:
+class _ProgressBar:
     """A progress bar over restarts and steps, or nothing; entering gives the function to report to."""
 
     def __init__(self, show: bool, n_restarts: int, max_steps: int) -> None:

@@ -11,15 +11,8 @@ from flax.core import meta
 from flax_hmog import inference
 from flax_hmog.checks import check_size
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
-from flax_hmog.coordinates import (
-    Mean,
-    Moments,
-    Natural,
-    mean_to_natural,
-    moments_to_natural,
-    natural_to_mean,
-    natural_to_moments,
-)
+from flax_hmog.conversions import mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
+from flax_hmog.coordinates import Mean, Moments, Natural
 from flax_hmog.covariances import Array, PositiveDefinite, Rep, as_rep, rep_name
 from flax_hmog.em import EMInfo, Regularizer, em_step, stepwise_update
 from flax_hmog.inference import HMoGOutput, Posterior
@@ -38,8 +31,8 @@ class HMoGHead(nn.Module):
     def _model(self, obs_dim: int) -> Natural:
         """The model, its variables created at init."""
         raise TypeError(
-            f"{type(self).__name__}: a head must be DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG; got the abstract "
-            "class. Use one of the three."
+            f"{type(self).__name__}: a head must be DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG; got the "
+            "abstract class. Use one of the three."
         )
 
     def _stored_obs_dim(self) -> int | None:
@@ -54,7 +47,8 @@ class HMoGHead(nn.Module):
             known = jnp.shape(x)[-1]
         if known is None:
             raise ValueError(
-                f"{caller}: `obs_dim` must be known; got None and no observations. Initialise with an x, or give obs_dim."
+                f"{caller}: `obs_dim` must be known; got None and no observations. "
+                "Initialise with an x, or give obs_dim."
             )
         return self._model(known)
 
@@ -75,7 +69,7 @@ class HMoGHead(nn.Module):
         return natural_to_mean(self.natural())
 
     def log_observable_density(self, x: Array) -> Array:
-        """log p(x) (...)."""
+        """Log p(x) (...)."""
         return inference.log_observable_density(self._natural("log_observable_density", x), x)
 
     def posterior_at(self, x: Array) -> Posterior:
@@ -103,7 +97,7 @@ class HMoGHead(nn.Module):
         return inference.latent_mean(self._natural("latent_mean", x), x)
 
     def sample(self, n: int) -> tuple[Array, Array, Array]:
-        """x (n, D), y (n, L), z (n,) from the joint, with the rng stream "sample"."""
+        """X (n, D), y (n, L), z (n,) from the joint, with the rng stream "sample"."""
         return inference.sample(self.natural(), self.make_rng("sample"), n)
 
     def whiten_prior(self) -> Mean:
@@ -114,13 +108,14 @@ class HMoGHead(nn.Module):
 class DifferentiableHMoG(HMoGHead):
     """HMoG head trained by gradients, its posterior precisions of a restricted kind: the cheap head.
 
-    Component covariances of the prior are full. With `pst_rep="diagonal"` a batch costs O(B (D L + K L)). Leaves live in
-    the collection `params`; any real values are a valid model, within the stated bounds.
+    Component covariances of the prior are full; with a restricted `pst_rep` their inverses share all entries off the
+    diagonal. A batch then costs O(B (D L + K L)), besides O(D L^2 + K L^3) once per call. Leaves live in the collection
+    `params`; any real values are a valid model, within the stated bounds.
 
     Attributes:
-        lat_dim: L, at most D.
-        n_components: K.
-        obs_dim: D; None takes it from the data at init.
+        lat_dim: latent dimension L, at most D.
+        n_components: number of components K.
+        obs_dim: observed dimension D; None takes it from the data at init.
         obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
         pst_rep: kind of the posterior precisions of y.
         noise_bounds: interval of the noise variances, squared units of x.
@@ -164,9 +159,9 @@ class SymmetricHMoG(HMoGHead):
     Component precisions are a full base plus differences of kind `lat_rep`; with "full" nothing is restricted.
 
     Attributes:
-        lat_dim: L, at most D.
-        n_components: K.
-        obs_dim: D; None takes it from the data at init.
+        lat_dim: latent dimension L, at most D.
+        n_components: number of components K.
+        obs_dim: observed dimension D; None takes it from the data at init.
         obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
         lat_rep: kind of the differences between component precisions.
         noise_bounds: interval of the noise variances, squared units of x.
@@ -221,9 +216,9 @@ class AnalyticHMoG(HMoGHead):
     `r = (step + step_delay) ** -step_decay`; gradients flow to x only. Whole data sets: `fit_em`.
 
     Attributes:
-        lat_dim: L, at most D.
-        n_components: K.
-        obs_dim: D; None takes it from the data at init.
+        lat_dim: latent dimension L, at most D.
+        n_components: number of components K.
+        obs_dim: observed dimension D; None takes it from the data at init.
         obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
         step_delay: delay of the step size, at least 1.
         step_decay: exponent of the step size, in (0.5, 1] for convergence.
@@ -274,9 +269,9 @@ class AnalyticHMoG(HMoGHead):
         """Log-density, log-responsibilities and latent mean of x (..., D); with `train` also a step of stepwise EM."""
         natural = self._natural("__call__", x)
         if train and not self.is_initializing():
-            step = self.get_variable("em", "step")
+            step: Any = self.get_variable("em", "step")
             rate = (step + self.step_delay) ** -self.step_decay
-            mean = self.get_variable("em", "mean")
+            mean: Any = self.get_variable("em", "mean")
             self.put_variable("em", "mean", stepwise_update(natural, mean, x, rate, self.pseudo_share))
             self.put_variable("em", "step", step + 1)
         return inference.infer(natural, x)
@@ -315,9 +310,7 @@ def symmetric_hmog(
     return SymmetricHMoG(lat_dim, n_components, obs_dim, obs_rep, lat_rep, **options)
 
 
-def analytic_hmog(
-    obs_dim: int | None, obs_rep: Any, lat_dim: int, n_components: int, **options: Any
-) -> AnalyticHMoG:
+def analytic_hmog(obs_dim: int | None, obs_rep: Any, lat_dim: int, n_components: int, **options: Any) -> AnalyticHMoG:
     """`AnalyticHMoG` with the argument order of goal-jax; `options` are its other attributes."""
     return AnalyticHMoG(lat_dim, n_components, obs_dim, obs_rep, **options)
 
@@ -357,6 +350,4 @@ def _trainable_model(head: DifferentiableHMoG | SymmetricHMoG, obs_dim: int) -> 
 
 def head_bounds(head: DifferentiableHMoG | SymmetricHMoG) -> Bounds:
     """The intervals of a trainable head's leaves."""
-    return Bounds(
-        tuple(head.noise_bounds), tuple(head.precision_bounds), float(head.signal_bound), float(head.relative_floor)
-    )
+    return Bounds(head.noise_bounds, head.precision_bounds, head.signal_bound, head.relative_floor)

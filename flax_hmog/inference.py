@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.checks import check_observations, check_size, check_type
-from flax_hmog.coordinates import Natural, Precision, natural_to_moments, with_prior
+from flax_hmog.conversions import natural_to_moments, with_prior
+from flax_hmog.coordinates import Natural, Precision
 from flax_hmog.covariances import Array, PositiveDefinite, matmul, pytree
 from flax_hmog.factors import (
     block_rows,
@@ -73,7 +74,7 @@ def infer(natural: Natural, x: Any) -> HMoGOutput:
 
 
 def log_observable_density(natural: Natural, x: Any) -> Array:
-    """log p(x) = log sum_k w_k N(x; W m_k + b, W S_k W' + Psi), in nats.
+    """Log p(x) = log sum_k w_k N(x; W m_k + b, W S_k W' + Psi), in nats.
 
     Args:
         natural: the model.
@@ -204,7 +205,7 @@ def _infer(natural: Natural, x: Array, field: str | None = None) -> Any:
         )
         return output if field is None else getattr(output, field)
 
-    return map_rows(rows, x, block_rows(*natural.interaction.shape, natural.posterior_location.shape[0]))
+    return map_rows(rows, x, block_rows(factors))
 
 
 @partial(jax.jit, static_argnames="n")

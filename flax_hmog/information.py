@@ -6,20 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.checks import check_type
-from flax_hmog.coordinates import (
-    Mean,
-    Natural,
-    categorical_logits,
-    gaussian_log_partition,
-    mean_to_moments,
-    natural_to_moments,
-    with_prior,
-)
-from flax_hmog.covariances import Array, Covariance, PositiveDefinite, einsum, matmul, trace_product
+from flax_hmog.conversions import mean_to_moments, natural_to_moments, with_prior
+from flax_hmog.coordinates import Mean, Natural, categorical_logits, gaussian_log_partition
+from flax_hmog.covariances import Array, Covariance, einsum, matmul, trace_product
 
 
 def log_partition(natural: Natural) -> Array:
-    """psi = logsumexp_k(cat_k + psi_N(h_k, P_k)) + psi_N(Psi^-1 b, Psi^-1), without the base measure.
+    """Psi = logsumexp_k(cat_k + psi_N(h_k, P_k)) + psi_N(Psi^-1 b, Psi^-1), without the base measure.
 
     Args:
         natural: the model.
@@ -41,7 +34,7 @@ def log_partition(natural: Natural) -> Array:
 
 
 def negative_entropy(mean: Mean) -> Array:
-    """theta . mu - psi = E[log p(x, y, z)] without the base measure; the convex conjugate of `log_partition`.
+    """Theta . mu - psi = E[log p(x, y, z)] without the base measure; the convex conjugate of `log_partition`.
 
     Args:
         mean: expected statistics with full latent second moments.
@@ -124,4 +117,3 @@ def _kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
 def _root_times(root: Covariance, columns: Array) -> Array:
     """F' columns (D, m), for a factor F that `cholesky` returned."""
     return root.rows_times(columns.T).T
-

@@ -1,4 +1,4 @@
-"""Where EM starts: principal components or factor analysis for W and Psi, k-means++ in the latent space for clusters."""
+"""Where EM starts: principal components or factor analysis for W and Psi, k-means++ in the latent space."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from flax_hmog.checks import check_observations
 from flax_hmog.coordinates import Moments, outer, symmetrize
-from flax_hmog.covariances import Array, Diagonal, PositiveDefinite, Rep, Scale, as_rep, diagonal, matmul
+from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, diagonal, matmul
 from flax_hmog.statistics import check_weights
 
 METHODS = ("pca", "fa")
@@ -90,7 +90,7 @@ def _initialize(
     norms = jnp.linalg.norm(loadings, axis=0)
     labels = k_means(y * norms[None], share, key, n_components)
     weights, means, covariances = _cluster_moments(y, share, labels, n_components)
-    noises = {
+    noises: dict[Rep, Covariance] = {
         Scale: Scale(jnp.mean(noise)),
         Diagonal: Diagonal(noise),
         PositiveDefinite: PositiveDefinite(jnp.diag(noise)),
@@ -108,9 +108,7 @@ def _principal_loadings(centered: Array, share: Array, lat_dim: int) -> Array:
     return (axes * jnp.sqrt(jnp.maximum(values, 0))[None])[:, -lat_dim:][:, ::-1]
 
 
-def _factor_analysis(
-    centered: Array, share: Array, loadings: Array, noise: Array, floor: Array
-) -> tuple[Array, Array]:
+def _factor_analysis(centered: Array, share: Array, loadings: Array, noise: Array, floor: Array) -> tuple[Array, Array]:
     """Maximum-likelihood factor analysis by alternating principal axes of Psi^-1/2 Cov Psi^-1/2 and its residuals."""
     lat_dim = loadings.shape[1]
     covariance = matmul((centered * share[:, None]).T, centered)

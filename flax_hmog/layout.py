@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.checks import check_finite, check_type
-from flax_hmog.coordinates import Mean, Natural, SharedBase, with_prior
+from flax_hmog.conversions import with_prior
+from flax_hmog.coordinates import Mean, Natural, Precision, SharedBase
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep
 
 
@@ -37,7 +38,7 @@ def ravel_natural(natural: Natural, head: Any) -> Array:
     check_type("ravel_natural", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
     obs_dim, lat_dim, _, obs_rep, rep, shared_base = _read_head("ravel_natural", head)
     _check_structure("ravel_natural", natural.observable_precision, obs_rep)
-    precision = natural.posterior_precision
+    precision: Any = natural.posterior_precision
     if shared_base:
         check_type("ravel_natural", "natural.posterior_precision", precision, SharedBase, "Use the head it came from.")
         first = _pack_precision(precision.base, lat_dim)
@@ -83,9 +84,8 @@ def unravel_natural(flat: Array, head: Any) -> Natural:
     locations = jnp.concatenate([first_location[None], first_location[None] + differences[:, :lat_dim]])
     shapes = differences[:, lat_dim:]
     if shared_base:
-        components = SharedBase(
-            _unpack_precision(first_shape, PositiveDefinite, lat_dim), _unpack_precision(shapes, rep, lat_dim)
-        )
+        base: Any = _unpack_precision(first_shape, PositiveDefinite, lat_dim)
+        components: Precision = SharedBase(base, _unpack_precision(shapes, rep, lat_dim))
     else:
         packed = jnp.concatenate([first_shape[None], first_shape[None] + shapes])
         components = _unpack_precision(packed, rep, lat_dim)
@@ -145,7 +145,7 @@ def unravel_mean(flat: Array, head: Any) -> Mean:
     mean, second, cross, first, components, weights = _split(
         "unravel_mean", flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
     )
-    pooled = _unpack_moment(first[lat_dim:], base_rep, lat_dim)
+    pooled: Any = _unpack_moment(first[lat_dim:], base_rep, lat_dim)
     # component 0 is what the others leave of the average
     total = _pack_moment(rep.project(pooled.entries)) if shared_base else first[lat_dim:]
     means, shapes = components[:, :lat_dim], components[:, lat_dim:]
@@ -197,9 +197,9 @@ def _split(caller: str, flat: Any, obs_dim: int, lat_dim: int, n_components: int
             "Check the head's dimensions and kinds."
         )
     check_finite(caller, "flat", flat)
-    location, shape, interaction, first, differences, bias = jnp.split(flat, np.cumsum(sizes)[:-1])
+    location, shape, interaction, component, differences, bias = jnp.split(flat, np.cumsum(sizes)[:-1])
     return (
-        location, shape, interaction.reshape(obs_dim, lat_dim), first,
+        location, shape, interaction.reshape(obs_dim, lat_dim), component,
         differences.reshape(other, n_components - 1).T, bias,
     )  # fmt: skip
 

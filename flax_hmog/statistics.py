@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.checks import check_observations, check_shape, check_type, is_concrete
-from flax_hmog.coordinates import Mean, Natural, Statistics, observable_bias, outer, structure, symmetrize, with_prior
+from flax_hmog.conversions import with_prior
+from flax_hmog.coordinates import Mean, Natural, Statistics, observable_bias, outer, structure, symmetrize
 from flax_hmog.covariances import (
     Array,
     Covariance,
     Diagonal,
     PositiveDefinite,
+    Rep,
     Scale,
     diagonal,
     inverse_lower,
@@ -132,7 +134,7 @@ def accumulate(
     """
     factors = factorise(natural)
     count = x.shape[0]
-    rows = min(count, block_rows(*natural.interaction.shape, factors.constant.shape[0]))
+    rows = min(count, block_rows(factors))
     blocks = -(-count // rows)
 
     def block_sums(index: Array | int) -> RowSums:
@@ -166,9 +168,7 @@ def accumulate(
     return statistics, sums.count * factors.offset + sums.evidence - square / 2
 
 
-def _row_sums(
-    factors: Factors, kind: type, center: Array, x: Array, weights: Array, labels: Array | None
-) -> RowSums:
+def _row_sums(factors: Factors, kind: Rep, center: Array, x: Array, weights: Array, labels: Array | None) -> RowSums:
     """The sums over one block: everything whose cost grows with the number of rows."""
     _, t = project_rows(factors, x)
     logits = component_logits(factors, t)
@@ -196,12 +196,13 @@ def _latent_sums(natural: Natural, factors: Factors, sums: RowSums) -> Mean:
     n, h, c, t_inverse = sums.responsibilities, factors.location, factors.covariance, factors.inverse_basis
     # sum r E[u | x, k] = C_k (n h~ + sum r t)
     means = component_product(c, n[:, None] * h + sums.latent)
+    dense: Any = None
+    second: Covariance
     if c.ndim == 2:
         # sum r E[u^2 | x, k] = n C_k + C_k^2 sum r (h~ + t)^2
         square = n[:, None] * h**2 + 2 * h * sums.latent + sums.latent_square
-        second = Diagonal((n[:, None] * c + c**2 * square) * (diagonal(t_inverse) ** 2)[None])
-        second = Scale(jnp.mean(second.entries, axis=-1)) if rep is Scale else second
-        dense = None
+        squares = (n[:, None] * c + c**2 * square) * (diagonal(t_inverse) ** 2)[None]
+        second = Scale(jnp.mean(squares, axis=-1)) if rep is Scale else Diagonal(squares)
     else:
         mixed = outer(h, sums.latent)
         square = n[:, None, None] * outer(h, h) + mixed + transpose(mixed) + unpack_quadratic(sums.latent_square)
@@ -216,12 +217,12 @@ def _latent_sums(natural: Natural, factors: Factors, sums: RowSums) -> Mean:
         weights=n,
         weighted_means=matmul(means, t_inverse.T),
         weighted_second_moments=second,
-        pooled_second_moment=PositiveDefinite(jnp.sum(dense, axis=0)) if shared_base else None,
+        pooled_second_moment=PositiveDefinite(jnp.sum(dense, axis=0)) if shared_base else None,  # type: ignore[arg-type]
     )
 
 
 def whiten_prior(mean: Mean) -> Mean:
-    """Statistics in the latent basis y' = L^-1 (y - E[y]), L L' = Cov(y), in which y has mean 0 and covariance I.
+    """Statistics in the latent basis y' = H^-1 (y - E[y]), H H' = Cov(y), in which y has mean 0 and covariance I.
 
     The basis is not identifiable: p(x) is unchanged. With restricted second moments only what their kind allows: per
     axis for `Diagonal` and for a shared base, one common scale for `Scale`.

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.checks import check_observations, check_type
-from flax_hmog.coordinates import Moments, Natural, moments_to_natural, natural_to_mean, natural_to_moments, with_prior
+from flax_hmog.conversions import moments_to_natural, natural_to_mean, natural_to_moments, with_prior
+from flax_hmog.coordinates import Moments, Natural
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, pytree
 from flax_hmog.em import whiten_moments
 from flax_hmog.heads import AnalyticHMoG, head_bounds
@@ -40,10 +41,10 @@ class WarmStartInfo:
 def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, Any], WarmStartInfo]:
     """Variables of a head for a fitted model.
 
-    Full heads (`pst_rep="full"`, `lat_rep="full"`, Analytic) hold the model exactly, within their bounds. For restricted
-    ones the latent basis is first changed to the generalised eigenvectors of (W'Psi^-1 W, mean P_k), in which both are
-    diagonal; then the component covariances are reduced to the head's kind by their variances in that basis. For
-    `Scale` the basis is also scaled so that the average posterior precision is I.
+    Full heads (`pst_rep="full"`, `lat_rep="full"`, Analytic) hold the model exactly, within their bounds. For
+    restricted ones the latent basis is first changed to the generalised eigenvectors of (W'Psi^-1 W, mean P_k), in which
+    both are diagonal; then the component covariances are reduced to the head's kind by their variances in that basis.
+    For `Scale` the basis is also scaled so that the average posterior precision is I.
 
     Args:
         head: unbound head to start; its dimensions, kinds and bounds are read.
@@ -77,16 +78,14 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
         params = {name: jnp.asarray(leaves[name], head.param_dtype).reshape(spec.shape) for name, spec in specs.items()}
         started = leaves_to_natural(params, obs_rep, rep, shared_base, bounds)
         variables = {"params": params}
-    info = WarmStartInfo(
-        jnp.mean(log_observable_density(natural, x)), jnp.mean(log_observable_density(started, x))
-    )
+    info = WarmStartInfo(jnp.mean(log_observable_density(natural, x)), jnp.mean(log_observable_density(started, x)))
     return variables, info
 
 
-def _leaves(moments: Moments, rep: Rep, shared_base: bool, bounds: Bounds) -> dict[str, np.ndarray]:
+def _leaves(moments: Any, rep: Rep, shared_base: bool, bounds: Bounds) -> dict[str, np.ndarray]:
     """All leaves of a trainable head, for a model in a whitened basis."""
-    noise = moments.noise.entries
-    common = {
+    noise: Any = moments.noise.entries
+    common: dict[str, Any] = {
         "bias": moments.bias,
         "noise": _positive_definite_leaf(noise, bounds.noise, bounds.relative_floor)
         if isinstance(moments.noise, PositiveDefinite)

@@ -163,3 +163,7 @@ SOME = pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (i > 0)) for i, case in enumerate(FEW)]
 )
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# the edges of a gradient are many small programs of their own
+EDGES_SLOW = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=[pytest.mark.slow] * case.is_edge) for name, case in CASES.items()]
+)

@@ -82,11 +82,11 @@ class Dense:
 
     def log_joint(self, x, y, z):
         """log p(x, y, z) (N,)."""
-        rows = [
-            np.log(self.w[k]) + _log_normal(y_i, self.m[k], self.S[k]) + _log_normal(x_i - self.W @ y_i, self.b, self.Psi)
-            for x_i, y_i, k in zip(x, y, z, strict=True)
-        ]
-        return np.array(rows)
+        z = np.asarray(z)
+        latent = np.empty(len(x))
+        for k in np.unique(z):
+            latent[z == k] = np.log(self.w[k]) + _log_normal(y[z == k], self.m[k], self.S[k])
+        return latent + _log_normal(x - y @ self.W.T, self.b, self.Psi)
 
     def component_posterior(self, x):
         """E[y | x, k] (N, K, L) and Cov[y | x, k] (K, L, L), by conditioning the joint Gaussian of x and y."""
@@ -121,7 +121,11 @@ class Dense:
         shift = np.outer(self.W @ latent, self.b)
         return {
             "observable_mean": self.W @ latent + self.b,
-            "observable_second_moment": self.W @ pooled @ self.W.T + shift + shift.T + np.outer(self.b, self.b) + self.Psi,
+            "observable_second_moment": self.W @ pooled @ self.W.T
+            + shift
+            + shift.T
+            + np.outer(self.b, self.b)
+            + self.Psi,
             "cross_moment": cross,
             "weights": self.w,
             "weighted_means": self.w[:, None] * self.m,
@@ -148,7 +152,9 @@ class Dense:
 
     def sample(self, rng, count):
         z = rng.choice(len(self.w), size=count, p=self.w / self.w.sum())
-        y = self.m[z] + np.einsum("nij,nj->ni", np.linalg.cholesky(self.S)[z], rng.standard_normal((count, self.m.shape[1])))
+        y = self.m[z] + np.einsum(
+            "nij,nj->ni", np.linalg.cholesky(self.S)[z], rng.standard_normal((count, self.m.shape[1]))
+        )
         x = y @ self.W.T + self.b + rng.standard_normal((count, len(self.b))) @ np.linalg.cholesky(self.Psi).T
         return x, y, z
 

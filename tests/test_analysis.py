@@ -123,9 +123,10 @@ def test_component_distances_are_those_of_dense_gaussians(shape, rep):
             kl[j, k] += directed / 2
             kl[k, j] += directed / 2
             middle = (covariances[j] + covariances[k]) / 2
-            overlap[j, k] = gap @ np.linalg.solve(middle, gap) / 8 + (
-                np.linalg.slogdet(middle)[1] - (log_det[j] + log_det[k]) / 2
-            ) / 2
+            overlap[j, k] = (
+                gap @ np.linalg.solve(middle, gap) / 8
+                + (np.linalg.slogdet(middle)[1] - (log_det[j] + log_det[k]) / 2) / 2
+            )
     natural = random_model(*shape, rep=rep)
     np.testing.assert_allclose(component_distances(natural, measure="kl"), kl, rtol=2e-4, atol=1e-5)
     np.testing.assert_allclose(component_distances(natural), overlap, rtol=2e-4, atol=1e-5)
@@ -151,7 +152,11 @@ def test_component_distances_do_not_depend_on_the_latent_basis():
 def test_identical_components_are_at_distance_zero():
     moments = random_moments(5, 2, 2)
     twin = Moments(
-        moments.loadings, moments.bias, moments.noise, moments.weights, np.repeat(moments.means[:1], 2, axis=0),
+        moments.loadings,
+        moments.bias,
+        moments.noise,
+        moments.weights,
+        np.repeat(moments.means[:1], 2, axis=0),
         PositiveDefinite(np.repeat(moments.covariances.entries[:1], 2, axis=0)),
     )
     for measure in ("kl", "bhattacharyya"):
@@ -285,7 +290,11 @@ def test_canonical_loadings_of_a_rotated_model_are_the_same():
     rotation, _ = np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))
     rotation = rotation.astype(np.float32)
     turned = Moments(
-        moments.loadings @ rotation.T, moments.bias, moments.noise, moments.weights, moments.means @ rotation.T,
+        moments.loadings @ rotation.T,
+        moments.bias,
+        moments.noise,
+        moments.weights,
+        moments.means @ rotation.T,
         PositiveDefinite(rotation @ moments.covariances.entries @ rotation.T),
     )
     before, after = (canonical_loadings(moments_to_natural(model)).loadings for model in (moments, turned))
@@ -304,7 +313,11 @@ def test_discriminant_axes_find_the_direction_in_which_components_differ():
     means = np.array([[0, -2, 0], [0, 2, 0]], np.float32)
     natural = moments_to_natural(
         Moments(
-            moments.loadings, moments.bias, moments.noise, np.full(2, 0.5, np.float32), means,
+            moments.loadings,
+            moments.bias,
+            moments.noise,
+            np.full(2, 0.5, np.float32),
+            means,
             PositiveDefinite(np.stack([covariance, covariance])),
         )
     )
@@ -526,8 +539,17 @@ def test_report_is_one_self_contained_file(tmp_path):
     assert not re.search(r"url\(|@import|https?://", html)
     assert "script" not in page.tags
     assert "b" not in page.tags
-    for text in ("Digits <1>", "First & foremost", "Second", "All well.", "<script>alert(1)</script>", "NMI <b>",
-                 "0.850 ± 0.010", "Scores.", "Rising."):
+    for text in (
+        "Digits <1>",
+        "First & foremost",
+        "Second",
+        "All well.",
+        "<script>alert(1)</script>",
+        "NMI <b>",
+        "0.850 ± 0.010",
+        "Scores.",
+        "Rising.",
+    ):
         assert text in page.text
     assert page.images[0]["alt"] == 'A "line" that rises.'
     assert "prefers-color-scheme: dark" in html
@@ -569,7 +591,9 @@ MISTAKES = {
     "metrics of other length": (lambda: clustering_metrics([0, 1], [0]), ValueError, r"shape \(2,\)"),
     "image shape": (lambda: plot_prototypes(np.ones((2, 6)), image_shape=(2, 2)), ValueError, "product 6"),
     "thumbnails without shape": (
-        lambda: plot_dendrogram(cluster_hierarchy(NATURAL), prototypes=np.ones((3, 6))), ValueError, "product 6"
+        lambda: plot_dendrogram(cluster_hierarchy(NATURAL), prototypes=np.ones((3, 6))),
+        ValueError,
+        "product 6",
     ),
     "names": (lambda: plot_prototypes(np.ones((2, 6)), names=["a"]), ValueError, "`names` must have shape"),
     "history": (lambda: plot_objective(np.ones((2, 2))), ValueError, r"`histories` must have shape \(T,\)"),
@@ -579,7 +603,9 @@ MISTAKES = {
     "a dict for a section": (lambda: write_report("r.html", "T", [{}]), TypeError, "got dict"),
     "a list for a table": (lambda: write_report("r.html", "T", [Section("S", tables=[[{}]])]), TypeError, "got list"),
     "no alternative": (
-        lambda: write_report("r.html", "T", [Section("S", pictures=[Picture(None, "c", " ")])]), ValueError, "`alt`"
+        lambda: write_report("r.html", "T", [Section("S", pictures=[Picture(None, "c", " ")])]),
+        ValueError,
+        "`alt`",
     ),
     "one seed": (lambda: mean_and_sd([1.0]), ValueError, "Run more seeds"),
 }

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ALL, CASES, EDGES, KINDS, Case, random_moments
+from cases import ALL, CASES, EDGES, EDGES_SLOW, KINDS, Case, random_moments
 from dense import Dense, assert_close, assert_mean_close, dense_matrix, posterior_precisions, restrict
 from goal_layout import mixture_parameters, mixture_statistics, shape_parameters, shape_statistics
-from scipy.integrate import quad
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
@@ -20,7 +19,6 @@ from flax_hmog import (
     DifferentiableHMoG,
     PositiveDefinite,
     Scale,
-    SymmetricHMoG,
     expected_statistics,
     infer,
     join_conjugated,
@@ -40,7 +38,7 @@ from flax_hmog import (
     unravel_natural,
     whiten_prior,
 )
-from flax_hmog.coordinates import with_prior
+from flax_hmog.conversions import with_prior
 
 pytestmark = pytest.mark.usefixtures("float64", "eager")
 FULL = pytest.mark.parametrize("case", [case for case in CASES.values() if case.is_full], ids=lambda case: case.name)
@@ -57,12 +55,11 @@ def assert_trees_close(got, want, tolerance):
     jax.tree.map(lambda a, b: assert_close(a, b, tolerance), got, want)
 
 
-@ALL
+@EDGES_SLOW
 def test_gradient_of_the_log_partition_is_the_mean(case):
     head, natural = case.head(), case.natural()
     flat = ravel_natural(natural, head)
-    with jax.disable_jit(case.is_edge is False):
-        slope = jax.grad(lambda flat: log_partition(unravel_natural(flat, head)))(flat)
+    slope = jax.grad(lambda flat: log_partition(unravel_natural(flat, head)))(flat)
     assert_close(slope, ravel_mean(natural_to_mean(natural), head), 1e-9)
 
 
@@ -71,7 +68,7 @@ def test_log_partition_is_that_of_the_dense_model(case):
     assert_close(log_partition(case.natural()), truth(case).log_partition(), 1e-9)
 
 
-@ALL
+@EDGES_SLOW
 def test_score_is_posterior_statistics_minus_mean(case):
     head, natural, x = case.head(), case.natural(), jnp.asarray(case.x(4))
     density = lambda flat: jnp.mean(log_observable_density(unravel_natural(flat, head), x))  # noqa: E731
@@ -160,7 +157,11 @@ def test_whitening_is_a_change_of_latent_basis(case):
     second = dense.mean_statistics()["weighted_second_moments"].sum(0)
     shift = dense.w @ dense.m
     restricted = restrict(second - np.outer(shift, shift), case.rep)
-    factor = {"scale": lambda c: np.sqrt(c) * np.eye(L), "diagonal": lambda c: np.diag(np.sqrt(c)), "full": np.linalg.cholesky}
+    factor = {
+        "scale": lambda c: np.sqrt(c) * np.eye(L),
+        "diagonal": lambda c: np.diag(np.sqrt(c)),
+        "full": np.linalg.cholesky,
+    }
     whitened = whiten_prior(natural_to_mean(case.natural()))
     assert_mean_close(whitened, dense.transformed(shift, factor[case.rep](restricted)).mean_statistics(), case, 1e-8)
     assert_close(jnp.sum(whitened.weighted_means, 0), np.zeros(L), 1e-9)
@@ -188,20 +189,17 @@ def test_permuting_components_changes_nothing(case):
     assert_close(got.log_density, want.log_density, 1e-10)
     assert_close(got.latent_mean, want.latent_mean, 1e-10)
     assert_close(got.log_responsibilities, want.log_responsibilities[:, order], 1e-10)
-    assert_close(log_partition(natural) - log_partition(case.natural()), truth(case).log_partition() * 0
-                 + Dense.of_moments(permuted).log_partition() - truth(case).log_partition(), 1e-8)  # fmt: skip
+    # psi is taken against component 0
+    assert_close(log_partition(natural), Dense.of_moments(permuted).log_partition(), 1e-9)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES.values() if c.obs_dim == 1], ids=lambda case: case.name)
 def test_density_integrates_to_one(case):
     dense = truth(case)
-    center, width = dense.w @ dense.component_means[:, 0], 12 * np.sqrt(dense.component_covariances.max())
-    reach = width + np.abs(dense.component_means).max()
-    grid = np.linspace(center - reach, center + reach, 20_001)
+    reach = np.abs(dense.component_means).max() + 12 * np.sqrt(dense.component_covariances.max())
+    grid = np.linspace(-reach, reach, 20_001)
     total = np.trapezoid(np.exp(log_observable_density(case.natural(), grid[:, None])), grid)
     assert_close(total, 1.0, 1e-9)
-    points = lambda x: float(jnp.exp(log_observable_density(case.natural(), np.array([x]))))  # noqa: E731
-    assert quad(points, center - reach, center, limit=20, epsabs=1e-4)[0] < 1
 
 
 @pytest.mark.parametrize("case", [c for c in CASES.values() if c.n_components == 1], ids=lambda case: case.name)
@@ -232,7 +230,9 @@ def test_all_latent_kinds_agree_at_one_latent_dimension(sizes):
     for natural in naturals.values():
         assert_trees_close(infer(natural, case.x()), want, 1e-10)
         got = expected_statistics(natural, case.x())
-        assert_close(got.weighted_second_moments.entries.ravel(), statistics.weighted_second_moments.entries.ravel(), 1e-10)
+        assert_close(
+            got.weighted_second_moments.entries.ravel(), statistics.weighted_second_moments.entries.ravel(), 1e-10
+        )
         assert_close(got.cross_moment, statistics.cross_moment, 1e-10)
         assert_close(log_partition(natural), log_partition(naturals["full", False]), 1e-10)
 
@@ -246,7 +246,10 @@ def test_all_noise_kinds_agree_at_one_observed_dimension(rep):
     for natural in naturals[1:]:
         assert_trees_close(infer(natural, case.x()), infer(naturals[0], case.x()), 1e-10)
         assert_close(log_partition(natural), log_partition(naturals[0]), 1e-10)
-    flats = [ravel_natural(n, Case(DifferentiableHMoG, kind, rep, 1, 1, 3).head()) for n, kind in zip(naturals, KINDS, strict=True)]
+    flats = [
+        ravel_natural(n, Case(DifferentiableHMoG, kind, rep, 1, 1, 3).head())
+        for n, kind in zip(naturals, KINDS, strict=True)
+    ]
     assert_close(flats[1], flats[0], 1e-12)
     assert_close(flats[2], flats[0], 1e-12)
 
@@ -290,7 +293,7 @@ def test_negative_entropy_is_the_convex_conjugate(case):
     assert_close(negative_entropy(mean), truth(case).negative_entropy(), 1e-9)
 
 
-def test_symmetric_heads_differ_only_in_the_structure_they_hold():
+def test_priors_of_symmetric_heads_differ_only_in_their_kind():
     case = CASES["symmetric-diagonal-diagonal-4.2.3"]
     P = np.linalg.inv(truth(case).S)
     off_diagonal = (P[1:] - P[:1]) * (1 - np.eye(case.lat_dim))
@@ -299,4 +302,3 @@ def test_symmetric_heads_differ_only_in_the_structure_they_hold():
     P = np.linalg.inv(truth(scale).S)
     gaps = P[1:] - P[:1]
     assert_close(gaps, gaps[:, :1, :1] * np.eye(scale.lat_dim), 1e-9)
-    assert SymmetricHMoG in {case.family for case in CASES.values()}

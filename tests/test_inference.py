@@ -32,7 +32,9 @@ BOTH_DTYPES = pytest.mark.parametrize(
     ("case", "dtype"),
     [
         # a new shape in a new dtype is what takes time
-        pytest.param(case, dtype, marks=[pytest.mark.slow] * (dtype == "float32" and case.is_edge), id=f"{name}-{dtype}")
+        pytest.param(
+            case, dtype, marks=[pytest.mark.slow] * (dtype == "float32" and case.is_edge), id=f"{name}-{dtype}"
+        )
         for dtype in ("float64", "float32")
         for name, case in CASES.items()
     ],
@@ -228,7 +230,9 @@ def test_gradients_over_blocks_are_those_of_one_block(small_blocks, float64):
     blocks = jax.jit(jax.grad(objective, argnums=(0, 1)))(natural, x)
     weights = jnp.full(3, 50 / 150)
     parts = [jax.grad(objective, argnums=(0, 1))(natural, x[i : i + 50]) for i in (0, 50, 100)]
-    whole = jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *[p[0] for p in parts])
+    whole = jax.tree.map(
+        lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *[p[0] for p in parts]
+    )
     jax.tree.map(lambda got, want: assert_close(got, want, 1e-10), blocks[0], whole)
     assert_close(blocks[1], np.concatenate([part[1] for part in parts]) / 3, 1e-10)
 
@@ -236,7 +240,9 @@ def test_gradients_over_blocks_are_those_of_one_block(small_blocks, float64):
 @SOME
 def test_check_grads_in_leaves_and_x(case, float64):
     head, variables, x = case.head(), case.variables(), jnp.asarray(case.x(4))
-    params, steps = (variables.get("params"), {}) if "params" in variables else (variables["em"]["mean"], variables["em"])
+    params, steps = (
+        (variables.get("params"), {}) if "params" in variables else (variables["em"]["mean"], variables["em"])
+    )
 
     def mean_log_density(leaves, x):
         tree = {"em": steps | {"mean": leaves}} if steps else {"params": leaves}
@@ -291,7 +297,9 @@ def test_draws_are_reproduced_by_the_key(key):
 def test_a_second_call_compiles_nothing(compilations):
     case = FEW[0]
     calls = [functools.partial(function, case.natural("float32")) for function in FUNCTIONS.values()]
-    calls += [functools.partial(function, case.natural("float32")) for function in (infer, posterior_at, expected_statistics)]
+    calls += [
+        functools.partial(function, case.natural("float32")) for function in (infer, posterior_at, expected_statistics)
+    ]
     x = case.x(13).astype(np.float32)
     for call in calls:
         call(x)

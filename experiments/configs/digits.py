@@ -62,9 +62,20 @@ class Digits:
 
     def __post_init__(self) -> None:
         """Named errors for values that make no run."""
-        for name in ("n_seeds", "lat_dim", "n_components", "n_restarts", "em_steps", "epochs", "batch_size", "save_every"):
+        for name in (
+            "n_seeds",
+            "lat_dim",
+            "n_components",
+            "n_restarts",
+            "em_steps",
+            "epochs",
+            "batch_size",
+            "save_every",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"Digits: `{name}` must be at least 1; got {getattr(self, name)}. Give a positive number.")
+                raise ValueError(
+                    f"Digits: `{name}` must be at least 1; got {getattr(self, name)}. Give a positive number."
+                )
         if not 0 < self.test_share < 1:
             raise ValueError(f"Digits: `test_share` must lie between 0 and 1; got {self.test_share}. Hold out a part.")
         if not self.learning_rate > 0:

@@ -11,7 +11,8 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from flax_hmog.checks import check_type
-from flax_hmog.coordinates import Natural, with_prior
+from flax_hmog.conversions import with_prior
+from flax_hmog.coordinates import Natural
 from flax_hmog.covariances import PositiveDefinite
 
 

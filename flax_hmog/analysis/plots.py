@@ -228,8 +228,15 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     for height, (x, y, text, colour) in zip(heights, ends, strict=True):
         lift = 230 * (height - y) / (high - low)  # the axes are about 230 points tall
         axes.annotate(
-            text, (x, y), (8, lift), xycoords="data", textcoords="offset points", color=colour, fontsize=style.TEXT,
-            va="center", annotation_clip=False,
+            text,
+            (x, y),
+            (8, lift),
+            xycoords="data",
+            textcoords="offset points",
+            color=colour,
+            fontsize=style.TEXT,
+            va="center",
+            annotation_clip=False,
         )
 
 

@@ -119,7 +119,12 @@ def plot_contingency(
         for row, column in zip(*np.nonzero(counts), strict=True):
             dark = counts[row, column] > 0.55 * totals[row]
             axes.text(
-                column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=size,
+                column,
+                row,
+                f"{counts[row, column]:,}",
+                ha="center",
+                va="center",
+                fontsize=size,
                 color="white" if dark else style.INK,
             )
     style.add_colorbar(figure, shown, axes, "Share of the cluster [%]")
@@ -169,9 +174,7 @@ def plot_co_assignment(
     return figure
 
 
-def _matrix_axes(
-    axes: Axes, rows: list[str], columns: list[str], *, title: str, xlabel: str, ylabel: str
-) -> None:
+def _matrix_axes(axes: Axes, rows: list[str], columns: list[str], *, title: str, xlabel: str, ylabel: str) -> None:
     """Names of rows and columns, columns on top."""
     style.decorate(axes, title=title, xlabel=xlabel, ylabel=ylabel)
     axes.spines[:].set_visible(False)
@@ -220,8 +223,14 @@ def _draw_thumbnails(axes: Axes, images: np.ndarray, size: float) -> None:
         box = boxes.OffsetImage(image, zoom=size / max(image.shape[:2]), cmap="gray", interpolation="nearest")
         box.image.set_clim(0, 1)
         place = boxes.AnnotationBbox(
-            box, (0, 10 * index + 5), (-2 - size / 2, 0), xycoords=axes.get_yaxis_transform(), frameon=False, pad=0,
-            boxcoords="offset points", annotation_clip=False,
+            box,
+            (0, 10 * index + 5),
+            (-2 - size / 2, 0),
+            xycoords=axes.get_yaxis_transform(),
+            frameon=False,
+            pad=0,
+            boxcoords="offset points",
+            annotation_clip=False,
         )
         axes.add_artist(place)
 
@@ -233,10 +242,19 @@ def _draw_brackets(axes: Axes, numbers: np.ndarray, clusters: np.ndarray) -> Non
     for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):
         number = numbers[start]
         axes.plot(
-            [1.02, 1.02], [10 * start + 2, 10 * stop - 2], color=style.color(number), linewidth=3, transform=transform,
+            [1.02, 1.02],
+            [10 * start + 2, 10 * stop - 2],
+            color=style.color(number),
+            linewidth=3,
+            transform=transform,
             clip_on=False,
         )
         axes.text(
-            1.035, 5 * (start + stop), f"cluster {clusters[number]}", color=style.text_color(number),
-            fontsize=style.TEXT, va="center", transform=transform,
+            1.035,
+            5 * (start + stop),
+            f"cluster {clusters[number]}",
+            color=style.text_color(number),
+            fontsize=style.TEXT,
+            va="center",
+            transform=transform,
         )

@@ -87,11 +87,15 @@ def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section
     _check_sections(sections)
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja.StrictUndefined}
     template = importlib.resources.files("flax_hmog.analysis").joinpath("report.html").read_text(encoding="utf-8")
-    html = jinja.Environment(**options).from_string(template).render(
-        title=title,
-        summary=_paragraphs(summary),
-        sections=[_section(number, section) for number, section in enumerate(sections, 1)],
-        version=importlib.metadata.version("flax-hmog"),
+    html = (
+        jinja.Environment(**options)
+        .from_string(template)
+        .render(
+            title=title,
+            summary=_paragraphs(summary),
+            sections=[_section(number, section) for number, section in enumerate(sections, 1)],
+            version=importlib.metadata.version("flax-hmog"),
+        )
     )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

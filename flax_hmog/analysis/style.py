@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
 # Paul Tol's "muted" colours and a blue, told apart with any colour vision, in an order that puts contrasts first.
 PALETTE = (
-    "#332288", "#CC6677", "#117733", "#DDAA33", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499", "#0077BB",
+    "#332288",
+    "#CC6677",
+    "#117733",
+    "#DDAA33",
+    "#88CCEE",
+    "#882255",
+    "#44AA99",
+    "#999933",
+    "#AA4499",
+    "#0077BB",
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"

@@ -23,7 +23,9 @@ from flax_hmog import heads
 from flax_hmog.training.preprocessing import Affine
 
 FORMAT = 1
-HEADS = {cls.__name__: cls for cls in (heads.DifferentiableHMoG, heads.SymmetricHMoG, heads.AnalyticHMoG)}
+HEADS: dict[str, Any] = {
+    cls.__name__: cls for cls in (heads.DifferentiableHMoG, heads.SymmetricHMoG, heads.AnalyticHMoG)
+}
 
 
 class CheckpointError(ValueError):
@@ -220,7 +222,9 @@ def rebuild_head(description: dict[str, Any]) -> Any:
     name = description["class"]
     if name not in HEADS:
         raise CheckpointError(f"restore: `head` must be one of {sorted(HEADS)}; got {name!r}. Update flax_hmog.")
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in description["arguments"].items()}
+    arguments = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in description["arguments"].items()
+    }
     return HEADS[name](**(arguments | {"param_dtype": jnp.dtype(arguments["param_dtype"])}))
 
 

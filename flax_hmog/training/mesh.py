@@ -67,7 +67,9 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES) -> Any:
         ]
         if all(dim % size == 0 for dim, size in zip(leaf.shape, sizes, strict=False)):
             return sharding
-        logger.warning("%s %s is replicated: %s does not divide it", jax.tree_util.keystr(path), leaf.shape, sharding.spec)
+        logger.warning(
+            "%s %s is replicated: %s does not divide it", jax.tree_util.keystr(path), leaf.shape, sharding.spec
+        )
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(fit, nn.unbox(abstract), shardings)
