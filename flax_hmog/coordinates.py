@@ -73,7 +73,8 @@ class Natural:
     """Exponential-family form. The component parameters are those of the *posterior* at Theta' x = 0.
 
     The prior follows from the rest (`h_k = eta_k + W'Psi^-1 b`, `P_k = Q_k - W'Psi^-1 W`, `log w_k` from cat and
-    both), but those differences cancel in float32; whoever knows the prior carries it along. Change a field and set these to None.
+    both), but those differences cancel in float32; whoever knows the prior carries it along. Change a field
+    and set these to None.
 
     Attributes:
         observable_location: Psi^-1 b (D,).

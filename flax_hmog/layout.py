@@ -158,7 +158,7 @@ def unravel_mean(flat: Array, head: Any) -> Mean:
         weighted_second_moments=_unpack_moment(
             jnp.concatenate([total[None] - jnp.sum(shapes, axis=0, keepdims=True), shapes]), rep, lat_dim
         ),
-        pooled_second_moment=pooled if shared_base else None,
+        pooled_second_moment=pooled if shared_base else None,  # type: ignore[arg-type]
     )
 
 

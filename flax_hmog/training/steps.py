@@ -38,7 +38,8 @@ def create_state(
 
     shardings = tree_shardings(jax.eval_shape(fresh, key), mesh, RULES)
     state = TrainState.create(apply_fn=module.apply, params=nn.unbox(variables["params"]), tx=optimizer)
-    return jax.device_put(state, _like(shardings, state))
+    # copies, since the step donates its state and the variables stay the caller's
+    return jax.device_put(state, _like(shardings, state), may_alias=False)
 
 
 def make_train_step(

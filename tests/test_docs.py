@@ -1,0 +1,49 @@
+"""Every Python block of README and docs runs; every public name stands in the API pages."""
+
+import os
+import re
+from pathlib import Path
+
+import jax
+import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+
+import flax_hmog
+import flax_hmog.analysis
+import flax_hmog.training
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md"))]
+LONG = {"choosing.md", "derivations.md", "sharp_bits.md", "model.md"}
+
+
+def pages_with_code():
+    for page in PAGES:
+        if "```python" in page.read_text():
+            yield pytest.param(page, marks=[pytest.mark.slow] * (page.name in LONG), id=page.name)
+
+
+@pytest.mark.parametrize("page", list(pages_with_code()))
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    document = Sybil(parsers=[PythonCodeBlockParser()]).parse(page)
+    examples = list(document.examples())
+    assert len(examples) == page.read_text().count("```python")
+    monkeypatch.chdir(tmp_path)
+    with jax.numpy_rank_promotion("allow"):  # the suite forbids it to the library, not to its users
+        for example in examples:
+            example.evaluate()
+
+
+@pytest.mark.parametrize("package", [flax_hmog, flax_hmog.analysis, flax_hmog.training], ids=lambda p: p.__name__)
+def test_every_public_name_stands_in_the_api_pages(package):
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    missing = [name for name in package.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text())
+    missing = [target for target in targets if not os.path.exists(page.parent / target)]
+    assert not missing
