@@ -60,7 +60,10 @@ def check_observations(caller: str, x: Any, obs_dim: int | None, dtype: Any, *, 
         ValueError: for no dimension, a wrong last dimension, or entries that are not finite once converted.
     """
     kind = getattr(x, "dtype", None)
-    x = x if kind is not None else np.asarray(x)
+    try:
+        x = x if kind is not None else np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{caller}: `{argument}` must be an array; got rows that differ: {error}. Pad them.") from None
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
         raise TypeError(f"{caller}: `{argument}` must hold real numbers; got dtype {x.dtype}. Convert it first.")
     if x.ndim == 0 or (obs_dim is not None and x.shape[-1] != obs_dim):
@@ -74,7 +77,13 @@ def check_observations(caller: str, x: Any, obs_dim: int | None, dtype: Any, *, 
     return x
 
 
-def check_finite(caller: str, argument: str, x: Array) -> None:
+MISSING_VALUES = (
+    "Missing values are not supported by any function here: drop or impute these rows, and rescale entries too large "
+    "for the dtype."
+)
+
+
+def check_finite(caller: str, argument: str, x: Array, remedy: str = MISSING_VALUES) -> None:
     """ValueError if any entry is not finite, with the count and the first row."""
     if not is_concrete(x):
         return
@@ -85,8 +94,7 @@ def check_finite(caller: str, argument: str, x: Array) -> None:
         bad = ~np.asarray(finite).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
         raise ValueError(
             f"{caller}: `{argument}` must be finite in {x.dtype}; got {int(bad.sum())} entries that are not, "
-            f"the first in row {int(bad.any(axis=-1).argmax())}. Missing values are not supported by any function "
-            "here: drop or impute these rows, and rescale entries too large for the dtype."
+            f"the first in row {int(bad.any(axis=-1).argmax())}. {remedy}"
         )
 
 
@@ -97,6 +105,8 @@ def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: s
     stack = np.asarray(matrices, np.float64).reshape(-1, *matrices.shape[-2:])
     for index, matrix in enumerate(stack):
         try:
+            if not np.isfinite(matrix).all():
+                raise np.linalg.LinAlgError
             np.linalg.cholesky(matrix)
         except np.linalg.LinAlgError:
             smallest = np.linalg.eigvalsh(matrix)[0] if np.isfinite(matrix).all() else np.nan

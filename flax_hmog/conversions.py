@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import cho_solve
 
-from flax_hmog.checks import check_positive, check_positive_definite, check_shape, check_type, is_concrete
+from flax_hmog.checks import check_finite, check_positive, check_positive_definite, check_shape, check_type, is_concrete
 from flax_hmog.coordinates import (
     Mean,
     Moments,
@@ -56,6 +56,11 @@ def with_prior(natural: Natural, caller: str = "with_prior") -> Natural:
     if not any(known is None for known in (natural.prior_location, natural.prior_precision, natural.log_weights)):
         return natural
     lat_dim = natural.interaction.shape[-1]
+    precision, remedy = natural.observable_precision, "Check where the model comes from."
+    if isinstance(precision, PositiveDefinite):
+        check_positive_definite(caller, "observable_precision", precision.entries, remedy)
+    else:
+        check_positive(caller, "observable_precision", precision.entries, remedy)
     shift, gram = conjugation(natural)
     location = natural.posterior_location + shift[None]
     prior = PositiveDefinite(symmetrize(natural.posterior_precision.dense(lat_dim) - gram[None]))
@@ -270,6 +275,8 @@ def _check_moments(moments: Moments) -> Moments:
     check_shape(caller, "bias", moments.bias, (obs_dim,))
     check_shape(caller, "weights", moments.weights, (n_components,))
     check_shape(caller, "means", moments.means, (n_components, lat_dim))
+    for argument in ("loadings", "bias", "means"):
+        check_finite(caller, argument, jnp.asarray(getattr(moments, argument)), "Check where the model comes from.")
     check_shape(caller, "covariances", moments.covariances.entries, (n_components, lat_dim, lat_dim))
     as_rep(moments.noise, caller=caller, argument="noise")
     check_shape(caller, "noise", moments.noise.entries, moments.noise.shape(obs_dim))

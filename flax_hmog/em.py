@@ -149,6 +149,9 @@ def em_step(
     """
     check_type("em_step", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
     check_full("em_step", "natural", natural.posterior_precision)
+    if regularizer is not None:
+        remedy = "Take one from PseudoCounts.regularizer(moments)."
+        check_type("em_step", "regularizer", regularizer, Regularizer, remedy)
     natural, x, weights = check_samples("em_step", natural, x, weights)
     statistics, log_likelihood = accumulate(natural, x, weights, observable_bias(natural))
     info = em_info(natural, statistics, log_likelihood, regularizer)

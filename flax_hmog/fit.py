@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flax_hmog.checks import check_observations, check_shape, check_size, check_type
 from flax_hmog.conversions import moments_to_natural, natural_to_moments, with_prior
 from flax_hmog.coordinates import Moments, Natural, Statistics, check_full
-from flax_hmog.covariances import Array
+from flax_hmog.covariances import Array, as_rep, rep_name
 from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_info, maximize, whiten_moments, whiten_regularizer
 from flax_hmog.initialize import METHODS, check_counts, initialize_moments
 from flax_hmog.statistics import accumulate, check_weights
@@ -89,6 +89,8 @@ def fit_em(
     check_size(caller, "n_restarts", n_restarts)
     check_size(caller, "max_steps", max_steps)
     source = _Source.of(head, data, weights, labels)
+    if not isinstance(regularizer, PseudoCounts | None):
+        check_type(caller, "regularizer", regularizer, Regularizer, "Give PseudoCounts(), a Regularizer or None.")
     if isinstance(init, str) and init not in METHODS:
         raise ValueError(f"{caller}: `init` must be a model or one of {METHODS}; got {init!r}. Choose one of them.")
     if not isinstance(init, str) and n_restarts > 1:
@@ -151,8 +153,16 @@ def _first_moments(head: Any, source: _Source, key: Array, init: str | Moments |
         rows, weights = source.head_rows()
         return initialize_moments(head, rows, key, weights=weights, method=init)
     if isinstance(init, Moments):
-        return natural_to_moments(moments_to_natural(init))
+        init = moments_to_natural(init)
     check_type("fit_em", "init", init, Natural, 'Give "pca", "fa", Moments or Natural.')
+    kind = type(init.observable_precision)
+    got = (*init.interaction.shape, init.posterior_location.shape[0], rep_name(kind))
+    obs_rep = rep_name(as_rep(head.obs_rep, caller="fit_em", argument="head.obs_rep"))
+    wanted = (source.width(), head.lat_dim, head.n_components, obs_rep)
+    if got != wanted:
+        raise ValueError(
+            f"fit_em: `init` must have (D, L, K, obs_rep) {wanted}; got {got}. Start from a model of one size."
+        )
     return natural_to_moments(with_prior(init, "fit_em"))
 
 
@@ -190,12 +200,19 @@ class _Source:
         if not self.is_stream:
             yield from self.batches
             return
-        rows = 0
+        rows, width = 0, self.obs_dim
         for batch in self.batches:
-            x = check_observations("fit_em", batch, self.obs_dim, self.dtype, argument="data")
+            x = check_observations("fit_em", batch, width, self.dtype, argument="data")
+            if x.ndim != 2 or not x.shape[0]:
+                raise ValueError(f"fit_em: `data` must hold batches (B, D); got {x.shape}. Give whole batches of rows.")
+            width = x.shape[1]
             rows = max(rows, x.shape[0])
             missing = rows - x.shape[0]
             yield jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(jnp.ones(x.shape[0], x.dtype), (0, missing)), None
+
+    def width(self) -> int:
+        """D of the data."""
+        return self.obs_dim or self.head_rows()[0].shape[1]
 
     def head_rows(self) -> tuple[Array, Array]:
         """Rows and weights that the initialisation looks at."""
@@ -208,11 +225,13 @@ class _Source:
             count += x.shape[0]
             if count >= INIT_ROWS:
                 break
+        if not parts:
+            raise ValueError("fit_em: `data` must hold at least one batch; got none. Check the collection.")
         return jnp.concatenate([x for x, _ in parts]), jnp.concatenate([w for _, w in parts])
 
     def expectations(self, natural: Natural, center: Array) -> tuple[Statistics, Array]:
         """Statistics and summed log-likelihood of one pass."""
-        total = None
+        total: Any = None
         for x, weights, labels in self.blocks():
             part = accumulate(natural, x, weights, center, labels)
             if total is None:
@@ -221,8 +240,6 @@ class _Source:
                 statistics, log_likelihood = total
                 count, sums = jax.tree.map(jnp.add, (statistics.count, statistics.sums), (part[0].count, part[0].sums))
                 total = Statistics(count, sums, center), log_likelihood + part[1]
-        if total is None:
-            raise ValueError("fit_em: `data` must hold at least one batch; got none. Check the iterator.")
         return total
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from flax_hmog import inference
-from flax_hmog.checks import check_size
+from flax_hmog.checks import check_interval, check_positive, check_size
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.conversions import mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.coordinates import Mean, Moments, Natural
@@ -42,7 +42,7 @@ class HMoGHead(nn.Module):
         return meta.unbox(self.get_variable("params", "bias")).shape[-1]
 
     def _natural(self, caller: str, x: Any = 0.0) -> Natural:
-        known = self.obs_dim or self._stored_obs_dim()
+        known = getattr(self, "obs_dim", None) or self._stored_obs_dim()
         if known is None and jnp.ndim(x):
             known = jnp.shape(x)[-1]
         if known is None:
@@ -250,6 +250,7 @@ class AnalyticHMoG(HMoGHead):
     @nn.compact
     def _model(self, obs_dim: int) -> Natural:
         obs_rep = as_rep(self.obs_rep, caller="AnalyticHMoG")
+        check_size("AnalyticHMoG", "lat_dim", self.lat_dim, at_most=obs_dim)
 
         def first_mean() -> Mean:
             key = self.make_rng("params")
@@ -325,8 +326,11 @@ def _check_head(head: Any, *reps: str) -> None:
     if head.obs_dim is not None:
         check_size(caller, "obs_dim", head.obs_dim)
     check_size(caller, "lat_dim", head.lat_dim, at_most=head.obs_dim)
-    if hasattr(head, "noise_bounds"):
-        head_bounds(head)
+    if not isinstance(head, AnalyticHMoG):
+        check_interval(caller, "noise_bounds", head.noise_bounds)
+        check_interval(caller, "precision_bounds", head.precision_bounds)
+        check_positive(caller, "signal_bound", head.signal_bound, "Say how far axes may spread, as 1e3.")
+        check_positive(caller, "relative_floor", head.relative_floor, "Use a small share, as 1e-3.")
     if not jnp.issubdtype(head.param_dtype, jnp.floating):
         raise ValueError(f"{caller}: `param_dtype` must be a float dtype; got {head.param_dtype}. Use jnp.float32.")
 

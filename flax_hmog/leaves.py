@@ -14,7 +14,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.checks import check_interval, check_positive
 from flax_hmog.coordinates import Natural, SharedBase, natural_bias
 from flax_hmog.covariances import (
     Array,
@@ -48,12 +47,6 @@ class Bounds:
     precision: tuple[float, float] = (1e-4, 1e4)
     signal: float = 1e3
     relative_floor: float = 1e-3
-
-    def __post_init__(self) -> None:
-        check_interval("Bounds", "noise", self.noise)
-        check_interval("Bounds", "precision", self.precision)
-        check_positive("Bounds", "signal", self.signal, "Bound it by how far axes may spread, as 1e3.")
-        check_positive("Bounds", "relative_floor", self.relative_floor, "Use a small share, as 1e-3.")
 
 
 @dataclasses.dataclass(frozen=True)

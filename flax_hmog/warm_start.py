@@ -43,8 +43,8 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
 
     Full heads (`pst_rep="full"`, `lat_rep="full"`, Analytic) hold the model exactly, within their bounds. For
     restricted ones the latent basis is first changed to the generalised eigenvectors of (W'Psi^-1 W, mean P_k), in
-    which both are diagonal; then the component covariances are reduced to the head's kind by their variances in that basis.
-    For `Scale` the basis is also scaled so that the average posterior precision is I.
+    which both are diagonal; then the component covariances are reduced to the head's kind by their variances in that
+    basis. For `Scale` the basis is also scaled so that the average posterior precision is I.
 
     Args:
         head: unbound head to start; its dimensions, kinds and bounds are read.

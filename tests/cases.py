@@ -63,7 +63,7 @@ class Case:
         return self.family(**(sizes | given | options))
 
     def variables(self, dtype="float64", seed=0):
-        """Random variables of a head, the same in every dtype (leaves exactly, the Mean of an Analytic head but for rounding)."""
+        """Random variables of a head, the same in every dtype; of an Analytic head but for rounding."""
         with jax.enable_x64(True), jax.disable_jit():
             if self.family is AnalyticHMoG:
                 mean = natural_to_mean(moments_to_natural(random_moments(self, seed)))

@@ -50,8 +50,7 @@ class Dense:
             np.asarray(field, np.float64)
             for field in (natural.observable_location, natural.interaction, natural.posterior_location)
         )
-        D, L = theta.shape
-        Psi = np.linalg.inv(dense_matrix(natural.observable_precision, D))
+        Psi = np.linalg.inv(dense_matrix(natural.observable_precision, theta.shape[0]))
         W, b = Psi @ theta, Psi @ location
         P = posterior_precisions(natural) - theta.T @ W
         S = np.linalg.inv(P)

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def shape_statistics(matrix, kind):
-    """Second moments (..., n, n) as stored in mean coordinates: average of the diagonal, diagonal, or upper triangle."""
+    """Second moments (..., n, n) in mean coordinates: average of the diagonal, diagonal, or upper triangle."""
     if kind == "full":
         i, j = np.triu_indices(matrix.shape[-1])
         return matrix[..., i, j]

@@ -104,7 +104,7 @@ def fixture(request, shared, float64, eager):
 
 def model_arrays(natural, head):
     """Arrays that describe a model; prefixed by "em_" they describe one after an EM step."""
-    D, L = natural.interaction.shape
+    D = natural.interaction.shape[0]
     moments = natural_to_moments(natural)
     location, gram = conjugation(natural)
     kind = getattr(head, "pst_rep", "full")
@@ -186,7 +186,7 @@ def mean_arrays(mean, head):
     latent = latent_size(head, flat)
     y_dim = (latent - (K - 1)) // K
     parts = np.split(np.asarray(flat), [D, flat.size - latent - D * L, flat.size - latent])
-    pooled, others, weights = np.split(parts[3], [y_dim, K * y_dim])
+    pooled, others, _ = np.split(parts[3], [y_dim, K * y_dim])
     # component 0 is what the others leave of the average
     stats = np.concatenate([pooled[:, None] - others.reshape(y_dim, K - 1).sum(1, keepdims=True),
                             others.reshape(y_dim, K - 1)], axis=1)  # fmt: skip

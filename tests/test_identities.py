@@ -1,4 +1,4 @@
-"""What must hold between the functions, whatever the model: gradients, round trips, whitening, symmetries, conjugation."""
+"""What must hold between the functions, whatever the model: gradients, round trips, whitening, conjugation."""
 
 import dataclasses
 import functools

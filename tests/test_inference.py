@@ -139,37 +139,6 @@ def test_posterior_at_conditions_the_joint_gaussian(case, float64, eager):
 
 
 @SOME
-def test_eager_jit_vmap_and_a_loop_agree(case, float64):
-    x, natural = case.x(), case.natural()
-    for function in (infer, posterior_at):
-        compiled = function(natural, x)
-        with jax.disable_jit():
-            others = {"eager": function(natural, x)}
-            rows = [function(natural, row) for row in x]
-            others["loop"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-        others["jit"] = jax.jit(function)(natural, x)
-        others["vmap"] = jax.vmap(function, in_axes=(None, 0))(natural, x)
-        for how, other in others.items():
-            for field in vars(compiled):
-                got, want = getattr(other, field), getattr(compiled, field)
-                if function is posterior_at and field != "location":
-                    if how in ("eager", "jit"):
-                        jax.tree.map(np.testing.assert_array_equal, got, want)
-                    continue
-                assert_close(got, want, 1e-12, f"{how} {field}")
-
-
-def test_vmap_over_models_agrees_with_a_loop(float64):
-    case = FEW[0]
-    models = [case.natural(seed=seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
-    together = jax.vmap(infer, in_axes=(0, None))(stacked, case.x())
-    for index, model in enumerate(models):
-        one = jax.tree.map(lambda leaf, index=index: leaf[index], together)
-        jax.tree.map(lambda got, want: assert_close(got, want, 1e-12), one, infer(model, case.x()))
-
-
-@SOME
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 def test_any_leading_dimensions(case, batch, float64, eager):
     natural, x = case.natural(), case.x(int(np.prod(batch))).reshape(*batch, case.obs_dim)
@@ -292,25 +261,3 @@ def test_draws_are_reproduced_by_the_key(key):
     first, again, other = (sample(natural, k, 50) for k in (key, key, jax.random.key(1)))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert not np.any(np.asarray(first[0]) == np.asarray(other[0]))
-
-
-def test_a_second_call_compiles_nothing(compilations):
-    case = FEW[0]
-    calls = [functools.partial(function, case.natural("float32")) for function in FUNCTIONS.values()]
-    calls += [
-        functools.partial(function, case.natural("float32")) for function in (infer, posterior_at, expected_statistics)
-    ]
-    x = case.x(13).astype(np.float32)
-    for call in calls:
-        call(x)
-        assert compilations(call, x) == 0
-        assert compilations(call, x + 1) == 0
-
-
-def test_new_values_of_a_model_compile_nothing(compilations):
-    case = FEW[0]
-    x = case.x(13).astype(np.float32)
-    infer(case.natural("float32"), x)
-    other = case.natural("float32", seed=1)
-    assert compilations(infer, other, x) == 0
-    assert compilations(infer, other, case.x(14).astype(np.float32)) > 0

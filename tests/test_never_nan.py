@@ -61,7 +61,9 @@ def check_finite(variant, sizes, draws, rows=16):
     def objectives(leaves, x):
         output = head.apply({"params": leaves}, x)
         responsibilities = jnp.sum(jnp.exp(output.log_responsibilities) * directions[0])
-        return jnp.stack([jnp.mean(output.log_density), responsibilities, jnp.sum(output.latent_mean * directions[1])]), output
+        return jnp.stack(
+            [jnp.mean(output.log_density), responsibilities, jnp.sum(output.latent_mean * directions[1])]
+        ), output
 
     @jax.jit
     def run(leaves, x):

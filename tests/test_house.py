@@ -1,0 +1,250 @@
+"""The house is as its plan says: import order, where flax may be, sizes, hops to the arithmetic."""
+
+import ast
+import functools
+import importlib
+import sys
+from collections import deque
+from pathlib import Path
+
+import jax
+import pytest
+from cases import CASES
+
+import flax_hmog
+
+PACKAGE = Path(flax_hmog.__file__).parent
+# a file imports only from those before it; the packages at the end import freely within themselves
+ORDER = (
+    "covariances", "checks", "coordinates", "conversions", "layout", "factors", "inference", "information",
+    "conjugation", "statistics", "initialize", "em", "fit", "leaves", "heads", "warm_start", "objectives",
+    "training", "analysis",
+)  # fmt: skip
+PUBLIC = [
+    "DifferentiableHMoG",
+    "SymmetricHMoG",
+    "AnalyticHMoG",
+    "differentiable_hmog",
+    "symmetric_hmog",
+    "analytic_hmog",
+    "Scale",
+    "Diagonal",
+    "PositiveDefinite",
+    "Moments",
+    "Natural",
+    "Mean",
+    "HMoGOutput",
+    "moments_to_natural",
+    "natural_to_moments",
+    "natural_to_mean",
+    "mean_to_natural",
+    "ravel_natural",
+    "unravel_natural",
+    "ravel_mean",
+    "unravel_mean",
+    "log_observable_density",
+    "posterior_at",
+    "posterior_categorical",
+    "posterior_soft_assignments",
+    "posterior_assignments",
+    "posterior_hard_assignment",
+    "latent_mean",
+    "sample",
+    "expected_statistics",
+    "whiten_prior",
+    "split_conjugated",
+    "join_conjugated",
+    "log_partition",
+    "negative_entropy",
+    "kl_divergence",
+    "fit_em",
+    "em_step",
+    "initialize_moments",
+    "warm_start",
+]
+MAX_FILE, MAX_FUNCTION = 450, 70
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def part(path):
+    """The name in `ORDER` of a file: its own, or that of its package."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@functools.cache
+def parse(path):
+    return ast.parse(path.read_text())
+
+
+def imported_modules(tree):
+    """Dotted names that a file imports, wherever in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            # `from flax_hmog import inference` imports a module, `from flax_hmog.em import em_step` a name of one
+            names = [alias.name for alias in node.names]
+            yield from ([f"{node.module}.{name}" for name in names] if node.module == "flax_hmog" else [node.module])
+
+
+def inner_imports(tree):
+    return {name.split(".")[1] for name in imported_modules(tree) if name.startswith("flax_hmog.")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_import_only_from_those_before_them(path):
+    if path == PACKAGE / "__init__.py":
+        assert inner_imports(parse(path)) <= set(ORDER)
+        return
+    assert part(path) in ORDER, f"{path.name} has no place in the order"
+    position = ORDER.index(part(path))
+    own = {part(path)} if path.parent != PACKAGE else set()
+    later = inner_imports(parse(path)) - set(ORDER[:position]) - own
+    assert not later, f"{path.name} imports from {later}, which do not come before it"
+
+
+def test_every_place_in_the_order_is_taken():
+    assert {part(path) for path in FILES} - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER[: ORDER.index("heads")])
+def test_files_with_formulas_import_no_flax(name):
+    modules = {module.split(".")[0] for module in imported_modules(parse(PACKAGE / f"{name}.py"))}
+    assert not modules & {"flax", "optax", "orbax"}
+
+
+def test_heads_hold_no_linear_algebra():
+    tree = parse(PACKAGE / "heads.py")
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not names & {"matmul", "einsum", "linalg", "cholesky", "solve", "dot", "exp", "log", "logsumexp"}
+    assert not any(isinstance(node, ast.MatMult) for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path):
+    assert len(path.read_text().splitlines()) <= MAX_FILE
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_assert_and_no_bare_exception(path):
+    for node in ast.walk(parse(path)):
+        assert not isinstance(node, ast.Assert), f"assert in line {node.lineno}"
+        raised = getattr(node.exc, "func", node.exc) if isinstance(node, ast.Raise) else None
+        assert getattr(raised, "id", "") not in ("Exception", "BaseException"), f"line {node.lineno}"
+
+
+def test_public_names_can_be_imported():
+    for name in PUBLIC:
+        assert hasattr(flax_hmog, name), name
+
+
+def test_public_names_are_documented():
+    for name in PUBLIC:
+        assert (getattr(flax_hmog, name).__doc__ or "").strip(), name
+
+
+def test_the_package_file_lists_names_only():
+    for node in parse(PACKAGE / "__init__.py").body:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        is_names = isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "").startswith("__")
+        assert isinstance(node, ast.Import | ast.ImportFrom) or is_docstring or is_names, ast.unparse(node)
+
+
+@functools.cache
+def functions_of(module):
+    """Functions (and methods, by "Class.name") of a module, and what its imported names stand for."""
+    tree, functions, names = parse(PACKAGE / f"{module}.py"), {}, {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            functions[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            functions |= {f"{node.name}.{f.name}": f for f in node.body if isinstance(f, ast.FunctionDef)}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("flax_hmog"):
+            home = node.module.removeprefix("flax_hmog").removeprefix(".")
+            names |= {alias.name: (home or alias.name, alias.name if home else None) for alias in node.names}
+    return functions, names
+
+
+def called_by(module, function):
+    """Package functions (module, name) that the body of a function calls, or passes on to be called."""
+    functions, names = functions_of(module)
+    for node in ast.walk(functions[function]):
+        if isinstance(node, ast.Name):
+            if node.id in functions:
+                yield module, node.id
+            elif names.get(node.id, (None, None))[1]:
+                yield names[node.id]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            home, name = names.get(node.value.id, (None, "a name, not a module"))
+            if name is None:
+                yield home, node.attr
+
+
+def path_to(start, goal):
+    """The shortest chain of calls from one function to another."""
+    queue, seen = deque([[start]]), {start}
+    while queue:
+        path = queue.popleft()
+        if path[-1] == goal:
+            return path
+        for step in called_by(*path[-1]):
+            if step not in seen and step[1] in functions_of(step[0])[0]:
+                seen.add(step)
+                queue.append([*path, step])
+    return None
+
+
+@pytest.mark.parametrize(
+    ("method", "formula"),
+    [
+        ("log_observable_density", "component_logits"),
+        ("log_observable_density", "shared_log_density"),
+        ("posterior_soft_assignments", "component_logits"),
+        ("posterior_hard_assignment", "component_logits"),
+        ("latent_mean", "posterior_rows"),
+        ("__call__", "component_logits"),
+    ],
+)
+def test_three_hops_from_a_method_to_the_arithmetic(method, formula):
+    path = path_to(("heads", f"HMoGHead.{method}"), ("factors", formula))
+    assert path is not None, "the formula is not reached: was it renamed?"
+    assert len(path) - 1 <= 3, " -> ".join(".".join(step) for step in path)
+    assert len({module for module, _ in path}) <= 5
+
+
+@pytest.mark.parametrize("method", ["log_observable_density", "posterior_soft_assignments"])
+def test_few_functions_run_between_a_method_and_its_result(method):
+    """All of ours that run for one call on a model: goal-jax needs 94 functions in 15 files for the assignments."""
+    case = CASES["differentiable-diagonal-diagonal-4.2.3"]
+    natural, x = case.natural("float32"), case.x()
+    function, ran = getattr(flax_hmog, method), set()
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            ran.add((Path(frame.f_code.co_filename).stem, frame.f_code.co_qualname))
+
+    with jax.disable_jit():
+        sys.setprofile(profile)
+        try:
+            function(natural, x)
+        finally:
+            sys.setprofile(None)
+    named = {(file, name) for file, name in ran if "<lambda>" not in name and "<genexpr>" not in name}
+    assert ("factors", "component_logits") in named
+    assert len(named) <= 40, sorted(named)
+    assert len({file for file, _ in named}) <= 7, sorted(named)
+
+
+def test_modules_import_without_optional_packages():
+    """The library itself needs only what pyproject.toml requires."""
+    optional = {"matplotlib", "scipy", "sklearn", "tensorflow_datasets", "PIL", "tyro"}
+    for name in ORDER[: ORDER.index("training")]:
+        importlib.import_module(f"flax_hmog.{name}")
+        modules = {module.split(".")[0] for module in imported_modules(parse(PACKAGE / f"{name}.py"))}
+        assert not modules & optional, name
