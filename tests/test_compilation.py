@@ -52,28 +52,21 @@ def test_vmap_over_models_agrees_with_a_loop(float64):
 
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
-OF_DATA = [
-    "infer",
-    "log_observable_density",
-    "posterior_at",
-    "posterior_categorical",
-    "posterior_soft_assignments",
-    "posterior_hard_assignment",
-    "latent_mean",
-    "expected_statistics",
-    "em_step",
-]
+OF_DATA = (
+    "infer", "log_observable_density", "posterior_at", "posterior_categorical", "posterior_soft_assignments",
+    "posterior_hard_assignment", "latent_mean", "expected_statistics", "em_step",
+)  # fmt: skip
+OF_NATURAL = ("natural_to_moments", "natural_to_mean", "log_partition", "split_conjugated")
+OF_MEAN = ("mean_to_natural", "negative_entropy", "whiten_prior")
 
 
 def calls():
     """Every public function of values, as a function of the seed of a model and the data."""
     head, natural = CASE.head("float32"), lambda seed: CASE.natural("float32", seed)
     moments, mean = (lambda seed: natural_to_moments(natural(seed))), (lambda seed: natural_to_mean(natural(seed)))
-    table = {name: lambda seed, x, f=getattr(flax_hmog, name): f(natural(seed), x) for name in OF_DATA}
-    of_natural = ["natural_to_moments", "natural_to_mean", "log_partition", "split_conjugated"]
-    table |= {name: lambda seed, x, f=getattr(flax_hmog, name): f(natural(seed)) for name in of_natural}
-    of_mean = ["mean_to_natural", "negative_entropy", "whiten_prior"]
-    table |= {name: lambda seed, x, f=getattr(flax_hmog, name): f(mean(seed)) for name in of_mean}
+    table = {name: lambda seed, x, name=name: getattr(flax_hmog, name)(natural(seed), x) for name in OF_DATA}
+    table |= {name: lambda seed, x, name=name: getattr(flax_hmog, name)(natural(seed)) for name in OF_NATURAL}
+    table |= {name: lambda seed, x, name=name: getattr(flax_hmog, name)(mean(seed)) for name in OF_MEAN}
     flat = lambda seed: flax_hmog.ravel_natural(natural(seed), head)  # noqa: E731
     return table | {
         "moments_to_natural": lambda seed, x: moments_to_natural(moments(seed)),

@@ -1,7 +1,5 @@
 """What a user can get wrong: the call, the exception, part of the message; and the form of every message."""
 
-# ruff: noqa: E501  (a table reads best with a mistake in a line)
-
 import dataclasses
 import re
 

@@ -76,7 +76,13 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
     (folder / "hidden").rename(folder / "metrics.jsonl")
     assert run.returncode == 0, run.stderr
     page = (folder / "report.html").read_text()
-    for part in ("PCA + GMM", "DifferentiableHMoG", "Cluster prototypes", "Hierarchy of the clusters", "data:image/png"):
+    for part in (
+        "PCA + GMM",
+        "DifferentiableHMoG",
+        "Cluster prototypes",
+        "Hierarchy of the clusters",
+        "data:image/png",
+    ):
         assert part in page
     scores = json.loads((folder / "result.json").read_text())["scores"]
     trained = [m for m in read_metrics(folder) if m["model"] == "symmetric" and m["epoch"] == 4]

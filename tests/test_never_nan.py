@@ -1,4 +1,4 @@
-"""Any real leaves are a valid model in float32: densities, outputs and gradients stay finite, and so does bad training."""
+"""Any real leaves are a valid model in float32: outputs and gradients stay finite, and so does bad training."""
 
 import functools
 import itertools

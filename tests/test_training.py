@@ -128,7 +128,9 @@ def test_a_mismatch_names_the_leaf():
     with pytest.raises(CheckpointError, match="`opt_state/mu/means` must have shape"):
         restore_like({"mu": {"bias": np.zeros(3), "means": np.zeros((2, 3))}}, arrays, "opt_state")
     with pytest.raises(CheckpointError, match="`opt_state/mu/noise` must be in both"):
-        restore_like({"mu": {"bias": np.zeros(3), "noise": np.zeros(1)}}, {"opt_state/mu/bias": np.zeros(3)}, "opt_state")
+        restore_like(
+            {"mu": {"bias": np.zeros(3), "noise": np.zeros(1)}}, {"opt_state/mu/bias": np.zeros(3)}, "opt_state"
+        )
 
 
 def test_values_that_json_cannot_hold_are_named(x, tmp_path):
