@@ -69,16 +69,22 @@ def inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
 
     Derivatives take products with the inverse only: dC = -C dM C, d log|M| = <C, dM>.
     """
+    return _inverse_and_log_det(matrix)
 
-    def invert(single: Array) -> tuple[Array, Array]:
-        factor = jnp.linalg.cholesky(single)
+
+@jax.jit
+def _inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
+    if matrix.ndim == 2:
+        factor = jnp.linalg.cholesky(matrix)
         root = inverse_lower(factor)
         return matmul(root.T, root), 2 * jnp.sum(jnp.log(diagonal(factor)))
-
-    if matrix.ndim == 2:
-        return invert(matrix)
-    inverse, log_det = one_by_one(invert, matrix.reshape(-1, *matrix.shape[-2:]))
+    inverse, log_det = one_by_one(_inverse_and_log_det, matrix.reshape(-1, *matrix.shape[-2:]))
     return inverse.reshape(matrix.shape), log_det.reshape(matrix.shape[:-2])
+
+
+@jax.jit
+def _batched_cholesky(matrices: Array) -> Array:
+    return one_by_one(jnp.linalg.cholesky, matrices)
 
 
 @inverse_and_log_det.defjvp
@@ -279,7 +285,7 @@ class PositiveDefinite:
         """Lower factor F with F F' equal to the matrix (n, n) or (K, n, n); NaN where it is not positive definite."""
         if self.entries.ndim == 2:
             return PositiveDefinite(jnp.linalg.cholesky(self.entries))
-        return PositiveDefinite(one_by_one(jnp.linalg.cholesky, self.entries))
+        return PositiveDefinite(_batched_cholesky(self.entries))
 
     def times(self, columns: Array) -> Array:
         """Matrix @ columns, for columns (n, m)."""

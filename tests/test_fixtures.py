@@ -97,7 +97,14 @@ class Fixture:
         self.natural = unravel_natural(arrays["flat"], self.head)
 
 
-@pytest.fixture(params=FILES)
+SLOW = (
+    "diff_diagonal_scale_d6_l3_k4",
+    "diff_full_scale_d4_l2_k2",
+    "diff_scale_diagonal_d5_l3_k2",
+)  # sizes of their own
+
+
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FILES])
 def fixture(request, shared, float64, eager):
     return Fixture(load(shared, request.param))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ALL, CASES, EDGES, EDGES_SLOW, KINDS, Case, random_moments
+from cases import ALL, CASES, EDGES, GRADIENTS, KINDS, Case, random_moments
 from dense import Dense, assert_close, assert_mean_close, dense_matrix, posterior_precisions, restrict
 from goal_layout import mixture_parameters, mixture_statistics, shape_parameters, shape_statistics
 from scipy.special import logsumexp
@@ -55,7 +55,7 @@ def assert_trees_close(got, want, tolerance):
     jax.tree.map(lambda a, b: assert_close(a, b, tolerance), got, want)
 
 
-@EDGES_SLOW
+@GRADIENTS
 def test_gradient_of_the_log_partition_is_the_mean(case):
     head, natural = case.head(), case.natural()
     flat = ravel_natural(natural, head)
@@ -68,7 +68,7 @@ def test_log_partition_is_that_of_the_dense_model(case):
     assert_close(log_partition(case.natural()), truth(case).log_partition(), 1e-9)
 
 
-@EDGES_SLOW
+@GRADIENTS
 def test_score_is_posterior_statistics_minus_mean(case):
     head, natural, x = case.head(), case.natural(), jnp.asarray(case.x(4))
     density = lambda flat: jnp.mean(log_observable_density(unravel_natural(flat, head), x))  # noqa: E731

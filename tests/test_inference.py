@@ -172,7 +172,7 @@ def small_blocks(monkeypatch):
 @SOME
 @pytest.mark.parametrize("count", [pytest.param(128, marks=pytest.mark.slow), 150], ids=["whole", "partial"])
 def test_blocks_change_nothing(case, count, small_blocks, float64):
-    assert factors.block_rows(case.obs_dim, case.lat_dim, case.n_components) == small_blocks < count
+    assert factors.block_rows(factors.factorise(case.natural())) == small_blocks < count
     x, weights = case.x(count), np.linspace(0.1, 3, count)
     output = infer(case.natural(), x)
     want = want_of(case, x)
