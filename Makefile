@@ -14,7 +14,7 @@ demo: $(VENV)/.experiments
 	$(BIN)/python -m experiments.analyze $(RUN_DIR)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
 
 check: lint types docs test
 

@@ -91,7 +91,7 @@ def check_samples(caller: str, natural: Any, x: Any, weights: Any) -> tuple[Natu
     check_type(caller, "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
     interaction = natural.interaction
     x = check_observations(caller, x, interaction.shape[0], interaction.dtype)
-    if x.ndim == 1 or x.size == 0:
+    if x.size == 0:
         raise ValueError(f"{caller}: `x` must hold at least one sample (N, D); got shape {x.shape}. Give more samples.")
     weights = check_weights(caller, weights, x.shape[:-1], interaction.dtype)
     return with_prior(natural, caller), x.reshape(-1, x.shape[-1]), weights.reshape(-1)
