@@ -2,7 +2,7 @@
 
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.conversions import mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
-from flax_hmog.coordinates import Mean, Moments, Natural, SharedBase, Statistics
+from flax_hmog.coordinates import Mean, Moments, Natural, SharedBase
 from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
 from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_step, penalty
 from flax_hmog.fit import EMResult, fit_em
@@ -30,7 +30,8 @@ from flax_hmog.inference import (
 from flax_hmog.information import kl_divergence, log_partition, negative_entropy
 from flax_hmog.initialize import initialize_moments
 from flax_hmog.layout import ravel_mean, ravel_natural, unravel_mean, unravel_natural
-from flax_hmog.statistics import expected_statistics, whiten_prior
+from flax_hmog.likelihood import mean_log_density
+from flax_hmog.statistics import Statistics, expected_statistics, whiten_prior
 from flax_hmog.warm_start import WarmStartInfo, warm_start
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "latent_mean",
     "log_observable_density",
     "log_partition",
+    "mean_log_density",
     "mean_to_natural",
     "moments_to_natural",
     "natural_to_mean",

@@ -88,14 +88,19 @@ def check_finite(caller: str, argument: str, x: Array, remedy: str = MISSING_VAL
     if not is_concrete(x):
         return
     with jax.ensure_compile_time_eval():
-        finite = jnp.isfinite(x)
-        all_finite = bool(jnp.all(finite))
+        all_finite = bool(_all_finite(x))
     if not all_finite:
-        bad = ~np.asarray(finite).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
+        bad = ~np.isfinite(np.asarray(x)).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
         raise ValueError(
             f"{caller}: `{argument}` must be finite in {x.dtype}; got {int(bad.sum())} entries that are not, "
             f"the first in row {int(bad.any(axis=-1).argmax())}. {remedy}"
         )
+
+
+@jax.jit
+def _all_finite(x: Array) -> Array:
+    # 0 x is NaN for what is not finite; a sum runs at the speed of memory, a logical reduction at a third of it
+    return jnp.all(jnp.isfinite(jnp.sum(0 * x, axis=-1)))
 
 
 def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: str) -> None:

@@ -1,15 +1,13 @@
 """The three coordinate systems of a HMoG: `Moments` for people, `Natural` for densities and gradients, `Mean` for EM.
 
-`Statistics` is what adds over samples. Conversions: conversions.py. Symbols as in docs/notation.md: D observed,
+Conversions: conversions.py. Symbols as in docs/notation.md: D observed,
 L latent, K components; W loadings, Psi noise, Theta = Psi^-1 W.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
 from flax_hmog.covariances import (
@@ -120,39 +118,6 @@ class Mean:
     weighted_means: Array
     weighted_second_moments: Covariance
     pooled_second_moment: PositiveDefinite = None  # type: ignore[assignment]
-
-
-@pytree
-class Statistics:
-    """Sums of sufficient statistics of (x - center, y, z) over samples. They add over blocks, streams and devices.
-
-    Attributes:
-        count: sum of the sample weights ().
-        sums: the sums, laid out as `Mean`.
-        center: the fixed point (D,) about which x is taken, so that float32 sums do not cancel.
-    """
-
-    count: Array
-    sums: Mean
-    center: Array
-
-    def centered_mean(self) -> Mean:
-        """Average statistics of (x - center, y, z)."""
-        return jax.tree.map(lambda total: total / self.count, self.sums)
-
-    def mean(self) -> Mean:
-        """Average statistics of (x, y, z)."""
-        mean, c = self.centered_mean(), self.center
-        rep = type(mean.observable_second_moment)
-        offset = c + mean.observable_mean
-        # E[x x'] = E[(x-c)(x-c)'] + c E[x-c]' + E[x] c'
-        shift = rep.project_product(jnp.stack([c, offset], axis=-1), jnp.stack([mean.observable_mean, c], axis=-1))
-        return dataclasses.replace(
-            mean,
-            observable_mean=offset,
-            observable_second_moment=jax.tree.map(jnp.add, mean.observable_second_moment, shift),
-            cross_moment=mean.cross_moment + outer(c, jnp.sum(mean.weighted_means, axis=0)),
-        )
 
 
 def outer(u: Array, v: Array) -> Array:

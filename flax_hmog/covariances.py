@@ -156,6 +156,14 @@ class Scale:
         """F^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
         return columns / self.entries
 
+    def upper_solve(self, columns: Array) -> Array:
+        """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
+        return columns / self.entries
+
+    def product(self, other: Scale) -> Scale:
+        """Matrix product with another of the same kind; it need not be symmetric."""
+        return Scale(self.entries * other.entries)
+
     def weighted(self, weights: Array) -> Scale:
         """Each matrix of the batch times its weight (...)."""
         return Scale(self.entries * weights)
@@ -226,6 +234,14 @@ class Diagonal:
     def lower_solve(self, columns: Array) -> Array:
         """F^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
         return columns / self.entries[..., None]
+
+    def upper_solve(self, columns: Array) -> Array:
+        """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
+        return columns / self.entries[..., None]
+
+    def product(self, other: Diagonal) -> Diagonal:
+        """Matrix product with another of the same kind; it need not be symmetric."""
+        return Diagonal(self.entries * other.entries)
 
     def weighted(self, weights: Array) -> Diagonal:
         """Each matrix of the batch times its weight (...)."""
@@ -299,6 +315,14 @@ class PositiveDefinite:
         """F^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
         return solve_triangular(self.entries, columns, lower=True)
 
+    def upper_solve(self, columns: Array) -> Array:
+        """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
+        return solve_triangular(self.entries, columns, trans="T", lower=True)
+
+    def product(self, other: PositiveDefinite) -> PositiveDefinite:
+        """Matrix product with another of the same kind; it need not be symmetric."""
+        return PositiveDefinite(matmul(self.entries, other.entries))
+
     def weighted(self, weights: Array) -> PositiveDefinite:
         """Each matrix of the batch times its weight (...)."""
         return PositiveDefinite(self.entries * weights[..., None, None])
@@ -312,7 +336,7 @@ Rep: TypeAlias = type[Scale] | type[Diagonal] | type[PositiveDefinite]
 
 
 def trace_product(left: Covariance, right: Covariance, dim: int) -> Array:
-    """tr(left right) () of two matrices of dimension `dim`, of any kinds."""
+    """tr(left' right) () of two matrices of dimension `dim`, of any kinds."""
     if isinstance(left, PositiveDefinite) and isinstance(right, PositiveDefinite):
         return jnp.sum(left.entries * right.entries)
     return jnp.sum(left.diagonal(dim) * right.diagonal(dim))

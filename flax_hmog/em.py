@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.checks import check_type
+from flax_hmog.checks import check_type, is_concrete
 from flax_hmog.conversions import (
     component_moments,
     moments_to_natural,
@@ -17,7 +17,7 @@ from flax_hmog.conversions import (
     natural_to_moments,
     regress_observed,
 )
-from flax_hmog.coordinates import Mean, Moments, Natural, Statistics, check_full, observable_bias, outer, symmetrize
+from flax_hmog.coordinates import Mean, Moments, Natural, check_full, outer, symmetrize
 from flax_hmog.covariances import (
     Array,
     Covariance,
@@ -28,7 +28,17 @@ from flax_hmog.covariances import (
     pytree,
     trace_product,
 )
-from flax_hmog.statistics import accumulate, check_samples, whiten_prior
+from flax_hmog.factors import Factors, factorise
+from flax_hmog.rows import row_shards
+from flax_hmog.statistics import (
+    Statistics,
+    accumulate,
+    basis_loadings,
+    check_samples,
+    log_likelihood,
+    residual_mean,
+    whiten_prior,
+)
 
 
 @pytree
@@ -153,17 +163,53 @@ def em_step(
         remedy = "Take one from PseudoCounts.regularizer(moments)."
         check_type("em_step", "regularizer", regularizer, Regularizer, remedy)
     natural, x, weights = check_samples("em_step", natural, x, weights)
-    statistics, log_likelihood = accumulate(natural, x, weights, observable_bias(natural))
-    info = em_info(natural, statistics, log_likelihood, regularizer)
-    return moments_to_natural(maximize(statistics, regularizer)), info
+    factors = compute_factors(natural)
+    statistics = accumulate(factors, x, weights, shards=row_shards(x))
+    info = em_info(natural, factors, statistics, regularizer)
+    updated, exists = next_natural(factors, statistics, regularizer)
+    if is_concrete(exists) and not exists:
+        moments_to_natural(next_moments(factors, statistics, regularizer))  # says what is wrong
+    return updated, info
+
+
+compute_factors = jax.jit(factorise)
 
 
 @jax.jit
-def maximize(statistics: Statistics, regularizer: Regularizer | None) -> Moments:
+def next_moments(factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> Moments:
     """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
-    mean, count = statistics.centered_mean(), statistics.count
-    loadings, bias, noise = regress_observed(mean)
-    weights, first, second = mean.weights, mean.weighted_means, mean.weighted_second_moments.entries
+    return maximize(factors, residual_mean(factors, statistics), statistics.count, regularizer)
+
+
+@jax.jit
+def next_natural(factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> tuple[Natural, Array]:
+    """The model of `next_moments` in natural coordinates, and whether there is such a model ()."""
+    natural = moments_to_natural(next_moments(factors, statistics, regularizer))
+    # Cholesky factors of what is not positive definite are NaN
+    signs = (natural.observable_precision.log_det(natural.interaction.shape[0]), natural.prior_precision.entries)
+    exists = [jnp.all(jnp.isfinite(values)) for values in (*signs, natural.log_weights)]
+    return natural, jnp.all(jnp.stack(exists))
+
+
+def maximize(factors: Factors, mean: Mean, count: Array, regularizer: Regularizer | None) -> Moments:
+    """The model with these average statistics of (x - b - W y, u, z), b and W those of `factors`, and pseudo-samples.
+
+    The regression of the residual on u is what W and b change by.
+
+    Args:
+        factors: of the model that the statistics are about.
+        mean: of `residual_mean`.
+        count: number of samples that the averages stand for.
+        regularizer: pseudo-statistics or None.
+
+    Returns:
+        `Moments`; the prior whitened if there is no regularizer.
+    """
+    change, bias, noise = regress_observed(mean)
+    t, t_inverse = factors.basis, factors.inverse_basis
+    loadings = matmul(basis_loadings(factors) + change, t)
+    weights, first = mean.weights, matmul(mean.weighted_means, t_inverse.T)
+    second = matmul(matmul(t_inverse[None], mean.weighted_second_moments.entries), t_inverse.T[None])
     mass = weights
     if regularizer is not None:
         r = regularizer
@@ -177,7 +223,7 @@ def maximize(statistics: Statistics, regularizer: Regularizer | None) -> Moments
         second = second + share * pseudo_square[None]
         weights = (weights + r.weights / count) / (1 + weights.shape[0] * r.weights / count)
     means, covariances = component_moments(mass, first, second)
-    moments = Moments(loadings, bias + statistics.center, noise, weights, means, covariances)
+    moments = Moments(loadings, factors.bias + bias, noise, weights, means, covariances)
     return whiten_moments(moments) if regularizer is None else moments
 
 
@@ -249,15 +295,16 @@ def _change_basis(
 
 
 @jax.jit
-def em_info(natural: Natural, statistics: Statistics, log_likelihood: Array, regularizer: Regularizer | None) -> EMInfo:
-    """Diagnostics of `natural`, whose pass over the data gave these statistics and summed log-likelihood."""
+def em_info(natural: Natural, factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> EMInfo:
+    """Diagnostics of `natural`, whose pass over the data gave these statistics."""
     obs_dim, lat_dim = natural.interaction.shape
-    objective = log_likelihood if regularizer is None else log_likelihood + penalty(natural, regularizer)
+    value = log_likelihood(factors, statistics)
+    objective = value if regularizer is None else value + penalty(natural, regularizer)
     noise = natural.observable_precision.inverse().diagonal(obs_dim)
     return EMInfo(
-        log_likelihood=log_likelihood / statistics.count,
+        log_likelihood=value / statistics.count,
         objective=objective / statistics.count,
-        occupancy=statistics.sums.weights,
+        occupancy=statistics.responsibilities,
         smallest_noise=jnp.min(noise),
         smallest_latent_variance=1 / jnp.max(natural.prior_precision.diagonal(lat_dim)),
     )
@@ -291,7 +338,8 @@ def stepwise_update(natural: Natural, mean: Mean, x: Array, rate: Array, pseudo_
         component_covariance=PositiveDefinite(jnp.eye(lat_dim, dtype=x.dtype)),
         noise_covariance=type(noise).project(spread),
     )
-    statistics, _ = accumulate(natural, x, weights, observable_bias(natural))
-    batch = natural_to_mean(moments_to_natural(maximize(statistics, regularizer)))
+    factors = compute_factors(natural)
+    statistics = accumulate(factors, x, weights, shards=row_shards(x))
+    batch = natural_to_mean(moments_to_natural(next_moments(factors, statistics, regularizer)))
     rate = jnp.asarray(rate, x.dtype)
     return whiten_prior(jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, mean, batch))

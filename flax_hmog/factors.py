@@ -1,4 +1,4 @@
-"""What inference needs of a model, and the matrix products it takes over blocks of rows.
+"""What inference needs of a model, and the matrix products it takes per block of rows.
 
 All that does not depend on x is computed once per parameter value (`factorise`); what does is a few matrix products
 per block of rows. Everything is evaluated in coordinates u of the latent space in which the posterior of an average
@@ -10,10 +10,7 @@ component has unit precision, because in float32 the plain formulas cancel (docs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,8 +28,6 @@ from flax_hmog.covariances import (
     pytree,
 )
 
-BLOCK_FLOATS = 2**23  # floats that the rows of one block may hold at once (32 MB in float32)
-
 
 @pytree
 class Factors:
@@ -46,9 +41,11 @@ class Factors:
 
     Attributes:
         bias: b (D,).
+        precision: Psi^-1.
         root: F with F F' = Psi^-1.
         projection: U = F'W T^-1 (D, L).
         prior_root: V (L, L) with V'V + U'U = I.
+        basis: T (L, L).
         inverse_basis: T^-1 (L, L).
         constant: terms of the logits free of x (K,).
         linear: C_k h~_k (K, L).
@@ -59,9 +56,11 @@ class Factors:
     """
 
     bias: Array
+    precision: Covariance
     root: Covariance
     projection: Array
     prior_root: Array
+    basis: Array
     inverse_basis: Array
     constant: Array
     linear: Array
@@ -69,6 +68,11 @@ class Factors:
     covariance: Array
     location: Array
     offset: Array
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether component matrices are."""
+        return self.covariance.ndim == 2
 
 
 def factorise(natural: Natural) -> Factors:
@@ -89,9 +93,11 @@ def factorise(natural: Natural) -> Factors:
     constant = natural.log_weights + (prior_log_det - log_det - jnp.sum(linear * gram_means, axis=-1)) / 2
     return Factors(
         bias=observable_bias(natural),
+        precision=natural.observable_precision,
         root=root,
         projection=projection,
         prior_root=prior_root,
+        basis=t,
         inverse_basis=t_inverse,
         constant=constant,
         linear=linear,
@@ -136,29 +142,37 @@ def component_product(matrices: Array, vectors: Array) -> Array:
     return matrices * vectors if matrices.ndim == 2 else einsum("kij,kj->ki", matrices, vectors)
 
 
-def quadratic_features(rows: Array, matrices: Array) -> Array:
-    """The products t_i t_j that quadratic forms in `matrices` need: (B, L) squares, or all distinct (B, L(L+1)/2)."""
-    if matrices.ndim == 2:
-        return rows * rows
-    i, j = np.triu_indices(rows.shape[-1])
-    return rows[:, i] * rows[:, j]
+def latent_features(t: Array, *, squares_only: bool = False) -> Array:
+    """[t, its products t_i t_j] (B, L + F), of which logits are linear: F = L(L+1)/2, or L squares."""
+    if squares_only:
+        return jnp.concatenate([t, t * t], axis=-1)
+    i, j = np.triu_indices(t.shape[-1])
+    return jnp.concatenate([t, t[:, i] * t[:, j]], axis=-1)
 
 
-def quadratic_coefficients(matrices: Array) -> Array:
-    """Coefficients (K, F) with coefficients . quadratic_features(t) = t' M_k t."""
+def distinct_entries(matrices: Array) -> Array:
+    """The distinct entries of symmetric matrices (K, L(L+1)/2); diagonals (K, L) as they are."""
     if matrices.ndim == 2:
         return matrices
     i, j = np.triu_indices(matrices.shape[-1])
-    return matrices[:, i, j] * jnp.asarray(np.where(i == j, 1, 2), matrices.dtype)[None]
+    return matrices[:, i, j]
 
 
-def unpack_quadratic(packed: Array) -> Array:
-    """Symmetric matrices (K, L, L) from sums of the distinct products (K, L(L+1)/2)."""
-    lat_dim = math.isqrt(2 * packed.shape[-1])
+def quadratic_coefficients(matrices: Array) -> Array:
+    """Coefficients (K, F) of the products t_i t_j in t' M_k t."""
+    if matrices.ndim == 2:
+        return matrices
+    i, j = np.triu_indices(matrices.shape[-1])
+    return distinct_entries(matrices) * jnp.asarray(np.where(i == j, 1, 2), matrices.dtype)[None]
+
+
+def symmetric_matrices(entries: Array) -> Array:
+    """Symmetric matrices (B, L, L) from their distinct entries (B, L(L+1)/2)."""
+    lat_dim = math.isqrt(2 * entries.shape[-1])
     i, j = np.triu_indices(lat_dim)
     index = np.zeros((lat_dim, lat_dim), int)
     index[i, j] = index[j, i] = np.arange(i.size)
-    return packed[:, index]
+    return entries[:, index]
 
 
 def project_rows(factors: Factors, x: Array) -> tuple[Array, Array]:
@@ -167,11 +181,10 @@ def project_rows(factors: Factors, x: Array) -> tuple[Array, Array]:
     return residual, matmul(residual, factors.projection)
 
 
-def component_logits(factors: Factors, t: Array) -> Array:
-    """Log p(x, z = k) (B, K) up to a term that all components share."""
-    features = quadratic_features(t, factors.curvature)
-    quadratic = matmul(features, quadratic_coefficients(factors.curvature).T)
-    return factors.constant[None] + matmul(t, factors.linear.T) - quadratic / 2
+def component_logits(factors: Factors, features: Array) -> Array:
+    """Log p(x, z = k) (B, K) up to a term that all components share: linear in the latent features."""
+    coefficients = jnp.concatenate([factors.linear, -quadratic_coefficients(factors.curvature) / 2], axis=-1)
+    return factors.constant[None] + matmul(features, coefficients.T)
 
 
 def shared_log_density(factors: Factors, residual: Array, t: Array) -> Array:
@@ -181,46 +194,18 @@ def shared_log_density(factors: Factors, residual: Array, t: Array) -> Array:
     return factors.offset - (jnp.sum(unexplained**2, axis=-1) + jnp.sum(shrunk**2, axis=-1)) / 2
 
 
-def posterior_rows(factors: Factors, responsibilities: Array, t: Array) -> Array:
-    """sum_k r_k E[u | x, k] (B, L) = sum_k r_k C_k (h~_k + t), for weights r (B, K)."""
-    if factors.covariance.ndim == 2:
-        spread = matmul(responsibilities, factors.covariance) * t
-    else:
-        lat_dim = t.shape[-1]
-        mixed = matmul(responsibilities, factors.covariance.reshape(-1, lat_dim * lat_dim))
-        spread = einsum("bij,bj->bi", mixed.reshape(-1, lat_dim, lat_dim), t)
-    return matmul(responsibilities, factors.linear) + spread
+def posterior_gain(factors: Factors, responsibilities: Array, t: Array) -> Array:
+    """G = E[u | x] - t = sum_k r_k (linear_k - curvature_k t) (B, L): what the prior adds to the projection."""
+    lat_dim = t.shape[-1]
+    mixed = matmul(responsibilities, jnp.concatenate([factors.linear, distinct_entries(factors.curvature)], axis=-1))
+    linear, curvature = mixed[:, :lat_dim], mixed[:, lat_dim:]
+    if factors.is_diagonal:
+        return linear - curvature * t
+    return linear - einsum("bij,bj->bi", symmetric_matrices(curvature), t)
 
 
-def block_rows(factors: Factors) -> int:
-    """Rows of a block: as many as fit in `BLOCK_FLOATS`, between 64 and 8192."""
-    obs_dim, lat_dim = factors.projection.shape
-    per_row = 2 * obs_dim + 2 * lat_dim * lat_dim + 4 * factors.constant.shape[0]
-    return max(64, min(8192, BLOCK_FLOATS // per_row))
-
-
-def map_rows(function: Callable[[Array], Any], x: Array, rows: int) -> Any:
-    """`function` of x (..., D), block by block; it takes (B, D) and returns arrays (B, ...) of results per row.
-
-    The last block overlaps the one before it, so that no row is padded and one compiled body serves all blocks.
-    Blocks are rematerialised in reverse mode: memory stays O(block) under `grad`.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    count = flat.shape[0]
-    if count <= rows:
-        out = function(flat)
-    else:
-        blocks = -(-count // rows)
-        starts = jnp.minimum(jnp.arange(blocks) * rows, count - rows)
-
-        @jax.checkpoint
-        def one_block(start: Array) -> Any:
-            return function(jax.lax.dynamic_slice_in_dim(flat, start, rows))
-
-        pieces = jax.lax.map(one_block, starts)
-        # every row once: whole blocks, then the tail of the last
-        tail = count - (blocks - 1) * rows
-        out = jax.tree.map(
-            lambda piece: jnp.concatenate([piece[:-1].reshape(-1, *piece.shape[2:]), piece[-1, rows - tail :]]), pieces
-        )
-    return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], *leaf.shape[1:]), out)
+def floats_per_row(factors: Factors) -> int:
+    """Floats that a pass holds per row of a block."""
+    (obs_dim, lat_dim), n_components = factors.projection.shape, factors.constant.shape[0]
+    features = lat_dim if factors.is_diagonal else lat_dim * (lat_dim + 1)
+    return 2 * obs_dim + features + 4 * lat_dim + 2 * n_components

@@ -14,11 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flax_hmog.checks import check_observations, check_shape, check_size, check_type
 from flax_hmog.conversions import moments_to_natural, natural_to_moments, with_prior
-from flax_hmog.coordinates import Moments, Natural, Statistics, check_full
+from flax_hmog.coordinates import Moments, Natural, check_full
 from flax_hmog.covariances import Array, as_rep, rep_name
-from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_info, maximize, whiten_moments, whiten_regularizer
+from flax_hmog.em import (
+    EMInfo,
+    PseudoCounts,
+    Regularizer,
+    compute_factors,
+    em_info,
+    next_natural,
+    whiten_moments,
+    whiten_regularizer,
+)
+from flax_hmog.factors import Factors
 from flax_hmog.initialize import METHODS, check_counts, initialize_moments
-from flax_hmog.statistics import accumulate, check_weights
+from flax_hmog.rows import row_shards
+from flax_hmog.statistics import Statistics, accumulate, check_weights
 
 INIT_ROWS = 20_000  # rows of a stream of batches that the initialisation looks at
 
@@ -119,10 +130,10 @@ def _run(
 ) -> EMResult:
     """EM from one start. The penalty refers to the first latent basis, so whitening waits for the end."""
     natural, history, converged = moments_to_natural(moments), [], False
-    center = moments.bias
     for step in range(max_steps + 1):
-        statistics, log_likelihood = source.expectations(natural, center)
-        info = em_info(natural, statistics, log_likelihood, regularizer)
+        factors = compute_factors(natural)
+        statistics = source.expectations(factors)
+        info = em_info(natural, factors, statistics, regularizer)
         history.append(float(info.objective))
         report(step, history[-1])
         if not math.isfinite(history[-1]):
@@ -133,18 +144,13 @@ def _run(
         converged = step > 0 and history[-1] - history[-2] < tolerance
         if converged or step == max_steps:
             break
-        natural = _update(statistics, regularizer)
+        natural, _ = next_natural(factors, statistics, regularizer)
     moments = natural_to_moments(natural)
     natural = moments_to_natural(whiten_moments(moments))
     smallest = 1 / jnp.max(natural.prior_precision.diagonal(natural.interaction.shape[-1]))
     info = dataclasses.replace(info, smallest_latent_variance=smallest)
     whitened: Any = None if regularizer is None else whiten_regularizer(regularizer, moments)
     return EMResult(natural, np.asarray(history), converged, info, np.asarray(history[-1:]), whitened)
-
-
-@jax.jit
-def _update(statistics: Statistics, regularizer: Regularizer | None) -> Natural:
-    return moments_to_natural(maximize(statistics, regularizer))
 
 
 def _first_moments(head: Any, source: _Source, key: Array, init: str | Moments | Natural) -> Moments:
@@ -229,17 +235,12 @@ class _Source:
             raise ValueError("fit_em: `data` must hold at least one batch; got none. Check the collection.")
         return jnp.concatenate([x for x, _ in parts]), jnp.concatenate([w for _, w in parts])
 
-    def expectations(self, natural: Natural, center: Array) -> tuple[Statistics, Array]:
-        """Statistics and summed log-likelihood of one pass."""
+    def expectations(self, factors: Factors) -> Statistics:
+        """Statistics of one pass."""
         total: Any = None
         for x, weights, labels in self.blocks():
-            part = accumulate(natural, x, weights, center, labels)
-            if total is None:
-                total = part
-            else:
-                statistics, log_likelihood = total
-                count, sums = jax.tree.map(jnp.add, (statistics.count, statistics.sums), (part[0].count, part[0].sums))
-                total = Statistics(count, sums, center), log_likelihood + part[1]
+            part = accumulate(factors, x, weights, labels, shards=row_shards(x))
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
         return total
 
 

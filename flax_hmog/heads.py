@@ -18,6 +18,7 @@ from flax_hmog.em import EMInfo, Regularizer, em_step, stepwise_update
 from flax_hmog.inference import HMoGOutput, Posterior
 from flax_hmog.initialize import random_moments
 from flax_hmog.leaves import Bounds, leaf_specs, leaves_to_natural
+from flax_hmog.likelihood import mean_log_density
 from flax_hmog.statistics import whiten_prior
 
 
@@ -71,6 +72,10 @@ class HMoGHead(nn.Module):
     def log_observable_density(self, x: Array) -> Array:
         """Log p(x) (...)."""
         return inference.log_observable_density(self._natural("log_observable_density", x), x)
+
+    def mean_log_density(self, x: Array, weights: Array | None = None) -> Array:
+        """Weighted average of log p(x) over x (..., D) (): minus the loss of a fit, value and gradient in one pass."""
+        return mean_log_density(self._natural("mean_log_density", x), x, weights)
 
     def posterior_at(self, x: Array) -> Posterior:
         """Natural parameters of p(y, z | x)."""

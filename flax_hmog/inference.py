@@ -16,14 +16,16 @@ from flax_hmog.conversions import natural_to_moments, with_prior
 from flax_hmog.coordinates import Natural, Precision
 from flax_hmog.covariances import Array, PositiveDefinite, matmul, pytree
 from flax_hmog.factors import (
-    block_rows,
+    Factors,
     component_logits,
     factorise,
-    map_rows,
-    posterior_rows,
+    floats_per_row,
+    latent_features,
+    posterior_gain,
     project_rows,
     shared_log_density,
 )
+from flax_hmog.rows import Shards, block_rows, map_rows, row_shards
 
 
 @pytree
@@ -153,7 +155,7 @@ def posterior_at(natural: Natural, x: Any) -> Posterior:
     Returns:
         `Posterior` with locations (..., K, L). Raises as `infer`.
     """
-    natural, x = _enter("posterior_at", natural, x)
+    natural, x, _ = _enter("posterior_at", natural, x)
     shift = matmul(x, natural.interaction)[..., None, :]
     eta = natural.posterior_location
     location = shift + eta.reshape(*(1,) * (x.ndim - 1), *eta.shape)
@@ -180,32 +182,32 @@ def sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
     return _sample(with_prior(natural, "sample"), key, n)
 
 
-def _enter(caller: str, natural: Any, x: Any) -> tuple[Natural, Array]:
-    """The checks of every function of (natural, x)."""
+def _enter(caller: str, natural: Any, x: Any) -> tuple[Natural, Array, Shards]:
+    """The checks of every function of (natural, x), and where the rows of x lie."""
     check_type(caller, "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
     interaction = natural.interaction
     x = check_observations(caller, x, interaction.shape[0], interaction.dtype)
-    return with_prior(natural, caller), x
+    return with_prior(natural, caller), x, row_shards(x)
 
 
-@partial(jax.jit, static_argnames="field")
-def _infer(natural: Natural, x: Array, field: str | None = None) -> Any:
+@partial(jax.jit, static_argnames=("shards", "field"))
+def _infer(natural: Natural, x: Array, shards: Shards, field: str | None = None) -> Any:
     """The whole `HMoGOutput`, or one field of it and only what that takes."""
     factors = factorise(natural)
 
-    def rows(block: Array) -> Any:
+    def rows(factors: Factors, block: Array) -> Any:
         residual, t = project_rows(factors, block)
-        logits = component_logits(factors, t)
+        logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
         evidence = jax.nn.logsumexp(logits, axis=-1)
-        log_responsibilities = jax.nn.log_softmax(logits, axis=-1)
+        log_responsibilities = logits - evidence[:, None]
         output = HMoGOutput(
             shared_log_density(factors, residual, t) + evidence,
             log_responsibilities,
-            matmul(posterior_rows(factors, jnp.exp(log_responsibilities), t), factors.inverse_basis.T),
+            matmul(t + posterior_gain(factors, jnp.exp(log_responsibilities), t), factors.inverse_basis.T),
         )
         return output if field is None else getattr(output, field)
 
-    return map_rows(rows, x, block_rows(factors))
+    return map_rows(rows, factors, x, block_rows(floats_per_row(factors)), shards)
 
 
 @partial(jax.jit, static_argnames="n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,15 @@ import jax.numpy as jnp
 
 from flax_hmog.checks import check_observations
 from flax_hmog.coordinates import Moments, outer, symmetrize
-from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, diagonal, matmul
+from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, matmul
+from flax_hmog.factors import latent_features, symmetric_matrices
+from flax_hmog.rows import Shards, block_rows, map_rows, row_shards, sum_rows
 from flax_hmog.statistics import check_weights
 
 METHODS = ("pca", "fa")
+EXACT_DIM = 1024  # columns of the data up to which their covariance matrix is formed
+SPARE_COLUMNS = 10  # columns of the random subspace beyond the latent dimension
+SUBSPACE_STEPS = 6  # passes of subspace iteration
 FA_STEPS = 50  # fixed-point steps of factor analysis
 LLOYD_STEPS = 20  # k-means steps after seeding
 NOISE_FLOOR = 1e-3  # smallest initial noise variance, as a share of the mean variance of the data
@@ -25,8 +31,8 @@ ISOTROPIC_SHARE = 1e-2  # unit variance mixed into the pooled covariance, so tha
 def initialize_moments(head: Any, data: Any, key: Array, *, weights: Any = None, method: str = "pca") -> Moments:
     """A model to start EM from.
 
-    `method="pca"` takes W and Psi from the principal components, "fa" from a factor analysis of the data (D x D
-    covariance; better where noise differs between columns). Then greedy k-means++ and Lloyd steps in the latent space
+    `method="pca"` takes W and Psi from the principal components, "fa" from a factor analysis of the data (some 50
+    passes more; better where noise differs between columns). Then greedy k-means++ and Lloyd steps in the latent space
     give the clusters. The latent space has unit covariance.
 
     Args:
@@ -49,7 +55,7 @@ def initialize_moments(head: Any, data: Any, key: Array, *, weights: Any = None,
     weights = check_weights(caller, weights, x.shape[:-1], x.dtype)
     check_counts(caller, x, head)
     obs_rep = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep")
-    return _initialize(x, weights, key, head.lat_dim, head.n_components, obs_rep, method)
+    return _initialize(x, weights, key, head.lat_dim, head.n_components, obs_rep, method, row_shards(x))
 
 
 def check_counts(caller: str, x: Array, head: Any) -> None:
@@ -68,28 +74,38 @@ def check_counts(caller: str, x: Array, head: Any) -> None:
         )
 
 
-@partial(jax.jit, static_argnames=("lat_dim", "n_components", "obs_rep", "method"))
+@partial(jax.jit, static_argnames=("lat_dim", "n_components", "obs_rep", "method", "shards"))
 def _initialize(
-    x: Array, weights: Array, key: Array, lat_dim: int, n_components: int, obs_rep: Rep, method: str
+    x: Array, weights: Array, key: Array, lat_dim: int, n_components: int, obs_rep: Rep, method: str, shards: Shards
 ) -> Moments:
+    axes_key, clusters_key = jax.random.split(key)
     share = weights / jnp.sum(weights)
-    center = matmul(share, x)
-    centered = x - center[None]
-    variance = matmul(share, centered**2)
+
+    def weighted_sum(function: Callable[[Any, Array, Array], Any], operands: Any, *rows: Array) -> Any:
+        """`function(operands, *rows, share)` summed over blocks of rows."""
+
+        def block_sums(operands: Any, block: Any, is_new: Array) -> Any:
+            return function(operands, *block[:-1], jnp.where(is_new, block[-1], 0))
+
+        return sum_rows(block_sums, operands, (*rows, share), limit, shards)
+
+    limit = block_rows(2 * x.shape[1] + 2 * lat_dim)
+    center = weighted_sum(lambda _, x, share: matmul(share, x), (), x)
+    variance = weighted_sum(lambda center, x, share: matmul(share, (x - center[None]) ** 2), center, x)
     total = jnp.mean(variance)
     floor = NOISE_FLOOR * jnp.where(total > 0, total, 1)
-    loadings = _principal_loadings(centered, share, lat_dim)
-    noise = jnp.maximum(variance - jnp.sum(loadings**2, axis=-1), floor)
-    if method == "fa":
-        loadings, noise = _factor_analysis(centered, share, loadings, noise, floor)
+    loadings, noise = _loadings(
+        partial(_covariance_product, weighted_sum, x, center), variance, floor, lat_dim, method, axes_key
+    )
     # posterior mean of y under y ~ N(0, I):  (I + W'Psi^-1 W)^-1 W'Psi^-1 (x - mu)
     scaled = loadings / noise[:, None]
     precision = PositiveDefinite(matmul(loadings.T, scaled) + jnp.eye(lat_dim, dtype=x.dtype))
-    y = matmul(matmul(centered, scaled), precision.inverse().entries)
+    projection = matmul(scaled, precision.inverse().entries)
+    y = map_rows(lambda operands, x: matmul(x - operands[0][None], operands[1]), (center, projection), x, limit, shards)
     # distances in the latent space count as they do in the data: y scaled by the norms of the loadings
     norms = jnp.linalg.norm(loadings, axis=0)
-    labels = k_means(y * norms[None], share, key, n_components)
-    weights, means, covariances = _cluster_moments(y, share, labels, n_components)
+    labels = k_means(y * norms[None], share, clusters_key, n_components)
+    weights, means, covariances = _cluster_moments(weighted_sum, y, labels, n_components)
     noises: dict[Rep, Covariance] = {
         Scale: Scale(jnp.mean(noise)),
         Diagonal: Diagonal(noise),
@@ -98,32 +114,61 @@ def _initialize(
     return Moments(loadings, center, noises[obs_rep], weights, means, PositiveDefinite(covariances))
 
 
-def _principal_loadings(centered: Array, share: Array, lat_dim: int) -> Array:
-    """W (D, L): the leading principal axes, each times the standard deviation along it."""
-    rows = centered * jnp.sqrt(share)[:, None]
-    if rows.shape[0] < rows.shape[1]:
-        values, left = jnp.linalg.eigh(matmul(rows, rows.T))
-        return matmul(rows.T, left[:, -lat_dim:][:, ::-1])
-    values, axes = jnp.linalg.eigh(matmul(rows.T, rows))
-    return (axes * jnp.sqrt(jnp.maximum(values, 0))[None])[:, -lat_dim:][:, ::-1]
+def _covariance_product(weighted_sum: Callable, x: Array, center: Array, columns: Array) -> Array:
+    """Cov(x) columns (D, P) by one pass, without the D x D matrix."""
+
+    def block_product(operands: tuple[Array, Array], x: Array, share: Array) -> Array:
+        centered = x - operands[0][None]
+        return matmul(centered.T, share[:, None] * matmul(centered, operands[1]))
+
+    return weighted_sum(block_product, (center, columns), x)
 
 
-def _factor_analysis(centered: Array, share: Array, loadings: Array, noise: Array, floor: Array) -> tuple[Array, Array]:
-    """Maximum-likelihood factor analysis by alternating principal axes of Psi^-1/2 Cov Psi^-1/2 and its residuals."""
-    lat_dim = loadings.shape[1]
-    covariance = matmul((centered * share[:, None]).T, centered)
+def _loadings(
+    product: Callable[[Array], Array], variance: Array, floor: Array, lat_dim: int, method: str, key: Array
+) -> tuple[Array, Array]:
+    """W (D, L) and the diagonal of Psi (D,): principal axes, or maximum-likelihood factor analysis.
 
-    def step(_: int, noise: Array) -> Array:
-        return jnp.maximum(diagonal(covariance) - jnp.sum(axes_of(noise) ** 2, axis=-1), floor)
+    The leading eigenvectors of Psi^-1/2 Cov Psi^-1/2 are exact where D x D matrices are small; else they come from
+    subspace iteration on random columns (Halko, Martinsson and Tropp 2011). Factor analysis alternates between them
+    and the residual variances.
+    """
+    obs_dim = variance.shape[0]
+    is_exact = obs_dim <= EXACT_DIM
+    columns = min(obs_dim, lat_dim + SPARE_COLUMNS)
+    covariance = product(jnp.eye(obs_dim, dtype=variance.dtype)) if is_exact else None
 
-    def axes_of(noise: Array) -> Array:
-        root = jnp.sqrt(noise)
-        values, axes = jnp.linalg.eigh(covariance / outer(root, root))
-        strength = jnp.sqrt(jnp.maximum(values[-lat_dim:] - 1, 1e-6))
-        return root[:, None] * (axes[:, -lat_dim:] * strength[None])[:, ::-1]
+    def leading(scale: Array, axes: Array, steps: int) -> tuple[Array, Array]:
+        """Eigenvalues, descending, and axes of scale^-1 Cov scale^-1, from the axes of a matrix like it."""
+        if covariance is not None:
+            values, vectors = jnp.linalg.eigh(covariance / outer(scale, scale))
+            return values[::-1][:columns], vectors[:, ::-1][:, :columns]
+        scaled = lambda axes: product(axes / scale[:, None]) / scale[:, None]  # noqa: E731
+        axes = jax.lax.fori_loop(0, steps, lambda _, axes: jnp.linalg.qr(scaled(axes))[0], axes)
+        values, rotation = jnp.linalg.eigh(symmetrize(matmul(axes.T, scaled(axes))))
+        return values[::-1], matmul(axes, rotation[:, ::-1])
 
-    noise = jax.lax.fori_loop(0, FA_STEPS, step, noise)
-    return axes_of(noise), noise
+    def residual(loadings: Array) -> Array:
+        return jnp.maximum(variance - jnp.sum(loadings**2, axis=-1), floor)
+
+    start = jnp.linalg.qr(jax.random.normal(key, (obs_dim, columns), variance.dtype))[0]
+    values, axes = leading(jnp.ones_like(variance), start, SUBSPACE_STEPS)
+    loadings = (axes * jnp.sqrt(jnp.maximum(values, 0))[None])[:, :lat_dim]
+    if method == "pca":
+        return loadings, residual(loadings)
+
+    def factors(noise: Array, axes: Array) -> tuple[Array, Array]:
+        scale = jnp.sqrt(noise)
+        values, axes = leading(scale, axes, 1)
+        strength = jnp.sqrt(jnp.maximum(values[:lat_dim] - 1, 1e-6))
+        return scale[:, None] * axes[:, :lat_dim] * strength[None], axes
+
+    def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        loadings, axes = factors(*state)
+        return residual(loadings), axes
+
+    noise, axes = jax.lax.fori_loop(0, FA_STEPS, step, (residual(loadings), axes))
+    return factors(noise, axes)[0], noise
 
 
 def k_means(points: Array, share: Array, key: Array, n_clusters: int) -> Array:
@@ -162,20 +207,27 @@ def k_means(points: Array, share: Array, key: Array, n_clusters: int) -> Array:
     return jnp.argmin(distances(jax.lax.fori_loop(0, LLOYD_STEPS, lloyd, centers)), axis=-1)
 
 
-def _cluster_moments(y: Array, share: Array, labels: Array, n_components: int) -> tuple[Array, Array, Array]:
-    """Weights (K,), means (K, L) and covariances (K, L, L) of labelled points, shrunk towards the pooled covariance."""
+def _cluster_moments(weighted_sum: Callable, y: Array, labels: Array, n_clusters: int) -> tuple[Array, Array, Array]:
+    """Weights (K,), means (K, L) and covariances (K, L, L) of labelled rows, shrunk towards the pooled covariance."""
     count, lat_dim = y.shape
-    member = jax.nn.one_hot(labels, n_components, dtype=y.dtype) * share[:, None]
-    mass = jnp.sum(member, axis=0)
-    means = matmul(member.T, y) / jnp.maximum(mass, 1 / count)[:, None]
-    residual = y - means[labels]
-    pooled = symmetrize(matmul((residual * share[:, None]).T, residual)) + ISOTROPIC_SHARE * jnp.eye(
-        lat_dim, dtype=y.dtype
-    )
-    within = jax.lax.map(lambda column: matmul((residual * column[:, None]).T, residual), member.T)
+
+    def member(labels: Array, share: Array) -> Array:
+        return jax.nn.one_hot(labels, n_clusters, dtype=y.dtype) * share[:, None]
+
+    def first_sums(_: Any, y: Array, labels: Array, share: Array) -> tuple[Array, Array]:
+        rows = member(labels, share)
+        return jnp.sum(rows, axis=0), matmul(rows.T, y)
+
+    def second_sums(means: Array, y: Array, labels: Array, share: Array) -> Array:
+        return matmul(member(labels, share).T, latent_features(y - means[labels])[:, lat_dim:])
+
+    mass, first = weighted_sum(first_sums, (), y, labels)
+    means = first / jnp.maximum(mass, 1 / count)[:, None]
+    within = symmetric_matrices(weighted_sum(second_sums, means, y, labels))
+    pooled = jnp.sum(within, axis=0) + ISOTROPIC_SHARE * jnp.eye(lat_dim, dtype=y.dtype)
     shrink = POOLED_SAMPLES / count
     covariances = (within + shrink * pooled[None]) / (mass + shrink)[:, None, None]
-    return (mass + 1 / count) / (1 + n_components / count), means, symmetrize(covariances)
+    return (mass + 1 / count) / (1 + n_clusters / count), means, covariances
 
 
 def random_moments(

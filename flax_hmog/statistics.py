@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,13 +12,12 @@ import numpy as np
 
 from flax_hmog.checks import check_observations, check_shape, check_type, is_concrete
 from flax_hmog.conversions import with_prior
-from flax_hmog.coordinates import Mean, Natural, Statistics, observable_bias, outer, structure, symmetrize
+from flax_hmog.coordinates import Mean, Natural, outer, structure, symmetrize
 from flax_hmog.covariances import (
     Array,
     Covariance,
     Diagonal,
     PositiveDefinite,
-    Rep,
     Scale,
     diagonal,
     inverse_lower,
@@ -28,42 +28,52 @@ from flax_hmog.covariances import (
 )
 from flax_hmog.factors import (
     Factors,
-    block_rows,
     component_logits,
     component_product,
     factorise,
-    posterior_rows,
-    project_rows,
-    quadratic_features,
-    unpack_quadratic,
+    floats_per_row,
+    latent_features,
+    posterior_gain,
+    symmetric_matrices,
 )
+from flax_hmog.rows import Shards, block_rows, row_shards, sum_rows
 
 
 @pytree
-class RowSums:
-    """Weighted sums over rows, as they come out of the matrix products.
+class Statistics:
+    """Weighted sums over samples, about the model whose expectations they are: the E-step as it adds up.
 
-    With v the sample weights, e = x - center, t the latent coordinates, r responsibilities and w = E[u | x].
+    They add over blocks, streams and devices. With v the sample weights, r the responsibilities times v, u = T y the
+    latent coordinates of `Factors`, t = U'F'(x - b), w = E[u | x], g = w - t and e = x - b - W E[y | x]. Taken about
+    the model, nothing large cancels where the noise is small beside the signal.
 
     Attributes:
         count: sum of v ().
-        observed: sum of v e (D,).
-        observed_square: sum of v e e', of kind `obs_rep`.
+        residual: sum of v e (D,).
+        residual_square: sum of v e e', of kind `obs_rep`.
         cross: sum of v e w' (D, L).
-        responsibilities: sum of v r (K,).
-        latent: sum of v r t (K, L).
-        latent_square: sum of v r times the quadratic features of t (K, F).
-        evidence: sum of v (|t|^2 / 2 + logsumexp of the logits) ().
+        responsibilities: sum of r (K,).
+        latent: sum of r t (K, L).
+        latent_square: sum of r times the products t_i t_j (K, F).
+        pooled_square: sum of v (t, g) (t, g)' (2L, 2L).
+        evidence: sum of v times logsumexp of the logits ().
     """
 
     count: Array
-    observed: Array
-    observed_square: Covariance
+    residual: Array
+    residual_square: Covariance
     cross: Array
     responsibilities: Array
     latent: Array
     latent_square: Array
+    pooled_square: Array
     evidence: Array
+
+    def pooled(self) -> tuple[Array, Array, Array]:
+        """Sums of v t t', v t g' and v g g' (L, L)."""
+        lat_dim = self.latent.shape[-1]
+        square = self.pooled_square
+        return square[:lat_dim, :lat_dim], square[:lat_dim, lat_dim:], square[lat_dim:, lat_dim:]
 
 
 def expected_statistics(natural: Natural, x: Any, weights: Any = None) -> Mean:
@@ -71,7 +81,7 @@ def expected_statistics(natural: Natural, x: Any, weights: Any = None) -> Mean:
 
     Args:
         natural: the model.
-        x: observations (N, D); any leading dimensions are samples.
+        x: observations (N, D), sharded or not; any leading dimensions are samples.
         weights: sample weights, the leading shape of `x`; None counts every sample once.
 
     Returns:
@@ -82,8 +92,8 @@ def expected_statistics(natural: Natural, x: Any, weights: Any = None) -> Mean:
         ValueError: for wrong shapes, entries that are not finite, negative weights or a weight sum of 0.
     """
     natural, x, weights = check_samples("expected_statistics", natural, x, weights)
-    statistics, _ = accumulate(natural, x, weights, observable_bias(natural))
-    return statistics.mean()
+    factors = factorise(natural)
+    return _statistics_to_mean(natural, factors, accumulate(factors, x, weights, shards=row_shards(x)))
 
 
 def check_samples(caller: str, natural: Any, x: Any, weights: Any) -> tuple[Natural, Array, Array]:
@@ -117,108 +127,167 @@ def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any)
     return weights
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="shards")
 def accumulate(
-    natural: Natural, x: Array, weights: Array, center: Array, labels: Array | None = None
-) -> tuple[Statistics, Array]:
-    """Sums of expected statistics over rows, and the sum of weighted log-densities.
+    factors: Factors, x: Array, weights: Array, labels: Array | None = None, *, shards: Shards = None
+) -> Statistics:
+    """The E-step: one pass over the rows.
 
     Args:
-        natural: the model, with its prior.
+        factors: of the model.
         x: observations (N, D).
         weights: sample weights (N,).
-        center: the fixed point (D,) about which x is taken.
         labels: known components (N,), -1 where unknown; their responsibilities are clamped and the density of such a
             row is log p(x, z = label).
+        shards: where the rows lie.
 
     Returns:
-        `Statistics` and sum_i v_i log p(x_i) ().
+        `Statistics`.
     """
-    factors = factorise(natural)
-    count = x.shape[0]
-    rows = min(count, block_rows(factors))
-    blocks = -(-count // rows)
-
-    def block_sums(index: Array | int) -> RowSums:
-        # the last block starts early so that all have one shape; rows already seen get weight 0
-        start = jnp.minimum(index * rows, count - rows)
-        x_block, weights_block, labels_block = jax.tree.map(
-            lambda a: jax.lax.dynamic_slice_in_dim(a, start, rows), (x, weights, labels)
-        )
-        weights_block = jnp.where(jnp.arange(rows) + start >= index * rows, weights_block, 0)
-        kind = type(natural.observable_precision)
-        return _row_sums(factors, kind, center, x_block, weights_block, labels_block)
-
-    if blocks == 1:
-        sums = block_sums(0)
-    else:
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(block_sums, 0))
-        add = lambda total, index: (jax.tree.map(jnp.add, total, block_sums(index)), None)  # noqa: E731
-        sums, _ = jax.lax.scan(add, zeros, jnp.arange(blocks))
-    statistics = Statistics(sums.count, _latent_sums(natural, factors, sums), center)
-    # sum_i v_i |F'(x_i - b)|^2 = <Psi^-1, sum_i v_i (x_i - b)(x_i - b)'>
-    shift = center - factors.bias
-    about_bias = jax.tree.map(
-        jnp.add,
-        sums.observed_square,
-        type(sums.observed_square).project_product(
-            jnp.stack([sums.observed, sums.count * shift], axis=-1),
-            jnp.stack([shift, shift + sums.observed / sums.count], axis=-1),
-        ),
-    )
-    square = trace_product(natural.observable_precision, about_bias, x.shape[1])
-    return statistics, sums.count * factors.offset + sums.evidence - square / 2
+    # t = (x - b)'(F U) and W E[y | x] = (F'^-1 U) E[u | x]
+    projection = factors.root.times(factors.projection)
+    loadings = basis_loadings(factors)
+    limit = block_rows(floats_per_row(factors))
+    return sum_rows(_block_sums, (factors, projection, loadings), (x, weights, labels), limit, shards)
 
 
-def _row_sums(factors: Factors, kind: Rep, center: Array, x: Array, weights: Array, labels: Array | None) -> RowSums:
+def basis_loadings(factors: Factors) -> Array:
+    """W T^-1 = F'^-1 U (D, L): the loadings of u."""
+    return factors.root.upper_solve(factors.projection)
+
+
+def _block_sums(operands: Any, block: Any, is_new: Array) -> Statistics:
     """The sums over one block: everything whose cost grows with the number of rows."""
-    _, t = project_rows(factors, x)
-    logits = component_logits(factors, t)
+    factors, projection, loadings = operands
+    x, weights, labels = block
+    weights = jnp.where(is_new, weights, 0)
+    centered = x - factors.bias[None]
+    t = matmul(centered, projection)
+    lat_dim = t.shape[1]
+    features = latent_features(t, squares_only=factors.is_diagonal)
+    logits = component_logits(factors, features)
     if labels is not None:
         chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
         logits = jnp.where((labels < 0)[:, None] | chosen, logits, -jnp.inf)
     evidence = jax.nn.logsumexp(logits, axis=-1)
-    responsibilities = jax.nn.softmax(logits, axis=-1) * weights[:, None]
-    centered = x - center[None]
-    return RowSums(
+    responsibilities = jnp.exp(logits - evidence[:, None])
+    gain = posterior_gain(factors, responsibilities, t)
+    residual = centered - matmul(t + gain, loadings.T)
+    responsibilities = responsibilities * weights[:, None]
+    by_component = matmul(responsibilities.T, features)
+    # a column of ones beside w gives the sum of residuals by the same product
+    posterior_mean = jnp.concatenate([t + gain, jnp.ones_like(t[:, :1])], axis=-1) * weights[:, None]
+    by_latent = matmul(posterior_mean.T, residual)
+    both = jnp.concatenate([t, gain], axis=-1)
+    return Statistics(
         count=jnp.sum(weights),
-        observed=matmul(weights, centered),
-        observed_square=kind.second_moment(centered, weights),
-        cross=matmul(centered.T, posterior_rows(factors, responsibilities, t)),
+        residual=by_latent[lat_dim],
+        residual_square=type(factors.root).second_moment(residual, weights),
+        cross=by_latent[:lat_dim].T,
         responsibilities=jnp.sum(responsibilities, axis=0),
-        latent=matmul(responsibilities.T, t),
-        latent_square=matmul(responsibilities.T, quadratic_features(t, factors.covariance)),
-        evidence=jnp.sum(weights * (evidence + jnp.sum(t**2, axis=-1) / 2)),
+        latent=by_component[:, :lat_dim],
+        latent_square=by_component[:, lat_dim:],
+        pooled_square=matmul((weights[:, None] * both).T, both),
+        evidence=jnp.sum(weights * evidence),
     )
 
 
-def _latent_sums(natural: Natural, factors: Factors, sums: RowSums) -> Mean:
-    """Sums of the family's statistics of (x - center, y, z), in the model's own latent basis."""
-    rep, shared_base = structure(natural)
-    n, h, c, t_inverse = sums.responsibilities, factors.location, factors.covariance, factors.inverse_basis
-    # sum r E[u | x, k] = C_k (n h~ + sum r t)
-    means = component_product(c, n[:, None] * h + sums.latent)
-    dense: Any = None
-    second: Covariance
-    if c.ndim == 2:
-        # sum r E[u^2 | x, k] = n C_k + C_k^2 sum r (h~ + t)^2
-        square = n[:, None] * h**2 + 2 * h * sums.latent + sums.latent_square
-        squares = (n[:, None] * c + c**2 * square) * (diagonal(t_inverse) ** 2)[None]
-        second = Scale(jnp.mean(squares, axis=-1)) if rep is Scale else Diagonal(squares)
+def log_likelihood(factors: Factors, statistics: Statistics) -> Array:
+    """sum_i v_i log p(x_i) () from the sums of a pass with the same model.
+
+    With t = U'r, w = t + g and V'V = I - U'U:  |r - U t|^2 + |V t|^2 = |r - U w|^2 + |V w|^2 - |g|^2.
+    """
+    tt, tg, gg = statistics.pooled()
+    latent = tt + tg + tg.T + gg
+    square = trace_product(factors.precision, statistics.residual_square, statistics.residual.shape[0])
+    square = square + jnp.sum(matmul(factors.prior_root, latent) * factors.prior_root) - jnp.trace(gg)
+    return statistics.count * factors.offset + statistics.evidence - square / 2
+
+
+def component_sums(factors: Factors, statistics: Statistics) -> tuple[Array, Array, Array]:
+    """Sums over samples of r E[u | k, x] (K, L), and of r E[u u' | k, x] less, and with, the part of t.
+
+    With d = linear_k - curvature_k t, E[u | k, x] = t + d and Cov[u | k, x] = C_k. Returns the sums of r (t + d), of
+    r (C_k + d d') and of r (C_k + (t + d)(t + d)'); matrices are (K, L, L), or their diagonals (K, L).
+    """
+    n, total = statistics.responsibilities, statistics.latent
+    linear, curvature, covariance = factors.linear, factors.curvature, factors.covariance
+    pull = component_product(curvature, total)
+    if covariance.ndim == 2:
+        square = statistics.latent_square
+        spread = n[:, None] * (covariance + linear**2) - 2 * linear * pull + curvature**2 * square
+        mixed = 2 * (total * linear - curvature * square)
     else:
-        mixed = outer(h, sums.latent)
-        square = n[:, None, None] * outer(h, h) + mixed + transpose(mixed) + unpack_quadratic(sums.latent_square)
-        # sum r E[u u' | x, k] = n C_k + C_k sum r (h~ + t)(h~ + t)' C_k
-        dense = n[:, None, None] * c + matmul(matmul(c, square), c)
-        dense = matmul(matmul(t_inverse[None], dense), t_inverse.T[None])
-        second = rep.project(dense)
+        square = symmetric_matrices(statistics.latent_square)
+        bent = matmul(curvature, square)
+        crossed = outer(linear, pull)
+        spread = n[:, None, None] * (covariance + outer(linear, linear)) - crossed - transpose(crossed)
+        spread = spread + matmul(bent, curvature)
+        mixed = outer(linear, total) - bent
+        mixed = mixed + transpose(mixed)
+    return total + n[:, None] * linear - pull, spread, spread + mixed + square
+
+
+def residual_mean(factors: Factors, statistics: Statistics) -> Mean:
+    """Average statistics of (q, u, z) with q = x - b - W y: what the M-step regresses. Full component matrices only."""
+    count = statistics.count
+    loadings = basis_loadings(factors)
+    first, spread, second = component_sums(factors, statistics)
+    *_, gg = statistics.pooled()
+    # E[q | x] = e, Cov[q, u | x] = -W Cov[u | x], Cov[q | x] = W Cov[u | x] W'
+    posterior = symmetrize(jnp.sum(spread, axis=0) - gg) / count
+    kind = type(statistics.residual_square)
+    noise = jax.tree.map(lambda total: total / count, statistics.residual_square)
     return Mean(
-        observable_mean=sums.observed,
-        observable_second_moment=sums.observed_square,
-        cross_moment=matmul(sums.cross, t_inverse.T),
-        weights=n,
-        weighted_means=matmul(means, t_inverse.T),
-        weighted_second_moments=second,
+        observable_mean=statistics.residual / count,
+        observable_second_moment=jax.tree.map(
+            jnp.add, noise, kind.project_product(matmul(loadings, posterior), loadings)
+        ),
+        cross_moment=statistics.cross / count - matmul(loadings, posterior),
+        weights=statistics.responsibilities / count,
+        weighted_means=first / count,
+        weighted_second_moments=PositiveDefinite(second / count),
+    )
+
+
+@jax.jit
+def _statistics_to_mean(natural: Natural, factors: Factors, statistics: Statistics) -> Mean:
+    """Average statistics of (x, y, z), in the model's own latent basis."""
+    rep, shared_base = structure(natural)
+    count, t_inverse, bias = statistics.count, factors.inverse_basis, factors.bias
+    loadings = basis_loadings(factors)
+    tt, tg, gg = statistics.pooled()
+    latent = tt + tg + tg.T + gg
+    first, _, second = component_sums(factors, statistics)
+    first, second = matmul(first, t_inverse.T) / count, second / count
+    dense: Any = None
+    component: Covariance
+    if factors.is_diagonal:
+        squares = second * (diagonal(t_inverse) ** 2)[None]
+        component = Scale(jnp.mean(squares, axis=-1)) if rep is Scale else Diagonal(squares)
+    else:
+        dense = matmul(matmul(t_inverse[None], second), t_inverse.T[None])
+        component = rep.project(dense)
+    # x - b = e + W w
+    kind = type(statistics.residual_square)
+    latent_mean = jnp.sum(first, axis=0)
+    shift = statistics.residual / count + matmul(loadings, matmul(factors.basis, latent_mean))
+    signal = matmul(loadings, latent)
+    spread = kind.project_product(
+        jnp.concatenate([loadings, statistics.cross, signal], axis=-1),
+        jnp.concatenate([statistics.cross, loadings, loadings], axis=-1),
+    )
+    # E[x x'] = E[(x - b)(x - b)'] + b E[x - b]' + E[x] b'
+    offset = kind.project_product(jnp.stack([bias, bias + shift], axis=-1), jnp.stack([shift, bias], axis=-1))
+    return Mean(
+        observable_mean=bias + shift,
+        observable_second_moment=jax.tree.map(
+            lambda square, rest, shifted: (square + rest) / count + shifted, statistics.residual_square, spread, offset
+        ),
+        cross_moment=matmul(statistics.cross + signal, t_inverse.T) / count + outer(bias, latent_mean),
+        weights=statistics.responsibilities / count,
+        weighted_means=first,
+        weighted_second_moments=component,
         pooled_second_moment=PositiveDefinite(jnp.sum(dense, axis=0)) if shared_base else None,  # type: ignore[arg-type]
     )
 

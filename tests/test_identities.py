@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ALL, CASES, EDGES, GRADIENTS, KINDS, Case, random_moments
+from cases import ALL, CASES, GRADIENTS, KINDS, Case, is_slow, over, random_moments
 from dense import Dense, assert_close, assert_mean_close, dense_matrix, posterior_precisions, restrict
 from goal_layout import mixture_parameters, mixture_statistics, shape_parameters, shape_statistics
 from scipy.special import logsumexp
@@ -41,7 +41,7 @@ from flax_hmog import (
 from flax_hmog.conversions import with_prior
 
 pytestmark = pytest.mark.usefixtures("float64", "eager")
-FULL = pytest.mark.parametrize("case", [case for case in CASES.values() if case.is_full], ids=lambda case: case.name)
+FULL = over([case for case in CASES.values() if case.is_full], is_slow)
 CARRIED = ("prior_location", "prior_precision", "log_weights")
 
 
@@ -221,7 +221,7 @@ def all_kinds(moments):
     return {structure: moments_to_natural(moments, structure[0], shared_base=structure[1]) for structure in structures}
 
 
-@pytest.mark.parametrize("sizes", [sizes for sizes in EDGES if sizes[1] == 1], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 3), pytest.param((3, 1, 2), marks=pytest.mark.slow)], ids=str)
 def test_all_latent_kinds_agree_at_one_latent_dimension(sizes):
     case = Case(AnalyticHMoG, "diagonal", "full", *sizes)
     naturals = all_kinds(random_moments(case))
