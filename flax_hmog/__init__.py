@@ -31,6 +31,8 @@ from flax_hmog.information import kl_divergence, log_partition, negative_entropy
 from flax_hmog.initialize import initialize_moments
 from flax_hmog.layout import ravel_mean, ravel_natural, unravel_mean, unravel_natural
 from flax_hmog.likelihood import mean_log_density
+from flax_hmog.online import fit_online_em
+from flax_hmog.sources import infer_blocks
 from flax_hmog.statistics import Statistics, expected_statistics, whiten_prior
 from flax_hmog.warm_start import WarmStartInfo, warm_start
 
@@ -60,7 +62,9 @@ __all__ = [
     "em_step",
     "expected_statistics",
     "fit_em",
+    "fit_online_em",
     "infer",
+    "infer_blocks",
     "initialize_moments",
     "join_conjugated",
     "kl_divergence",

@@ -178,7 +178,10 @@ compute_factors = jax.jit(factorise)
 @jax.jit
 def next_moments(factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> Moments:
     """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
-    return maximize(factors, residual_mean(factors, statistics), statistics.count, regularizer)
+    loadings = matmul(basis_loadings(factors), factors.basis)
+    mean = residual_mean(factors, statistics)
+    moments = maximize(loadings, factors.bias, mean, statistics.count, regularizer)
+    return whiten_moments(moments) if regularizer is None else moments
 
 
 @jax.jit
@@ -191,25 +194,25 @@ def next_natural(factors: Factors, statistics: Statistics, regularizer: Regulari
     return natural, jnp.all(jnp.stack(exists))
 
 
-def maximize(factors: Factors, mean: Mean, count: Array, regularizer: Regularizer | None) -> Moments:
-    """The model with these average statistics of (x - b - W y, u, z), b and W those of `factors`, and pseudo-samples.
+def maximize(
+    loadings: Array, bias: Array, mean: Mean, count: Array | float, regularizer: Regularizer | None
+) -> Moments:
+    """The model with these average statistics of (x - b - W y, y, z), and with pseudo-samples.
 
-    The regression of the residual on u is what W and b change by.
+    The regression of the residual on y is what W and b change by.
 
     Args:
-        factors: of the model that the statistics are about.
+        loadings: W (D, L) that the statistics are about.
+        bias: b (D,) that the statistics are about.
         mean: of `residual_mean`.
         count: number of samples that the averages stand for.
         regularizer: pseudo-statistics or None.
 
     Returns:
-        `Moments`; the prior whitened if there is no regularizer.
+        `Moments`, in the latent basis of the statistics.
     """
-    change, bias, noise = regress_observed(mean)
-    t, t_inverse = factors.basis, factors.inverse_basis
-    loadings = matmul(basis_loadings(factors) + change, t)
-    weights, first = mean.weights, matmul(mean.weighted_means, t_inverse.T)
-    second = matmul(matmul(t_inverse[None], mean.weighted_second_moments.entries), t_inverse.T[None])
+    turn, shift, noise = regress_observed(mean)
+    weights, first, second = mean.weights, mean.weighted_means, mean.weighted_second_moments.entries
     mass = weights
     if regularizer is not None:
         r = regularizer
@@ -223,8 +226,7 @@ def maximize(factors: Factors, mean: Mean, count: Array, regularizer: Regularize
         second = second + share * pseudo_square[None]
         weights = (weights + r.weights / count) / (1 + weights.shape[0] * r.weights / count)
     means, covariances = component_moments(mass, first, second)
-    moments = Moments(loadings, factors.bias + bias, noise, weights, means, covariances)
-    return whiten_moments(moments) if regularizer is None else moments
+    return Moments(loadings + turn, bias + shift, noise, weights, means, covariances)
 
 
 def penalty(natural: Natural, regularizer: Regularizer) -> Array:

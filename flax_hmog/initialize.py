@@ -53,23 +53,23 @@ def initialize_moments(head: Any, data: Any, key: Array, *, weights: Any = None,
         raise ValueError(f"{caller}: `method` must be one of {METHODS}; got {method!r}. Choose one of them.")
     x = check_observations(caller, data, head.obs_dim, head.param_dtype, argument="data")
     weights = check_weights(caller, weights, x.shape[:-1], x.dtype)
-    check_counts(caller, x, head)
+    check_counts(caller, x.shape, head)
     obs_rep = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep")
     return _initialize(x, weights, key, head.lat_dim, head.n_components, obs_rep, method, row_shards(x))
 
 
-def check_counts(caller: str, x: Array, head: Any) -> None:
-    """ValueError unless x is (N, D) with N >= K and D >= L."""
-    if x.ndim != 2:
-        raise ValueError(f"{caller}: `data` must have shape (N, D); got {x.shape}. Reshape it to one row per sample.")
-    if x.shape[0] < head.n_components:
+def check_counts(caller: str, shape: tuple[int, ...], head: Any) -> None:
+    """ValueError unless the shape is (N, D) with N >= K and D >= L."""
+    if len(shape) != 2:
+        raise ValueError(f"{caller}: `data` must have shape (N, D); got {shape}. Reshape it to one row per sample.")
+    if shape[0] < head.n_components:
         raise ValueError(
-            f"{caller}: `data` must have at least as many samples as components; got {x.shape[0]} samples for "
+            f"{caller}: `data` must have at least as many samples as components; got {shape[0]} samples for "
             f"n_components={head.n_components}. Lower n_components."
         )
-    if x.shape[1] < head.lat_dim:
+    if shape[1] < head.lat_dim:
         raise ValueError(
-            f"{caller}: `data` must have at least lat_dim columns; got {x.shape[1]} for lat_dim={head.lat_dim}. "
+            f"{caller}: `data` must have at least lat_dim columns; got {shape[1]} for lat_dim={head.lat_dim}. "
             "Lower lat_dim."
         )
 
@@ -81,7 +81,7 @@ def _initialize(
     axes_key, clusters_key = jax.random.split(key)
     share = weights / jnp.sum(weights)
 
-    def weighted_sum(function: Callable[[Any, Array, Array], Any], operands: Any, *rows: Array) -> Any:
+    def weighted_sum(function: Callable[..., Any], operands: Any, *rows: Array) -> Any:
         """`function(operands, *rows, share)` summed over blocks of rows."""
 
         def block_sums(operands: Any, block: Any, is_new: Array) -> Any:

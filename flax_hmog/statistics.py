@@ -229,8 +229,8 @@ def component_sums(factors: Factors, statistics: Statistics) -> tuple[Array, Arr
 
 
 def residual_mean(factors: Factors, statistics: Statistics) -> Mean:
-    """Average statistics of (q, u, z) with q = x - b - W y: what the M-step regresses. Full component matrices only."""
-    count = statistics.count
+    """Average statistics of (q, y, z) with q = x - b - W y: what the M-step regresses. Full component matrices only."""
+    count, t_inverse = statistics.count, factors.inverse_basis
     loadings = basis_loadings(factors)
     first, spread, second = component_sums(factors, statistics)
     *_, gg = statistics.pooled()
@@ -238,15 +238,16 @@ def residual_mean(factors: Factors, statistics: Statistics) -> Mean:
     posterior = symmetrize(jnp.sum(spread, axis=0) - gg) / count
     kind = type(statistics.residual_square)
     noise = jax.tree.map(lambda total: total / count, statistics.residual_square)
+    noise = jax.tree.map(jnp.add, noise, kind.project_product(matmul(loadings, posterior), loadings))
     return Mean(
         observable_mean=statistics.residual / count,
-        observable_second_moment=jax.tree.map(
-            jnp.add, noise, kind.project_product(matmul(loadings, posterior), loadings)
-        ),
-        cross_moment=statistics.cross / count - matmul(loadings, posterior),
+        observable_second_moment=noise,
+        cross_moment=matmul(statistics.cross / count - matmul(loadings, posterior), t_inverse.T),
         weights=statistics.responsibilities / count,
-        weighted_means=first / count,
-        weighted_second_moments=PositiveDefinite(second / count),
+        weighted_means=matmul(first, t_inverse.T) / count,
+        weighted_second_moments=PositiveDefinite(
+            matmul(matmul(t_inverse[None], second), t_inverse.T[None]) / count,
+        ),
     )
 
 

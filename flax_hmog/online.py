@@ -1,0 +1,235 @@
+"""Online EM: a step after every batch, for data that are large or read from a stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.checks import check_size
+from flax_hmog.conversions import moments_to_natural
+from flax_hmog.coordinates import Mean, Moments, outer
+from flax_hmog.covariances import Array, PositiveDefinite, matmul, pytree
+from flax_hmog.em import PseudoCounts, Regularizer, compute_factors, em_info, maximize, penalty
+from flax_hmog.factors import factorise
+from flax_hmog.fit import EMResult, ProgressBar, expectations, first_model, in_whitened_basis, source_of
+from flax_hmog.rows import Shards, row_shards
+from flax_hmog.sources import Source
+from flax_hmog.statistics import accumulate, log_likelihood, residual_mean
+
+
+@pytree
+class OnlineState:
+    """A model and the running statistics that it maximises, taken about its own W and b.
+
+    Attributes:
+        moments: the model.
+        running: average statistics of (x - b - W y, y, z), old samples forgotten at the rate of the steps.
+        average: the mean of `running` over the last steps.
+    """
+
+    moments: Moments
+    running: Mean
+    average: Mean
+
+
+def fit_online_em(
+    head: Any,
+    data: Any,
+    key: Array,
+    *,
+    batch_size: int = 512,
+    passes: int = 3,
+    step_delay: float = 2.0,
+    step_decay: float = 0.75,
+    average: bool = False,
+    weights: Any = None,
+    labels: Any = None,
+    init: str | Moments | Any = "pca",
+    regularizer: PseudoCounts | Regularizer | None = PseudoCounts(),  # noqa: B008
+    progress: bool = False,
+) -> EMResult:
+    """Fit a HMoG by online (stepwise) EM: an M-step after every batch.
+
+    Step t takes the batch's statistics with the rate (t + step_delay) ** -step_decay into the running ones; E-step and
+    M-step are those of `fit_em`. The objective need not rise at every step.
+
+    Args:
+        head: unbound head with full component matrices (`AnalyticHMoG`); dimensions, `obs_rep` and `param_dtype` count.
+        data: as in `fit_em`. A collection of batches is taken as it comes, other rows in an order drawn for each pass.
+        key: PRNG key of the initialisation and of the order.
+        batch_size: samples per step, where the data are no batches.
+        passes: passes over the data.
+        step_delay: delay of the rate, at least 1.
+        step_decay: exponent of the rate, in (0.5, 1] for convergence.
+        average: average the statistics over the last pass; for small batches or a slow decay.
+        weights: as in `fit_em`.
+        labels: as in `fit_em`.
+        init: as in `fit_em`.
+        regularizer: as in `fit_em`; its counts are relative to the samples of one pass.
+        progress: show a progress bar.
+
+    Returns:
+        `EMResult`. `objective_history` (passes + 1,) holds for each pass the objective averaged over its batches, each
+        before the step it serves for, and at the end that of the returned model on all data; `converged` is False.
+
+    Raises:
+        TypeError: for a head with restricted component matrices (see `warm_start`), or data that cannot be read twice.
+        ValueError: for unusable data or arguments, or if the objective stops being finite.
+
+    Source: Cappe and Moulines 2009; averaging: Polyak and Juditsky 1992.
+    """
+    caller = "fit_online_em"
+    check_size(caller, "batch_size", batch_size)
+    check_size(caller, "passes", passes)
+    rate = _rate(step_delay, step_decay)
+    source = source_of(caller, head, data, weights, labels, init, regularizer)
+    init_key, order_key = jax.random.split(key)
+    moments, strength = first_model(caller, head, source, init_key, init, regularizer)
+    own = _own_statistics(moments)
+    state = OnlineState(moments, own, own)
+    with ProgressBar("online EM", progress, passes + 1) as report:
+        state, history, total = _passes(state, source, batch_size, passes, rate, order_key, strength, report)
+        if average:
+            moments = maximize(state.moments.loadings, state.moments.bias, state.average, total, strength)
+        else:
+            moments = state.moments
+        natural = moments_to_natural(moments)
+        factors = compute_factors(natural)
+        info = em_info(natural, factors, expectations(source, factors), strength)
+        history.append(float(info.objective))
+        report(passes, 1, history[-1])
+    natural, info, whitened = in_whitened_basis(natural, info, strength)
+    return EMResult(natural, np.asarray(history), False, info, np.asarray(history[-1:]), whitened)
+
+
+def _rate(delay: float, decay: float) -> Callable[[int], float]:
+    """The rate of a step from its number."""
+    if not delay >= 1 or not 0.5 < decay <= 1:
+        raise ValueError(
+            f"fit_online_em: `step_delay` must be at least 1 and `step_decay` in (0.5, 1]; got {delay!r} and {decay!r}. "
+            "Use 2.0 and 0.75."
+        )
+    return lambda step: (step + delay) ** -decay
+
+
+def _passes(
+    state: OnlineState,
+    source: Source,
+    batch_size: int,
+    passes: int,
+    rate: Callable[[int], float],
+    key: Array,
+    regularizer: Regularizer | None,
+    report: Callable,
+) -> tuple[OnlineState, list[float], float]:
+    """All passes: the last state, the mean objective of each pass and the samples of a pass."""
+    total, steps, history = source.total_weight, 0, []
+    for number in range(passes):
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number), source.count or 0))
+        values, seen = [], 0.0
+        for step, (x, weights, labels) in enumerate(source.batches(order, batch_size)):
+            seen += float(jnp.sum(weights))
+            total = max(total, seen)  # grows in the first pass over a stream only
+            mean_weight = 1 if source.count is None else total / source.count
+            rates = rate(steps + step) / (x.shape[0] * mean_weight), 1 / (step + 1)
+            state, value = _step(state, x, weights, labels, rates, total, regularizer, shards=row_shards(x))
+            values.append(value)
+        steps += len(values)
+        history.append(float(jnp.sum(jnp.stack(values))) / seen)
+        report(number, 1, history[-1])
+        if not math.isfinite(history[-1]):
+            raise ValueError(
+                f"fit_online_em: `regularizer` must keep the likelihood bounded on these data; got objective "
+                f"{history[-1]} in pass {number + 1}. Use PseudoCounts() or raise its counts."
+            )
+    return state, history, total
+
+
+@partial(jax.jit, static_argnames="shards")
+def _step(
+    state: OnlineState,
+    x: Array,
+    weights: Array,
+    labels: Array | None,
+    rates: tuple[float, float],
+    total: Array | float,
+    regularizer: Regularizer | None,
+    *,
+    shards: Shards,
+) -> tuple[OnlineState, Array]:
+    """The state after a batch, and the batch's sum of penalised log-densities before.
+
+    Args:
+        state: the state.
+        x: rows (B, D).
+        weights: their weights (B,).
+        labels: their known components or None.
+        rates: of the running statistics per sample of the batch, and of their average.
+        total: number of samples of one pass, to which the regulariser is relative.
+        regularizer: pseudo-statistics or None.
+        shards: where the rows lie.
+    """
+    old = state.moments
+    natural = moments_to_natural(old)
+    factors = factorise(natural)
+    statistics = accumulate(factors, x, weights, labels, shards=shards)
+    value = log_likelihood(factors, statistics)
+    if regularizer is not None:
+        value = value + penalty(natural, regularizer) * statistics.count / total
+    rate = jnp.minimum(rates[0] * statistics.count, 1)
+    # a batch of weight 0 has sums of 0 and a rate of 0
+    batch = residual_mean(
+        factors, dataclasses.replace(statistics, count=jnp.where(statistics.count > 0, statistics.count, 1))
+    )
+    running = _mix(state.running, batch, rate)
+    average = _mix(state.average, running, rates[1])
+    moments = maximize(old.loadings, old.bias, running, total, regularizer)
+    move = partial(_about, turn=moments.loadings - old.loadings, shift=moments.bias - old.bias)
+    return OnlineState(moments, move(running), move(average)), value
+
+
+def _mix(old: Mean, new: Mean, rate: Array | float) -> Mean:
+    return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, old, new)
+
+
+def _own_statistics(moments: Moments) -> Mean:
+    """Average statistics of (x - b - W y, y, z) under the model itself."""
+    weights, means = moments.weights, moments.means
+    weighted_means = weights[:, None] * means
+    second = moments.covariances.weighted(weights).entries + outer(weighted_means, means)
+    return Mean(
+        observable_mean=jnp.zeros_like(moments.bias),
+        observable_second_moment=moments.noise,
+        cross_moment=jnp.zeros_like(moments.loadings),
+        weights=weights,
+        weighted_means=weighted_means,
+        weighted_second_moments=PositiveDefinite(second),
+    )
+
+
+def _about(mean: Mean, *, turn: Array, shift: Array) -> Mean:
+    """Average statistics of (q - shift - turn y, y, z) from those of (q, y, z)."""
+    # with Y = (1, y) and A = (shift, turn):  q' = q - A Y
+    first = jnp.sum(mean.weighted_means, axis=0)
+    second = jnp.sum(mean.weighted_second_moments.entries, axis=0)
+    one = jnp.concatenate([jnp.ones_like(first[:1]), first])
+    square = jnp.concatenate([one[None], jnp.concatenate([first[:, None], second], axis=1)])
+    change = jnp.concatenate([shift[:, None], turn], axis=1)
+    cross = jnp.concatenate([mean.observable_mean[:, None], mean.cross_moment], axis=1)
+    moved = cross - matmul(change, square)
+    # E[q'q''] = E[q q'] - E[q Y'] A' - A E[Y q'] + A E[Y Y'] A' = E[q q'] - E[q Y'] A' - A E[Y q'']
+    kind = type(mean.observable_second_moment)
+    explained = kind.project_product(jnp.concatenate([cross, change], axis=1), jnp.concatenate([change, moved], axis=1))
+    return dataclasses.replace(
+        mean,
+        observable_mean=moved[:, 0],
+        observable_second_moment=jax.tree.map(jnp.subtract, mean.observable_second_moment, explained),
+        cross_moment=moved[:, 1:],
+    )

@@ -1,0 +1,226 @@
+"""Where samples come from: arrays on devices, files larger than memory, sparse matrices, streams of batches.
+
+A source gives the same blocks at every pass, all of one shape, so that nothing is compiled twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.checks import check_observations, check_shape
+from flax_hmog.covariances import Array
+from flax_hmog.inference import HMoGOutput, infer
+from flax_hmog.statistics import check_weights
+
+BLOCK_BYTES = 2**26  # of the rows that are brought to the device at once
+SAMPLE_FLOATS = 2**27  # of the rows that an initialisation looks at, where not all are in memory
+SAMPLE_ROWS = 20_000
+
+Block: TypeAlias = tuple[Array, Array, Array | None]
+"""Rows (B, D), sample weights (B,), labels (B,) or None."""
+
+
+def is_on_disk_or_sparse(data: Any) -> bool:
+    """Whether rows are brought to the device block by block: memory-mapped arrays and scipy's sparse matrices."""
+    return isinstance(data, np.memmap) or hasattr(data, "tocsr")
+
+
+def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
+    """`infer` for data larger than memory, or sparse: rows are brought to the device block by block.
+
+    Args:
+        natural: the model.
+        data: observations (N, D): a memory-mapped array (`numpy.load(path, mmap_mode="r")`), a scipy sparse matrix or
+            an array.
+
+    Returns:
+        `HMoGOutput` of numpy arrays.
+
+    Raises:
+        TypeError, ValueError: as `infer`.
+    """
+    source = RowsInBlocks("infer_blocks", data, natural.interaction.shape[0], natural.interaction.dtype, None, None)
+    parts = [jax.tree.map(np.asarray, infer(natural, x)) for x, _, _ in source.blocks()]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: source.count], *parts)
+
+
+class RowsOnDevice:
+    """An array, with weights and labels: one block, sharded or not."""
+
+    def __init__(
+        self, caller: str, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int
+    ) -> None:
+        self.x = check_observations(caller, data, obs_dim, dtype, argument="data")
+        check_rows(caller, self.x)
+        self.count, self.obs_dim = self.x.shape
+        self.weights = check_weights(caller, weights, (self.count,), self.x.dtype)
+        self.labels = check_labels(caller, labels, (self.count,), n_components)
+        self.total_weight = float(jnp.sum(self.weights))
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks of one pass."""
+        yield self.x, self.weights, self.labels
+
+    def sample(self) -> tuple[Array, Array]:
+        """Rows and weights that the initialisation looks at."""
+        return self.x, self.weights
+
+    def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
+        """Batches of `size` rows in this order; the last one is filled up with rows of weight 0."""
+        for index, is_real in _batches(order, size):
+            yield _take((self.x, self.weights, self.labels), index, is_real)
+
+
+class RowsInBlocks:
+    """Rows of a file or of a sparse matrix, with weights and labels; only a block is on the device at a time."""
+
+    def __init__(
+        self, caller: str, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int = 1
+    ) -> None:
+        self.caller, self.dtype = caller, dtype
+        self.rows = data.tocsr() if hasattr(data, "tocsr") else data
+        check_rows(caller, self.rows)
+        if obs_dim not in (None, data.shape[1]):
+            check_observations(caller, np.empty((0, data.shape[1]), dtype), obs_dim, dtype, argument="data")
+        self.count, self.obs_dim = data.shape
+        self.weights: Any = np.asarray(check_weights(caller, weights, (self.count,), dtype))
+        self.labels = check_labels(caller, labels, (self.count,), n_components)
+        self.total_weight = float(np.sum(self.weights))
+        self.size = min(self.count, max(1, BLOCK_BYTES // (jnp.dtype(dtype).itemsize * self.obs_dim)))
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks of one pass; the last one is filled up with rows of weight 0."""
+        for start in range(0, self.count, self.size):
+            yield self._block(slice(start, start + self.size), self.size)
+
+    def sample(self) -> tuple[Array, Array]:
+        """Rows and weights that the initialisation looks at: evenly spaced ones."""
+        count = min(self.count, SAMPLE_ROWS, max(1, SAMPLE_FLOATS // self.obs_dim))
+        x, weights, _ = self._block(np.linspace(0, self.count - 1, count).astype(int), count)
+        return x, weights
+
+    def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
+        """Batches of `size` rows in this order; the last one is filled up with rows of weight 0."""
+        for start in range(0, len(order), size):
+            yield self._block(np.sort(order[start : start + size]), size)
+
+    def _block(self, index: Any, size: int) -> Block:
+        rows = self.rows[index]
+        dense = np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows)
+        x = check_observations(self.caller, dense, self.obs_dim, self.dtype, argument="data")
+        pad = lambda a: jnp.pad(jnp.asarray(a), [(0, size - x.shape[0])] + [(0, 0)] * (np.ndim(a) - 1))  # noqa: E731
+        labels = None if self.labels is None else pad(self.labels[index])
+        return pad(x), pad(self.weights[index]), labels
+
+
+class Stream:
+    """A collection of batches that can be iterated repeatedly."""
+
+    count = None
+    total_weight = 0.0  # not known before the first pass ends
+
+    def __init__(self, caller: str, batches: Iterable, obs_dim: int | None, dtype: Any) -> None:
+        self.caller, self.data, self.dtype, self.width = caller, batches, dtype, obs_dim
+
+    @property
+    def obs_dim(self) -> int:
+        """D of the data."""
+        return self.width or self.sample()[0].shape[1]
+
+    def blocks(self) -> Iterator[Block]:
+        """The batches of one pass; those shorter than the longest so far are filled up with rows of weight 0."""
+        rows, width = 0, self.width
+        for batch in self.data:
+            x = check_observations(self.caller, batch, width, self.dtype, argument="data")
+            if x.ndim != 2 or not x.shape[0]:
+                raise ValueError(
+                    f"{self.caller}: `data` must hold batches (B, D); got {x.shape}. Give whole batches of rows."
+                )
+            width = x.shape[1]
+            rows = max(rows, x.shape[0])
+            missing = rows - x.shape[0]
+            yield jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(jnp.ones(x.shape[0], x.dtype), (0, missing)), None
+
+    def sample(self) -> tuple[Array, Array]:
+        """Rows and weights that the initialisation looks at: the first ones."""
+        parts, count = [], 0
+        for x, weights, _ in self.blocks():
+            parts.append((x, weights))
+            count += x.shape[0]
+            if count >= min(SAMPLE_ROWS, SAMPLE_FLOATS // x.shape[1]):
+                break
+        if not parts:
+            raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
+        return jnp.concatenate([x for x, _ in parts]), jnp.concatenate([w for _, w in parts])
+
+    def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
+        """The batches as they come."""
+        return self.blocks()
+
+
+Source: TypeAlias = RowsOnDevice | RowsInBlocks | Stream
+
+
+def as_source(caller: str, head: Any, data: Any, weights: Any, labels: Any) -> Source:
+    """The source for what a user gives as data.
+
+    Raises:
+        TypeError: for data that cannot be read twice.
+        ValueError: for unusable data, or weights or labels of a stream.
+    """
+    if is_on_disk_or_sparse(data):
+        return RowsInBlocks(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
+    if hasattr(data, "shape"):
+        return RowsOnDevice(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
+    if isinstance(data, Iterator) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"{caller}: `data` must be an array or a collection of batches that can be iterated repeatedly; got "
+            f"{type(data).__name__}. EM reads the data once per step: give a list or an object with __iter__."
+        )
+    if weights is not None or labels is not None:
+        raise ValueError(
+            f"{caller}: `weights` and `labels` must come with an array; got a stream of batches. Give one array."
+        )
+    return Stream(caller, data, head.obs_dim, head.param_dtype)
+
+
+def check_rows(caller: str, x: Any) -> None:
+    """ValueError unless x is (N, D) with N > 0."""
+    if len(x.shape) != 2 or not x.shape[0]:
+        raise ValueError(f"{caller}: `data` must have shape (N, D); got {x.shape}. Reshape it to one row per sample.")
+
+
+def check_labels(caller: str, labels: Any, shape: tuple[int, ...], n_components: int) -> Array | None:
+    """Known components as int32, -1 where unknown; None if none are given.
+
+    Raises:
+        ValueError: for another shape, or anything but integers from -1 to K - 1.
+    """
+    if labels is None:
+        return None
+    check_shape(caller, "labels", labels, shape)
+    values = np.asarray(labels)
+    if values.dtype.kind not in "iu" or values.min() < -1 or values.max() >= n_components:
+        raise ValueError(
+            f"{caller}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {values.dtype} from "
+            f"{values.min()} to {values.max()}. Number the known components from 0."
+        )
+    return jnp.asarray(values, jnp.int32)
+
+
+def _batches(order: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, len(order), size):
+        index = order[start : start + size]
+        missing = size - len(index)
+        yield np.pad(index, (0, missing)), np.arange(size) < len(index)
+
+
+@jax.jit
+def _take(block: Block, index: Array, is_real: Array) -> Block:
+    x, weights, labels = jax.tree.map(lambda a: jnp.take(a, index, axis=0), block)
+    return x, jnp.where(is_real, weights, 0), labels
