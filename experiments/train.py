@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.baselines import fit_baselines
 from experiments.configs import EXPERIMENTS
 from experiments.data import Split, digits
-from flax_hmog import Regularizer, fit_em, infer, log_observable_density, penalty, warm_start
+from flax_hmog import Regularizer, fit_em, infer, mean_log_density, penalty, warm_start
 from flax_hmog.analysis import clustering_metrics
 from flax_hmog.training import CheckpointWriter, create_state, make_mesh, make_train_step, restore
 from flax_hmog.training.checkpoints import restore_like, saved_steps
@@ -180,7 +180,7 @@ class Finetuning:
         """Negative penalised log-likelihood per sample: what EM maximises, up to the prior of the components."""
         regularizer, share = extra
         natural = self.head.apply({"params": params}, method="natural")
-        return -jnp.mean(log_observable_density(natural, x)) - share * penalty(natural, regularizer)
+        return -mean_log_density(natural, x) - share * penalty(natural, regularizer)
 
     def batches(self, seed: int, epoch: int, split: Split) -> Any:
         """The epoch's batches, in an order that follows from seed and epoch alone."""

@@ -113,8 +113,8 @@ def _rate(delay: float, decay: float) -> Callable[[int], float]:
     """The rate of a step from its number."""
     if not delay >= 1 or not 0.5 < decay <= 1:
         raise ValueError(
-            f"fit_online_em: `step_delay` must be at least 1 and `step_decay` in (0.5, 1]; got {delay!r} and {decay!r}. "
-            "Use 2.0 and 0.75."
+            f"fit_online_em: `step_delay` must be at least 1 and `step_decay` in (0.5, 1]; got {delay!r} and "
+            f"{decay!r}. Use 2.0 and 0.75."
         )
     return lambda step: (step + delay) ** -decay
 

@@ -28,8 +28,8 @@ Shards: TypeAlias = tuple[Mesh | AbstractMesh, tuple[str, ...]] | None
 def row_shards(x: Array) -> Shards:
     """Over what the first axis of `x` is split.
 
-    Of an array its sharding says so; of a tracer, whose sharding is not known yet, the mesh of `jax.set_mesh` does:
-    rows are taken to lie over its axis `data`.
+    Of an array its sharding says so. That of a tracer is not known yet: its rows are taken to lie over the axis `data`
+    of the mesh in scope, as `jax.set_mesh` or `make_train_step` sets it.
     """
     if isinstance(x, jax.core.Tracer):
         mesh = jax.sharding.get_abstract_mesh()
@@ -117,9 +117,9 @@ def _sum_blocks(function: Callable, operands: Any, rows: Any, limit: int, names:
         block = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), rows)
         return function(operands, block, jnp.arange(size) + start >= index * size)
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(block_sums, 0))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(block_sums, 0))
     if names:
-        zeros = jax.tree.map(lambda a: jax.lax.pcast(a, names, to="varying"), zeros)
+        zeros = jax.lax.pcast(zeros, names, to="varying")
     add = lambda total, index: (jax.tree.map(jnp.add, total, block_sums(index)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, jnp.arange(blocks))[0]
 

@@ -61,7 +61,9 @@ def make_train_step(
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def step(state: TrainState, x: Array, extra: Any) -> tuple[TrainState, Array]:
-        value, gradients = jax.value_and_grad(loss)(state.params, x, extra)
+        # passes over rows then know over which axis x lies
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            value, gradients = jax.value_and_grad(loss)(state.params, x, extra)
         return state.apply_gradients(grads=gradients), value
 
     compiled = jax.jit(

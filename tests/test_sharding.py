@@ -1,0 +1,110 @@
+"""Passes over rows that lie on several devices: the same results, and one reduction of the size of the parameters."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ON_EIGHT_DEVICES = """
+import json, re, jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import NamedSharding, PartitionSpec
+from flax_hmog import *
+from flax_hmog import rows, statistics
+from flax_hmog.em import compute_factors
+from flax_hmog.training import create_state, make_mesh, make_train_step
+
+rows.MIN_ROWS = rows.MAX_ROWS = 32
+D, L, K = 12, 3, 4
+head, trained = AnalyticHMoG(L, K, D), DifferentiableHMoG(L, K, D)
+draws = np.random.default_rng(0).standard_normal((2048, D)).astype(np.float32) @ np.diag(np.arange(1.0, 13))
+draws = draws.astype(np.float32)
+natural = moments_to_natural(initialize_moments(head, draws, jax.random.key(0)))
+params = warm_start(trained, natural)[0]["params"]
+loss = lambda params, x, _: -trained.apply({"params": params}, x, method="mean_log_density")
+collective = re.compile(r"(.*)= (\\(?.*?\\)?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)")
+
+def results(x):
+    gradient = jax.grad(lambda params, x: loss(params, x, None), argnums=(0, 1))
+    trees = {
+        "expected_statistics": expected_statistics(natural, x),
+        "infer": infer(natural, x),
+        "gradient": gradient(params, x),
+        "gradient of rows": jax.grad(lambda x: jnp.mean(infer(natural, x).latent_mean ** 2))(x),
+        "fit_em": fit_em(head, x, jax.random.key(0), max_steps=3).natural,
+        "fit_online_em": fit_online_em(head, x, jax.random.key(0), init=natural, passes=1).natural,
+    }
+    return {name: [np.asarray(leaf) for leaf in jax.tree.leaves(tree)] for name, tree in trees.items()}
+
+def collectives(compiled):
+    '''Kind and bytes of every collective of a program.'''
+    found = []
+    for line in compiled.as_text().splitlines():
+        if match := collective.match(line):
+            shapes = re.findall(r"f32\\[([\\d,]*)\\]", match[2])
+            found.append((match[3], sum(4 * int(np.prod([int(n) for n in s.split(",") if n] or [1])) for s in shapes)))
+    return found
+
+report = {}
+want = results(jnp.asarray(draws))
+for model in (1, 2):
+    mesh = make_mesh(model=model)
+    over_data = NamedSharding(mesh, PartitionSpec("data"))
+    got = results(jax.device_put(draws, over_data))
+    gap = {
+        name: max(float(np.max(np.abs(a - b) / (1 + np.abs(b)))) for a, b in zip(got[name], want[name])) for name in want
+    }
+    factors = compute_factors(natural)
+    passes = {}
+    for count in (2048, 8192):
+        x = jax.device_put(np.resize(draws, (count, D)), over_data)
+        weights = jax.device_put(np.ones(count, np.float32), over_data)
+        lowered = statistics.accumulate.lower(factors, x, weights, shards=rows.row_shards(x))
+        passes[count] = collectives(lowered.compile())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(statistics.accumulate(factors, x, weights)))
+    report[model] = {"gap": gap, "passes": passes, "statistics": size}
+
+mesh = make_mesh()
+step_collectives = []
+for count in (2048, 8192):
+    x = jax.device_put(np.resize(draws, (count, D)), NamedSharding(mesh, PartitionSpec("data")))
+    state = create_state(trained, {"params": params}, optax.adam(1e-2), x, mesh)
+    step = make_train_step(loss, state, mesh)
+    step_collectives.append(collectives(jax.jit(step).lower(state, x).compile()))
+report["step"] = {"collectives": step_collectives, "statistics": size}
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def report():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT_DEVICES], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("model", ["1", "2"])
+def test_results_are_those_of_one_device(report, model):
+    """To float32 rounding; three EM steps carry it on."""
+    for name, gap in report[model]["gap"].items():
+        assert gap < 1e-3 if name.startswith("fit") else gap < 1e-5, name
+
+
+@pytest.mark.parametrize("model", ["1", "2"])
+def test_a_pass_reduces_its_statistics_once(report, model):
+    """Nothing else crosses devices, whatever the number of rows."""
+    short, long = report[model]["passes"].values()
+    assert [kind for kind, _ in short] == ["all-reduce"]
+    assert short == long
+    assert 0 < short[0][1] <= 1.1 * report[model]["statistics"]
+
+
+def test_a_gradient_step_reduces_its_statistics_once(report):
+    short, long = report["step"]["collectives"]
+    assert short == long
+    assert {kind for kind, _ in short} == {"all-reduce"}
+    assert sum(size for _, size in short) <= 1.1 * report["step"]["statistics"]
