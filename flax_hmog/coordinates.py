@@ -6,6 +6,7 @@ L latent, K components; W loadings, Psi noise, Theta = Psi^-1 W.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
@@ -84,6 +85,8 @@ class Natural:
         prior_location: h (K, L) or None.
         prior_precision: P, `PositiveDefinite` (K, L, L) or None.
         log_weights: log w (K,) or None.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for that of the
+            parameters. Not a parameter: a policy that inference follows (docs/performance.md).
     """
 
     observable_location: Array
@@ -95,6 +98,7 @@ class Natural:
     prior_location: Array = None  # type: ignore[assignment]
     prior_precision: PositiveDefinite = None  # type: ignore[assignment]
     log_weights: Array = None  # type: ignore[assignment]
+    projection_dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @pytree

@@ -26,7 +26,7 @@ einsum = partial(jnp.einsum, precision="highest")
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass whose fields are the children of a JAX pytree."""
+    """Make `cls` a frozen dataclass whose fields are the children of a JAX pytree, but for those marked static."""
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 

@@ -44,6 +44,7 @@ class Factors:
         precision: Psi^-1.
         root: F with F F' = Psi^-1.
         projection: U = F'W T^-1 (D, L).
+        projector: F U (D, L), so that t = (F U)'(x - b), in the dtype of that product.
         prior_root: V (L, L) with V'V + U'U = I.
         basis: T (L, L).
         inverse_basis: T^-1 (L, L).
@@ -59,6 +60,7 @@ class Factors:
     precision: Covariance
     root: Covariance
     projection: Array
+    projector: Array
     prior_root: Array
     basis: Array
     inverse_basis: Array
@@ -96,6 +98,7 @@ def factorise(natural: Natural) -> Factors:
         precision=natural.observable_precision,
         root=root,
         projection=projection,
+        projector=root.times(projection).astype(natural.projection_dtype or projection.dtype),
         prior_root=prior_root,
         basis=t,
         inverse_basis=t_inverse,
@@ -175,10 +178,10 @@ def symmetric_matrices(entries: Array) -> Array:
     return entries[:, index]
 
 
-def project_rows(factors: Factors, x: Array) -> tuple[Array, Array]:
-    """Noise-whitened residuals r = F'(x - b) (B, D) and latent coordinates t = U'r (B, L)."""
-    residual = factors.root.rows_times(x - factors.bias[None])
-    return residual, matmul(residual, factors.projection)
+def project_rows(factors: Factors, centered: Array) -> Array:
+    """Latent coordinates t = (F U)'(x - b) (B, L) of rows x - b (B, D)."""
+    projector = factors.projector
+    return matmul(centered.astype(projector.dtype), projector, preferred_element_type=centered.dtype)
 
 
 def component_logits(factors: Factors, features: Array) -> Array:
@@ -187,9 +190,9 @@ def component_logits(factors: Factors, features: Array) -> Array:
     return factors.constant[None] + matmul(features, coefficients.T)
 
 
-def shared_log_density(factors: Factors, residual: Array, t: Array) -> Array:
+def shared_log_density(factors: Factors, centered: Array, t: Array) -> Array:
     """The term of log p(x, z = k) that all components share (B,): offset - (|r - U t|^2 + |V t|^2) / 2."""
-    unexplained = residual - matmul(t, factors.projection.T)
+    unexplained = factors.root.rows_times(centered) - matmul(t, factors.projection.T)
     shrunk = matmul(t, factors.prior_root.T)
     return factors.offset - (jnp.sum(unexplained**2, axis=-1) + jnp.sum(shrunk**2, axis=-1)) / 2
 

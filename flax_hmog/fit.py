@@ -115,6 +115,7 @@ def fit_em(
                 strength,
                 max_steps,
                 tolerance,
+                head.projection_dtype,
                 lambda step, value, done=done, restart=restart: report(done + step, restart + 1, value),
             )
             finals.append(result.objective_history[-1])
@@ -124,12 +125,18 @@ def fit_em(
 
 
 def _run(
-    moments: Moments, source: Source, regularizer: Regularizer | None, max_steps: int, tolerance: float, report: Any
+    moments: Moments,
+    source: Source,
+    regularizer: Regularizer | None,
+    max_steps: int,
+    tolerance: float,
+    projection_dtype: str | None,
+    report: Any,
 ) -> EMResult:
     """EM from one start. The penalty refers to the first latent basis, so whitening waits for the end."""
     natural, history, converged = moments_to_natural(moments), [], False
     for step in range(max_steps + 1):
-        factors = compute_factors(natural)
+        factors = compute_factors(dataclasses.replace(natural, projection_dtype=projection_dtype))
         statistics = expectations(source, factors)
         info = em_info(natural, factors, statistics, regularizer)
         history.append(float(info.objective))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -51,7 +52,7 @@ class HMoGHead(nn.Module):
                 f"{caller}: `obs_dim` must be known; got None and no observations. "
                 "Initialise with an x, or give obs_dim."
             )
-        return self._model(known)
+        return dataclasses.replace(self._model(known), projection_dtype=self.projection_dtype)  # type: ignore[attr-defined]
 
     def __call__(self, x: Array) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D)."""
@@ -128,6 +129,7 @@ class DifferentiableHMoG(HMoGHead):
         signal_bound: largest norm of a column of noise-whitened loadings, in prior standard deviations.
         relative_floor: smallest eigenvalue of correlations, and of component precisions relative to their average.
         param_dtype: dtype of the leaves, in which everything is computed.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
 
     Raises:
         ValueError: for dimensions, kinds or bounds that make no model.
@@ -143,6 +145,7 @@ class DifferentiableHMoG(HMoGHead):
     signal_bound: float = Bounds.signal
     relative_floor: float = Bounds.relative_floor
     param_dtype: Any = jnp.float32
+    projection_dtype: Any = None
 
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep", "pst_rep")
@@ -174,6 +177,7 @@ class SymmetricHMoG(HMoGHead):
         signal_bound: largest norm of a column of noise-whitened loadings, in prior standard deviations.
         relative_floor: smallest eigenvalue of correlations, and of component precisions relative to their average.
         param_dtype: dtype of the leaves, in which everything is computed.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
 
     Raises:
         ValueError: for dimensions, kinds or bounds that make no model.
@@ -189,6 +193,7 @@ class SymmetricHMoG(HMoGHead):
     signal_bound: float = Bounds.signal
     relative_floor: float = Bounds.relative_floor
     param_dtype: Any = jnp.float32
+    projection_dtype: Any = None
 
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep", "lat_rep")
@@ -229,6 +234,7 @@ class AnalyticHMoG(HMoGHead):
         step_decay: exponent of the step size, in (0.5, 1] for convergence.
         pseudo_share: strength of the regulariser, in pseudo-samples per sample of a batch.
         param_dtype: dtype of the statistics, in which everything is computed.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
 
     Raises:
         ValueError: for dimensions or kinds that make no model.
@@ -242,6 +248,7 @@ class AnalyticHMoG(HMoGHead):
     step_decay: float = 0.7
     pseudo_share: float = 1e-3
     param_dtype: Any = jnp.float32
+    projection_dtype: Any = None
 
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep")
@@ -338,6 +345,13 @@ def _check_head(head: Any, *reps: str) -> None:
         check_positive(caller, "relative_floor", head.relative_floor, "Use a small share, as 1e-3.")
     if not jnp.issubdtype(head.param_dtype, jnp.floating):
         raise ValueError(f"{caller}: `param_dtype` must be a float dtype; got {head.param_dtype}. Use jnp.float32.")
+    if head.projection_dtype is not None:
+        if not jnp.issubdtype(head.projection_dtype, jnp.floating):
+            raise ValueError(
+                f"{caller}: `projection_dtype` must be a float dtype or None; got {head.projection_dtype!r}. "
+                'Use "bfloat16" or None.'
+            )
+        object.__setattr__(head, "projection_dtype", jnp.dtype(head.projection_dtype).name)
 
 
 def _trainable_model(head: DifferentiableHMoG | SymmetricHMoG, obs_dim: int) -> Natural:

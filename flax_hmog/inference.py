@@ -196,12 +196,13 @@ def _infer(natural: Natural, x: Array, shards: Shards, field: str | None = None)
     factors = factorise(natural)
 
     def rows(factors: Factors, block: Array) -> Any:
-        residual, t = project_rows(factors, block)
+        centered = block - factors.bias[None]
+        t = project_rows(factors, centered)
         logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
         evidence = jax.nn.logsumexp(logits, axis=-1)
         log_responsibilities = logits - evidence[:, None]
         output = HMoGOutput(
-            shared_log_density(factors, residual, t) + evidence,
+            shared_log_density(factors, centered, t) + evidence,
             log_responsibilities,
             matmul(t + posterior_gain(factors, jnp.exp(log_responsibilities), t), factors.inverse_basis.T),
         )

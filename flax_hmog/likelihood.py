@@ -108,9 +108,10 @@ def _tangent(factors: Factors, statistics: Statistics, d: Factors) -> Array:
 def _density_and_score(operands: Any, x: Array) -> tuple[Array, Array]:
     """Log p(x) (B,) and its derivative in x, -Psi^-1 (x - b - W E[y | x]) (B, D)."""
     factors, loadings = operands
-    residual, t = project_rows(factors, x)
+    centered = x - factors.bias[None]
+    t = project_rows(factors, centered)
     logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
     evidence = jax.nn.logsumexp(logits, axis=-1)
     w = t + posterior_gain(factors, jnp.exp(logits - evidence[:, None]), t)
-    unexplained = x - factors.bias[None] - matmul(w, loadings.T)
-    return shared_log_density(factors, residual, t) + evidence, -factors.precision.rows_times(unexplained)
+    unexplained = centered - matmul(w, loadings.T)
+    return shared_log_density(factors, centered, t) + evidence, -factors.precision.rows_times(unexplained)

@@ -95,7 +95,8 @@ def fit_online_em(
     own = _own_statistics(moments)
     state = OnlineState(moments, own, own)
     with ProgressBar("online EM", progress, passes + 1) as report:
-        state, history, total = _passes(state, source, batch_size, passes, rate, order_key, strength, report)
+        step = partial(_step, regularizer=strength, projection_dtype=head.projection_dtype)
+        state, history, total = _passes(state, source, batch_size, passes, rate, order_key, step, report)
         if average:
             moments = maximize(state.moments.loadings, state.moments.bias, state.average, total, strength)
         else:
@@ -126,7 +127,7 @@ def _passes(
     passes: int,
     rate: Callable[[int], float],
     key: Array,
-    regularizer: Regularizer | None,
+    step_of: Callable,
     report: Callable,
 ) -> tuple[OnlineState, list[float], float]:
     """All passes: the last state, the mean objective of each pass and the samples of a pass."""
@@ -139,7 +140,7 @@ def _passes(
             total = max(total, seen)  # grows in the first pass over a stream only
             mean_weight = 1 if source.count is None else total / source.count
             rates = rate(steps + step) / (x.shape[0] * mean_weight), 1 / (step + 1)
-            state, value = _step(state, x, weights, labels, rates, total, regularizer, shards=row_shards(x))
+            state, value = step_of(state, x, weights, labels, rates, total, shards=row_shards(x))
             values.append(value)
         steps += len(values)
         history.append(float(jnp.sum(jnp.stack(values))) / seen)
@@ -152,7 +153,7 @@ def _passes(
     return state, history, total
 
 
-@partial(jax.jit, static_argnames="shards")
+@partial(jax.jit, static_argnames=("shards", "projection_dtype"))
 def _step(
     state: OnlineState,
     x: Array,
@@ -160,9 +161,10 @@ def _step(
     labels: Array | None,
     rates: tuple[float, float],
     total: Array | float,
-    regularizer: Regularizer | None,
     *,
+    regularizer: Regularizer | None,
     shards: Shards,
+    projection_dtype: str | None,
 ) -> tuple[OnlineState, Array]:
     """The state after a batch, and the batch's sum of penalised log-densities before.
 
@@ -175,10 +177,11 @@ def _step(
         total: number of samples of one pass, to which the regulariser is relative.
         regularizer: pseudo-statistics or None.
         shards: where the rows lie.
+        projection_dtype: as in a head.
     """
     old = state.moments
     natural = moments_to_natural(old)
-    factors = factorise(natural)
+    factors = factorise(dataclasses.replace(natural, projection_dtype=projection_dtype))
     statistics = accumulate(factors, x, weights, labels, shards=shards)
     value = log_likelihood(factors, statistics)
     if regularizer is not None:

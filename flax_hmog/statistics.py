@@ -34,6 +34,7 @@ from flax_hmog.factors import (
     floats_per_row,
     latent_features,
     posterior_gain,
+    project_rows,
     symmetric_matrices,
 )
 from flax_hmog.rows import Shards, block_rows, row_shards, sum_rows
@@ -144,11 +145,8 @@ def accumulate(
     Returns:
         `Statistics`.
     """
-    # t = (x - b)'(F U) and W E[y | x] = (F'^-1 U) E[u | x]
-    projection = factors.root.times(factors.projection)
-    loadings = basis_loadings(factors)
     limit = block_rows(floats_per_row(factors))
-    return sum_rows(_block_sums, (factors, projection, loadings), (x, weights, labels), limit, shards)
+    return sum_rows(_block_sums, (factors, basis_loadings(factors)), (x, weights, labels), limit, shards)
 
 
 def basis_loadings(factors: Factors) -> Array:
@@ -158,11 +156,11 @@ def basis_loadings(factors: Factors) -> Array:
 
 def _block_sums(operands: Any, block: Any, is_new: Array) -> Statistics:
     """The sums over one block: everything whose cost grows with the number of rows."""
-    factors, projection, loadings = operands
+    factors, loadings = operands
     x, weights, labels = block
     weights = jnp.where(is_new, weights, 0)
     centered = x - factors.bias[None]
-    t = matmul(centered, projection)
+    t = project_rows(factors, centered)
     lat_dim = t.shape[1]
     features = latent_features(t, squares_only=factors.is_diagonal)
     logits = component_logits(factors, features)

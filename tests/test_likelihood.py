@@ -8,7 +8,7 @@ from cases import CASES, FEW, GRADIENTS, SOME
 from dense import Dense, assert_close
 from jax.test_util import check_grads
 
-from flax_hmog import AnalyticHMoG, log_observable_density, mean_log_density, ravel_natural, unravel_natural
+from flax_hmog import AnalyticHMoG, fit_em, log_observable_density, mean_log_density, ravel_natural, unravel_natural
 
 WEIGHTS = np.linspace(0.2, 2, 9)
 
@@ -71,3 +71,30 @@ def test_memory_of_a_gradient_does_not_grow_with_the_rows(name):
     rows = 2**18
     # the weights, 4 bytes per row
     assert temporary_bytes(4 * rows) - temporary_bytes(rows) < 1.01 * 4 * 3 * rows
+
+
+def test_projection_in_bfloat16_is_what_is_asked_for():
+    """The head's policy reaches densities, gradients and EM: another product, results to bfloat16's rounding."""
+    case = CASES["differentiable-diagonal-diagonal-4.2.3"]
+    x = case.x(200).astype(np.float32)
+    plain = case.head("float32")
+    low = plain.clone(projection_dtype=jnp.bfloat16)
+    variables = case.variables("float32")
+    assert low.projection_dtype == "bfloat16"
+    for method in ("log_observable_density", "mean_log_density", "latent_mean"):
+        got, want = (np.asarray(head.apply(variables, x, method=method)) for head in (low, plain))
+        assert 0 < np.max(np.abs(got - want)) < 0.05 * (1 + np.max(np.abs(want))), method
+    text = jax.jit(lambda v, x: low.apply(v, x, method="mean_log_density")).lower(variables, x).as_text()
+    assert "bf16" in text
+    analytic = AnalyticHMoG(2, 3, 4)
+    fits = [
+        fit_em(head, x, jax.random.key(0), max_steps=3)
+        for head in (analytic, analytic.clone(projection_dtype="bfloat16"))
+    ]
+    gap = np.abs(fits[0].objective_history - fits[1].objective_history)
+    assert 0 < gap.max() < 0.05
+
+
+def test_projection_dtype_is_checked():
+    with pytest.raises(ValueError, match="`projection_dtype` must be a float dtype"):
+        AnalyticHMoG(2, 3, projection_dtype="int32")
