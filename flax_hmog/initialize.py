@@ -78,7 +78,6 @@ def check_counts(caller: str, shape: tuple[int, ...], head: Any) -> None:
 def _initialize(
     x: Array, weights: Array, key: Array, lat_dim: int, n_components: int, obs_rep: Rep, method: str, shards: Shards
 ) -> Moments:
-    axes_key, clusters_key = jax.random.split(key)
     share = weights / jnp.sum(weights)
 
     def weighted_sum(function: Callable[..., Any], operands: Any, *rows: Array) -> Any:
@@ -95,7 +94,12 @@ def _initialize(
     total = jnp.mean(variance)
     floor = NOISE_FLOOR * jnp.where(total > 0, total, 1)
     loadings, noise = _loadings(
-        partial(_covariance_product, weighted_sum, x, center), variance, floor, lat_dim, method, axes_key
+        partial(_covariance_product, weighted_sum, x, center),
+        variance,
+        floor,
+        lat_dim,
+        method,
+        jax.random.fold_in(key, 1),
     )
     # posterior mean of y under y ~ N(0, I):  (I + W'Psi^-1 W)^-1 W'Psi^-1 (x - mu)
     scaled = loadings / noise[:, None]
@@ -104,7 +108,7 @@ def _initialize(
     y = map_rows(lambda operands, x: matmul(x - operands[0][None], operands[1]), (center, projection), x, limit, shards)
     # distances in the latent space count as they do in the data: y scaled by the norms of the loadings
     norms = jnp.linalg.norm(loadings, axis=0)
-    labels = k_means(y * norms[None], share, clusters_key, n_components)
+    labels = k_means(y * norms[None], share, key, n_components)
     weights, means, covariances = _cluster_moments(weighted_sum, y, labels, n_components)
     noises: dict[Rep, Covariance] = {
         Scale: Scale(jnp.mean(noise)),

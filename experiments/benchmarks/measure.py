@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -120,20 +120,34 @@ def assign(size: Size, x: jax.Array) -> Callable:
 TASKS = {"em": em, "gradient": gradient, "assign": assign}
 
 
-def peak_bytes() -> int:
-    """The most memory that was in use so far: of the device where it says, else of the process."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+class PeakMemory:
+    """The most bytes in use since the start, less those at the start: of the device where it says, else of us."""
+
+    def __init__(self) -> None:
+        self.device = jax.devices()[0]
+        if not self.device.memory_stats():
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+        self.start = self._read("bytes_in_use", "VmRSS")
+
+    def above_start(self) -> int:
+        """The bytes."""
+        return self._read("peak_bytes_in_use", "VmHWM") - self.start
+
+    def _read(self, of_device: str, of_process: str) -> int:
+        if stats := self.device.memory_stats():
+            return stats[of_device]
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split(of_process + ":")[1].split()[0])
 
 
 def measure(size: Size, task: str, repeats: int) -> dict[str, Any]:
     """Times in seconds, memory in bytes, and the ratio of the products' time to the time of the whole."""
     x = draw(size)
-    before = peak_bytes()
+    memory = PeakMemory()
     call = TASKS[task](size, x)
     first = one_time(call)
     seconds = median_time(call, repeats=repeats)
-    result = {"seconds": seconds, "compile_seconds": first - seconds, "peak_bytes_above_data": peak_bytes() - before}
+    result = {"seconds": seconds, "compile_seconds": first - seconds, "peak_bytes_above_data": memory.above_start()}
     del x, call
     needed = product_times(size, full=task != "gradient", repeats=repeats)
     if task == "assign":
