@@ -14,8 +14,8 @@ from flax_hmog.conversions import (
     component_moments,
     moments_to_natural,
     natural_to_mean,
-    natural_to_moments,
     regress_observed,
+    with_prior,
 )
 from flax_hmog.coordinates import Mean, Moments, Natural, check_full, outer, symmetrize
 from flax_hmog.covariances import (
@@ -23,6 +23,8 @@ from flax_hmog.covariances import (
     Covariance,
     Diagonal,
     PositiveDefinite,
+    einsum,
+    inverse_and_log_det,
     inverse_lower,
     matmul,
     pytree,
@@ -239,18 +241,18 @@ def penalty(natural: Natural, regularizer: Regularizer) -> Array:
     Returns:
         The penalty () in nats.
     """
-    r = regularizer
-    moments = natural_to_moments(natural)
-    obs_dim, lat_dim = moments.loadings.shape
-    gap = moments.means - r.component_mean[None]
+    check_type("penalty", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    natural = with_prior(natural, "penalty")
+    r, precision = regularizer, natural.observable_precision
+    obs_dim, lat_dim = natural.interaction.shape
+    covariances, log_det = inverse_and_log_det(natural.prior_precision.entries)
+    gap = einsum("kij,kj->ki", covariances, natural.prior_location) - r.component_mean[None]
     spread = r.component_covariance.entries[None] + outer(gap, gap)
     log_2pi = math.log(2 * math.pi)
     # E[log N(y; m, S)] = -1/2 (L log 2 pi + log|S| + tr S^-1 E[(y - m)(y - m)'])
-    component = lat_dim * log_2pi + moments.covariances.log_det(lat_dim)
-    component = component + jnp.sum(natural.prior_precision.entries * spread, axis=(-1, -2))
-    noise = obs_dim * log_2pi + moments.noise.log_det(obs_dim)
-    noise = noise + trace_product(natural.observable_precision, r.noise_covariance, obs_dim)
-    weights = r.weights * jnp.sum(jnp.log(moments.weights))
+    component = lat_dim * log_2pi - log_det + jnp.sum(natural.prior_precision.entries * spread, axis=(-1, -2))
+    noise = obs_dim * log_2pi - precision.log_det(obs_dim) + trace_product(precision, r.noise_covariance, obs_dim)
+    weights = r.weights * jnp.sum(natural.log_weights)
     return weights - (r.components * jnp.sum(component) + r.noise * noise) / 2
 
 

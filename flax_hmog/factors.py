@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -171,11 +172,15 @@ def quadratic_coefficients(matrices: Array) -> Array:
 
 def symmetric_matrices(entries: Array) -> Array:
     """Symmetric matrices (B, L, L) from their distinct entries (B, L(L+1)/2)."""
-    lat_dim = math.isqrt(2 * entries.shape[-1])
-    i, j = np.triu_indices(lat_dim)
-    index = np.zeros((lat_dim, lat_dim), int)
+    return entries[:, _entry_index(math.isqrt(2 * entries.shape[-1]))]
+
+
+def _entry_index(dim: int) -> np.ndarray:
+    """Where the entries of a symmetric matrix stand among its distinct ones (n, n)."""
+    i, j = np.triu_indices(dim)
+    index = np.zeros((dim, dim), np.int32)
     index[i, j] = index[j, i] = np.arange(i.size)
-    return entries[:, index]
+    return index
 
 
 def project_rows(factors: Factors, centered: Array) -> Array:
@@ -200,15 +205,22 @@ def shared_log_density(factors: Factors, centered: Array, t: Array) -> Array:
 def posterior_gain(factors: Factors, responsibilities: Array, t: Array) -> Array:
     """G = E[u | x] - t = sum_k r_k (linear_k - curvature_k t) (B, L): what the prior adds to the projection."""
     lat_dim = t.shape[-1]
-    mixed = matmul(responsibilities, jnp.concatenate([factors.linear, distinct_entries(factors.curvature)], axis=-1))
-    linear, curvature = mixed[:, :lat_dim], mixed[:, lat_dim:]
+    coefficients = jnp.concatenate([factors.linear, distinct_entries(factors.curvature)], axis=-1)
     if factors.is_diagonal:
-        return linear - curvature * t
-    return linear - einsum("bij,bj->bi", symmetric_matrices(curvature), t)
+        mixed = matmul(responsibilities, coefficients)
+        return mixed[:, :lat_dim] - mixed[:, lat_dim:] * t
+    # column by column of the mixed matrices, rows along the last axis: no (B, L, L), and long vectors
+    mixed = matmul(coefficients.T, responsibilities.T)
+    index, columns = jnp.asarray(_entry_index(lat_dim)), t.T
+
+    def less_column(column: Array, gain: Array) -> Array:
+        return gain - mixed[lat_dim + index[column]] * columns[column][None]
+
+    return jax.lax.fori_loop(0, lat_dim, less_column, mixed[:lat_dim]).T
 
 
 def floats_per_row(factors: Factors) -> int:
     """Floats that a pass holds per row of a block."""
     (obs_dim, lat_dim), n_components = factors.projection.shape, factors.constant.shape[0]
-    features = lat_dim if factors.is_diagonal else lat_dim * (lat_dim + 1)
+    features = 2 * (lat_dim if factors.is_diagonal else lat_dim * (lat_dim + 1) // 2)
     return 2 * obs_dim + features + 4 * lat_dim + 2 * n_components

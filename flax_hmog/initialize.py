@@ -79,6 +79,8 @@ def _initialize(
     x: Array, weights: Array, key: Array, lat_dim: int, n_components: int, obs_rep: Rep, method: str, shards: Shards
 ) -> Moments:
     share = weights / jnp.sum(weights)
+    obs_dim = x.shape[1]
+    limit = block_rows(2 * obs_dim + 2 * lat_dim)
 
     def weighted_sum(function: Callable[..., Any], operands: Any, *rows: Array) -> Any:
         """`function(operands, *rows, share)` summed over blocks of rows."""
@@ -88,19 +90,16 @@ def _initialize(
 
         return sum_rows(block_sums, operands, (*rows, share), limit, shards)
 
-    limit = block_rows(2 * x.shape[1] + 2 * lat_dim)
     center = weighted_sum(lambda _, x, share: matmul(share, x), (), x)
     variance = weighted_sum(lambda center, x, share: matmul(share, (x - center[None]) ** 2), center, x)
     total = jnp.mean(variance)
     floor = NOISE_FLOOR * jnp.where(total > 0, total, 1)
-    loadings, noise = _loadings(
-        partial(_covariance_product, weighted_sum, x, center),
-        variance,
-        floor,
-        lat_dim,
-        method,
-        jax.random.fold_in(key, 1),
-    )
+    covariance: Any = partial(_covariance_product, weighted_sum, x, center)
+    if obs_dim <= EXACT_DIM:
+        covariance = weighted_sum(
+            lambda center, x, share: PositiveDefinite.second_moment(x - center[None], share).entries, center, x
+        )
+    loadings, noise = _loadings(covariance, variance, floor, lat_dim, method, jax.random.fold_in(key, 1))
     # posterior mean of y under y ~ N(0, I):  (I + W'Psi^-1 W)^-1 W'Psi^-1 (x - mu)
     scaled = loadings / noise[:, None]
     precision = PositiveDefinite(matmul(loadings.T, scaled) + jnp.eye(lat_dim, dtype=x.dtype))
@@ -108,7 +107,7 @@ def _initialize(
     y = map_rows(lambda operands, x: matmul(x - operands[0][None], operands[1]), (center, projection), x, limit, shards)
     # distances in the latent space count as they do in the data: y scaled by the norms of the loadings
     norms = jnp.linalg.norm(loadings, axis=0)
-    labels = k_means(y * norms[None], share, key, n_components)
+    labels = k_means(y * norms[None], share, key, n_components, shards)
     weights, means, covariances = _cluster_moments(weighted_sum, y, labels, n_components)
     noises: dict[Rep, Covariance] = {
         Scale: Scale(jnp.mean(noise)),
@@ -129,25 +128,23 @@ def _covariance_product(weighted_sum: Callable, x: Array, center: Array, columns
 
 
 def _loadings(
-    product: Callable[[Array], Array], variance: Array, floor: Array, lat_dim: int, method: str, key: Array
+    covariance: Array | Callable[[Array], Array], variance: Array, floor: Array, lat_dim: int, method: str, key: Array
 ) -> tuple[Array, Array]:
     """W (D, L) and the diagonal of Psi (D,): principal axes, or maximum-likelihood factor analysis.
 
-    The leading eigenvectors of Psi^-1/2 Cov Psi^-1/2 are exact where D x D matrices are small; else they come from
-    subspace iteration on random columns (Halko, Martinsson and Tropp 2011). Factor analysis alternates between them
-    and the residual variances.
+    The leading eigenvectors of Psi^-1/2 Cov Psi^-1/2 are exact where the covariance is given as a matrix; where it is a
+    function that multiplies columns by it they come from subspace iteration on random ones (Halko, Martinsson and Tropp
+    2011). Factor analysis alternates between them and the residual variances.
     """
     obs_dim = variance.shape[0]
-    is_exact = obs_dim <= EXACT_DIM
     columns = min(obs_dim, lat_dim + SPARE_COLUMNS)
-    covariance = product(jnp.eye(obs_dim, dtype=variance.dtype)) if is_exact else None
 
     def leading(scale: Array, axes: Array, steps: int) -> tuple[Array, Array]:
         """Eigenvalues, descending, and axes of scale^-1 Cov scale^-1, from the axes of a matrix like it."""
-        if covariance is not None:
+        if not callable(covariance):
             values, vectors = jnp.linalg.eigh(covariance / outer(scale, scale))
             return values[::-1][:columns], vectors[:, ::-1][:, :columns]
-        scaled = lambda axes: product(axes / scale[:, None]) / scale[:, None]  # noqa: E731
+        scaled = lambda axes: covariance(axes / scale[:, None]) / scale[:, None]  # noqa: E731
         axes = jax.lax.fori_loop(0, steps, lambda _, axes: jnp.linalg.qr(scaled(axes))[0], axes)
         values, rotation = jnp.linalg.eigh(symmetrize(matmul(axes.T, scaled(axes))))
         return values[::-1], matmul(axes, rotation[:, ::-1])
@@ -175,7 +172,7 @@ def _loadings(
     return factors(noise, axes)[0], noise
 
 
-def k_means(points: Array, share: Array, key: Array, n_clusters: int) -> Array:
+def k_means(points: Array, share: Array, key: Array, n_clusters: int, shards: Shards = None) -> Array:
     """Labels (N,) of weighted k-means: greedy k-means++ seeds, then Lloyd steps; empty clusters keep their centre.
 
     Source: Arthur and Vassilvitskii 2007, with the best of 2 + log K candidates at each seed.
@@ -183,11 +180,7 @@ def k_means(points: Array, share: Array, key: Array, n_clusters: int) -> Array:
     trials = 2 + int(math.log(n_clusters))
     first_key, key = jax.random.split(key)
     log_share = jnp.log(share)
-    squares = jnp.sum(points**2, axis=-1)
-
-    def distances(centers: Array) -> Array:
-        cross = matmul(points, centers.T)
-        return jnp.maximum(squares[:, None] - 2 * cross + jnp.sum(centers**2, axis=-1)[None], 0)
+    limit = block_rows(points.shape[1] + 3 * n_clusters)
 
     def add_center(index: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         centers, nearest = state
@@ -195,20 +188,34 @@ def k_means(points: Array, share: Array, key: Array, n_clusters: int) -> Array:
         log_odds = jnp.where(jnp.any(nearest > 0), jnp.log(nearest), 0) + log_share
         draws = jax.random.categorical(jax.random.fold_in(key, index), log_odds, shape=(trials,))
         candidates = points[draws]
-        shrunk = jnp.minimum(nearest[:, None], distances(candidates))
+        shrunk = jnp.minimum(nearest[:, None], _distances(candidates, points))
         best = jnp.argmin(matmul(share, shrunk))
         return centers.at[index].set(candidates[best]), shrunk[:, best]
 
+    def cluster_sums(centers: Array, block: tuple[Array, Array], is_new: Array) -> tuple[Array, Array]:
+        points, share = block
+        member = jax.nn.one_hot(jnp.argmin(_distances(centers, points), axis=-1), n_clusters, dtype=points.dtype)
+        member = member * jnp.where(is_new, share, 0)[:, None]
+        return jnp.sum(member, axis=0), matmul(member.T, points)
+
     def lloyd(_: int, centers: Array) -> Array:
-        member = jax.nn.one_hot(jnp.argmin(distances(centers), axis=-1), n_clusters, dtype=points.dtype)
-        member = member * share[:, None]
-        mass = jnp.sum(member, axis=0)[:, None]
-        return jnp.where(mass > 0, matmul(member.T, points) / jnp.where(mass > 0, mass, 1), centers)
+        mass, total = sum_rows(cluster_sums, centers, (points, share), limit, shards)
+        mass = mass[:, None]
+        return jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), centers)
 
     first = points[jax.random.categorical(first_key, log_share)][None]
     centers = jnp.zeros((n_clusters, points.shape[1]), points.dtype).at[0].set(first[0])
-    centers, _ = jax.lax.fori_loop(1, n_clusters, add_center, (centers, distances(first)[:, 0]))
-    return jnp.argmin(distances(jax.lax.fori_loop(0, LLOYD_STEPS, lloyd, centers)), axis=-1)
+    centers, _ = jax.lax.fori_loop(1, n_clusters, add_center, (centers, _distances(first, points)[:, 0]))
+    centers = jax.lax.fori_loop(0, LLOYD_STEPS, lloyd, centers)
+    nearest = lambda centers, points: jnp.argmin(_distances(centers, points), axis=-1)  # noqa: E731
+    return map_rows(nearest, centers, points, limit, shards)
+
+
+def _distances(centers: Array, points: Array) -> Array:
+    """Squared distances (N, K) of points (N, L) from centres (K, L)."""
+    cross = matmul(points, centers.T)
+    squares = jnp.sum(points**2, axis=-1)[:, None] + jnp.sum(centers**2, axis=-1)[None]
+    return jnp.maximum(squares - 2 * cross, 0)
 
 
 def _cluster_moments(weighted_sum: Callable, y: Array, labels: Array, n_clusters: int) -> tuple[Array, Array, Array]:

@@ -238,3 +238,20 @@ def test_mean_of_a_stream_is_that_of_its_parts(float64, eager):
     assert_close(average.observable_second_moment.entries, restrict(x.T @ x / 50, "diagonal"), 1e-12)
     moments = natural_to_moments(natural)
     assert_close(natural_to_mean(moments_to_natural(moments)).weights, moments.weights, 1e-12)
+
+
+@pytest.mark.parametrize("ratio", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_float32_holds_at_any_signal_to_noise_ratio(ratio, key):
+    """The noise is 1 / ratio of the signal: float32 ends where float64 does, without a fall on the way."""
+    case = Case(AnalyticHMoG, "diagonal", "full", 8, 2, 3)
+    moments = random_moments(case, 5)
+    moments = dataclasses.replace(moments, noise=jax.tree.map(lambda noise: noise / ratio**2, moments.noise))
+    x = Dense.of_moments(moments).sample(np.random.default_rng(0), 3000)[0]
+    results = {}
+    for dtype in ("float32", "float64"):
+        with jax.enable_x64(dtype == "float64"):
+            results[dtype] = fit(case, x, key=key, dtype=dtype, init="pca", max_steps=20, regularizer=None)
+    single, double = results["float32"], results["float64"]
+    assert np.diff(single.objective_history).min() > -1e-4
+    assert abs(single.objective_history[-1] - double.objective_history[-1]) < 1e-3
+    assert_close(*(result.natural.observable_precision.entries / ratio**2 for result in (single, double)), 1e-2)
