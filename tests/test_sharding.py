@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ON_EIGHT_DEVICES = """
 import json, re, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -89,9 +91,10 @@ def report():
 
 @pytest.mark.parametrize("model", ["1", "2"])
 def test_results_are_those_of_one_device(report, model):
-    """To float32 rounding; three EM steps carry it on."""
+    """To float32 rounding, which gradients of noise and three EM steps enlarge."""
+    tolerance = {"gradient": 2e-4, "fit_em": 1e-3, "fit_online_em": 1e-3}
     for name, gap in report[model]["gap"].items():
-        assert gap < 1e-3 if name.startswith("fit") else gap < 1e-5, name
+        assert gap < tolerance.get(name, 1e-5), name
 
 
 @pytest.mark.parametrize("model", ["1", "2"])
