@@ -203,10 +203,10 @@ def log_likelihood(factors: Factors, statistics: Statistics) -> Array:
 
 
 def component_sums(factors: Factors, statistics: Statistics) -> tuple[Array, Array, Array]:
-    """Sums over samples of r E[u | k, x] (K, L), and of r E[u u' | k, x] less, and with, the part of t.
+    """Sums over samples of r E[u | k, x], r (Cov[u | k, x] + d d') and r E[u u' | k, x], where E[u | k, x] = t + d.
 
-    With d = linear_k - curvature_k t, E[u | k, x] = t + d and Cov[u | k, x] = C_k. Returns the sums of r (t + d), of
-    r (C_k + d d') and of r (C_k + (t + d)(t + d)'); matrices are (K, L, L), or their diagonals (K, L).
+    With d = linear_k - curvature_k t and Cov[u | k, x] = C_k. The second is the part of the third that stays small
+    where t is large. Shapes (K, L) and (K, L, L); of diagonal component matrices the diagonals (K, L).
     """
     n, total = statistics.responsibilities, statistics.latent
     linear, curvature, covariance = factors.linear, factors.curvature, factors.covariance
