@@ -105,7 +105,8 @@ def fit_seed(config: Any, seed: int, split: Split, record: Callable, bar: _Bar) 
             | {"train_log_density": baseline.train_log_density, "test_log_density": baseline.test_log_density}
             for name, baseline in baselines.items()
         }
-        noise = np.asarray(result.regularizer.noise_covariance.entries)
+        regularizer: Any = result.regularizer
+        noise = np.asarray(regularizer.noise_covariance.entries)
         history = {"objective": result.objective_history.tolist(), "baselines": scores, "pseudo_noise": noise.tolist()}
         with _writer(folder, config, config.analytic, split) as writer:
             writer.save(len(result.objective_history) - 1, variables, metrics=metrics | history)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from flax_hmog.covariances import Array
 
@@ -52,8 +53,10 @@ def check_shape(caller: str, argument: str, value: Any, shape: tuple) -> None:
         )
 
 
-def check_observations(caller: str, x: Any, obs_dim: int | None, dtype: Any, *, argument: str = "x") -> Array:
-    """Observations (..., D) as an array of the working dtype.
+def check_observations(
+    caller: str, x: Any, obs_dim: int | None, dtype: Any, *, argument: str = "x", row_numbers: Any = None
+) -> Array:
+    """Observations (..., D) as an array of the working dtype; errors name rows by `row_numbers` (N,), if given.
 
     Raises:
         TypeError: for something that is no array of real numbers.
@@ -72,9 +75,18 @@ def check_observations(caller: str, x: Any, obs_dim: int | None, dtype: Any, *, 
             f"{caller}: `{argument}` must have shape (..., {wanted}); got {x.shape}. Put the observed dimensions last."
         )
     with np.errstate(over="ignore"):
-        x = jnp.asarray(x, dtype)
-    check_finite(caller, argument, x)
+        x = with_auto_axes(jnp.asarray(x, dtype))
+    check_finite(caller, argument, x, row_numbers=row_numbers)
     return x
+
+
+def with_auto_axes(x: Array) -> Array:
+    """An array that lies on a mesh with explicit axes, on the same devices with axes that the compiler may choose."""
+    sharding = None if isinstance(x, jax.core.Tracer) else x.sharding
+    if not isinstance(sharding, NamedSharding) or all(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
+        return x
+    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
+    return jax.device_put(x, NamedSharding(mesh, sharding.spec))
 
 
 MISSING_VALUES = (
@@ -83,7 +95,9 @@ MISSING_VALUES = (
 )
 
 
-def check_finite(caller: str, argument: str, x: Array, remedy: str = MISSING_VALUES) -> None:
+def check_finite(
+    caller: str, argument: str, x: Array, remedy: str = MISSING_VALUES, *, row_numbers: Any = None
+) -> None:
     """ValueError if any entry is not finite, with the count and the first row."""
     if not is_concrete(x):
         return
@@ -91,9 +105,10 @@ def check_finite(caller: str, argument: str, x: Array, remedy: str = MISSING_VAL
         all_finite = bool(_all_finite(x))
     if not all_finite:
         bad = ~np.isfinite(np.asarray(x)).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
+        row = int(bad.any(axis=-1).argmax())
         raise ValueError(
             f"{caller}: `{argument}` must be finite in {x.dtype}; got {int(bad.sum())} entries that are not, "
-            f"the first in row {int(bad.any(axis=-1).argmax())}. {remedy}"
+            f"the first in row {row if row_numbers is None else int(row_numbers[row])}. {remedy}"
         )
 
 

@@ -124,7 +124,7 @@ class EMInfo:
     """Diagnostics of a model on the data of an EM step; the step returns those of the model it started from.
 
     Attributes:
-        log_likelihood: weighted mean of log p(x) in nats ().
+        log_likelihood: weighted mean of log p(x) in nats (); log p(x, z) where the component is known.
         objective: log_likelihood plus the penalty divided by the sum of weights ().
         occupancy: expected number of samples in each component (K,).
         smallest_noise: smallest noise variance ().
@@ -171,7 +171,7 @@ def em_step(
     updated, exists = next_natural(factors, statistics, regularizer)
     if is_concrete(exists) and not exists:
         moments_to_natural(next_moments(factors, statistics, regularizer))  # says what is wrong
-    return updated, info
+    return dataclasses.replace(updated, projection_dtype=natural.projection_dtype), info
 
 
 compute_factors = jax.jit(factorise)

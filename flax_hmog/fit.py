@@ -50,7 +50,7 @@ class EMResult:
     converged: bool
     info: EMInfo
     restart_objectives: np.ndarray
-    regularizer: Regularizer
+    regularizer: Regularizer | None
 
 
 def fit_em(
@@ -69,8 +69,8 @@ def fit_em(
 ) -> EMResult:
     """Fit a HMoG by exact EM.
 
-    Every step takes one pass over the data in blocks; the penalised log-likelihood never decreases (in float32 up to
-    rounding). Data are converted to `head.param_dtype`.
+    Every step takes one pass over the data in blocks; the penalised log-likelihood never decreases (in float32, and
+    with a lower `projection_dtype` of the head, up to rounding). Data are converted to `head.param_dtype`.
 
     Args:
         head: unbound head with full component matrices (`AnalyticHMoG`); dimensions, `obs_rep` and `param_dtype` count.
@@ -78,8 +78,9 @@ def fit_em(
             one block at a time is brought to the device; or a collection of batches (B, D) that can be iterated
             repeatedly.
         key: PRNG key of the initialisation.
-        weights: sample weights (N,); arrays only.
-        labels: known components (N,), integers, -1 where unknown: their responsibilities are clamped; arrays only.
+        weights: sample weights (N,); not for a collection of batches.
+        labels: known components (N,), integers, -1 where unknown: their responsibilities are clamped; not for a
+            collection of batches.
         init: "pca" or "fa" (see `initialize_moments`), or a model to start from; its prior is whitened first.
         regularizer: strength of pseudo-samples that look like the initial model, or the pseudo-samples themselves (in
             the latent basis of `init`); None for maximum likelihood, whose maximum need not exist.
@@ -150,14 +151,17 @@ def _run(
         if converged or step == max_steps:
             break
         natural, _ = next_natural(factors, statistics, regularizer)
-    natural, info, whitened = in_whitened_basis(natural, info, regularizer)
+    natural, info, whitened = in_whitened_basis(natural, info, regularizer, projection_dtype)
     return EMResult(natural, np.asarray(history), converged, info, np.asarray(history[-1:]), whitened)
 
 
-def in_whitened_basis(natural: Natural, info: EMInfo, regularizer: Regularizer | None) -> tuple[Natural, EMInfo, Any]:
+def in_whitened_basis(
+    natural: Natural, info: EMInfo, regularizer: Regularizer | None, projection_dtype: str | None
+) -> tuple[Natural, EMInfo, Any]:
     """Model, diagnostics and regulariser in the latent basis in which y has mean 0 and covariance I."""
     moments = natural_to_moments(natural)
     natural = moments_to_natural(whiten_moments(moments))
+    natural = dataclasses.replace(natural, projection_dtype=projection_dtype)
     smallest = 1 / jnp.max(natural.prior_precision.diagonal(natural.interaction.shape[-1]))
     info = dataclasses.replace(info, smallest_latent_variance=smallest)
     return natural, info, None if regularizer is None else whiten_regularizer(regularizer, moments)

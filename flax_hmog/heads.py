@@ -346,7 +346,11 @@ def _check_head(head: Any, *reps: str) -> None:
     if not jnp.issubdtype(head.param_dtype, jnp.floating):
         raise ValueError(f"{caller}: `param_dtype` must be a float dtype; got {head.param_dtype}. Use jnp.float32.")
     if head.projection_dtype is not None:
-        if not jnp.issubdtype(head.projection_dtype, jnp.floating):
+        try:
+            is_float = jnp.issubdtype(jnp.dtype(head.projection_dtype), jnp.floating)
+        except TypeError:
+            is_float = False
+        if not is_float:
             raise ValueError(
                 f"{caller}: `projection_dtype` must be a float dtype or None; got {head.projection_dtype!r}. "
                 'Use "bfloat16" or None.'

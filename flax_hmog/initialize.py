@@ -52,8 +52,8 @@ def initialize_moments(head: Any, data: Any, key: Array, *, weights: Any = None,
     if method not in METHODS:
         raise ValueError(f"{caller}: `method` must be one of {METHODS}; got {method!r}. Choose one of them.")
     x = check_observations(caller, data, head.obs_dim, head.param_dtype, argument="data")
-    weights = check_weights(caller, weights, x.shape[:-1], x.dtype)
     check_counts(caller, x.shape, head)
+    weights = check_weights(caller, weights, x.shape[:-1], x.dtype)
     obs_rep = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep")
     return _initialize(x, weights, key, head.lat_dim, head.n_components, obs_rep, method, row_shards(x))
 
@@ -233,7 +233,7 @@ def _cluster_moments(weighted_sum: Callable, y: Array, labels: Array, n_clusters
         return matmul(member(labels, share).T, latent_features(y - means[labels])[:, lat_dim:])
 
     mass, first = weighted_sum(first_sums, (), y, labels)
-    means = first / jnp.maximum(mass, 1 / count)[:, None]
+    means = first / jnp.where(mass > 0, mass, 1)[:, None]
     within = symmetric_matrices(weighted_sum(second_sums, means, y, labels))
     pooled = jnp.sum(within, axis=0) + ISOTROPIC_SHARE * jnp.eye(lat_dim, dtype=y.dtype)
     shrink = POOLED_SAMPLES / count

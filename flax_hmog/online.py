@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -72,7 +71,8 @@ def fit_online_em(
         weights: as in `fit_em`.
         labels: as in `fit_em`.
         init: as in `fit_em`.
-        regularizer: as in `fit_em`; its counts are relative to the samples of one pass.
+        regularizer: as in `fit_em`; its counts are relative to the samples of one pass (over a collection of batches,
+            in the first pass, to those seen so far).
         progress: show a progress bar.
 
     Returns:
@@ -90,6 +90,7 @@ def fit_online_em(
     check_size(caller, "passes", passes)
     rate = _rate(step_delay, step_decay)
     source = source_of(caller, head, data, weights, labels, init, regularizer)
+    batch_size = min(batch_size, source.count or batch_size)
     init_key, order_key = jax.random.split(key)
     moments, strength = first_model(caller, head, source, init_key, init, regularizer)
     own = _own_statistics(moments)
@@ -101,12 +102,13 @@ def fit_online_em(
             moments = maximize(state.moments.loadings, state.moments.bias, state.average, total, strength)
         else:
             moments = state.moments
-        natural = moments_to_natural(moments)
+        _check_objective(moments.means, passes)
+        natural = dataclasses.replace(moments_to_natural(moments), projection_dtype=head.projection_dtype)
         factors = compute_factors(natural)
         info = em_info(natural, factors, expectations(source, factors), strength)
         history.append(float(info.objective))
         report(passes, 1, history[-1])
-    natural, info, whitened = in_whitened_basis(natural, info, strength)
+    natural, info, whitened = in_whitened_basis(natural, info, strength, head.projection_dtype)
     return EMResult(natural, np.asarray(history), False, info, np.asarray(history[-1:]), whitened)
 
 
@@ -143,14 +145,19 @@ def _passes(
             state, value = step_of(state, x, weights, labels, rates, total, shards=row_shards(x))
             values.append(value)
         steps += len(values)
-        history.append(float(jnp.sum(jnp.stack(values))) / seen)
+        sums: Any = np.sum(np.asarray(jax.device_get(values), np.float64), axis=0)
+        history.append(float(sums[0] + sums[1] / total) / seen)
         report(number, 1, history[-1])
-        if not math.isfinite(history[-1]):
-            raise ValueError(
-                f"fit_online_em: `regularizer` must keep the likelihood bounded on these data; got objective "
-                f"{history[-1]} in pass {number + 1}. Use PseudoCounts() or raise its counts."
-            )
+        _check_objective(history[-1], number + 1)
     return state, history, total
+
+
+def _check_objective(value: Any, number: int) -> None:
+    if not np.isfinite(np.asarray(value)).all():
+        raise ValueError(
+            f"fit_online_em: `regularizer` must keep the likelihood bounded on these data; got a model or an objective "
+            f"that is not finite in pass {number}. Use PseudoCounts() or raise its counts."
+        )
 
 
 @partial(jax.jit, static_argnames=("shards", "projection_dtype"))
@@ -166,7 +173,7 @@ def _step(
     shards: Shards,
     projection_dtype: str | None,
 ) -> tuple[OnlineState, Array]:
-    """The state after a batch, and the batch's sum of penalised log-densities before.
+    """The state after a batch; and before it the batch's log-likelihood, and the penalty times its samples (2,).
 
     Args:
         state: the state.
@@ -184,8 +191,7 @@ def _step(
     factors = factorise(dataclasses.replace(natural, projection_dtype=projection_dtype))
     statistics = accumulate(factors, x, weights, labels, shards=shards)
     value = log_likelihood(factors, statistics)
-    if regularizer is not None:
-        value = value + penalty(natural, regularizer) * statistics.count / total
+    penalties = jnp.zeros_like(value) if regularizer is None else penalty(natural, regularizer) * statistics.count
     rate = jnp.minimum(rates[0] * statistics.count, 1)
     # a batch of weight 0 has sums of 0 and a rate of 0
     batch = residual_mean(
@@ -195,7 +201,7 @@ def _step(
     average = _mix(state.average, running, rates[1])
     moments = maximize(old.loadings, old.bias, running, total, regularizer)
     move = partial(_about, turn=moments.loadings - old.loadings, shift=moments.bias - old.bias)
-    return OnlineState(moments, move(running), move(average)), value
+    return OnlineState(moments, move(running), move(average)), jnp.stack([value, penalties])
 
 
 def _mix(old: Mean, new: Mean, rate: Array | float) -> Mean:

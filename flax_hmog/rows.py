@@ -31,9 +31,11 @@ def row_shards(x: Array) -> Shards:
     Of an array its sharding says so. That of a tracer is not known yet: its rows are taken to lie over the axis `data`
     of the mesh in scope, as `jax.set_mesh` or `make_train_step` sets it.
     """
+    if x.ndim < 2:
+        return None
     if isinstance(x, jax.core.Tracer):
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or DATA_AXIS not in mesh.axis_names or x.ndim < 2:
+        if mesh.empty or DATA_AXIS not in mesh.axis_names:
             return None
         is_free = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[DATA_AXIS] == AxisType.Auto
         size = mesh.shape[DATA_AXIS]

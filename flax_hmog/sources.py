@@ -5,6 +5,7 @@ A source gives the same blocks at every pass, all of one shape, so that nothing 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -12,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_observations, check_shape
+from flax_hmog.checks import check_observations, check_shape, check_type
+from flax_hmog.conversions import with_prior
+from flax_hmog.coordinates import Natural
 from flax_hmog.covariances import Array
 from flax_hmog.inference import HMoGOutput, infer
+from flax_hmog.rows import row_shards
 from flax_hmog.statistics import check_weights
 
 BLOCK_BYTES = 2**26  # of the rows that are brought to the device at once
@@ -44,7 +48,11 @@ def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
     Raises:
         TypeError, ValueError: as `infer`.
     """
-    source = RowsInBlocks("infer_blocks", data, natural.interaction.shape[0], natural.interaction.dtype, None, None)
+    caller = "infer_blocks"
+    check_type(caller, "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    rows = data if is_on_disk_or_sparse(data) else np.asarray(data)
+    natural = with_prior(natural, caller)
+    source = RowsInBlocks(caller, rows, natural.interaction.shape[0], natural.interaction.dtype, None, None)
     parts = [jax.tree.map(np.asarray, infer(natural, x)) for x, _, _ in source.blocks()]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: source.count], *parts)
 
@@ -72,8 +80,11 @@ class RowsOnDevice:
 
     def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
         """Batches of `size` rows in this order; the last one is filled up with rows of weight 0."""
+        shards = row_shards(self.x)
+        devices = 1 if shards is None else math.prod(shards[0].shape[name] for name in shards[1])
         for index, is_real in _batches(order, size):
-            yield _take((self.x, self.weights, self.labels), index, is_real)
+            x, weights, labels = _take((self.x, self.weights, self.labels), index, is_real)
+            yield (x if size % devices else jax.device_put(x, self.x.sharding)), weights, labels
 
 
 class RowsInBlocks:
@@ -91,7 +102,7 @@ class RowsInBlocks:
         self.weights: Any = np.asarray(check_weights(caller, weights, (self.count,), dtype))
         self.labels = check_labels(caller, labels, (self.count,), n_components)
         self.total_weight = float(np.sum(self.weights))
-        self.size = min(self.count, max(1, BLOCK_BYTES // (jnp.dtype(dtype).itemsize * self.obs_dim)))
+        self.size = min(self.count, max(1, BLOCK_BYTES // (jnp.dtype(dtype).itemsize * max(1, self.obs_dim))))
 
     def blocks(self) -> Iterator[Block]:
         """The blocks of one pass; the last one is filled up with rows of weight 0."""
@@ -112,7 +123,8 @@ class RowsInBlocks:
     def _block(self, index: Any, size: int) -> Block:
         rows = self.rows[index]
         dense = np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows)
-        x = check_observations(self.caller, dense, self.obs_dim, self.dtype, argument="data")
+        numbers = np.arange(self.count)[index]
+        x = check_observations(self.caller, dense, self.obs_dim, self.dtype, argument="data", row_numbers=numbers)
         pad = lambda a: jnp.pad(jnp.asarray(a), [(0, size - x.shape[0])] + [(0, 0)] * (np.ndim(a) - 1))  # noqa: E731
         labels = None if self.labels is None else pad(self.labels[index])
         return pad(x), pad(self.weights[index]), labels
@@ -136,7 +148,8 @@ class Stream:
         """The batches of one pass; those shorter than the longest so far are filled up with rows of weight 0."""
         rows, width = 0, self.width
         for batch in self.data:
-            x = check_observations(self.caller, batch, width, self.dtype, argument="data")
+            dense = batch.toarray() if hasattr(batch, "toarray") else batch
+            x = check_observations(self.caller, dense, width, self.dtype, argument="data")
             if x.ndim != 2 or not x.shape[0]:
                 raise ValueError(
                     f"{self.caller}: `data` must hold batches (B, D); got {x.shape}. Give whole batches of rows."
@@ -145,6 +158,8 @@ class Stream:
             rows = max(rows, x.shape[0])
             missing = rows - x.shape[0]
             yield jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(jnp.ones(x.shape[0], x.dtype), (0, missing)), None
+        if not rows:
+            raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
 
     def sample(self) -> tuple[Array, Array]:
         """Rows and weights that the initialisation looks at: the first ones."""
@@ -154,8 +169,6 @@ class Stream:
             count += x.shape[0]
             if count >= min(SAMPLE_ROWS, SAMPLE_FLOATS // x.shape[1]):
                 break
-        if not parts:
-            raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
         return jnp.concatenate([x for x, _ in parts]), jnp.concatenate([w for _, w in parts])
 
     def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
@@ -184,7 +197,7 @@ def as_source(caller: str, head: Any, data: Any, weights: Any, labels: Any) -> S
         )
     if weights is not None or labels is not None:
         raise ValueError(
-            f"{caller}: `weights` and `labels` must come with an array; got a stream of batches. Give one array."
+            f"{caller}: `weights` and `labels` must come with rows; got a stream of batches. Give an array or a file."
         )
     return Stream(caller, data, head.obs_dim, head.param_dtype)
 

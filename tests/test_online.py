@@ -78,14 +78,36 @@ def test_comes_further_than_batch_em_in_as_many_passes(key):
     assert first < third < online.objective_history[-1] < converged + 1e-3
 
 
-def test_weights_labels_and_the_last_batch(float64, compilations):
-    """Samples of weight 0 change nothing but the order; a partial batch compiles nothing and counts less."""
+def test_rows_of_weight_0_change_nothing(float64):
+    """Batches of a stream that are filled up, and rows that are weighted away."""
+    moments, x, _ = problem(SMALL, 50, 4)
+    weights = np.where(np.arange(60) < 50, 1.0, 0.0)
+    padded = np.concatenate([x, 100 * np.ones((10, 4))])
+    one = fit_online(padded, moments, batch_size=60, passes=3, step_delay=1.2, weights=weights)
+    want = fit_online(x, moments, batch_size=50, passes=3, step_delay=1.2)
+    assert_close(one.objective_history, want.objective_history, 1e-10)
+
+
+def test_a_partial_batch_counts_less_and_compiles_nothing(float64, compilations):
     moments, x, z = problem(SMALL, 50, 4)
     options = {"batch_size": 20, "passes": 2, "weights": np.ones(50), "labels": z}
-    first = fit_online(x, moments, **options)
+    fit_online(x, moments, **options)
     assert compilations(fit_online, x, moments, **options) == 0
-    assert np.isfinite(first.objective_history).all()
-    assert_close(first.natural.log_weights, fit_online(x, moments, **options).natural.log_weights, 0)
+    # two batches of 30, the second a third as full: its rate is a third, too
+    halves = [x[:30], x[30:40]]
+    stream = fit_online(halves, moments, passes=1, regularizer=None)
+    natural, running = moments_to_natural(moments), natural_to_mean(moments_to_natural(moments))
+    for rate, batch in ((2.0**-0.75, halves[0]), (3.0**-0.75 / 3, halves[1])):
+        statistics = expected_statistics(natural, batch)
+        running = jax.tree.map(lambda a, b, rate=rate: (1 - rate) * a + rate * b, running, statistics)
+        natural = mean_to_natural(running)
+    assert_close(log_observable_density(stream.natural, x), log_observable_density(natural, x), 1e-8)
+
+
+def test_a_batch_is_no_larger_than_the_data(float64):
+    moments, x, _ = problem(SMALL, 60, 1)
+    default, whole = (fit_online(x, moments, **options) for options in ({}, {"batch_size": 60}))
+    np.testing.assert_array_equal(default.objective_history, whole.objective_history)
 
 
 def test_streams_are_taken_as_they_come(float64):
@@ -138,9 +160,31 @@ def test_options_out_of_range_are_named(options, message):
         fit_online(x, moments, **options)
 
 
-def test_entries_of_a_file_that_are_not_finite_are_an_error(tmp_path):
-    moments, x, _ = problem(SMALL, 20, 7)
-    x[5, 1] = np.nan
+def test_entries_of_a_file_that_are_not_finite_are_an_error(tmp_path, small_host_blocks):
+    moments, x, _ = problem(SMALL, 60, 7)
+    x[45, 1] = np.nan
     np.save(tmp_path / "x.npy", x)
-    with pytest.raises(ValueError, match="fit_em: `data` must be finite"):
-        fit(SMALL, np.load(tmp_path / "x.npy", mmap_mode="r"), init=moments, dtype="float32")
+    data = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for call in (lambda: fit(SMALL, data, init=moments, dtype="float32"), lambda: fit_online(data, moments, "float32")):
+        with pytest.raises(ValueError, match=r"`data` must be finite .* the first in row 45\."):
+            call()
+
+
+def test_mistakes_are_named():
+    moments, x, _ = problem(SMALL, 20, 7)
+    natural = moments_to_natural(jax.tree.map(np.float32, moments))
+    with pytest.raises(TypeError, match="infer_blocks: `natural` must be Natural; got Moments"):
+        infer_blocks(moments, x)
+    for fit_function in (fit_em, fit_online_em):
+        with pytest.raises(ValueError, match="`data` must hold at least one batch"):
+            fit_function(SMALL.head("float32"), [], jax.random.key(0), init=natural)
+    with pytest.raises(ValueError, match="`data` must have at least as many samples"):
+        fit_em(SMALL.head("float32"), x[:2], jax.random.key(0))
+
+
+def test_batches_may_be_sparse(float64):
+    moments, x, _ = problem(SMALL, 40, 8)
+    plain, sparse = (
+        fit(SMALL, [kind(x[:20]), kind(x[20:])], init=moments) for kind in (np.asarray, scipy.sparse.csr_array)
+    )
+    np.testing.assert_array_equal(plain.objective_history, sparse.objective_history)

@@ -74,6 +74,12 @@ for count in (2048, 8192):
     state = create_state(trained, {"params": params}, optax.adam(1e-2), x, mesh)
     step = make_train_step(loss, state, mesh)
     step_collectives.append(collectives(jax.jit(step).lower(state, x).compile()))
+# the caller's variables outlive a step; axes may be explicit, too
+state, _ = step(state, x)
+assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+explicit = jax.device_put(draws, NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data")))
+report["explicit"] = float(np.max(np.abs(np.asarray(infer(natural, explicit).log_density) - want["infer"][0])))
+mean_log_density(natural, explicit), em_step(natural, explicit), fit_em(head, explicit, jax.random.key(0), max_steps=1)
 report["step"] = {"collectives": step_collectives, "statistics": size}
 print(json.dumps(report))
 """
@@ -111,3 +117,7 @@ def test_a_gradient_step_reduces_its_statistics_once(report):
     assert short == long
     assert {kind for kind, _ in short} == {"all-reduce"}
     assert sum(size for _, size in short) <= 1.1 * report["step"]["statistics"]
+
+
+def test_axes_of_a_mesh_may_be_explicit(report):
+    assert report["explicit"] < 1e-4

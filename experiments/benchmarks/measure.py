@@ -121,7 +121,7 @@ TASKS = {"em": em, "gradient": gradient, "assign": assign}
 
 
 class PeakMemory:
-    """The most bytes in use since the start, less those at the start: of the device where it says, else of us."""
+    """The most bytes in use, less those at the start: of us since the start, or of a device that says since ever."""
 
     def __init__(self) -> None:
         self.device = jax.devices()[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -39,7 +40,8 @@ def create_state(
     shardings = tree_shardings(jax.eval_shape(fresh, key), mesh, RULES)
     state = TrainState.create(apply_fn=module.apply, params=nn.unbox(variables["params"]), tx=optimizer)
     # copies, since the step donates its state and the variables stay the caller's
-    return jax.device_put(state, _like(shardings, state), may_alias=False)
+    copies = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+    return jax.device_put(copies, _like(shardings, state))
 
 
 def make_train_step(
