@@ -90,11 +90,9 @@ def fit_online_em(
     check_size(caller, "passes", passes)
     rate = _rate(step_delay, step_decay)
     source = source_of(caller, head, data, weights, labels, init, regularizer)
-    batch_size = min(batch_size, source.count or batch_size)
     init_key, order_key = jax.random.split(key)
     moments, strength = first_model(caller, head, source, init_key, init, regularizer)
-    own = _own_statistics(moments)
-    state = OnlineState(moments, own, own)
+    state = _first_state(moments)
     with ProgressBar("online EM", progress, passes + 1) as report:
         step = partial(_step, regularizer=strength, projection_dtype=head.projection_dtype)
         state, history, total = _passes(state, source, batch_size, passes, rate, order_key, step, report)
@@ -134,6 +132,7 @@ def _passes(
 ) -> tuple[OnlineState, list[float], float]:
     """All passes: the last state, the mean objective of each pass and the samples of a pass."""
     total, steps, history = source.total_weight, 0, []
+    batch_size = min(batch_size, source.count or batch_size)
     for number in range(passes):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number), source.count or 0))
         values, seen = [], 0.0
@@ -208,12 +207,12 @@ def _mix(old: Mean, new: Mean, rate: Array | float) -> Mean:
     return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, old, new)
 
 
-def _own_statistics(moments: Moments) -> Mean:
-    """Average statistics of (x - b - W y, y, z) under the model itself."""
+def _first_state(moments: Moments) -> OnlineState:
+    """The state of a model that has seen no data: its own average statistics of (x - b - W y, y, z)."""
     weights, means = moments.weights, moments.means
     weighted_means = weights[:, None] * means
     second = moments.covariances.weighted(weights).entries + outer(weighted_means, means)
-    return Mean(
+    own = Mean(
         observable_mean=jnp.zeros_like(moments.bias),
         observable_second_moment=moments.noise,
         cross_moment=jnp.zeros_like(moments.loadings),
@@ -221,6 +220,7 @@ def _own_statistics(moments: Moments) -> Mean:
         weighted_means=weighted_means,
         weighted_second_moments=PositiveDefinite(second),
     )
+    return OnlineState(moments, own, own)
 
 
 def _about(mean: Mean, *, turn: Array, shift: Array) -> Mean:

@@ -197,7 +197,7 @@ def as_source(caller: str, head: Any, data: Any, weights: Any, labels: Any) -> S
         )
     if weights is not None or labels is not None:
         raise ValueError(
-            f"{caller}: `weights` and `labels` must come with rows; got a stream of batches. Give an array or a file."
+            f"{caller}: `weights` and `labels` must come with an array or a file; got a stream of batches. Give one."
         )
     return Stream(caller, data, head.obs_dim, head.param_dtype)
 

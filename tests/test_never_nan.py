@@ -169,4 +169,4 @@ def test_training_with_far_too_large_steps_stays_finite(variant, kind):
         assert np.isfinite(losses).all(), f"rate {rate}: not finite from step {int(np.argmin(np.isfinite(losses)))}"
         for name, value in {**params, **vars(output)}.items():
             assert np.isfinite(value).all(), f"rate {rate}: {name}"
-        assert losses[-100:].mean() < losses[0] - 1
+        assert losses[-100:].mean() < losses[0] - 0.5
