@@ -30,14 +30,14 @@ class Config:
 
     Attributes:
         sizes: names of `sizes.SIZES`.
-        tasks: EM step, gradient step, assignments.
+        tasks: EM step, gradient step, the same from the densities of rows, assignments.
         repeats: calls of which the median is taken.
         peers: time scikit-learn, too.
         out: JSON file to write.
     """
 
     sizes: tuple[str, ...] = ("images-small", "images", "genes")
-    tasks: tuple[Literal["em", "gradient", "assign"], ...] = ("em", "gradient", "assign")
+    tasks: tuple[Literal["em", "gradient", "gradient-of-rows", "assign"], ...] = ("em", "gradient", "assign")
     repeats: int = 5
     peers: bool = False
     out: Path = Path("runs/benchmarks.json")
