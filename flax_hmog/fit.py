@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,6 +54,25 @@ class EMResult:
     regularizer: Regularizer | None
 
 
+@dataclasses.dataclass(frozen=True)
+class EMState:
+    """Where `fit_em` stands between two steps.
+
+    Attributes:
+        natural: the model of the present start, in its first latent basis; None before the start's first step.
+        regularizer: its pseudo-statistics.
+        history: objectives of the start's models so far.
+        finals: final objectives of the starts that have ended.
+        best: the best of them, or None.
+    """
+
+    natural: Any = None
+    regularizer: Regularizer | None = None
+    history: tuple[float, ...] = ()
+    finals: tuple[float, ...] = ()
+    best: EMResult | None = None
+
+
 def fit_em(
     head: Any,
     data: Any,
@@ -66,6 +86,8 @@ def fit_em(
     max_steps: int = 200,
     tolerance: float = 1e-3,
     progress: bool = False,
+    state: EMState | None = None,
+    on_step: Callable[[EMState], None] | None = None,
 ) -> EMResult:
     """Fit a HMoG by exact EM.
 
@@ -88,6 +110,8 @@ def fit_em(
         max_steps: steps per start at most.
         tolerance: a gain in nats per sample below which a start has converged.
         progress: show a progress bar.
+        state: what `on_step` was given: goes on from there, with all other arguments as before, to the same result.
+        on_step: called after every step, for example to save its `EMState`.
 
     Returns:
         `EMResult`.
@@ -104,55 +128,48 @@ def fit_em(
         raise ValueError(
             f"{caller}: `n_restarts` must be 1 for a given `init`; got {n_restarts}. All starts would be the same."
         )
-    best: Any = None
-    finals: list[float] = []
+    state = EMState() if state is None else state
+    keys = jax.random.split(key, n_restarts)
     with ProgressBar("EM", progress, n_restarts * (max_steps + 1)) as report:
-        for restart, restart_key in enumerate(jax.random.split(key, n_restarts)):
-            moments, strength = first_model(caller, head, source, restart_key, init, regularizer)
-            done = restart * (max_steps + 1)
-            result = _run(
-                moments,
-                source,
-                strength,
-                max_steps,
-                tolerance,
-                head.projection_dtype,
-                lambda step, value, done=done, restart=restart: report(done + step, restart + 1, value),
-            )
-            finals.append(result.objective_history[-1])
-            if best is None or finals[-1] > best.objective_history[-1]:
-                best = result
-    return dataclasses.replace(best, restart_objectives=np.asarray(finals))
+        while len(state.finals) < n_restarts:
+            if state.natural is None:
+                moments, strength = first_model(caller, head, source, keys[len(state.finals)], init, regularizer)
+                state = dataclasses.replace(state, natural=moments_to_natural(moments), regularizer=strength)
+            start = len(state.finals)
+            state, objective = _step(state, source, max_steps, tolerance, head.projection_dtype)
+            report(start * (max_steps + 1) + max(len(state.history) - 1, 0), start + 1, objective)
+            if on_step is not None:
+                on_step(state)
+    if state.best is None:
+        raise ValueError(f"{caller}: `state` must be one of these starts; got {state.finals}. Give that of this fit.")
+    return dataclasses.replace(state.best, restart_objectives=np.asarray(state.finals))
 
 
-def _run(
-    moments: Moments,
-    source: Source,
-    regularizer: Regularizer | None,
-    max_steps: int,
-    tolerance: float,
-    projection_dtype: str | None,
-    report: Any,
-) -> EMResult:
-    """EM from one start. The penalty refers to the first latent basis, so whitening waits for the end."""
-    natural, history, converged = moments_to_natural(moments), [], False
-    for step in range(max_steps + 1):
-        factors = compute_factors(dataclasses.replace(natural, projection_dtype=projection_dtype))
-        statistics = expectations(source, factors)
-        info = em_info(natural, factors, statistics, regularizer)
-        history.append(float(info.objective))
-        report(step, history[-1])
-        if not math.isfinite(history[-1]):
-            raise ValueError(
-                f"fit_em: `regularizer` must keep the likelihood bounded on these data; got objective {history[-1]} "
-                f"after {step} steps. Use PseudoCounts() or raise its counts."
-            )
-        converged = step > 0 and history[-1] - history[-2] < tolerance
-        if converged or step == max_steps:
-            break
+def _step(
+    state: EMState, source: Source, max_steps: int, tolerance: float, projection_dtype: str | None
+) -> tuple[EMState, float]:
+    """One pass: the next model of the start, or the end of the start; and the objective of the model before."""
+    natural, regularizer = state.natural, state.regularizer
+    # the penalty refers to the first latent basis, so that whitening waits for the end
+    factors = compute_factors(dataclasses.replace(natural, projection_dtype=projection_dtype))
+    statistics = expectations(source, factors)
+    info = em_info(natural, factors, statistics, regularizer)
+    objective = float(info.objective)
+    if not math.isfinite(objective):
+        raise ValueError(
+            f"fit_em: `regularizer` must keep the likelihood bounded on these data; got objective {objective} "
+            f"after {len(state.history)} steps. Use PseudoCounts() or raise its counts."
+        )
+    history = (*state.history, objective)
+    converged = len(history) > 1 and history[-1] - history[-2] < tolerance
+    if not converged and len(history) <= max_steps:
         natural, _ = next_natural(factors, statistics, regularizer)
-    natural, info, whitened = in_whitened_basis(natural, info, regularizer, projection_dtype)
-    return EMResult(natural, np.asarray(history), converged, info, np.asarray(history[-1:]), whitened)
+        return dataclasses.replace(state, natural=natural, history=history), objective
+    best = state.best
+    if best is None or objective > max(state.finals):
+        natural, info, regularizer = in_whitened_basis(natural, info, regularizer, projection_dtype)
+        best = EMResult(natural, np.asarray(history), converged, info, np.asarray(history[-1:]), regularizer)
+    return EMState(best=best, finals=(*state.finals, objective)), objective
 
 
 def in_whitened_basis(

@@ -6,6 +6,7 @@ device takes its own blocks, and sums over rows are added up once, at the end of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -26,25 +27,35 @@ Shards: TypeAlias = tuple[Mesh | AbstractMesh, tuple[str, ...]] | None
 
 
 def row_shards(x: Array) -> Shards:
-    """Over what the first axis of `x` is split.
+    """Over what a pass over the first axis of `x` is split.
 
     Of an array its sharding says so. That of a tracer is not known yet: its rows are taken to lie over the axis `data`
-    of the mesh in scope, as `jax.set_mesh` or `make_train_step` sets it.
+    of the mesh in scope, as `jax.set_mesh` or `make_train_step` sets it. Devices along the other axes hold the same
+    rows and share the work on them.
     """
     if x.ndim < 2:
         return None
     if isinstance(x, jax.core.Tracer):
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or DATA_AXIS not in mesh.axis_names:
-            return None
-        is_free = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[DATA_AXIS] == AxisType.Auto
-        size = mesh.shape[DATA_AXIS]
-        return (mesh, (DATA_AXIS,)) if is_free and size > 1 and x.shape[0] % size == 0 else None
+        is_there = not mesh.empty and DATA_AXIS in mesh.axis_names
+        return _with_free_axes(mesh, (DATA_AXIS,), x.shape[0]) if is_there else None
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
         return None
     names = sharding.spec[0]
-    return sharding.mesh, (names,) if isinstance(names, str) else tuple(names)
+    return _with_free_axes(sharding.mesh, (names,) if isinstance(names, str) else tuple(names), x.shape[0])
+
+
+def _with_free_axes(mesh: Mesh | AbstractMesh, names: tuple[str, ...], count: int) -> Shards:
+    """These axes and, where they divide the rows, all others; None for axes that do not split rows."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if any(kinds[name] != AxisType.Auto for name in names):
+        return None
+    for axes in (names + tuple(name for name in mesh.axis_names if name not in names), names):
+        size = math.prod(mesh.shape[name] for name in axes)
+        if size > 1 and count % size == 0 and all(kinds[name] == AxisType.Auto for name in axes):
+            return mesh, axes
+    return None
 
 
 def block_rows(per_row: int) -> int:

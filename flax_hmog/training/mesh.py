@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_hmog.checks import check_size
 
-RULES = (("component", "model"), ("observed", None), ("latent", None))
+RULES = (("component", "model"), ("observed", "model"), ("latent", None))
 """Logical axis of a leaf to mesh axis; None replicates."""
+MIN_SHARDED = 2**14  # entries of a leaf below which it is replicated: to gather it would cost more than to hold it
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +50,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES) -> Any:
+def global_rows(mesh: Mesh, shape: tuple[int, ...], read: Callable[[slice], Any]) -> jax.Array:
+    """Rows spread over the data axis of a mesh that may span several processes, of which each reads only its own.
+
+    Args:
+        mesh: the mesh.
+        shape: of all rows (N, ...); the data axis must divide N.
+        read: `read(rows)` gives the rows of a slice, as numpy.
+
+    Returns:
+        The array (N, ...), the same one on all processes.
+    """
+    cached = functools.lru_cache(maxsize=None)(lambda start, stop: read(slice(start, stop)))
+    return jax.make_array_from_callback(
+        shape, batch_sharding(mesh), lambda index: cached(*index[0].indices(shape[0])[:2])
+    )
+
+
+def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES, min_size: int = MIN_SHARDED) -> Any:
     """Shardings for a tree whose leaves may carry logical axis names.
 
     Args:
         abstract: what `jax.eval_shape` of an init returns, linen's boxes included.
         mesh: the mesh.
         rules: logical to mesh axes.
+        min_size: entries of a leaf below which it is replicated.
 
     Returns:
         The tree of `NamedSharding`, unboxed. A leaf that its mesh axes do not divide is replicated, and logged.
@@ -65,6 +86,8 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES) -> Any:
             math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
             for axes in sharding.spec
         ]
+        if leaf.size < min_size or all(size == 1 for size in sizes):
+            return NamedSharding(mesh, PartitionSpec())
         if all(dim % size == 0 for dim, size in zip(leaf.shape, sizes, strict=False)):
             return sharding
         logger.warning(

@@ -13,11 +13,17 @@ from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_hmog.covariances import Array
-from flax_hmog.training.mesh import RULES, batch_sharding, tree_shardings
+from flax_hmog.training.mesh import MIN_SHARDED, RULES, batch_sharding, tree_shardings
 
 
 def create_state(
-    module: nn.Module, variables: dict[str, Any], optimizer: optax.GradientTransformation, x: Any, mesh: Mesh
+    module: nn.Module,
+    variables: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    x: Any,
+    mesh: Mesh,
+    *,
+    min_sharded: int = MIN_SHARDED,
 ) -> TrainState:
     """The train state of a module from given variables, laid out on the mesh by the rule table.
 
@@ -27,6 +33,7 @@ def create_state(
         optimizer: optax transformation.
         x: a batch (B, D), of which shape and dtype are read.
         mesh: of `make_mesh`.
+        min_sharded: entries of a leaf below which it is replicated.
 
     Returns:
         `TrainState`; parameters and the optimiser's copies of them lie where the rules say.
@@ -37,7 +44,7 @@ def create_state(
         params = module.init(key, x)["params"]
         return TrainState.create(apply_fn=module.apply, params=params, tx=optimizer)
 
-    shardings = tree_shardings(jax.eval_shape(fresh, key), mesh, RULES)
+    shardings = tree_shardings(jax.eval_shape(fresh, key), mesh, RULES, min_sharded)
     state = TrainState.create(apply_fn=module.apply, params=nn.unbox(variables["params"]), tx=optimizer)
     # copies, since the step donates its state and the variables stay the caller's
     copies = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
