@@ -196,19 +196,24 @@ def _infer(natural: Natural, x: Array, shards: Shards, field: str | None = None)
     factors = factorise(natural)
 
     def rows(factors: Factors, block: Array) -> Any:
-        centered = block - factors.bias[None]
-        t = project_rows(factors, centered)
-        logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
-        evidence = jax.nn.logsumexp(logits, axis=-1)
-        log_responsibilities = logits - evidence[:, None]
-        output = HMoGOutput(
-            shared_log_density(factors, centered, t) + evidence,
-            log_responsibilities,
-            matmul(t + posterior_gain(factors, jnp.exp(log_responsibilities), t), factors.inverse_basis.T),
-        )
+        output = infer_rows(factors, block)
         return output if field is None else getattr(output, field)
 
     return map_rows(rows, factors, x, block_rows(floats_per_row(factors)), shards)
+
+
+def infer_rows(factors: Factors, x: Array) -> HMoGOutput:
+    """`infer` of a block of rows (B, D) by a model that is factorised already."""
+    centered = x - factors.bias[None]
+    t = project_rows(factors, centered)
+    logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
+    evidence = jax.nn.logsumexp(logits, axis=-1)
+    log_responsibilities = logits - evidence[:, None]
+    return HMoGOutput(
+        shared_log_density(factors, centered, t) + evidence,
+        log_responsibilities,
+        matmul(t + posterior_gain(factors, jnp.exp(log_responsibilities), t), factors.inverse_basis.T),
+    )
 
 
 @partial(jax.jit, static_argnames="n")

@@ -1,8 +1,10 @@
-"""What a training run is made of: mesh and shardings, train step, preprocessing, checkpoints."""
+"""What a training run is made of: mesh and shardings, train step, preprocessing, checkpoints, export."""
 
-from flax_hmog.training.checkpoints import CheckpointError, CheckpointWriter, Restored, restore
-from flax_hmog.training.mesh import RULES, batch_sharding, make_mesh, tree_shardings
-from flax_hmog.training.preprocessing import Affine
+from flax_hmog.training.checkpoints import CheckpointWriter, Restored, restore, restore_like
+from flax_hmog.training.describe import CheckpointError
+from flax_hmog.training.export import export
+from flax_hmog.training.mesh import RULES, batch_sharding, global_rows, make_mesh, tree_shardings
+from flax_hmog.training.preprocessing import Affine, Log1p, Preprocessing, SelectColumns, SizeFactor, Whiten
 from flax_hmog.training.steps import create_state, make_train_step
 
 __all__ = [
@@ -10,11 +12,19 @@ __all__ = [
     "Affine",
     "CheckpointError",
     "CheckpointWriter",
+    "Log1p",
+    "Preprocessing",
     "Restored",
+    "SelectColumns",
+    "SizeFactor",
+    "Whiten",
     "batch_sharding",
     "create_state",
+    "export",
+    "global_rows",
     "make_mesh",
     "make_train_step",
     "restore",
+    "restore_like",
     "tree_shardings",
 ]

@@ -1,26 +1,40 @@
-"""Preprocessing that is fitted on training data and stored with the model."""
+"""Preprocessing that is fitted on training data and stored with the model.
+
+A step is a small dataclass of arrays with a `fit`; a `Preprocessing` is a sequence of steps. All of them run on numpy
+arrays and under `jit`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_positive, check_shape
-from flax_hmog.covariances import Array, pytree
+from flax_hmog.checks import check_positive, check_size
+from flax_hmog.covariances import matmul
+
+Blocks: TypeAlias = Callable[[], Any]
+"""Gives an iterator over blocks (B, D) of this process's share of the training data, anew at each call."""
+Total: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""Adds an array up over all processes."""
 
 
-@pytree
+@dataclasses.dataclass(frozen=True)
 class Affine:
-    """(raw - offset) / scale, column by column.
+    """(x - offset) / scale, column by column.
 
     Attributes:
-        offset: (D,), in units of the raw data.
-        scale: (D,), positive, in units of the raw data.
+        offset: (D,), in units of the input.
+        scale: (D,), positive, in units of the input.
     """
 
     offset: Any
     scale: Any
+    name: ClassVar[str] = "affine"
 
     @classmethod
     def constant(cls, obs_dim: int, *, offset: float = 0.0, scale: float = 1.0) -> Affine:
@@ -28,7 +42,185 @@ class Affine:
         check_positive("Affine.constant", "scale", scale, "Divide by a positive number.")
         return cls(np.full(obs_dim, offset, np.float32), np.full(obs_dim, scale, np.float32))
 
-    def __call__(self, raw: Any) -> Array:
-        """Model inputs (..., D), float32, of raw data (..., D)."""
-        check_shape("Affine", "raw", np.empty(np.shape(raw)[-1:]), np.shape(self.offset))
-        return (np.asarray(raw, np.float32) - np.asarray(self.offset)) / np.asarray(self.scale)
+    @classmethod
+    def standard(cls, blocks: Blocks, total: Total) -> Affine:
+        """Means to 0 and standard deviations to 1; constant columns are only centred."""
+        mean, variance, _ = _moments(blocks, total)
+        return cls(mean.astype(np.float32), np.sqrt(np.where(variance > 0, variance, 1)).astype(np.float32))
+
+    def __call__(self, x: Any) -> Any:
+        """Rows (..., D) of rows (..., D)."""
+        return (x - self.offset) / self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeFactor:
+    """Rows scaled to one total, as counts of single cells are; rows of zeros stay.
+
+    Attributes:
+        target: () total of every row afterwards.
+    """
+
+    target: Any
+    name: ClassVar[str] = "size_factor"
+
+    @classmethod
+    def mean(cls, blocks: Blocks, total: Total) -> SizeFactor:
+        """To the mean total of the training rows."""
+        sums = np.zeros(2)
+        for block in blocks():
+            sums += np.asarray(block, np.float64).sum(), len(block)
+        entries, rows = total(sums)
+        return cls(np.float32(entries / rows))
+
+    def __call__(self, x: Any) -> Any:
+        """Rows (..., D) of rows (..., D)."""
+        sums = x.sum(axis=-1, keepdims=True)
+        return x * (self.target / _namespace(x).where(sums > 0, sums, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Log1p:
+    """log(1 + x), entry by entry."""
+
+    name: ClassVar[str] = "log1p"
+
+    def __call__(self, x: Any) -> Any:
+        """Rows (..., D) of rows (..., D)."""
+        return _namespace(x).log1p(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectColumns:
+    """Some of the columns.
+
+    Attributes:
+        columns: (D',) int32, ascending.
+    """
+
+    columns: Any
+    name: ClassVar[str] = "select_columns"
+
+    @classmethod
+    def most_variable(cls, blocks: Blocks, total: Total, *, count: int) -> SelectColumns:
+        """The `count` columns with the largest variance; all that vary, if they are fewer."""
+        check_size("SelectColumns.most_variable", "count", count)
+        variance = _moments(blocks, total)[1]
+        order = np.argsort(-variance, kind="stable")[: min(count, max(1, int((variance > 0).sum())))]
+        return cls(np.sort(order).astype(np.int32))
+
+    def __call__(self, x: Any) -> Any:
+        """Rows (..., D') of rows (..., D)."""
+        return x[..., self.columns]
+
+
+@dataclasses.dataclass(frozen=True)
+class Whiten:
+    """Leading principal components, each with variance 1.
+
+    Attributes:
+        mean: (D,), in units of the input.
+        axes: (D, D'), principal axes divided by the standard deviations along them.
+    """
+
+    mean: Any
+    axes: Any
+    name: ClassVar[str] = "whiten"
+
+    @classmethod
+    def principal(cls, blocks: Blocks, total: Total, *, count: int) -> Whiten:
+        """The `count` leading components; fewer where the data have no more directions."""
+        check_size("Whiten.principal", "count", count)
+        mean, _, rows = _moments(blocks, total)
+        centered = ((np.asarray(block, np.float64) - mean) for block in blocks())
+        covariance = total(sum(block.T @ block for block in centered)) / rows
+        values, vectors = np.linalg.eigh(covariance)
+        values, vectors = values[::-1], vectors[:, ::-1]
+        keep = max(1, min(count, int((values > 1e-10 * values[0]).sum())))
+        # the sign of an axis is arbitrary: its largest entry is made positive
+        signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(values))])
+        axes = (vectors * signs)[:, :keep] / np.sqrt(np.maximum(values[:keep], np.finfo(np.float64).tiny))
+        return cls(mean.astype(np.float32), axes.astype(np.float32))
+
+    def __call__(self, x: Any) -> Any:
+        """Rows (..., D') of rows (..., D)."""
+        centered = x - self.mean
+        return matmul(centered, self.axes) if isinstance(x, jax.Array) else centered @ self.axes
+
+
+Step: TypeAlias = Affine | SizeFactor | Log1p | SelectColumns | Whiten
+STEPS: dict[str, Any] = {cls.name: cls for cls in (Affine, SizeFactor, Log1p, SelectColumns, Whiten)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """Steps from raw data to the inputs of a model; `preprocessing(raw)` is float32.
+
+    Attributes:
+        steps: applied in this order.
+        obs_dim: number of columns of the raw data.
+    """
+
+    steps: tuple[Step, ...]
+    obs_dim: int
+
+    def __call__(self, raw: Any) -> Any:
+        """Model inputs (..., D), float32, of raw data (..., obs_dim), numpy or jax.
+
+        Raises:
+            ValueError: for another number of columns.
+        """
+        if np.ndim(raw) == 0 or np.shape(raw)[-1] != self.obs_dim:
+            raise ValueError(
+                f"Preprocessing: `raw` must have shape (..., {self.obs_dim}); got {np.shape(raw)}. "
+                "Give the columns that the model was trained on."
+            )
+        x = jnp.asarray(raw, jnp.float32) if isinstance(raw, jax.Array) else np.asarray(raw, np.float32)
+        for step in self.steps:
+            x = step(x)
+        return x
+
+    def then(self, step: Step) -> Preprocessing:
+        """One step more."""
+        return dataclasses.replace(self, steps=(*self.steps, step))
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON values."""
+        return {"obs_dim": self.obs_dim, "steps": [step.name for step in self.steps]}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays of the steps, as {"0/offset": ...}."""
+        return {
+            f"{number}/{name}": np.asarray(value)
+            for number, step in enumerate(self.steps)
+            for name, value in vars(step).items()
+        }
+
+
+def rebuild_preprocessing(description: dict[str, Any], arrays: dict[str, np.ndarray]) -> Preprocessing:
+    """The preprocessing with this description and these arrays."""
+    steps = [
+        STEPS[name](**{field.name: arrays[f"{number}/{field.name}"] for field in dataclasses.fields(STEPS[name])})
+        for number, name in enumerate(description["steps"])
+    ]
+    return Preprocessing(tuple(steps), description["obs_dim"])
+
+
+def one_process(array: np.ndarray) -> np.ndarray:
+    """The total over processes where there is one."""
+    return array
+
+
+def _moments(blocks: Blocks, total: Total) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean (D,), variance (D,) and number of rows over all processes, in float64."""
+    count, first = 0.0, 0.0
+    for block in blocks():
+        count, first = count + len(block), first + np.asarray(block, np.float64).sum(axis=0)
+    sums = total(np.concatenate([np.asarray(first), [count]]))
+    rows, mean = sums[-1], sums[:-1] / sums[-1]
+    second = sum(((np.asarray(block, np.float64) - mean) ** 2).sum(axis=0) for block in blocks())
+    return mean, total(np.asarray(second)) / rows, rows
+
+
+def _namespace(x: Any) -> Any:
+    return jnp if isinstance(x, jax.Array) else np

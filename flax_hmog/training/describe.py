@@ -1,0 +1,94 @@
+"""Modules as JSON values: by name and constructor arguments, so that a checkpoint needs no code of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog import encoders, heads
+
+MODULES: dict[str, Any] = {
+    cls.__name__: cls for cls in (heads.DifferentiableHMoG, heads.SymmetricHMoG, heads.AnalyticHMoG, encoders.MLP)
+}
+"""The modules that a checkpoint names without a path."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, damaged, or of another structure; the message names the file or leaf."""
+
+
+def describe_module(module: nn.Module) -> dict[str, Any]:
+    """Class and constructor arguments of a module: by name if it is ours, else by its import path.
+
+    Raises:
+        CheckpointError: for arguments that JSON cannot hold, or a class that cannot be imported.
+    """
+    cls = type(module)
+    name = cls.__name__ if MODULES.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__qualname__}"
+    if "<locals>" in name:
+        raise CheckpointError(
+            f"CheckpointWriter: `encoder` must be of a class at the top of a module; got {name}. Move it there."
+        )
+    arguments = {
+        field.name: _as_json(name, field.name, getattr(module, field.name))
+        for field in dataclasses.fields(module)
+        if field.init and field.name not in ("parent", "name")
+    }
+    return {"class": name, "arguments": arguments}
+
+
+def rebuild_module(description: dict[str, Any], *, allow_import: bool = False) -> Any:
+    """The module that `describe_module` described; None for a class of others unless `allow_import`.
+
+    Raises:
+        CheckpointError: for a class that is not there, or no longer takes these arguments.
+    """
+    name = description["class"]
+    arguments = {key: _from_json(value) for key, value in description["arguments"].items()}
+    if ":" not in name and name not in MODULES:
+        raise CheckpointError(
+            f"restore: `class` must be an import path or one of {sorted(MODULES)}; got {name!r}. Update flax_hmog."
+        )
+    if ":" in name and not allow_import:
+        return None
+    try:
+        return (MODULES[name] if name in MODULES else _import(name))(**arguments)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"restore: `{name}` must be importable and take {sorted(arguments)}; got {type(error).__name__}: {error}. "
+            "Restore where its code is as it was, or with allow_import=False for the head alone."
+        ) from error
+
+
+def _import(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _as_json(module: str, argument: str, value: Any) -> Any:
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return {"dtype": jnp.dtype(value).name}
+    if hasattr(value, "dtype") and callable(value):  # jnp.float32 and its like
+        return {"dtype": jnp.dtype(value).name}
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        raise CheckpointError(
+            f"CheckpointWriter: `{argument}` of {module} must be a plain JSON value or a dtype; got {value!r}. "
+            "Choose it inside the module by name."
+        ) from None
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"dtype"}:
+        return jnp.dtype(value["dtype"])
+    return tuple(_from_json(entry) for entry in value) if isinstance(value, list) else value

@@ -1,0 +1,63 @@
+"""A trained model as one portable program, from raw data to clusters, for serving without this library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import export as jax_export
+
+from flax_hmog.checks import check_type
+from flax_hmog.covariances import Array
+from flax_hmog.em import compute_factors
+from flax_hmog.inference import infer_rows
+from flax_hmog.training.checkpoints import Restored
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export(
+    model: Restored, *, obs_dim: int | None = None, platforms: Sequence[str] = PLATFORMS
+) -> jax_export.Exported:
+    """The program from raw data to clusters, for any batch size and several platforms at once.
+
+    Preprocessing, encoder and the model's factorisation are part of it; nothing is factorised when it runs, and a call
+    needs memory for its whole batch.
+
+    Args:
+        model: of `restore`.
+        obs_dim: columns of the raw data; needed only for an encoder without preprocessing.
+        platforms: those that it can run on: "cpu", "cuda", "rocm", "tpu".
+
+    Returns:
+        `jax.export.Exported`: `call(raw)` with raw (B, D) float32 gives a dict of `log_density` (B,) in nats,
+        `responsibilities` (B, K), `assignment` (B,) int32 and `latent_mean` (B, L). Save its `serialize()` (this needs
+        the package flatbuffers); load it with `jax.export.deserialize`, on the same or a newer jax.
+
+    Raises:
+        TypeError: for something else than a restored checkpoint.
+        ValueError: for an encoder that was not imported, or an unknown number of columns.
+    """
+    check_type("export", "model", model, Restored, "Give flax_hmog.training.restore(path).")
+    natural = model.head.apply(model.variables, method="natural")
+    factors = compute_factors(natural)
+    if model.preprocessing is not None:
+        obs_dim = model.preprocessing.obs_dim
+    elif model.encoder_variables is None:
+        obs_dim = natural.interaction.shape[0]
+    elif obs_dim is None:
+        raise ValueError("export: `obs_dim` must be given for an encoder without preprocessing; got None. Give D.")
+
+    @jax.jit
+    def assign(raw: Array) -> dict[str, Array]:
+        output = infer_rows(factors, model.features(raw))
+        return {
+            "log_density": output.log_density,
+            "responsibilities": jnp.exp(output.log_responsibilities),
+            "assignment": jnp.argmax(output.log_responsibilities, axis=-1).astype(jnp.int32),
+            "latent_mean": output.latent_mean,
+        }
+
+    (batch,) = jax_export.symbolic_shape("batch")
+    return jax_export.export(assign, platforms=tuple(platforms))(jax.ShapeDtypeStruct((batch, obs_dim), jnp.float32))
