@@ -250,9 +250,7 @@ def restored_variables(restored: Restored) -> dict[str, Any]:
         return restored.variables
     parts = {"head": restored.variables, "encoder": restored.encoder_variables}
     collections = sorted({name for part in parts.values() for name in part})
-    return {
-        name: {key: part[name] for key, part in parts.items() if name in part} for name in collections
-    }
+    return {name: {key: part[name] for key, part in parts.items() if name in part} for name in collections}
 
 
 def restored_module(restored: Restored) -> nn.Module:

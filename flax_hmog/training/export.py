@@ -17,9 +17,7 @@ from flax_hmog.training.checkpoints import Restored
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def export(
-    model: Restored, *, obs_dim: int | None = None, platforms: Sequence[str] = PLATFORMS
-) -> jax_export.Exported:
+def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[str] = PLATFORMS) -> jax_export.Exported:
     """The program from raw data to clusters, for any batch size and several platforms at once.
 
     Preprocessing, encoder and the model's factorisation are part of it; nothing is factorised when it runs, and a call

@@ -50,6 +50,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def rows_multiple(mesh: Mesh) -> int:
+    """The number of rows must be a multiple of this for all devices to share the work on them."""
+    return math.prod(mesh.shape.values())
+
+
 def global_rows(mesh: Mesh, shape: tuple[int, ...], read: Callable[[slice], Any]) -> jax.Array:
     """Rows spread over the data axis of a mesh that may span several processes, of which each reads only its own.
 

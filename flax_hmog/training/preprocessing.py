@@ -7,7 +7,7 @@ arrays and under `jit`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 import jax
@@ -21,6 +21,8 @@ Blocks: TypeAlias = Callable[[], Any]
 """Gives an iterator over blocks (B, D) of this process's share of the training data, anew at each call."""
 Total: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """Adds an array up over all processes."""
+Gather: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""Gives the arrays of all processes, stacked (P, ...)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,16 @@ class Affine:
         """Means to 0 and standard deviations to 1; constant columns are only centred."""
         mean, variance, _ = _moments(blocks, total)
         return cls(mean.astype(np.float32), np.sqrt(np.where(variance > 0, variance, 1)).astype(np.float32))
+
+    @classmethod
+    def unit_range(cls, blocks: Blocks, gather: Gather) -> Affine:
+        """The smallest entry of all columns to 0 and the largest to 1."""
+        lower, upper, columns = np.inf, -np.inf, 0
+        for block in blocks():
+            lower, upper, columns = min(lower, block.min()), max(upper, block.max()), block.shape[-1]
+        bounds = gather(np.array([lower, upper, columns], np.float64))
+        offset, top = bounds[:, 0].min(), bounds[:, 1].max()
+        return cls.constant(int(bounds[:, 2].max()), offset=offset, scale=top - offset if top > offset else 1.0)
 
     def __call__(self, x: Any) -> Any:
         """Rows (..., D) of rows (..., D)."""
@@ -204,11 +216,6 @@ def rebuild_preprocessing(description: dict[str, Any], arrays: dict[str, np.ndar
         for number, name in enumerate(description["steps"])
     ]
     return Preprocessing(tuple(steps), description["obs_dim"])
-
-
-def one_process(array: np.ndarray) -> np.ndarray:
-    """The total over processes where there is one."""
-    return array
 
 
 def _moments(blocks: Blocks, total: Total) -> tuple[np.ndarray, np.ndarray, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -38,17 +38,41 @@ def create_state(
     Returns:
         `TrainState`; parameters and the optimiser's copies of them lie where the rules say.
     """
-    key = jax.random.key(0)
+    abstract = abstract_state(module, optimizer, x, mesh, min_sharded=min_sharded)
+    state = TrainState.create(apply_fn=module.apply, params=nn.unbox(variables["params"]), tx=optimizer)
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(abstract)]
+    # copies, since the step donates its state and the variables stay the caller's
+    leaves, tree = jax.tree.flatten(state)
+    placed = [_place(np.array(leaf), sharding) for leaf, sharding in zip(leaves, shardings, strict=True)]
+    return jax.tree.unflatten(tree, placed)
 
-    def fresh(key: Array) -> TrainState:
+
+def abstract_state(
+    module: nn.Module,
+    optimizer: optax.GradientTransformation,
+    x: Any,
+    mesh: Mesh,
+    *,
+    min_sharded: int = MIN_SHARDED,
+) -> TrainState:
+    """What `create_state` returns, as `jax.ShapeDtypeStruct`s with their shardings; nothing is computed."""
+
+    def fresh(key: Array, x: Array) -> TrainState:
         params = module.init(key, x)["params"]
         return TrainState.create(apply_fn=module.apply, params=params, tx=optimizer)
 
-    shardings = tree_shardings(jax.eval_shape(fresh, key), mesh, RULES, min_sharded)
-    state = TrainState.create(apply_fn=module.apply, params=nn.unbox(variables["params"]), tx=optimizer)
-    # copies, since the step donates its state and the variables stay the caller's
-    copies = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
-    return jax.device_put(copies, _like(shardings, state))
+    abstract = jax.eval_shape(fresh, jax.random.key(0), x)
+    shardings = jax.tree.leaves(tree_shardings(abstract, mesh, RULES, min_sharded))
+    leaves, tree = jax.tree.flatten(nn.unbox(abstract))
+    placed = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+    ]
+    return jax.tree.unflatten(tree, placed)
+
+
+def _place(array: np.ndarray, sharding: NamedSharding) -> Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def make_train_step(
@@ -82,8 +106,3 @@ def make_train_step(
         donate_argnums=0,
     )
     return lambda state, x, extra=None: compiled(state, x, extra)
-
-
-def _like(shardings: TrainState, state: TrainState) -> TrainState:
-    """The shardings in the tree of `state`."""
-    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(shardings))

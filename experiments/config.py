@@ -1,0 +1,242 @@
+"""What an experiment is made of, as frozen dataclasses: every knob once, each a typed option of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from flax_hmog import AnalyticHMoG, DifferentiableHMoG, PseudoCounts, SymmetricHMoG
+
+Kind = Literal["scale", "diagonal", "full"]
+HeadName = Literal["differentiable", "symmetric"]
+
+
+def _check_counts(group: Any, *names: str) -> None:
+    """ValueError for numbers below 1; None stands for no limit."""
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{type(group).__name__}: `{name}` must be at least 1; got {value}. Raise it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where the samples come from, and what is made of them; everything is fitted on the training part."""
+
+    name: Literal["digits", "synthetic", "mnist", "fashion_mnist", "cifar10", "file"] = "digits"
+    """The data set."""
+    folder: str = "data"
+    """Folder in which image sets are prepared once, and where files are looked for."""
+    downloads: str | None = None
+    """Folder with the files of an image set as its publisher names them; None downloads them."""
+    path: str | None = None
+    """For `file`: .npy (memory-mapped), .npz (`X`, or a CSR matrix; `y` and `n_train` if there are any) or .h5ad."""
+    labels: str | None = None
+    """For `file`: an .npy file of labels, or the column of an .h5ad's obs; for evaluation only."""
+    title: str | None = None
+    """For `file`: what a report calls the data."""
+    test_share: float = 0.2
+    """Share of the rows that is held out, where the data have no split of their own."""
+    size_factor: bool = False
+    """Scale every row to the mean total, as counts of single cells need."""
+    log1p: bool = False
+    """Take log(1 + x)."""
+    columns: int | None = None
+    """Keep this many columns, those of largest variance."""
+    scale: Literal["none", "range", "standard"] = "none"
+    """All entries to [0, 1], or every column to mean 0 and standard deviation 1."""
+    whitened: int | None = None
+    """Replace the columns by this many principal components of variance 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_share < 1:
+            raise ValueError(f"Data: `test_share` must lie between 0 and 1; got {self.test_share}. Hold out a part.")
+        _check_counts(self, "columns", "whitened")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The size of the model and the kinds of its matrices."""
+
+    lat_dim: int = 10
+    """Latent dimension L."""
+    n_components: int = 10
+    """Number of clusters K."""
+    obs_rep: Kind = "diagonal"
+    """Kind of the noise covariance."""
+    pst_rep: Kind = "diagonal"
+    """Kind of the posterior precisions of the differentiable head."""
+    lat_rep: Kind = "full"
+    """Kind of the differences between component precisions of the symmetric head."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """The network before the head, if any: EM then fits the features of the untrained encoder."""
+
+    name: str = "none"
+    """`none`, `mlp`, or the import path MODULE:CLASS of a linen module."""
+    features: int = 32
+    """Number of features, the head's D; given to the module as `features`."""
+    likelihood_weight: float = 0.01
+    """Weight of the head's likelihood of the features beside the mutual information of the assignments."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "features")
+        if self.name not in ("none", "mlp") and ":" not in self.name:
+            raise ValueError(f"Encoder: `name` must be none, mlp or MODULE:CLASS; got {self.name!r}. Name a class.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EM:
+    """The warm start by exact EM."""
+
+    n_restarts: int = 1
+    """Starts; the best objective wins."""
+    max_steps: int = 200
+    """Steps per start at most."""
+    tolerance: float = 1e-3
+    """Gain of the objective, in nats per sample, below which a start has converged."""
+    rows: int | None = None
+    """Fit only the first so many training rows, where all do not fit the devices; None takes all."""
+    weight_pseudo_count: float = 1.0
+    """Regulariser: pseudo-samples added to each component's weight."""
+    component_pseudo_count: float = 1.0
+    """Regulariser: pseudo-samples of each component."""
+    noise_pseudo_share: float = 0.0
+    """Regulariser: pseudo-samples of the initial noise, per training sample (at least 1 in all)."""
+    noise_floor: float = 0.01
+    """Regulariser: smallest variance of a pseudo-sample, as a share of the average noise variance."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "n_restarts", "max_steps", "rows")
+
+    def pseudo_counts(self, n_samples: int) -> PseudoCounts:
+        """The regulariser's strength for this many training samples."""
+        return PseudoCounts(
+            weights=self.weight_pseudo_count,
+            components=self.component_pseudo_count,
+            noise=max(1.0, self.noise_pseudo_share * n_samples),
+            noise_floor=self.noise_floor,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """Training by gradients."""
+
+    epochs: int = 20
+    """Passes over the training part."""
+    batch_size: int = 256
+    """Samples per step over all devices; a multiple of their number."""
+    learning_rate: float = 1e-3
+    """Adam's learning rate, decayed to 0 by a cosine."""
+    max_fall: float = 1.0
+    """A run has diverged when an epoch's loss is above that of the first by this many nats per column of the data."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "epochs", "batch_size")
+        for name in ("learning_rate", "max_fall"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Gradient: `{name}` must be positive; got {getattr(self, name)}. Raise it.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The mesh."""
+
+    model: int = 1
+    """Devices along the axis that splits large leaves; all others split the batch."""
+    min_sharded: int = 2**14
+    """Entries of a leaf below which it is replicated."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """How several processes find each other."""
+
+    coordinator: str | None = None
+    """Address HOST:PORT of the first process; `auto` asks the cluster (SLURM, TPU pods, MPI); None: one process."""
+    count: int | None = None
+    """Number of processes, with an address."""
+    index: int | None = None
+    """Number of this process from 0, with an address."""
+    heartbeat_seconds: int = 60
+    """Silence after which a process counts as lost and the others stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """When and what is saved."""
+
+    em_steps: int = 20
+    """Steps of EM between checkpoints."""
+    gradient_steps: int = 500
+    """Steps of gradient training between checkpoints; the end of the training is saved anyway."""
+    keep: int = 2
+    """Latest checkpoints that stay; the one with the best objective stays as well."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "em_steps", "gradient_steps", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class Logs:
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder (needs tensorboardX)."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to (needs wandb)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment: data, model, EM, gradients, and how it runs."""
+
+    workdir: str
+    """Folder of the run: config, checkpoints, metrics and report. A run that is there is resumed."""
+    data: Data = Data()
+    model: Model = Model()
+    encoder: Encoder = Encoder()
+    em: EM = EM()
+    gradient: Gradient = Gradient()
+    heads: tuple[HeadName, ...] = ("differentiable",)
+    """Heads that are trained; the first is the one that a report describes."""
+    n_seeds: int = 1
+    """Seeds 0 .. n_seeds-1, each with its own initialisation and batches, and its own split where there is none."""
+    baselines: bool = False
+    """Also score two-stage baselines from scikit-learn."""
+    devices: Devices = Devices()
+    processes: Processes = Processes()
+    checkpoints: Checkpoints = Checkpoints()
+    logs: Logs = Logs()
+    dry_run: bool = False
+    """Print configuration, parameters, mesh, shardings, floating-point operations and memory per device, and stop."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "n_seeds")
+        if not self.heads:
+            raise ValueError("Experiment: `heads` must name at least one; got none. Give --heads differentiable.")
+        self.analytic, self.trainable  # noqa: B018  dimensions are checked by the heads
+
+    @property
+    def analytic(self) -> AnalyticHMoG:
+        """The head that EM fits."""
+        return AnalyticHMoG(self.model.lat_dim, self.model.n_components, obs_rep=self.model.obs_rep)
+
+    @property
+    def trainable(self) -> dict[str, DifferentiableHMoG | SymmetricHMoG]:
+        """The heads that gradients train, by name."""
+        m = self.model
+        every = {
+            "differentiable": DifferentiableHMoG(m.lat_dim, m.n_components, obs_rep=m.obs_rep, pst_rep=m.pst_rep),
+            "symmetric": SymmetricHMoG(m.lat_dim, m.n_components, obs_rep=m.obs_rep, lat_rep=m.lat_rep),
+        }
+        return {name: every[name] for name in self.heads}
+
+    def result_options(self) -> dict[str, Any]:
+        """The options that a result follows from: what a resumed run must agree in."""
+        free = ("workdir", "heads", "n_seeds", "devices", "processes", "checkpoints", "logs", "dry_run")
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+        return options | {"data": {k: v for k, v in options["data"].items() if k not in ("folder", "downloads")}}

@@ -1,0 +1,16 @@
+"""Fashion-MNIST: an over-clustered linear HMoG, by exact EM and then by gradients.
+
+Command: `python -m experiments.train fashion_mnist`; with the files in a folder `--data.downloads FOLDER`.
+Data: Fashion-MNIST through tensorflow-datasets, 60,000 training and 10,000 test images, scaled to [0, 1].
+Expected: a held-out log-density above that of the warm start; the clusters are not merged to the ten classes here.
+"""
+
+from experiments.config import EM, Data, Experiment, Gradient, Model
+
+CONFIG = Experiment(
+    workdir="runs/fashion_mnist",
+    data=Data("fashion_mnist", scale="range"),
+    model=Model(lat_dim=50, n_components=200),
+    em=EM(max_steps=30, tolerance=0.05),
+    gradient=Gradient(epochs=5, batch_size=1024, learning_rate=1e-3),
+)

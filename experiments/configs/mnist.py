@@ -1,0 +1,16 @@
+"""MNIST: an over-clustered linear HMoG, by exact EM and then by gradients.
+
+Command: `python -m experiments.train mnist`; with the files in a folder `--data.downloads FOLDER`.
+Data: MNIST through tensorflow-datasets, 60,000 training and 10,000 test images, scaled to [0, 1].
+Expected: docs/training.md (one seed; the clusters are not merged to the ten digits here).
+"""
+
+from experiments.config import EM, Data, Experiment, Gradient, Model
+
+CONFIG = Experiment(
+    workdir="runs/mnist",
+    data=Data("mnist", scale="range"),
+    model=Model(lat_dim=50, n_components=200),
+    em=EM(max_steps=30, tolerance=0.05),
+    gradient=Gradient(epochs=5, batch_size=1024, learning_rate=1e-3),
+)

@@ -1,0 +1,133 @@
+"""From raw rows to the inputs of a model, spread over the mesh: preprocessing, whole parts, shuffled batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.config import Data
+from experiments.data.parts import Dataset, Part
+from experiments.processes import gather
+from flax_hmog.training import Affine, Log1p, Preprocessing, SelectColumns, SizeFactor, Whiten, global_rows
+from flax_hmog.training.mesh import rows_multiple
+
+PREFETCHED = 4  # batches that are read ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A data set as a model takes it.
+
+    Attributes:
+        dataset: the raw data.
+        preprocessing: fitted on the training part.
+        mesh: over which rows are spread.
+    """
+
+    dataset: Dataset
+    preprocessing: Preprocessing
+    mesh: Mesh
+
+    @functools.cached_property
+    def obs_dim(self) -> int:
+        """Number of columns D of the inputs."""
+        return self.preprocessing(np.zeros((1, self.dataset.obs_dim), np.float32)).shape[1]
+
+    def read(self, part: Part, numbers: Any) -> np.ndarray:
+        """Inputs (B, D) float32 of rows of a part, on the host."""
+        return self.preprocessing(part.read(numbers))
+
+    def rows(self, part: Part, limit: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """All inputs of a part (N, D), or the first `limit`, and their weights (N,), on the mesh.
+
+        The rows are filled up with copies of weight 0 to a number that the mesh divides. Each process reads only its
+        own.
+        """
+        count = min(len(part), limit or len(part))
+        multiple = rows_multiple(self.mesh)
+        total = -(-count // multiple) * multiple
+        numbers = np.minimum(np.arange(total), count - 1)
+        weights = (np.arange(total) < count).astype(np.float32)
+        x = global_rows(self.mesh, (total, self.obs_dim), lambda rows: self._read_in_blocks(part, numbers[rows]))
+        return x, global_rows(self.mesh, (total,), lambda rows: weights[rows])
+
+    def _read_in_blocks(self, part: Part, numbers: np.ndarray) -> np.ndarray:
+        out = np.empty((len(numbers), self.obs_dim), np.float32)
+        for start in range(0, len(numbers), 8192):
+            out[start : start + 8192] = self.read(part, numbers[start : start + 8192])
+        return out
+
+
+class Batches:
+    """Shuffled batches of the training part: batch `step` follows from seed and step alone.
+
+    Every epoch has its own order; the rows that do not fill a last batch are left out of it. It is a random-access
+    source of grain, so that batches are read ahead in a thread, and the position is one number.
+
+    Args:
+        inputs: the data.
+        seed: of the order.
+        size: rows of a batch, over all processes.
+        epochs: how many there are.
+    """
+
+    def __init__(self, inputs: Inputs, seed: int, size: int, epochs: int) -> None:
+        self.inputs, self.part, self.seed, self.size = inputs, inputs.dataset.train, seed, size
+        self.per_epoch = len(self.part) // size
+        self.epochs = epochs
+        self.order = functools.lru_cache(maxsize=2)(self._order)
+
+    def __len__(self) -> int:
+        return self.per_epoch * self.epochs
+
+    def __getitem__(self, step: Any) -> jax.Array:
+        epoch, number = divmod(int(step), self.per_epoch)
+        rows = self.order(epoch)[number * self.size : (number + 1) * self.size]
+        inputs = self.inputs
+        return global_rows(inputs.mesh, (self.size, inputs.obs_dim), lambda share: inputs.read(self.part, rows[share]))
+
+    def _order(self, epoch: int) -> np.ndarray:
+        # epochs count from 1: 0 is the warm start
+        return np.random.default_rng((self.seed, epoch + 1)).permutation(len(self.part))
+
+    def iterate(self, position: dict[str, Any] | None = None) -> grain.DatasetIterator:
+        """The batches from a position (what `get_state` of the iterator gave) or from the first on."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)
+        iterator = iter(grain.MapDataset.source(self).to_iter_dataset(options))
+        if position is not None:
+            iterator.set_state(position)
+        return iterator
+
+
+def prepare_inputs(data: Data, dataset: Dataset, mesh: Mesh) -> Inputs:
+    """The inputs of a data set, their preprocessing fitted on the training part; each process reads only its share."""
+    part, preprocessing = dataset.train, Preprocessing((), dataset.obs_dim)
+    process, count = jax.process_index(), jax.process_count()
+    share = slice(len(part) * process // count, len(part) * (process + 1) // count)
+
+    def blocks() -> Iterator[np.ndarray]:
+        return map(preprocessing, part.blocks(share))
+
+    def total(array: np.ndarray) -> np.ndarray:
+        return gather(array).sum(axis=0)
+
+    if data.size_factor:
+        preprocessing = preprocessing.then(SizeFactor.mean(blocks, total))
+    if data.log1p:
+        preprocessing = preprocessing.then(Log1p())
+    if data.columns is not None:
+        preprocessing = preprocessing.then(SelectColumns.most_variable(blocks, total, count=data.columns))
+    if data.scale == "range":
+        preprocessing = preprocessing.then(Affine.unit_range(blocks, gather))
+    elif data.scale == "standard":
+        preprocessing = preprocessing.then(Affine.standard(blocks, total))
+    if data.whitened is not None:
+        preprocessing = preprocessing.then(Whiten.principal(blocks, total, count=data.whitened))
+    return Inputs(dataset, preprocessing, mesh)

@@ -1,0 +1,96 @@
+"""Rows and labels of a data set, read only where they are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+BLOCK_ROWS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Training or test rows.
+
+    Attributes:
+        rows: raw data (N0, D): an array, memory-mapped or not, or a scipy CSR matrix.
+        labels: of all rows (N0,), for evaluation only, or None.
+        index: which rows belong to this part (N,).
+    """
+
+    rows: Any
+    labels: np.ndarray | None
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def part_labels(self) -> np.ndarray | None:
+        """Labels of this part (N,)."""
+        return None if self.labels is None else self.labels[self.index]
+
+    def read(self, numbers: Any) -> np.ndarray:
+        """Raw rows (B, D), dense, by their numbers in this part: a slice or an array."""
+        index = self.index[numbers]
+        if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+            rows = self.rows[index[0] : index[0] + len(index)]
+        else:
+            rows = self.rows[index]
+        return rows.toarray() if hasattr(rows, "toarray") else np.asarray(rows)
+
+    def blocks(self, share: slice) -> Iterator[np.ndarray]:
+        """Raw rows of a share of this part, block by block."""
+        start, stop, _ = share.indices(len(self))
+        for first in range(start, stop, BLOCK_ROWS):
+            yield self.read(slice(first, min(first + BLOCK_ROWS, stop)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set, split.
+
+    Attributes:
+        title: what it is, for a report.
+        train: rows to fit.
+        test: rows to evaluate on.
+        image_shape: of a row, where rows are images.
+    """
+
+    title: str
+    train: Part
+    test: Part
+    image_shape: tuple[int, ...] | None = None
+
+    @property
+    def obs_dim(self) -> int:
+        """Number of columns of the raw data."""
+        return self.train.rows.shape[1]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the raw rows and labels of both parts."""
+        total = hashlib.sha256()
+        for part in (self.train, self.test):
+            for block in part.blocks(slice(None)):
+                total.update(np.ascontiguousarray(block).tobytes())
+            if part.part_labels is not None:
+                total.update(part.part_labels.astype(np.int64).tobytes())
+        return total.hexdigest()
+
+
+def split_parts(rows: Any, labels: np.ndarray | None, n_train: int | None, test_share: float, seed: int) -> dict:
+    """Training and test part: the first `n_train` rows and the others, or a random split where there is none given."""
+    count = rows.shape[0]
+    if n_train is None:
+        from sklearn.model_selection import train_test_split
+
+        train, test = train_test_split(np.arange(count), test_size=test_share, random_state=seed)
+    else:
+        train, test = np.arange(n_train), np.arange(n_train, count)
+    return {"train": Part(rows, labels, train), "test": Part(rows, labels, test)}

@@ -1,0 +1,125 @@
+"""What a run says while it goes on: metrics.jsonl, a progress bar, and TensorBoard or Weights & Biases if asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from experiments.config import Experiment
+from experiments.processes import is_first
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of one seed, as "em" or the name of a head."""
+
+    seed: int
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its checkpoints lie in the run folder."""
+        return Path("checkpoints") / f"seed{self.seed}" / self.name
+
+
+class Log:
+    """Writes what is measured, on the first process only; a context manager.
+
+    Every line of metrics.jsonl names its seed, stage and step. What was written after the last checkpoint is taken back
+    when a stage is resumed, so that a run that was interrupted leaves the same lines as one that was not.
+    """
+
+    def __init__(self, workdir: Path, config: Experiment, console: Console) -> None:
+        self.path, self.writers = workdir / "metrics.jsonl", list[Callable[[dict, int], None]]()
+        self.is_first, self.closers = is_first(), list[Callable[[], None]]()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        shown = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        self.progress = Progress(*columns, *shown, console=console, disable=not self.is_first)
+        self.task = self.progress.add_task("", total=None, rate="", visible=False)
+        if self.is_first and config.logs.tensorboard:
+            self._add_tensorboard(workdir)
+        if self.is_first and config.logs.wandb:
+            self._add_wandb(config)
+
+    def __enter__(self) -> Log:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.progress.stop()
+        for close in self.closers:
+            close()
+
+    def begin(self, stage: Stage, description: str, total: int, done: int) -> None:
+        """Show a stage that is resumed after `done` of `total` steps, and take back what was written after them."""
+        self.progress.reset(self.task, description=description, total=total, completed=done, rate="", visible=True)
+        self._rewind(stage, done)
+
+    def advance(self, steps: int = 1) -> None:
+        """Show that some steps more are done."""
+        speed = self.progress.tasks[0].speed
+        self.progress.update(self.task, advance=steps, rate=f"{speed:.3g} steps/s" if speed else "")
+
+    def write(self, stage: Stage, step: int, **metrics: Any) -> None:
+        """A line of metrics, after so many steps of the stage; what it starts from is step 0."""
+        if self.is_first:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"seed": stage.seed, "stage": stage.name, "step": step} | metrics) + "\n")
+            named = {f"seed{stage.seed}/{stage.name}/{name}": value for name, value in metrics.items()}
+            for writer in self.writers:
+                writer({name: value for name, value in named.items() if isinstance(value, int | float)}, step)
+
+    def _rewind(self, stage: Stage, done: int) -> None:
+        if self.is_first and self.path.exists():
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if _is_before(line, stage, done)]
+            if kept != lines:
+                new = self.path.with_suffix(".new")
+                new.write_text("".join(line + "\n" for line in kept))
+                new.replace(self.path)
+
+    def _add_tensorboard(self, workdir: Path) -> None:
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise ValueError(_missing("tensorboard", "tensorboardX")) from None
+        writer = SummaryWriter(str(workdir / "tensorboard"))
+        self.closers.append(writer.close)
+        self.writers.append(
+            lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+        )
+
+    def _add_wandb(self, config: Experiment) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(_missing("wandb", "wandb")) from None
+        run = wandb.init(project=config.logs.wandb, config=dataclasses.asdict(config), dir=config.workdir)
+        self.closers.append(run.finish)
+        self.writers.append(lambda metrics, step: run.log(metrics | {"step": step}))
+
+
+def _is_before(line: str, stage: Stage, done: int) -> bool:
+    """Whether a line stands for something that the stage, resumed after `done` steps, will not write again."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:  # cut off when the process was killed
+        return False
+    return (record["seed"], record["stage"]) != (stage.seed, stage.name) or 0 <= record["step"] <= done > 0
+
+
+def _missing(option: str, package: str) -> str:
+    return (
+        f'Log: `logs.{option}` needs the package {package}; it is missing. Install it: pip install "flax-hmog[logs]".'
+    )

@@ -1,0 +1,93 @@
+"""The modules of an experiment: encoder, head, and what training minimises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.config import Experiment
+from flax_hmog import Natural, Regularizer, mean_log_density, moments_to_natural, penalty
+from flax_hmog.covariances import as_rep
+from flax_hmog.em import EMInfo
+from flax_hmog.encoders import MLP, Clusterer
+from flax_hmog.initialize import random_moments
+from flax_hmog.objectives import negative_log_likelihood, negative_mutual_information
+from flax_hmog.training.describe import rebuild_module
+
+
+class Trainable:
+    """One head of an experiment, on the encoder if there is one.
+
+    Args:
+        config: the experiment.
+        name: of the head.
+    """
+
+    def __init__(self, config: Experiment, name: str) -> None:
+        self.config, self.head, self.encoder = config, config.trainable[name], make_encoder(config)
+        self.module = self.head if self.encoder is None else Clusterer(self.encoder, self.head)
+
+    def loss(self, params: Any, x: jax.Array, extra: tuple[Regularizer, Any]) -> jax.Array:
+        """What is minimised, in nats per sample.
+
+        Of a head alone its negative penalised log-likelihood: what EM maximises, up to the prior of the components.
+        With an encoder the mutual information of the assignments, to which both learn, and the likelihood of the
+        features, to which the head alone does.
+        """
+        if self.encoder is None:
+            regularizer, share = extra
+            natural = self.natural(params)
+            return -mean_log_density(natural, x) - share * penalty(natural, regularizer)
+        joint, head_only = self.module.apply({"params": params}, x, method="joint_and_head_outputs")
+        weight = self.config.encoder.likelihood_weight
+        return negative_mutual_information(joint) + weight * negative_log_likelihood(head_only)
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Adam with a cosine decay over so many steps."""
+        return optax.adam(optax.cosine_decay_schedule(self.config.gradient.learning_rate, max(steps, 1)))
+
+    def natural(self, params: Any) -> Natural:
+        """The head's model."""
+        own = params if self.encoder is None else params["head"]
+        return self.head.apply({"params": own}, method="natural")
+
+    def encoder_variables(self, params: Any) -> dict[str, Any]:
+        """The encoder's variables, if there is one."""
+        return {} if self.encoder is None else {"params": params["encoder"]}
+
+
+def make_encoder(config: Experiment) -> Any:
+    """The experiment's encoder, or None.
+
+    Raises:
+        ValueError: for a class that cannot be imported or does not take `features`.
+    """
+    if config.encoder.name == "none":
+        return None
+    if config.encoder.name == "mlp":
+        return MLP(config.encoder.features)
+    description = {"class": config.encoder.name, "arguments": {"features": config.encoder.features}}
+    return rebuild_module(description, allow_import=True)
+
+
+def features(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array:
+    """The head's inputs."""
+    return x if encoder is None else jax.jit(encoder.apply)(variables, x)
+
+
+def abstract_fit(config: Experiment, obs_dim: int, sharding: Any) -> tuple[Natural, Regularizer, EMInfo]:
+    """Model, regulariser and diagnostics of EM as `jax.ShapeDtypeStruct`s that lie as given; nothing is computed."""
+    head, rep = config.analytic, as_rep(config.model.obs_rep, caller="abstract_fit")
+
+    def example() -> tuple[Natural, Regularizer, EMInfo]:
+        moments = random_moments(jax.random.key(0), obs_dim, head.lat_dim, head.n_components, rep)
+        number = jnp.zeros(())
+        info = EMInfo(number, number, moments.weights, number, number)
+        return moments_to_natural(moments), config.em.pseudo_counts(1).regularizer(moments), info
+
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(example)
+    )

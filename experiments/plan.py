@@ -1,0 +1,110 @@
+"""What a run would do, without data and without training: `--dry-run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from experiments.config import Experiment
+from experiments.data import data_shape
+from experiments.models import Trainable, abstract_fit, make_encoder
+from experiments.processes import is_first
+from flax_hmog import Natural, PseudoCounts, Regularizer, em_step, natural_to_moments
+from flax_hmog.training import batch_sharding, make_train_step
+from flax_hmog.training.checkpoints import named_arrays
+from flax_hmog.training.mesh import rows_multiple
+from flax_hmog.training.steps import abstract_state
+
+
+def print_plan(config: Experiment, mesh: Mesh, console: Console) -> None:
+    """Configuration, data, mesh, parameters with their shardings, and what each step takes on a device."""
+    console = console if is_first() else Console(quiet=True)
+    console.print(dataclasses.asdict(config))
+    train, test, raw_dim = data_shape(config.data)
+    obs_dim = min(raw_dim, config.data.columns or raw_dim, config.data.whitened or raw_dim)
+    console.print(f"\ndata: {train} training and {test} test rows; {raw_dim} columns, {obs_dim} after preprocessing")
+    devices = f"{mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} processes"
+    console.print(f"mesh: {devices}; data {mesh.shape['data']} x model {mesh.shape['model']}\n")
+    steps = Table("step", "rows", "GFLOP on a device", "MB held", "MB beside it", title="What a step takes")
+    em_rows = min(train, config.em.rows or train)
+    head_dim = obs_dim if make_encoder(config) is None else config.encoder.features
+    compiled = _compile_em(config, mesh, -(-em_rows // rows_multiple(mesh)) * rows_multiple(mesh), head_dim)
+    steps.add_row("EM", str(em_rows), *_costs(compiled, _head_flops(config, head_dim, em_rows, "full"), mesh))
+    for name in config.trainable:
+        model = Trainable(config, name)
+        x = jax.ShapeDtypeStruct((config.gradient.batch_size, obs_dim), jnp.float32)
+        min_sharded = config.devices.min_sharded
+        state = abstract_state(model.module, model.optimizer(1), x, mesh, min_sharded=min_sharded)
+        console.print(_parameters(name, state))
+        compiled = _compile_gradient(model, state, mesh, obs_dim)
+        rep = config.model.pst_rep if name == "differentiable" else config.model.lat_rep
+        batch = config.gradient.batch_size
+        flops = _head_flops(config, head_dim, batch, rep) + _encoder_flops(state, batch)
+        steps.add_row(f"gradient, {name}", str(batch), *_costs(compiled, flops, mesh))
+    console.print(steps)
+    console.print(
+        "FLOP: of the matrix products over rows. MB held: data, parameters and optimiser; beside it: what a step needs "
+        "while it runs, as the compiler plans it."
+    )
+
+
+def _parameters(name: str, state: Any) -> Table:
+    """The leaves of a head, and of its encoder."""
+    leaves = named_arrays(state.params)
+    total = sum(leaf.size for leaf in leaves.values())
+    table = Table("leaf", "shape", "entries", "split over", title=f"{name}: {total:,} parameters")
+    for leaf_name, leaf in leaves.items():
+        axes = [str(axis) for axis in leaf.sharding.spec if axis is not None]
+        table.add_row(leaf_name, str(leaf.shape), f"{leaf.size:,}", ", ".join(axes) or "replicated")
+    return table
+
+
+def _costs(compiled: Any, flops: float, mesh: Mesh) -> list[str]:
+    memory = compiled.memory_analysis()
+    beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return [f"{flops / mesh.size / 1e9:.3g}", f"{memory.argument_size_in_bytes / 1e6:.3g}", f"{beside / 1e6:.3g}"]
+
+
+def _head_flops(config: Experiment, obs_dim: int, rows: int, rep: str) -> float:
+    """Of the products of a pass: three with D x L, two with K x the quadratic features of y, and the noise's."""
+    lat_dim, n_components = config.model.lat_dim, config.model.n_components
+    width = lat_dim * (lat_dim + 3) // 2 if rep == "full" else 2 * lat_dim
+    noise = 2 * obs_dim**2 if config.model.obs_rep == "full" else 0
+    return 2.0 * rows * (3 * obs_dim * lat_dim + 2 * n_components * width + noise)
+
+
+def _encoder_flops(state: Any, rows: int) -> float:
+    """Of an encoder of dense layers: forward, and twice that backward."""
+    kernels = named_arrays(state.params.get("encoder", {}))
+    return 6.0 * rows * sum(math.prod(leaf.shape) for leaf in kernels.values() if leaf.ndim > 1)
+
+
+def _compile_em(config: Experiment, mesh: Mesh, rows: int, obs_dim: int) -> Any:
+    def step(natural: Natural, regularizer: Regularizer, x: jax.Array, weights: jax.Array) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return em_step(natural, x, weights, regularizer)
+
+    natural, regularizer, _ = abstract_fit(config, obs_dim, NamedSharding(mesh, PartitionSpec()))
+    x, weights = (
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh)) for shape in ((rows, obs_dim), (rows,))
+    )
+    return jax.jit(step).lower(natural, regularizer, x, weights).compile()
+
+
+def _compile_gradient(model: Trainable, state: Any, mesh: Mesh, obs_dim: int) -> Any:
+    step = make_train_step(model.loss, state, mesh)
+    rows = model.config.gradient.batch_size
+    x = jax.ShapeDtypeStruct((rows, obs_dim), jnp.float32, sharding=batch_sharding(mesh))
+
+    def example(params: Any) -> Regularizer:
+        return PseudoCounts().regularizer(natural_to_moments(model.natural(params)))
+
+    regularizer = jax.eval_shape(example, state.params)
+    return jax.jit(step).lower(state, x, (regularizer, jax.ShapeDtypeStruct((), jnp.float32))).compile()

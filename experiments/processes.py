@@ -1,0 +1,97 @@
+"""Several processes, one program: how they find each other, what each does once, and how they stop together."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from experiments.config import Processes
+
+STOPPED = 75
+"""Exit status of a run that was told to stop and has saved: run the same command again (sysexits' EX_TEMPFAIL)."""
+
+
+class Stopped(Exception):  # noqa: N818  it is no error
+    """The run was told to stop, and has saved."""
+
+
+def connect(processes: Processes) -> None:
+    """Connect this process with the others of the run; before anything else of jax is used.
+
+    Raises:
+        ValueError: for addresses and numbers that do not belong together.
+    """
+    if processes.coordinator is None:
+        if processes.count is not None or processes.index is not None:
+            raise ValueError(
+                "connect: `processes.coordinator` must be given with the number of processes; got None. Give "
+                "--processes.coordinator HOST:PORT, or auto on a cluster."
+            )
+        return
+    if processes.coordinator == "auto":
+        jax.distributed.initialize(heartbeat_timeout_seconds=processes.heartbeat_seconds)
+        return
+    if processes.count is None or processes.index is None:
+        raise ValueError(
+            "connect: `processes.count` and `processes.index` must be given with a coordinator's address; got "
+            f"{processes.count} and {processes.index}. Give both, or --processes.coordinator auto on a cluster."
+        )
+    jax.distributed.initialize(
+        processes.coordinator,
+        processes.count,
+        processes.index,
+        heartbeat_timeout_seconds=processes.heartbeat_seconds,
+    )
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def on_first_process(function: Callable[[], Any]) -> None:
+    """Call a function on the first process while the others wait."""
+    if is_first():
+        function()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("on_first_process")
+
+
+def gather(array: np.ndarray) -> np.ndarray:
+    """An array of every process (P, ...), bit for bit whatever the precision of the devices."""
+    if jax.process_count() == 1:
+        return array[None]
+    array = np.ascontiguousarray(array)
+    parts = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), np.uint8))
+    return np.stack([np.frombuffer(part.tobytes(), array.dtype).reshape(array.shape) for part in np.asarray(parts)])
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """A global array as numpy, on every process."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+class StopRequest:
+    """Whether the run has been told to stop: by SIGTERM, on one process or, where there are several, on any of them."""
+
+    def __init__(self) -> None:
+        self.received, self.step = False, 0
+        if jax.process_count() == 1:  # several have a handler of jax's coordination service
+            signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: Any) -> None:
+        self.received = True
+
+    def is_made(self) -> bool:
+        """Asked once after every step; the same answer on all processes at the same step."""
+        self.step += 1
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(self.step)
+        return self.received
