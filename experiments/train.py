@@ -74,6 +74,7 @@ def run(config: Experiment, console: Console) -> None:
     if config.dry_run:
         print_plan(config, mesh, console)
         return
+    load(config.data, 0)  # a mistake there leaves no folder behind
     workdir = Path(config.workdir)
     on_first_process(lambda: _claim(workdir, config))
     if is_first():

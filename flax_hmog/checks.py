@@ -102,14 +102,15 @@ def check_finite(
     if not is_concrete(x):
         return
     with jax.ensure_compile_time_eval():
-        all_finite = bool(_all_finite(x))
-    if not all_finite:
-        bad = ~np.isfinite(np.asarray(x)).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
-        row = int(bad.any(axis=-1).argmax())
-        raise ValueError(
-            f"{caller}: `{argument}` must be finite in {x.dtype}; got {int(bad.sum())} entries that are not, "
-            f"the first in row {row if row_numbers is None else int(row_numbers[row])}. {remedy}"
-        )
+        if bool(_all_finite(x)):
+            return
+        # on the devices, since the rows may be spread over processes, all of which must raise
+        bad = ~jnp.isfinite(x).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
+        count, row = int(jnp.sum(bad)), int(jnp.argmax(jnp.any(bad, axis=-1)))
+    raise ValueError(
+        f"{caller}: `{argument}` must be finite in {x.dtype}; got {count} entries that are not, "
+        f"the first in row {row if row_numbers is None else int(row_numbers[row])}. {remedy}"
+    )
 
 
 @jax.jit

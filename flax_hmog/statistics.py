@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flax_hmog.checks import check_observations, check_shape, check_type, is_concrete
 from flax_hmog.conversions import with_prior
@@ -119,11 +119,12 @@ def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any)
     check_shape(caller, "weights", weights, shape)
     weights = jnp.asarray(weights, dtype)
     if is_concrete(weights):
-        values = np.asarray(weights)
-        if not np.isfinite(values).all() or values.min() < 0 or not values.any():
+        # on the devices, since the rows may be spread over processes, all of which must raise
+        smallest, largest = float(jnp.min(weights)), float(jnp.max(weights))
+        if not (smallest >= 0 and 0 < largest < math.inf):
             raise ValueError(
-                f"{caller}: `weights` must be finite, at least 0 and not all 0; got a smallest weight of "
-                f"{values.min():.3g}. Use 0 to leave a sample out."
+                f"{caller}: `weights` must be finite, at least 0 and not all 0; got weights from {smallest:.3g} to "
+                f"{largest:.3g}. Use 0 to leave a sample out."
             )
     return weights
 

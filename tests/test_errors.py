@@ -86,7 +86,7 @@ OBSERVATIONS = {
     "ragged": (lambda: infer(NATURAL, [[1, 2, 3, 4], [1]]), ValueError, "infer: `x` must"),
     "no samples": (lambda: expected_statistics(NATURAL, X[:0]), ValueError, r"expected_statistics: `x` must .* \(0, 4\)"),
     "no samples to step on": (lambda: em_step(NATURAL, X[:0]), ValueError, r"em_step: `x` must .* \(0, 4\)"),
-    "negative weights": (lambda: expected_statistics(NATURAL, X, -np.ones(8)), ValueError, "`weights` must be finite, at least 0 and not all 0; got a smallest weight of -1"),
+    "negative weights": (lambda: expected_statistics(NATURAL, X, -np.ones(8)), ValueError, "`weights` must be finite, at least 0 and not all 0; got weights from -1 to -1"),
     "all weights zero": (lambda: em_step(NATURAL, X, np.zeros(8)), ValueError, "em_step: `weights` must be finite, at least 0 and not all 0"),
     "weights not finite": (lambda: expected_statistics(NATURAL, X, np.full(8, np.nan)), ValueError, "`weights` must be finite"),
     "weights of another shape": (lambda: expected_statistics(NATURAL, X, np.ones(7)), ValueError, r"`weights` must have shape \(8,\); got \(7,\)"),

@@ -330,8 +330,9 @@ def _storable(name: str, leaf: Any) -> Any:
             f"CheckpointWriter.save: leaf `{name}` must be an array; got {type(leaf).__name__}. Put it into `progress`."
         )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+        leaf = jax.random.key_data(leaf)
+    if not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and jax.process_count() > 1):
+        leaf = np.asarray(leaf)  # what lies on one process is the same on all
     is_variable = name.startswith("variables/") and jnp.issubdtype(leaf.dtype, jnp.floating)
     if is_variable and not bool(jnp.all(jnp.isfinite(leaf))):
         raise CheckpointError(

@@ -1,0 +1,153 @@
+"""Runs that are stopped at random moments end as one that was not, bit for bit.
+
+    python -m experiments.benchmarks.preemption [--count 20] [--per-run 5]
+
+For SIGTERM and kill -9, in EM and in training by gradients: a run is interrupted `per_run` times at random moments of
+that stage and started again each time, until `count` interruptions have been made. Then every array, position and
+metric of its last checkpoints, and every line of metrics.jsonl but for times, is compared with an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments.logs import Stage
+from experiments.processes import STOPPED
+from flax_hmog.training import restore
+
+STAGES = ("em", "differentiable")
+SIGNALS = {"SIGTERM": signal.SIGTERM, "kill -9": signal.SIGKILL}
+# stages of a few seconds that save often, so that interruptions also fall into saves
+OPTIONS = """synthetic --em.n-restarts 2 --em.max-steps 60 --em.tolerance 1e-12 --checkpoints.em-steps 5
+--gradient.epochs 20 --gradient.batch-size 32 --checkpoints.gradient-steps 100""".split()
+TIMES = ("seconds", "samples_per_second")
+WINDOW = 3.0  # seconds of a stage in which it is interrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of the interruptions of one kind.
+
+    Attributes:
+        stage: the interrupted stage.
+        signal: what interrupted it.
+        interruptions: how many there were.
+        runs: in how many runs.
+        equal: how many of the runs ended as the uninterrupted one.
+    """
+
+    stage: str
+    signal: str
+    interruptions: int
+    runs: int
+    equal: int
+
+
+def main(count: int = 20, per_run: int = 5) -> None:
+    """Interrupt and compare.
+
+    Args:
+        count: interruptions of each kind.
+        per_run: interruptions of a run before it is left to end.
+    """
+    console = Console()
+    table = Table("stage", "signal", "interruptions", "runs", "bit for bit equal")
+    with tempfile.TemporaryDirectory() as folder:
+        for outcome in measure(Path(folder), count, per_run):
+            table.add_row(*(str(value) for value in dataclasses.astuple(outcome)))
+    console.print(table)
+    console.print(f"seed of the moments 0; jax {jax.__version__}, Python {sys.version.split()[0]}")
+
+
+def measure(folder: Path, count: int, per_run: int) -> list[Outcome]:
+    """All outcomes."""
+    rng, reference = random.Random(0), folder / "reference"
+    start(reference).wait()
+    wanted, outcomes = fingerprint(reference), []
+    for stage in STAGES:
+        for name, number in SIGNALS.items():
+            done = runs = equal = 0
+            while done < count:
+                workdir = folder / f"{stage}-{number}-{runs}"
+                done += interrupt(workdir, stage, number, min(per_run, count - done), rng)
+                runs, equal = runs + 1, equal + (fingerprint(workdir) == wanted)
+            outcomes.append(Outcome(stage, name, done, runs, equal))
+    return outcomes
+
+
+def start(workdir: Path, *options: str) -> subprocess.Popen:
+    """The run in this folder, started or resumed."""
+    command = [sys.executable, "-m", "experiments.train", *OPTIONS, "--workdir", str(workdir), *options]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled")}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=os.environ | cache, **quiet)  # type: ignore[call-overload]
+
+
+def interrupt(workdir: Path, stage: str, number: int, count: int, rng: random.Random) -> int:
+    """Interrupt a run that often in a stage, each time at a random moment, then let it end.
+
+    Returns:
+        The number of interruptions: fewer, if the stage was over before.
+
+    Raises:
+        RuntimeError: if a run fails.
+    """
+    done = 0
+    while done < count:
+        process, lines = start(workdir), stage_lines(workdir, stage)
+        while process.poll() is None and stage_lines(workdir, stage) == lines:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, WINDOW / count))
+        process.send_signal(number)
+        _, errors = process.communicate()
+        if process.returncode not in (0, STOPPED, -signal.SIGKILL):
+            raise RuntimeError(f"the run ended with {process.returncode}: {errors.decode()[-2000:]}")
+        if process.returncode == 0:
+            return done
+        done += 1
+    process = start(workdir)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the resumed run ended with {process.returncode}: {errors.decode()[-2000:]}")
+    return done
+
+
+def stage_lines(workdir: Path, stage: str) -> list[str]:
+    """The lines of metrics of a stage."""
+    path = workdir / "metrics.jsonl"
+    return [line for line in path.read_text().splitlines() if f'"stage": "{stage}"' in line] if path.exists() else []
+
+
+def fingerprint(workdir: Path) -> str:
+    """Of everything that a finished run holds, but for times."""
+    total = hashlib.sha256()
+    for stage in STAGES:
+        restored = restore(workdir / Stage(0, stage).folder)
+        arrays = {"variables": restored.variables, "state": restored.state}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+            total.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        total.update(json.dumps([restored.step, restored.progress, restored.history, restored.metrics]).encode())
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        record = {name: value for name, value in json.loads(line).items() if name not in TIMES}
+        total.update(json.dumps(record).encode())
+    return total.hexdigest()
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="python -m experiments.benchmarks.preemption")
