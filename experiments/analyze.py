@@ -19,9 +19,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from experiments.data import Split, digits, digits_digest
-from experiments.train import checkpoint_folder, evaluate
-from flax_hmog import posterior_hard_assignment
+from experiments.config import Data
+from experiments.data import Dataset, load
+from experiments.logs import Stage
+from flax_hmog import infer
 from flax_hmog.analysis import (
     Picture,
     Section,
@@ -29,6 +30,7 @@ from flax_hmog.analysis import (
     canonical_loadings,
     cluster_hierarchy,
     cluster_prototypes,
+    clustering_metrics,
     component_summary,
     format_cell,
     mean_and_sd,
@@ -50,7 +52,6 @@ COLUMNS = {
     "accuracy": "ACC",
 }
 MODELS = {"em": "HMoG by exact EM", "differentiable": "DifferentiableHMoG", "symmetric": "SymmetricHMoG"}
-IMAGE_SHAPE = (8, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +60,13 @@ class Run:
 
     Attributes:
         config: the configuration.
+        dataset: the data, as the first seed splits them.
         models: restored model by seed and name.
         scores: per model or baseline, a dict of metrics for each seed.
     """
 
     config: dict[str, Any]
+    dataset: Dataset
     models: dict[tuple[int, str], Restored]
     scores: dict[str, list[dict[str, float]]]
 
@@ -80,14 +83,20 @@ def main(folder: Path, /) -> None:
     except CheckpointError as error:
         raise SystemExit(f"error: {error}") from None
     rows = table_rows(run.scores)
+    model = run.config["model"]
     page = write_report(
         folder / "report.html",
-        "Handwritten digits, clustered by hierarchical mixtures of Gaussians",
+        f"{run.dataset.title}, clustered by hierarchical mixtures of Gaussians",
         list(sections(run, rows)),
-        summary=f"{len(run.scores['em'])} seeds; latent dimension {run.config['lat_dim']}, "
-        f"{run.config['n_components']} clusters; {run.config['obs_rep']} noise covariance.",
+        summary=f"{len(run.scores['em'])} seeds; latent dimension {model['lat_dim']}, {model['n_components']} clusters; "
+        f"{model['obs_rep']} noise covariance.",
     )
-    result = {"scores": run.scores, "config": run.config, "data_sha256": digits_digest(), "versions": run_versions(run)}
+    result = {
+        "scores": run.scores,
+        "config": run.config,
+        "data_sha256": run.dataset.digest,
+        "versions": run_versions(run),
+    }
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print_table(console, rows)
     console.print(f"report: {page}")
@@ -102,25 +111,40 @@ def load_run(folder: Path) -> Run:
     seeds = sorted(int(path.name.removeprefix("seed")) for path in folder.glob("checkpoints/seed*"))
     models: dict[tuple[int, str], Restored] = {}
     scores: dict[str, list[dict[str, float]]] = {}
+    datasets = []
     for seed in seeds:
-        em = restore(checkpoint_folder(folder, seed, "em"))
-        split = digits(seed, em.config["test_share"])
-        for name, baseline in em.metrics["baselines"].items():
+        em = restore(folder / Stage(seed, "em").folder)
+        datasets.append(load(Data(**em.config["data"]), seed))
+        for name, baseline in em.progress["baselines"].items():
             scores.setdefault(name, []).append(baseline)
-        for name in MODELS:
-            restored = em if name == "em" else restore(checkpoint_folder(folder, seed, name))
+        for name in ("em", *em.config["heads"]):
+            restored = em if name == "em" else restore(folder / Stage(seed, name).folder)
             models[seed, name] = restored
-            scores.setdefault(name, []).append(evaluate(restored.head, restored.variables, split))
+            scores.setdefault(name, []).append(score(restored, datasets[-1]))
     if not models:
         raise CheckpointError(f"load_run: `folder` must hold checkpoints of a run; got none in {folder}. Train first.")
-    return Run(restore(checkpoint_folder(folder, seeds[0], "em")).config, models, scores)
+    return Run(models[seeds[0], "em"].config, datasets[0], models, scores)
+
+
+def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
+    """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part if it has labels."""
+    natural = restored.head.apply(restored.variables, method="natural")
+    train, test = (infer(natural, restored.features(part.read(slice(None)))) for part in (dataset.train, dataset.test))
+    scores = {
+        "train_log_density": float(np.mean(train.log_density)),
+        "test_log_density": float(np.mean(test.log_density)),
+    }
+    if dataset.test.part_labels is None:
+        return scores
+    assignments = np.asarray(test.log_responsibilities).argmax(axis=-1)
+    return scores | clustering_metrics(dataset.test.part_labels, assignments)
 
 
 def table_rows(scores: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """One row per method, with mean and standard deviation over seeds."""
     return [
         {"method": MODELS.get(name, name)}
-        | {title: _summary([seed[key] for seed in seeds]) for key, title in COLUMNS.items()}
+        | {title: _summary([seed[key] for seed in seeds]) for key, title in COLUMNS.items() if key in scores["em"][0]}
         for name, seeds in scores.items()
     ]
 
@@ -134,35 +158,31 @@ def _summary(values: list[float]) -> tuple[float, float] | float | None:
 
 def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
     """The parts of the page."""
-    config = run.config
-    seed = min(seed for seed, _ in run.models)
-    split = digits(seed, config["test_share"])
-    restored = run.models[seed, config["head"]]
-    natural = restored.head.apply(restored.variables, method="natural")
+    seed, name = min(seed for seed, _ in run.models), run.config["heads"][0]
     yield Section(
         "Results",
-        "Mean and standard deviation over seeds, each with its own split of the data. Log-densities are in nats per "
-        "sample and exact for every method, since each two-stage baseline is itself a model of this family; "
-        "k-means has none. Labels are used for these scores only.",
-        tables=[Table(rows, "Held-out log-density and agreement with the digits' labels")],
+        "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "
+        "Log-densities are in nats per sample and exact for every method, since each two-stage baseline is itself a "
+        "model of this family; k-means has none. Labels are used for these scores only.",
+        tables=[Table(rows, "Held-out log-density and agreement with the labels")],
     )
     yield objective_section(run, seed)
-    yield from model_sections(natural, split, MODELS[config["head"]], seed)
+    yield from model_sections(run.models[seed, name], run.dataset, MODELS[name], seed)
+    options = json.loads(json.dumps(run.config))
     yield Section(
         "How this was made",
-        f"Data: scikit-learn's digits, SHA-256 {digits_digest()}. Versions: {run_versions(run)}. "
-        f"Command: python -m experiments.train digits, with the options below.",
-        tables=[Table([{"option": name, "value": str(value)} for name, value in config.items()], "Options")],
+        f"Data SHA-256 {run.dataset.digest}. Versions: {run_versions(run)}. "
+        "Command: python -m experiments.train, with the options below.",
+        tables=[Table([{"option": key, "value": str(value)} for key, value in flat_options(options).items()], "Options")],
     )
 
 
 def objective_section(run: Run, seed: int) -> Section:
     """EM's objective and the course of fine-tuning."""
-    em = {f"seed {s}": r.metrics["objective"] for (s, name), r in run.models.items() if name == "em"}
+    em = {f"seed {s}": r.progress["objective"] for (s, name), r in run.models.items() if name == "em"}
     heads = {
-        MODELS[name]: [epoch["test_log_density"] for epoch in run.models[seed, name].metrics["history"]]
-        for name in MODELS
-        if name != "em"
+        MODELS[name]: [epoch["test_log_density"] for epoch in run.models[seed, name].history]
+        for name in run.config["heads"]
     }
     return Section(
         "Fit",
@@ -179,11 +199,13 @@ def objective_section(run: Run, seed: int) -> Section:
     )  # fmt: skip
 
 
-def model_sections(natural: Any, split: Split, title: str, seed: int) -> Iterator[Section]:
+def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) -> Iterator[Section]:
     """What the reported head found, on the test split of one seed."""
-    prototypes = cluster_prototypes(natural)
-    linkage = cluster_hierarchy(natural)
-    assignments = np.asarray(posterior_hard_assignment(natural, split.test))
+    natural = restored.head.apply(restored.variables, method="natural")
+    test, labels = np.asarray(restored.features(dataset.test.read(slice(None)))), dataset.test.part_labels
+    is_image = restored.encoder_variables is None and natural.interaction.shape[0] == dataset.obs_dim
+    image_shape = dataset.image_shape if is_image else None
+    prototypes, linkage = cluster_prototypes(natural), cluster_hierarchy(natural)
     yield Section(
         "Clusters",
         f"{title}, seed {seed}. A prototype is the mean of its cluster in pixel space.",

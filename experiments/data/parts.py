@@ -74,13 +74,15 @@ class Dataset:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the raw rows and labels of both parts."""
-        total = hashlib.sha256()
-        for part in (self.train, self.test):
-            for block in part.blocks(slice(None)):
-                total.update(np.ascontiguousarray(block).tobytes())
-            if part.part_labels is not None:
-                total.update(part.part_labels.astype(np.int64).tobytes())
+        """SHA-256 of the raw rows of both parts as the source holds them, and of the labels."""
+        rows, labels, total = self.train.rows, self.train.labels, hashlib.sha256()
+        for start in range(0, rows.shape[0], BLOCK_ROWS):
+            block = rows[start : start + BLOCK_ROWS]
+            arrays = (block.data, block.indices, block.indptr) if hasattr(block, "tocsr") else (block,)
+            for array in arrays:
+                total.update(np.ascontiguousarray(array).tobytes())
+        if labels is not None:
+            total.update(labels.astype(np.int64).tobytes())
         return total.hexdigest()
 
 
