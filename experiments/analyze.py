@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
-from experiments.config import Data
+from experiments.config import Data, flat_options
 from experiments.data import Dataset, load
 from experiments.logs import Stage
 from flax_hmog import infer
@@ -88,8 +88,8 @@ def main(folder: Path, /) -> None:
         folder / "report.html",
         f"{run.dataset.title}, clustered by hierarchical mixtures of Gaussians",
         list(sections(run, rows)),
-        summary=f"{len(run.scores['em'])} seeds; latent dimension {model['lat_dim']}, {model['n_components']} clusters; "
-        f"{model['obs_rep']} noise covariance.",
+        summary=f"{len(run.scores['em'])} seeds; latent dimension {model['lat_dim']}, "
+        f"{model['n_components']} clusters, {model['obs_rep']} noise covariance.",
     )
     result = {
         "scores": run.scores,
@@ -168,12 +168,14 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
     )
     yield objective_section(run, seed)
     yield from model_sections(run.models[seed, name], run.dataset, MODELS[name], seed)
-    options = json.loads(json.dumps(run.config))
+    options = flat_options(run.config)
     yield Section(
         "How this was made",
         f"Data SHA-256 {run.dataset.digest}. Versions: {run_versions(run)}. "
         "Command: python -m experiments.train, with the options below.",
-        tables=[Table([{"option": key, "value": str(value)} for key, value in flat_options(options).items()], "Options")],
+        tables=[
+            Table([{"option": key, "value": str(value)} for key, value in flat_options(options).items()], "Options")
+        ],
     )
 
 
@@ -206,36 +208,42 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
     is_image = restored.encoder_variables is None and natural.interaction.shape[0] == dataset.obs_dim
     image_shape = dataset.image_shape if is_image else None
     prototypes, linkage = cluster_prototypes(natural), cluster_hierarchy(natural)
+    pictures = [
+        Picture(plot_prototypes(prototypes, image_shape=image_shape), "Cluster prototypes E[x | z]",
+                "The mean of each cluster in the space of the model's inputs"),
+    ]  # fmt: skip
+    if labels is not None:
+        assignments = np.asarray(infer(natural, test).log_responsibilities).argmax(axis=-1)
+        pictures.append(
+            Picture(plot_contingency(labels, assignments), "Test samples by label and cluster",
+                    "Table of counts of labels in each cluster")
+        )  # fmt: skip
     yield Section(
         "Clusters",
-        f"{title}, seed {seed}. A prototype is the mean of its cluster in pixel space.",
-        tables=[Table(component_summary(natural, split.test).rows(), "Clusters on the test split")],
-        pictures=[
-            Picture(plot_prototypes(prototypes, image_shape=IMAGE_SHAPE), "Cluster prototypes E[x | z]",
-                    "Images of the mean digit of each cluster"),
-            Picture(plot_contingency(split.test_labels, assignments), "Test samples by label and cluster",
-                    "Table of counts of labels in each cluster"),
-        ],
-    )  # fmt: skip
+        f"{title}, seed {seed}. A prototype is the mean of its cluster in the space of the model's inputs.",
+        tables=[Table(component_summary(natural, test).rows(), "Clusters on the test split")],
+        pictures=pictures,
+    )
     yield Section(
         "How the clusters relate",
         "Average linkage on the exact distance between components.",
         pictures=[
             Picture(
-                plot_dendrogram(linkage, prototypes=prototypes, image_shape=IMAGE_SHAPE,
+                plot_dendrogram(linkage, prototypes=prototypes if image_shape else None, image_shape=image_shape,
                                 distance_name="Bhattacharyya distance (nats)"),
-                "Hierarchy of the clusters", "Dendrogram of the clusters with their prototypes"),
-        ],
+                "Hierarchy of the clusters", "Dendrogram of the clusters"),
+        ] if len(prototypes) > 1 else [],
     )  # fmt: skip
+    loadings_shape = image_shape if image_shape and len(image_shape) == 2 else None
     yield Section(
         "Latent space",
         "Posterior means E[y | x] of the test samples, along the directions that separate the clusters best; and the "
         "loadings in a canonical rotation, ordered by the variance they explain.",
         pictures=[
-            Picture(plot_latent_space(natural, split.test), "Test samples in the latent space, coloured by cluster",
+            Picture(plot_latent_space(natural, test), "Test samples in the latent space, coloured by cluster",
                     "Scatter plot of latent means coloured by cluster"),
-            Picture(plot_loadings(canonical_loadings(natural), image_shape=IMAGE_SHAPE), "Loadings",
-                    "Images of the loadings of each latent axis"),
+            Picture(plot_loadings(canonical_loadings(natural), image_shape=loadings_shape), "Loadings",
+                    "The loadings of each latent axis"),
         ],
     )  # fmt: skip
 
@@ -247,7 +255,7 @@ def run_versions(run: Run) -> str:
 
 def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
     """The results on the terminal."""
-    table = ConsoleTable(*rows[0], title="Test split, mean ± sd over seeds; log p(x) in nats per sample")
+    table = ConsoleTable(*rows[-1], title="Test split, mean ± sd over seeds; log p(x) in nats per sample")
     for row in rows:
         table.add_row(*(format_cell(value) for value in row.values()))
     console.print(table)

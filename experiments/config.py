@@ -240,3 +240,11 @@ class Experiment:
         free = ("workdir", "heads", "n_seeds", "devices", "processes", "checkpoints", "logs", "dry_run")
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         return options | {"data": {k: v for k, v in options["data"].items() if k not in ("folder", "downloads")}}
+
+
+def flat_options(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their dotted names, as on the command line."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flat_options(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.training.train_state import TrainState
+from jax.sharding import Mesh
 
 from experiments.config import Experiment
 from flax_hmog import Natural, Regularizer, mean_log_density, moments_to_natural, penalty
@@ -15,11 +19,12 @@ from flax_hmog.em import EMInfo
 from flax_hmog.encoders import MLP, Clusterer
 from flax_hmog.initialize import random_moments
 from flax_hmog.objectives import negative_log_likelihood, negative_mutual_information
+from flax_hmog.training import make_train_step
 from flax_hmog.training.describe import rebuild_module
 
 
 class Trainable:
-    """One head of an experiment, on the encoder if there is one.
+    """One head of an experiment, on the encoder if there is one; optimiser and step are the same for all seeds.
 
     Args:
         config: the experiment.
@@ -29,6 +34,8 @@ class Trainable:
     def __init__(self, config: Experiment, name: str) -> None:
         self.config, self.head, self.encoder = config, config.trainable[name], make_encoder(config)
         self.module = self.head if self.encoder is None else Clusterer(self.encoder, self.head)
+        self.optimizer = functools.lru_cache(self._optimizer)
+        self.compiled: Callable | None = None
 
     def loss(self, params: Any, x: jax.Array, extra: tuple[Regularizer, Any]) -> jax.Array:
         """What is minimised, in nats per sample.
@@ -45,7 +52,12 @@ class Trainable:
         weight = self.config.encoder.likelihood_weight
         return negative_mutual_information(joint) + weight * negative_log_likelihood(head_only)
 
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
+    def step(self, state: TrainState, mesh: Mesh) -> Callable:
+        """The training step of `make_train_step`, compiled once."""
+        self.compiled = self.compiled or make_train_step(self.loss, state, mesh)
+        return self.compiled
+
+    def _optimizer(self, steps: int) -> optax.GradientTransformation:
         """Adam with a cosine decay over so many steps."""
         return optax.adam(optax.cosine_decay_schedule(self.config.gradient.learning_rate, max(steps, 1)))
 

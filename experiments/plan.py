@@ -17,7 +17,7 @@ from experiments.data import data_shape
 from experiments.models import Trainable, abstract_fit, make_encoder
 from experiments.processes import is_first
 from flax_hmog import Natural, PseudoCounts, Regularizer, em_step, natural_to_moments
-from flax_hmog.training import batch_sharding, make_train_step
+from flax_hmog.training import batch_sharding
 from flax_hmog.training.checkpoints import named_arrays
 from flax_hmog.training.mesh import rows_multiple
 from flax_hmog.training.steps import abstract_state
@@ -99,7 +99,7 @@ def _compile_em(config: Experiment, mesh: Mesh, rows: int, obs_dim: int) -> Any:
 
 
 def _compile_gradient(model: Trainable, state: Any, mesh: Mesh, obs_dim: int) -> Any:
-    step = make_train_step(model.loss, state, mesh)
+    step = model.step(state, mesh)
     rows = model.config.gradient.batch_size
     x = jax.ShapeDtypeStruct((rows, obs_dim), jnp.float32, sharding=batch_sharding(mesh))
 

@@ -21,9 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import adjusted_rand_score
 
-from experiments.configs.digits import Digits, Kind
-from experiments.data import digits
+from experiments.config import Experiment, Kind
+from experiments.configs.digits import CONFIG
+from experiments.data import load, prepare_inputs
 from flax_hmog import Natural, fit_em, log_observable_density, posterior_hard_assignment
+from flax_hmog.training import make_mesh
 
 CANDIDATES: list[tuple[Kind, float]] = [
     ("scale", 0.0),
@@ -36,7 +38,11 @@ def main() -> None:
     """Print the table."""
     table = Table("noise", "pseudo-samples per sample", "held-out log p(x)", "stability (ARI)")
     for obs_rep, share in CANDIDATES:
-        config = dataclasses.replace(Digits(), obs_rep=obs_rep, noise_pseudo_share=share)
+        config = dataclasses.replace(
+            CONFIG,
+            model=dataclasses.replace(CONFIG.model, obs_rep=obs_rep),
+            em=dataclasses.replace(CONFIG.em, noise_pseudo_share=share),
+        )
         densities, stabilities = zip(*(score(config, s, split) for s in SEEDS for split in range(SPLITS)), strict=True)
         spread = np.std(stabilities, ddof=1) / np.sqrt(len(stabilities))
         table.add_row(
@@ -45,9 +51,10 @@ def main() -> None:
     Console(width=100).print(table)
 
 
-def score(config: Digits, seed: int, split: int) -> tuple[float, float]:
+def score(config: Experiment, seed: int, split: int) -> tuple[float, float]:
     """Held-out log-density and stability for one split into halves."""
-    x = digits(seed, config.test_share).train
+    dataset = load(config.data, seed)
+    x = prepare_inputs(config.data, dataset, make_mesh()).read(dataset.train, slice(None))
     order = np.random.default_rng((seed, split)).permutation(len(x))
     half = len(x) // 2
     first, second = x[order[:half]], x[order[half : 2 * half]]
@@ -57,16 +64,16 @@ def score(config: Digits, seed: int, split: int) -> tuple[float, float]:
     return float(held_out), float(stability)
 
 
-def fit(config: Digits, x: np.ndarray, key: int) -> Natural:
+def fit(config: Experiment, x: np.ndarray, key: int) -> Natural:
     """EM as the experiment runs it."""
     return fit_em(
         config.analytic,
         x,
         jax.random.key(key),
-        regularizer=config.pseudo_counts(len(x)),
-        n_restarts=config.n_restarts,
-        max_steps=config.em_steps,
-        tolerance=config.em_tolerance,
+        regularizer=config.em.pseudo_counts(len(x)),
+        n_restarts=config.em.n_restarts,
+        max_steps=config.em.max_steps,
+        tolerance=config.em.tolerance,
     ).natural
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from experiments.processes import Stopped, StopRequest, to_host
 from flax_hmog import Natural, Regularizer, fit_em, infer, natural_to_mean, warm_start
 from flax_hmog.analysis import clustering_metrics
 from flax_hmog.fit import EMResult, EMState
-from flax_hmog.training import CheckpointWriter, create_state, make_train_step, restore, restore_like
+from flax_hmog.training import CheckpointWriter, create_state, restore, restore_like
 from flax_hmog.training.checkpoints import named_arrays, restored_variables, saved_steps
 
 
@@ -37,14 +36,14 @@ class Run:
         mesh: the devices.
         log: where metrics go.
         stop: whether the run has been told to stop.
-        compiled: training steps by head, so that seeds share them.
+        models: the trainable heads by name.
     """
 
     config: Experiment
     mesh: Mesh
     log: Log
     stop: StopRequest
-    compiled: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    models: dict[str, Trainable]
 
     def folder(self, stage: Stage) -> Path:
         """Where the checkpoints of a stage lie."""
@@ -228,7 +227,7 @@ class GradientStage:
 
     def __init__(self, run: Run, seed: int, name: str, inputs: Inputs) -> None:
         self.run, self.inputs, self.stage = run, inputs, Stage(seed, name)
-        self.config, self.model = run.config.gradient, Trainable(run.config, name)
+        self.config, self.model = run.config.gradient, run.models[name]
         self.batches = Batches(inputs, seed, self.config.batch_size, self.config.epochs)
 
     def train(self, start: WarmStart) -> None:
@@ -240,7 +239,7 @@ class GradientStage:
         if done == total:
             return
         state, loss_sum, history = self._state(start, restored)
-        step = run.compiled.setdefault(self.stage.name, make_train_step(self.model.loss, state, run.mesh))
+        step = self.model.step(state, run.mesh)
         share = np.float32(1 / len(self.inputs.dataset.train))
         iterator = self.batches.iterate(restored and restored.progress["position"])
         if not history:

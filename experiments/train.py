@@ -21,10 +21,11 @@ import jax
 import tyro
 from rich.console import Console
 
-from experiments.config import Experiment
+from experiments.config import Experiment, flat_options
 from experiments.configs import EXPERIMENTS
 from experiments.data import load, prepare_inputs
 from experiments.logs import Log
+from experiments.models import Trainable
 from experiments.plan import print_plan
 from experiments.processes import STOPPED, Stopped, StopRequest, connect, is_first, on_first_process
 from experiments.stages import EMStage, GradientStage, Run
@@ -80,11 +81,12 @@ def run(config: Experiment, console: Console) -> None:
     if is_first():
         console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
     with Log(workdir, config, console) as log:
-        stages = Run(config, mesh, log, StopRequest())
+        models = {name: Trainable(config, name) for name in config.trainable}
+        stages = Run(config, mesh, log, StopRequest(), models)
         for seed in range(config.n_seeds):
             inputs = prepare_inputs(config.data, load(config.data, seed), mesh)
             start = EMStage(stages, seed, inputs).result()
-            for name in config.trainable:
+            for name in models:
                 GradientStage(stages, seed, name, inputs).train(start)
 
 
@@ -92,10 +94,8 @@ def _claim(workdir: Path, config: Experiment) -> None:
     """Write the run's config, or check that the run in the folder has the same."""
     path, wanted = workdir / "config.json", json.loads(json.dumps(config.result_options()))
     if path.exists():
-        found = _read_config(path).get("result_options", {})
-        changed = [
-            name for name, value in _flat(wanted).items() if name not in _flat(found) or _flat(found)[name] != value
-        ]
+        found = flat_options(_read_config(path).get("result_options", {}))
+        changed = [name for name, value in flat_options(wanted).items() if found.get(name, "nothing") != value]
         if changed:
             raise ValueError(
                 f"run: `workdir` must hold a run of the same config; got {workdir} with another {', '.join(changed)}. "
@@ -114,14 +114,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"run: {path} must be JSON; got {error}. Choose another --workdir or delete this one."
         ) from None
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 if __name__ == "__main__":

@@ -34,8 +34,11 @@ from flax_hmog.training import restore
 STAGES = ("em", "differentiable")
 SIGNALS = {"SIGTERM": signal.SIGTERM, "kill -9": signal.SIGKILL}
 # stages of a few seconds that save often, so that interruptions also fall into saves
-OPTIONS = """synthetic --em.n-restarts 12 --em.max-steps 60 --em.tolerance 1e-12 --checkpoints.em-steps 5
---gradient.epochs 20 --gradient.batch-size 32 --checkpoints.gradient-steps 100""".split()
+OPTIONS = [
+    *("synthetic", "--em.n-restarts", "12", "--em.max-steps", "60", "--em.tolerance", "1e-12"),
+    *("--checkpoints.em-steps", "5", "--gradient.epochs", "20", "--gradient.batch-size", "32"),
+    *("--checkpoints.gradient-steps", "100"),
+]
 TIMES = ("seconds", "samples_per_second")
 WINDOW = 3.0  # seconds of a stage in which it is interrupted
 
