@@ -51,6 +51,7 @@ COLUMNS = {
     "ari": "ARI",
     "accuracy": "ACC",
 }
+MAX_ROWS = 30  # clusters that the table lists
 MODELS = {"em": "HMoG by exact EM", "differentiable": "DifferentiableHMoG", "symmetric": "SymmetricHMoG"}
 
 
@@ -88,7 +89,7 @@ def main(folder: Path, /) -> None:
         folder / "report.html",
         f"{run.dataset.title}, clustered by hierarchical mixtures of Gaussians",
         list(sections(run, rows)),
-        summary=f"{len(run.scores['em'])} seeds; latent dimension {model['lat_dim']}, "
+        summary=f"Seeds: {len(run.scores['em'])}; latent dimension {model['lat_dim']}, "
         f"{model['n_components']} clusters, {model['obs_rep']} noise covariance.",
     )
     result = {
@@ -221,7 +222,7 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
     yield Section(
         "Clusters",
         f"{title}, seed {seed}. A prototype is the mean of its cluster in the space of the model's inputs.",
-        tables=[Table(component_summary(natural, test).rows(), "Clusters on the test split")],
+        tables=[summary_table(component_summary(natural, test).rows())],
         pictures=pictures,
     )
     yield Section(
@@ -246,6 +247,15 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
                     "The loadings of each latent axis"),
         ],
     )  # fmt: skip
+
+
+def summary_table(rows: list[dict[str, Any]]) -> Table:
+    """The clusters, or the largest of very many."""
+    caption = "Clusters on the test split"
+    if len(rows) <= MAX_ROWS:
+        return Table(rows, caption)
+    largest = sorted(rows, key=lambda row: -row["weight"])[:MAX_ROWS]
+    return Table(largest, f"{caption}: the {MAX_ROWS} of largest weight, of {len(rows)}")
 
 
 def run_versions(run: Run) -> str:

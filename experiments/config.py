@@ -132,7 +132,7 @@ class Gradient:
     learning_rate: float = 1e-3
     """Adam's learning rate, decayed to 0 by a cosine."""
     max_fall: float = 1.0
-    """A run has diverged when an epoch's loss is above that of the first by this many nats per column of the data."""
+    """A run has diverged when an epoch's loss is above that of the best by this many nats per column of the data."""
 
     def __post_init__(self) -> None:
         _check_counts(self, "epochs", "batch_size")
@@ -229,7 +229,7 @@ class Experiment:
     def trainable(self) -> dict[str, DifferentiableHMoG | SymmetricHMoG]:
         """The heads that gradients train, by name."""
         m = self.model
-        every = {
+        every: dict[str, DifferentiableHMoG | SymmetricHMoG] = {
             "differentiable": DifferentiableHMoG(m.lat_dim, m.n_components, obs_rep=m.obs_rep, pst_rep=m.pst_rep),
             "symmetric": SymmetricHMoG(m.lat_dim, m.n_components, obs_rep=m.obs_rep, lat_rep=m.lat_rep),
         }

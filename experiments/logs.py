@@ -96,9 +96,12 @@ class Log:
             raise ValueError(_missing("tensorboard", "tensorboardX")) from None
         writer = SummaryWriter(str(workdir / "tensorboard"))
         self.closers.append(writer.close)
-        self.writers.append(
-            lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
-        )
+
+        def write(metrics: dict[str, Any], step: int) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+
+        self.writers.append(write)
 
     def _add_wandb(self, config: Experiment) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import Mesh
 
 from experiments.config import Experiment
-from flax_hmog import Natural, Regularizer, mean_log_density, moments_to_natural, penalty
+from flax_hmog import HMoGOutput, Natural, Regularizer, mean_log_density, moments_to_natural, penalty
 from flax_hmog.covariances import as_rep
 from flax_hmog.em import EMInfo
 from flax_hmog.encoders import MLP, Clusterer
@@ -48,7 +48,9 @@ class Trainable:
             regularizer, share = extra
             natural = self.natural(params)
             return -mean_log_density(natural, x) - share * penalty(natural, regularizer)
-        joint, head_only = self.module.apply({"params": params}, x, method="joint_and_head_outputs")
+        joint, head_only = cast(
+            tuple[HMoGOutput, HMoGOutput], self.module.apply({"params": params}, x, method="joint_and_head_outputs")
+        )
         weight = self.config.encoder.likelihood_weight
         return negative_mutual_information(joint) + weight * negative_log_likelihood(head_only)
 
@@ -64,7 +66,7 @@ class Trainable:
     def natural(self, params: Any) -> Natural:
         """The head's model."""
         own = params if self.encoder is None else params["head"]
-        return self.head.apply({"params": own}, method="natural")
+        return cast(Natural, self.head.apply({"params": own}, method="natural"))
 
     def encoder_variables(self, params: Any) -> dict[str, Any]:
         """The encoder's variables, if there is one."""

@@ -73,11 +73,11 @@ def _costs(compiled: Any, flops: float, mesh: Mesh) -> list[str]:
 
 
 def _head_flops(config: Experiment, obs_dim: int, rows: int, rep: str) -> float:
-    """Of the products of a pass: three with D x L, two with K x the quadratic features of y, and the noise's."""
+    """Of the products of a pass (docs/performance.md)."""
     lat_dim, n_components = config.model.lat_dim, config.model.n_components
     width = lat_dim * (lat_dim + 3) // 2 if rep == "full" else 2 * lat_dim
-    noise = 2 * obs_dim**2 if config.model.obs_rep == "full" else 0
-    return 2.0 * rows * (3 * obs_dim * lat_dim + 2 * n_components * width + noise)
+    noise = obs_dim**2 if config.model.obs_rep == "full" else 0
+    return 2.0 * rows * (3 * obs_dim * lat_dim + 3 * n_components * width + 4 * lat_dim**2 + noise)
 
 
 def _encoder_flops(state: Any, rows: int) -> float:

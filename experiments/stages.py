@@ -241,7 +241,7 @@ class GradientStage:
         state, loss_sum, history = self._state(start, restored)
         step = self.model.step(state, run.mesh)
         share = np.float32(1 / len(self.inputs.dataset.train))
-        iterator = self.batches.iterate(restored and restored.progress["position"])
+        iterator = self.batches.iterate(restored.progress["position"] if restored else None)
         if not history:
             history.append(self._record(state, 0, None, time.perf_counter()))
         epoch_start = time.perf_counter()
@@ -308,18 +308,18 @@ class GradientStage:
         return {"epoch": epoch} | metrics
 
     def _check(self, loss: float, state: TrainState, done: int, history: list[dict]) -> float:
-        """The loss, if it is finite and has not diverged from that of the first epoch.
+        """The loss, if it is finite and has not diverged from that of the best epoch.
 
         Raises:
             ValueError: naming what went wrong, where, and the last good checkpoint.
         """
-        first = next((-record["objective"] for record in history if record["objective"] is not None), loss)
+        best = min((-record["objective"] for record in history if record["objective"] is not None), default=loss)
         cause = None
         if not math.isfinite(loss):
             bad = [name for name, leaf in named_arrays(state.params).items() if not bool(jnp.all(jnp.isfinite(leaf)))]
             cause = f"got {loss}, and leaves that are not finite: {', '.join(bad) or 'none'}"
-        elif loss > first + self.config.max_fall * self.inputs.obs_dim:
-            cause = f"got {loss:.6g} nats per sample, which was {first:.6g} in the first epoch"
+        elif loss > best + self.config.max_fall * self.inputs.obs_dim:
+            cause = f"got {loss:.6g} nats per sample, which was {best:.6g} in the best epoch"
         if cause is None:
             return loss
         folder = self.run.folder(self.stage)

@@ -1,130 +1,233 @@
-"""The main job, small: train, resume, and a report from the checkpoints alone in a new process."""
+"""The main job, small: train, resume, plan, and a report from the checkpoints alone in a new process."""
 
 import dataclasses
 import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import train
+from experiments import processes, stages, train
 from experiments.baselines import fit_baselines
-from experiments.configs.digits import Digits
-from experiments.data import digits
+from experiments.config import EM, Checkpoints, Encoder, Experiment, Gradient, Model, flat_options
+from experiments.configs import EXPERIMENTS
+from experiments.data import load, prepare_inputs
+from flax_hmog.training import make_mesh, restore
 
-SMALL = Digits(n_seeds=2, lat_dim=3, n_components=4, n_restarts=1, em_steps=5, epochs=4, save_every=2)
+SMALL = dataclasses.replace(
+    EXPERIMENTS["digits"],
+    model=Model(lat_dim=3, n_components=4, obs_rep="full", pst_rep="full"),
+    em=EM(n_restarts=2, max_steps=4),
+    gradient=Gradient(epochs=4, batch_size=256),
+    n_seeds=2,
+    checkpoints=Checkpoints(em_steps=3, gradient_steps=7),
+)
+TIMES = ("seconds", "samples_per_second")
+
+
+def run(workdir, config=SMALL, **options):
+    train.run(dataclasses.replace(config, workdir=str(workdir), **options), Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "digits"
-    train.run(dataclasses.replace(SMALL, workdir=str(path)), Console(quiet=True))
+    run(path)
     return path
 
 
-def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def read_metrics(folder, **wanted):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if wanted.items() <= record.items()]
 
 
-def test_metrics_cover_every_epoch_of_both_heads(folder):
-    metrics = read_metrics(folder)
-    epochs = [m["epoch"] for m in metrics if m["model"] == "differentiable" and m["seed"] == 1]
-    assert epochs == [0, 1, 2, 3, 4]
-    assert {m["model"] for m in metrics} == {"em", "differentiable", "symmetric"}
-    assert all(np.isfinite([m["test_log_density"], m["nmi"]]).all() for m in metrics)
+def without_times(records):
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def test_metrics_cover_every_step_of_em_and_every_epoch_of_both_heads(folder):
+    for head in ("differentiable", "symmetric"):
+        records = read_metrics(folder, seed=1, stage=head)
+        assert [record["epoch"] for record in records] == [0, 1, 2, 3, 4]
+        assert [record["step"] for record in records] == [0, 5, 10, 15, 20]
+        assert all(np.isfinite([record["test_log_density"], record["nmi"]]).all() for record in records)
+    em = read_metrics(folder, seed=1, stage="em")
+    assert [record["step"] for record in em] == list(range(1, 12))  # five models in each of two starts, and the result
+    assert "test_log_density" in em[-1]
 
 
 def test_a_finished_run_does_nothing_more(folder):
     before = read_metrics(folder)
-    train.run(dataclasses.replace(SMALL, workdir=str(folder)), Console(quiet=True))
+    run(folder)
     assert read_metrics(folder) == before
 
 
-def test_an_interrupted_run_ends_as_the_uninterrupted_one(folder, tmp_path, monkeypatch):
-    config = dataclasses.replace(SMALL, workdir=str(tmp_path), n_seeds=1)
-    calls, batches = [], train.Finetuning.batches
+class StopAt:
+    """A request to stop after so many steps of the run."""
 
-    def interrupted(self, seed, epoch, split):
-        calls.append(epoch)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return batches(self, seed, epoch, split)
+    def __init__(self, step):
+        self.left = step
 
-    monkeypatch.setattr(train.Finetuning, "batches", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train.run(config, Console(quiet=True))
+    def is_made(self):
+        self.left -= 1
+        return self.left == 0
+
+
+@pytest.mark.parametrize("steps", [3, 5, 14, 26], ids=["EM", "end of a start", "first epoch", "between epochs"])
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(steps, folder, tmp_path, monkeypatch):
+    """Bit for bit: every array, position, record and line. Ten steps of EM, then twenty of each head."""
+    monkeypatch.setattr(train, "StopRequest", lambda: StopAt(steps))
+    with pytest.raises(processes.Stopped):
+        run(tmp_path, n_seeds=1, heads=("differentiable",))
     monkeypatch.undo()
-    train.run(config, Console(quiet=True))
-
-    def final(path):
-        return next(m for m in read_metrics(path) if m["model"] == "differentiable" and m.get("epoch") == 4)
-
-    assert final(tmp_path) == final(folder)
+    run(tmp_path, n_seeds=1, heads=("differentiable",))
+    for name in ("em", "differentiable"):
+        assert without_times(read_metrics(tmp_path, stage=name)) == without_times(
+            read_metrics(folder, seed=0, stage=name)
+        )
+        got, want = (restore(path / "checkpoints" / "seed0" / name) for path in (tmp_path, folder))
+        assert (got.step, got.history, got.metrics) == (want.step, want.history, want.metrics)
+        assert {k: v for k, v in got.progress.items() if k != "baselines"} == {
+            k: v for k, v in want.progress.items() if k != "baselines"
+        }
+        assert got.state.keys() == want.state.keys()
+        for leaf in want.state:
+            np.testing.assert_array_equal(got.state[leaf], want.state[leaf], err_msg=leaf)
 
 
 def test_another_config_is_refused(folder):
-    with pytest.raises(ValueError, match="another em_steps"):
-        train.run(dataclasses.replace(SMALL, workdir=str(folder), em_steps=6), Console(quiet=True))
+    with pytest.raises(ValueError, match=r"another em\.max_steps\. Choose another"):
+        run(folder, em=EM(n_restarts=2, max_steps=6))
+    run(folder, checkpoints=Checkpoints(em_steps=9))  # what changes no result may change
+
+
+def test_a_diverging_run_says_what_happened_and_where_to_go_on(tmp_path, monkeypatch):
+    config = dataclasses.replace(SMALL, n_seeds=1, heads=("differentiable",))
+    broken = lambda self, params, x, extra: stages.jnp.nan * params["bias"].sum()  # noqa: E731
+    monkeypatch.setattr(stages.Trainable, "loss", broken)
+    with pytest.raises(ValueError, match=r"got nan, and leaves that are not finite: bias.*There is no checkpoint yet"):
+        run(tmp_path, config)
+    monkeypatch.undo()
+
+    def rising(self, params, x, extra):
+        total = params["bias"].sum()
+        return jax.lax.stop_gradient(1e6 * total) - total  # the steps make the value larger
+
+    monkeypatch.setattr(stages.Trainable, "loss", rising)
+    with pytest.raises(ValueError, match=r"nats per sample, which was .* in the best epoch.*Lower --gradient"):
+        run(tmp_path / "rising", config)
+
+
+def test_training_with_an_encoder_ends_in_a_model_of_raw_data(tmp_path):
+    config = Experiment(
+        str(tmp_path),
+        data=SMALL.data,
+        encoder=Encoder("mlp", features=6),
+        model=Model(lat_dim=2, n_components=4),
+        em=EM(max_steps=3),
+        gradient=Gradient(epochs=2, batch_size=512),
+    )
+    run(tmp_path, config)
+    dataset = load(config.data, 0)
+    records = read_metrics(tmp_path)
+    for name in ("em", "differentiable"):
+        restored = restore(tmp_path / "checkpoints" / "seed0" / name)
+        output = restored(dataset.test.read(slice(None)))
+        got = float(np.mean(output.log_density))
+        last = [record for record in records if record["stage"] == name][-1]
+        assert got == pytest.approx(last["test_log_density"], rel=1e-4)
+
+
+def test_the_plan_names_what_a_step_takes():
+    command = [sys.executable, "-m", "experiments.train", "mnist", "--dry-run", "--em.rows", "1024"]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    for part in (
+        "60000 training and 10000 test rows",
+        "60,968 parameters",
+        "(784, 50)",
+        "replicated",
+        "data 1 x model 1",
+    ):
+        assert part in text
+    assert "GFLOP on a device" in " ".join(text.split())
+
+
+def test_events_for_tensorboard_are_written(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the package tensorboardX is not installed: pip install flax-hmog[logs]")
+    config = dataclasses.replace(SMALL, n_seeds=1, heads=("differentiable",))
+    run(tmp_path, config, logs=dataclasses.replace(config.logs, tensorboard=True))
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_a_new_process_reports_from_the_checkpoints_alone(folder):
     (folder / "metrics.jsonl").rename(folder / "hidden")
     command = [sys.executable, "-m", "experiments.analyze", str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     (folder / "hidden").rename(folder / "metrics.jsonl")
-    assert run.returncode == 0, run.stderr
+    assert done.returncode == 0, done.stderr
     page = (folder / "report.html").read_text()
-    for part in (
-        "PCA + GMM",
-        "DifferentiableHMoG",
-        "Cluster prototypes",
-        "Hierarchy of the clusters",
-        "data:image/png",
-    ):
+    parts = "PCA + GMM", "DifferentiableHMoG", "Cluster prototypes", "Hierarchy of the clusters", "data:image/png"
+    for part in parts:
         assert part in page
     scores = json.loads((folder / "result.json").read_text())["scores"]
-    trained = [m for m in read_metrics(folder) if m["model"] == "symmetric" and m["epoch"] == 4]
     for seed, score in enumerate(scores["symmetric"]):
-        assert score["test_log_density"] == pytest.approx(trained[seed]["test_log_density"], rel=1e-5)
+        (trained,) = read_metrics(folder, seed=seed, stage="symmetric", epoch=4)
+        assert score["test_log_density"] == pytest.approx(trained["test_log_density"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nothing"], "the first argument must be an experiment"),
-        (["digits", "--lat-dim", "0"], "`lat_dim` must be at least 1; got 0"),
-        (["digits", "--obs-rep", "round"], "round"),
-        (["digits", "--epoch", "3"], "--epoch"),
+        (["digits", "--model.lat-dim", "0"], "`lat_dim` must be a whole number of at least 1; got 0"),
+        (["digits", "--model.obs-rep", "round"], "round"),
+        (["digits", "--gradient.epoch", "3"], "--gradient.epoch"),
+        (["digits", "--gradient.epochs", "0"], "Gradient: `epochs` must be at least 1; got 0"),
+        (["digits", "--processes.count", "2"], "`processes.coordinator` must be given"),
+        (["digits", "--processes.coordinator", "here:1"], "`processes.count` and `processes.index` must be given"),
+        (["digits", "--encoder.name", "cnn"], "`name` must be none, mlp or MODULE:CLASS; got 'cnn'"),
+        (["file"], "`data.path` must name a file"),
     ],
 )
 def test_bad_options_are_named(arguments, message, tmp_path):
-    command = [sys.executable, "-m", "experiments.train", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode != 0
-    assert message in run.stdout + run.stderr
-    assert "Traceback" not in run.stderr
+    command = [sys.executable, "-m", "experiments.train", *arguments, "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert message in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_option_is_explained():
     command = [sys.executable, "-m", "experiments.train", "digits", "--help"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    for field in dataclasses.fields(Digits):
-        assert f"--{field.name.replace('_', '-')}" in text
+    for name in flat_options(dataclasses.asdict(SMALL)):
+        assert f"--{name.replace('_', '-')}" in text, name
     assert "Folder of the run" in text
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_says_its_question_and_command(name):
+    module = sys.modules[f"experiments.configs.{name}"]
+    assert f"python -m experiments.train {name}" in module.__doc__
+    assert "Data: " in module.__doc__
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
     command = [sys.executable, "-m", "experiments.analyze", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert run.returncode == 1
-    assert "must hold checkpoints of a run" in run.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "must hold checkpoints of a run" in done.stderr
 
 
 def test_the_density_of_a_baseline_is_that_of_its_model():
     """PCA + GMM with one component is a Gaussian: scores with their covariance, isotropic noise on top in all of space."""
-    x = digits(0, 0.2).train[:, 16:24] + 0.05 * np.random.default_rng(0).standard_normal((1437, 8))
+    dataset = load(SMALL.data, 0)
+    rows = prepare_inputs(SMALL.data, dataset, make_mesh()).read(dataset.train, slice(None))
+    x = rows[:, 16:24] + 0.05 * np.random.default_rng(0).standard_normal((1437, 8))
     baseline = fit_baselines(x, x[:50], lat_dim=6, n_components=1, seed=0)["PCA + GMM"]
     values, axes = np.linalg.eigh(np.cov(x.T, bias=True))
     noise = values[:2].mean() * len(x) / (len(x) - 1)

@@ -1,144 +1,50 @@
-"""Mesh, train step and checkpoints."""
+"""Mesh, shardings and the train step, on one device and on several."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
-from flax_hmog import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
+from flax_hmog import DifferentiableHMoG
 from flax_hmog.objectives import negative_log_likelihood
-from flax_hmog.training import (
-    Affine,
-    CheckpointError,
-    CheckpointWriter,
-    create_state,
-    make_mesh,
-    make_train_step,
-    restore,
-)
-from flax_hmog.training.checkpoints import restore_like, saved_steps
+from flax_hmog.training import create_state, make_mesh, make_train_step, tree_shardings
 
 D, L, K = 6, 2, 3
-HEADS = [
-    DifferentiableHMoG(L, K, D, noise_bounds=(1e-4, 1e4)),
-    SymmetricHMoG(L, K, obs_rep="full", lat_rep="scale"),
-    AnalyticHMoG(L, K),
-]
+HEADS = [DifferentiableHMoG(L, K, D, noise_bounds=(1e-4, 1e4))]
+# steps of EM and of gradients, on meshes of 1, 2, 4, 8 and 4 x 2 devices
 SHARDED_RUN = """
-import jax, optax, numpy as np
-from flax_hmog import DifferentiableHMoG
-from flax_hmog.training import create_state, make_mesh, make_train_step
+import json, jax, optax, numpy as np
+from flax_hmog import AnalyticHMoG, DifferentiableHMoG, PseudoCounts, fit_em, warm_start
+from flax_hmog.training import create_state, global_rows, make_mesh, make_train_step
+rng = np.random.default_rng(0)
+centers = 4 * rng.standard_normal((4, 6))
+rows = (centers[rng.integers(4, size=512)] + rng.standard_normal((512, 6))).astype(np.float32)
 head = DifferentiableHMoG(2, 4, 6)
-x = np.random.default_rng(0).standard_normal((16, 6)).astype(np.float32)
-for devices, model in ((1, 1), (8, 1), (8, 2)):
+for devices, model in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2)):
     mesh = make_mesh(model=model, devices=jax.devices()[:devices])
-    state = create_state(head, head.init(jax.random.key(0), x), optax.adam(1e-2), x, mesh)
-    step = make_train_step(lambda p, x, _: -head.apply({"params": p}, x).log_density.mean(), state, mesh)
+    x = global_rows(mesh, rows.shape, lambda share: rows[share])
+    fit = fit_em(AnalyticHMoG(2, 4, 6), x, jax.random.key(0), max_steps=5)
+    natural = jax.tree.map(np.asarray, fit.natural)
+    state = create_state(head, warm_start(head, natural)[0], optax.adam(1e-2), x, mesh, min_sharded=4)
+    split = sorted(name for name, leaf in state.params.items() if "model" in str(leaf.sharding.spec))
+    step = make_train_step(lambda p, x, _: -head.apply({"params": p}, x, method="mean_log_density"), state, mesh)
     for _ in range(5):
         state, loss = step(state, x)
-    print(repr([float(loss), *(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(state.params))]))
+    sums = [float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(state.params)]
+    print(json.dumps([split, [float(loss), float(fit.objective_history[-1]), *sums]]))
 """
 
 
 @pytest.fixture(scope="module")
 def x():
     return np.random.default_rng(0).standard_normal((16, D)).astype(np.float32)
-
-
-@pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
-def test_a_checkpoint_restores_from_its_folder_alone(head, x, tmp_path):
-    variables = head.init(jax.random.key(0), x)
-    preprocessing = Affine.constant(D, offset=1.0, scale=2.0)
-    with CheckpointWriter(tmp_path, head=head, config={"a": [1, "b"]}, preprocessing=preprocessing) as writer:
-        writer.save(3, variables, metrics={"history": [1.5]})
-    restored = restore(tmp_path)
-    assert (restored.step, restored.config, restored.metrics) == (3, {"a": [1, "b"]}, {"history": [1.5]})
-    assert restored.head == head
-    got = restored.head.apply(restored.variables, x)
-    jax.tree.map(np.testing.assert_array_equal, got, head.apply(variables, x))
-    np.testing.assert_allclose(restored.preprocessing(np.full((2, D), 5.0)), 2.0)
-
-
-def test_the_optimiser_goes_on_where_it_stopped(x, tmp_path):
-    head, optimizer, mesh = HEADS[0], optax.adam(1e-2), make_mesh()
-    state = create_state(head, head.init(jax.random.key(0), x), optimizer, x, mesh)
-    step = make_train_step(lambda p, x, _: negative_log_likelihood(head.apply({"params": p}, x)), state, mesh)
-    for _ in range(3):
-        state, _ = step(state, x)
-    with CheckpointWriter(tmp_path, head=head, config={}) as writer:
-        writer.save(3, {"params": state.params}, opt_state=state.opt_state)
-    restored = restore(tmp_path)
-    fresh = create_state(head, restored.variables, optimizer, x, mesh)
-    fresh = fresh.replace(step=jnp.asarray(3), opt_state=restore_like(fresh.opt_state, restored.opt_state, "opt_state"))
-    straight, resumed = step(state, x)[0], step(fresh, x)[0]
-    jax.tree.map(np.testing.assert_array_equal, straight.params, resumed.params)
-
-
-def test_only_the_latest_two_steps_stay(x, tmp_path):
-    head = HEADS[0]
-    variables = head.init(jax.random.key(0), x)
-    with CheckpointWriter(tmp_path, head=head, config={}) as writer:
-        for step in (1, 2, 3):
-            writer.save(step, variables)
-    (tmp_path / "7").mkdir()  # an interrupted save
-    assert saved_steps(tmp_path) == [2, 3]
-    assert restore(tmp_path).step == 3
-    assert restore(tmp_path, step=2).step == 2
-
-
-@pytest.fixture
-def saved(x, tmp_path):
-    head = HEADS[0]
-    with CheckpointWriter(tmp_path, head=head, config={}) as writer:
-        writer.save(1, head.init(jax.random.key(0), x))
-    return tmp_path
-
-
-def test_damage_is_noticed(saved):
-    largest = max((path for path in (saved / "1" / "arrays").rglob("*") if path.is_file()), key=os.path.getsize)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    largest.write_bytes(bytes(data))
-    with pytest.raises(CheckpointError, match="restore: "):
-        restore(saved)
-
-
-def test_unreadable_description_is_named(saved):
-    description = next(path for path in (saved / "1" / "description").iterdir())
-    description.write_text("{")
-    with pytest.raises(CheckpointError, match="must be readable"):
-        restore(saved)
-
-
-def test_missing_steps_and_folders_are_named(saved, tmp_path):
-    with pytest.raises(CheckpointError, match=r"must hold step 5; got steps \[1\]"):
-        restore(saved, step=5)
-    with pytest.raises(CheckpointError, match=r"got steps \[\]"):
-        restore(tmp_path / "nowhere")
-
-
-def test_a_mismatch_names_the_leaf():
-    arrays = {"opt_state/mu/bias": np.zeros(3), "opt_state/mu/means": np.zeros((2, 2))}
-    with pytest.raises(CheckpointError, match="`opt_state/mu/means` must have shape"):
-        restore_like({"mu": {"bias": np.zeros(3), "means": np.zeros((2, 3))}}, arrays, "opt_state")
-    with pytest.raises(CheckpointError, match="`opt_state/mu/noise` must be in both"):
-        restore_like(
-            {"mu": {"bias": np.zeros(3), "noise": np.zeros(1)}}, {"opt_state/mu/bias": np.zeros(3)}, "opt_state"
-        )
-
-
-def test_values_that_json_cannot_hold_are_named(x, tmp_path):
-    with (
-        CheckpointWriter(tmp_path, head=HEADS[0], config={"a": jnp.ones(2)}) as writer,
-        pytest.raises(CheckpointError, match="must be plain JSON"),
-    ):
-        writer.save(1, HEADS[0].init(jax.random.key(0), x))
 
 
 def test_the_step_compiles_once(x):
@@ -159,15 +65,43 @@ def test_the_step_compiles_once(x):
     assert losses[4] < losses[1]
 
 
-def test_results_agree_on_one_and_eight_devices():
+def test_results_agree_on_any_mesh():
+    """EM and gradient steps on 1, 2, 4, 8 and 4 x 2 devices; in the last, leaves are split over the second axis."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-c", SHARDED_RUN], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr
-    one, *others = (np.array(json.loads(line)) for line in run.stdout.splitlines())
-    for other in others:
-        np.testing.assert_allclose(other, one, rtol=2e-5, atol=1e-5)
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    leaves = ["bias", "loadings", "logits", "means", "noise", "precisions"]
+    assert [split for split, _ in results] == [[], [], [], [], leaves]
+    for _, values in results[1:]:
+        np.testing.assert_allclose(values, results[0][1], rtol=2e-5, atol=1e-5)
+
+
+def abstract_mesh(data, model):
+    return jax.sharding.AbstractMesh((data, model), ("data", "model"))
+
+
+def specs(mesh, **options):
+    head = DifferentiableHMoG(2, 5, 6)
+    abstract = jax.eval_shape(head.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 6), np.float32))
+    return {name: s.spec for name, s in tree_shardings(abstract, mesh, **options)["params"].items()}
+
+
+def test_large_leaves_are_split_and_others_replicated(caplog):
+    """Five components do not fit two devices: replicated, and the log says so. Small leaves are replicated silently."""
+    with caplog.at_level(logging.WARNING):
+        got = specs(abstract_mesh(4, 2), min_size=6)
+    assert got["loadings"] == PartitionSpec("model", None)
+    assert got["means"] == PartitionSpec()
+    assert "means" in caplog.text
+    assert "is replicated" in caplog.text
+    assert "logits" not in caplog.text
+    caplog.clear()
+    assert set(specs(abstract_mesh(4, 2)).values()) == {PartitionSpec()}
+    assert set(specs(abstract_mesh(8, 1), min_size=1).values()) == {PartitionSpec()}
+    assert not caplog.text
 
 
 def test_the_mesh_must_fit_the_devices():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def read_file(path: Path, labels: str | None = None) -> File:
         raise ValueError(f"read_file: `path` must end in one of {sorted(readers)}; got {path.name}. Convert it.")
     try:
         file = readers[path.suffix](path, labels)
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(
             f"read_file: {path} must be a readable {path.suffix} file; got {type(error).__name__}: {error}. "
             "Copy it again."
@@ -82,11 +83,11 @@ def read_file(path: Path, labels: str | None = None) -> File:
 
 
 def _read_npy(path: Path, labels: str | None) -> File:
-    return File(np.load(path, mmap_mode="r"), labels and np.load(labels), None, None)  # type: ignore[arg-type]
+    return File(_load(path, mmap_mode="r"), _load(labels) if labels else None, None, None)
 
 
 def _read_npz(path: Path, labels: str | None) -> File:
-    with np.load(path, allow_pickle=False) as parts:
+    with _load(path) as parts:
         names = set(parts.files)
         rows_name = next((name for name in ROWS if name in names), None)
         if names >= CSR:
@@ -101,7 +102,7 @@ def _read_npz(path: Path, labels: str | None) -> File:
             )
         found = next((parts[name] for name in LABELS if name in names), None)
         n_train = int(parts["n_train"]) if "n_train" in names else None
-    return File(rows, np.load(labels) if labels else found, n_train, None)
+    return File(rows, _load(labels) if labels else found, n_train, None)
 
 
 def _read_h5ad(path: Path, labels: str | None) -> File:
@@ -121,3 +122,11 @@ def _read_h5ad(path: Path, labels: str | None) -> File:
             f"read_file: `data.labels` must be a column of obs; got {labels!r}. Choose one of {list(table.obs)}."
         )
     return File(rows, np.unique(np.asarray(table.obs[labels]).astype(str), return_inverse=True)[1], None, None)
+
+
+def _load(path: str | Path, **options: Any) -> Any:
+    """`np.load`, which calls files of another kind pickled."""
+    try:
+        return np.load(path, **options)
+    except ValueError as error:
+        raise OSError(f"{path} is no array of numpy's ({error})") from error

@@ -30,7 +30,9 @@ def load(data: Data, seed: int) -> Dataset:
         rows, labels = synthetic()
         return Dataset("A synthetic HMoG", **split_parts(rows, labels, None, data.test_share, seed))
     if data.name in IMAGES:
-        rows, labels, n_train = load_images(data.name, Path(data.folder), data.downloads and Path(data.downloads))
+        rows, labels, n_train = load_images(
+            data.name, Path(data.folder), Path(data.downloads) if data.downloads else None
+        )
         parts = split_parts(rows, labels, n_train, data.test_share, seed)
         return Dataset(IMAGES[data.name].title, **parts, image_shape=IMAGES[data.name].shape)
     path = find_file(data.path, Path(data.folder))

@@ -300,9 +300,7 @@ def restore_like(template: Any, arrays: dict[str, Any], what: str) -> Any:
                 "The checkpoint is of another model."
             )
         array = np.asarray(arrays[name]).astype(data.dtype)
-        leaves.append(
-            jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if is_key else _placed(array, leaf)
-        )
+        leaves.append(_key_like(array, leaf) if is_key else _placed(array, leaf))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
@@ -310,6 +308,10 @@ def named_arrays(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their path, as "variables/params/means"; in the tree's order."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _key_like(data: np.ndarray, leaf: Any) -> Array:
+    return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(leaf))
 
 
 def _placed(array: np.ndarray, leaf: Any) -> Array:
@@ -330,7 +332,7 @@ def _storable(name: str, leaf: Any) -> Any:
             f"CheckpointWriter.save: leaf `{name}` must be an array; got {type(leaf).__name__}. Put it into `progress`."
         )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
+        leaf = jax.random.key_data(jnp.asarray(leaf))
     if not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and jax.process_count() > 1):
         leaf = np.asarray(leaf)  # what lies on one process is the same on all
     is_variable = name.startswith("variables/") and jnp.issubdtype(leaf.dtype, jnp.floating)

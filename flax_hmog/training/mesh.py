@@ -66,10 +66,15 @@ def global_rows(mesh: Mesh, shape: tuple[int, ...], read: Callable[[slice], Any]
     Returns:
         The array (N, ...), the same one on all processes.
     """
-    cached = functools.lru_cache(maxsize=None)(lambda start, stop: read(slice(start, stop)))
-    return jax.make_array_from_callback(
-        shape, batch_sharding(mesh), lambda index: cached(*index[0].indices(shape[0])[:2])
-    )
+
+    @functools.cache  # devices along the other axes hold the same rows
+    def share(start: int, stop: int) -> Any:
+        return read(slice(start, stop))
+
+    def rows_of_a_device(index: Any) -> Any:
+        return share(*index[0].indices(shape[0])[:2])
+
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), rows_of_a_device)
 
 
 def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES, min_size: int = MIN_SHARDED) -> Any:

@@ -25,7 +25,7 @@ Gather: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """Gives the arrays of all processes, stacked (P, ...)."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Affine:
     """(x - offset) / scale, column by column.
 
@@ -62,10 +62,10 @@ class Affine:
 
     def __call__(self, x: Any) -> Any:
         """Rows (..., D) of rows (..., D)."""
-        return (x - self.offset) / self.scale
+        return (x - _as_row(self.offset, x)) / _as_row(self.scale, x)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SizeFactor:
     """Rows scaled to one total, as counts of single cells are; rows of zeros stay.
 
@@ -91,7 +91,7 @@ class SizeFactor:
         return x * (self.target / _namespace(x).where(sums > 0, sums, 1))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Log1p:
     """log(1 + x), entry by entry."""
 
@@ -102,7 +102,7 @@ class Log1p:
         return _namespace(x).log1p(x)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SelectColumns:
     """Some of the columns.
 
@@ -126,7 +126,7 @@ class SelectColumns:
         return x[..., self.columns]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Whiten:
     """Leading principal components, each with variance 1.
 
@@ -156,7 +156,7 @@ class Whiten:
 
     def __call__(self, x: Any) -> Any:
         """Rows (..., D') of rows (..., D)."""
-        centered = x - self.mean
+        centered = x - _as_row(self.mean, x)
         return matmul(centered, self.axes) if isinstance(x, jax.Array) else centered @ self.axes
 
 
@@ -164,7 +164,7 @@ Step: TypeAlias = Affine | SizeFactor | Log1p | SelectColumns | Whiten
 STEPS: dict[str, Any] = {cls.name: cls for cls in (Affine, SizeFactor, Log1p, SelectColumns, Whiten)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Preprocessing:
     """Steps from raw data to the inputs of a model; `preprocessing(raw)` is float32.
 
@@ -231,3 +231,8 @@ def _moments(blocks: Blocks, total: Total) -> tuple[np.ndarray, np.ndarray, floa
 
 def _namespace(x: Any) -> Any:
     return jnp if isinstance(x, jax.Array) else np
+
+
+def _as_row(values: Any, x: Any) -> np.ndarray:
+    """Values of columns (D,) with as many dimensions as x."""
+    return np.asarray(values).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -1,0 +1,304 @@
+"""Checkpoints: everything a run needs, from the folder alone, and errors that say what is damaged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flax_hmog import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
+from flax_hmog.encoders import MLP, Clusterer
+from flax_hmog.objectives import negative_log_likelihood
+from flax_hmog.training import (
+    Affine,
+    CheckpointError,
+    CheckpointWriter,
+    Preprocessing,
+    create_state,
+    make_mesh,
+    make_train_step,
+    restore,
+    restore_like,
+)
+from flax_hmog.training.checkpoints import restored_variables, saved_steps
+
+D, L, K = 6, 2, 3
+HEADS = [
+    DifferentiableHMoG(L, K, D, noise_bounds=(1e-4, 1e4)),
+    SymmetricHMoG(L, K, obs_rep="full", lat_rep="scale"),
+    AnalyticHMoG(L, K, param_dtype=jnp.float32),
+    DifferentiableHMoG(L, 1),  # its log-odds have no entries
+]
+
+
+class Projection(nn.Module):
+    """A user's own encoder."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.features)(x)
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(0).standard_normal((16, D)).astype(np.float32)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: f"{type(head).__name__}-{head.n_components}")
+def test_a_checkpoint_restores_from_its_folder_alone(head, x, tmp_path):
+    variables = head.init(jax.random.key(0), x)
+    preprocessing = Preprocessing((Affine.constant(D, offset=1.0, scale=2.0),), D)
+    with CheckpointWriter(tmp_path, head=head, config={"a": [1, "b"]}, preprocessing=preprocessing) as writer:
+        writer.save(3, variables, progress={"at": 1.5}, history=[{"nmi": 0.5}])
+    restored = restore(tmp_path)
+    assert (restored.step, restored.config, restored.progress) == (3, {"a": [1, "b"]}, {"at": 1.5})
+    assert restored.history == [{"nmi": 0.5}]
+    assert restored.versions["jax"] == jax.__version__
+    assert restored.head == head
+    got = restored.head.apply(restored.variables, x)
+    jax.tree.map(np.testing.assert_array_equal, got, head.apply(variables, x))
+    raw = 2 * x + 1
+    np.testing.assert_allclose(restored(raw).log_density, got.log_density, rtol=1e-4, atol=1e-4)
+
+
+def test_state_keeps_keys_empty_arrays_and_numbers(x, tmp_path):
+    state = {"key": jax.random.key(7), "empty": jnp.zeros((0, 2)), "half": jnp.ones(3, jnp.bfloat16), "n": np.int32(4)}
+    with CheckpointWriter(tmp_path, head=HEADS[0]) as writer:
+        writer.save(1, HEADS[0].init(jax.random.key(0), x), state=state)
+    template = state | {"key": jax.random.key(0), "half": jnp.zeros(3, jnp.bfloat16)}
+    got = restore_like(template, restore(tmp_path).state, "the state")
+    np.testing.assert_array_equal(jax.random.uniform(got["key"], (3,)), jax.random.uniform(state["key"], (3,)))
+    assert got["empty"].shape == (0, 2)
+    assert got["half"].dtype == jnp.bfloat16
+    assert int(got["n"]) == 4
+
+
+def test_an_encoder_of_the_library_comes_with_the_head(x, tmp_path):
+    module = Clusterer(MLP(4, (8,)), DifferentiableHMoG(L, K))
+    variables = module.init(jax.random.key(0), x)
+    with CheckpointWriter(tmp_path, head=module.head, encoder=module.encoder) as writer:
+        writer.save(1, variables)
+    restored = restore(tmp_path)
+    assert restored.encoder == module.encoder
+    jax.tree.map(np.testing.assert_array_equal, restored(x), module.apply(variables, x))
+    jax.tree.map(np.testing.assert_array_equal, restored_variables(restored), nn.unbox(variables))
+
+
+def test_code_of_others_is_imported_only_if_allowed(x, tmp_path):
+    module = Clusterer(Projection(4), DifferentiableHMoG(L, K))
+    variables = module.init(jax.random.key(0), x)
+    with CheckpointWriter(tmp_path, head=module.head, encoder=module.encoder) as writer:
+        writer.save(1, variables)
+    restored = restore(tmp_path)
+    assert restored.encoder is None
+    features = module.apply(variables, x, method="features")
+    want = module.apply(variables, x)
+    jax.tree.map(np.testing.assert_array_equal, restored.head.apply(restored.variables, features), want)
+    assert set(restored.encoder_variables["params"]["Dense_0"]) == {"bias", "kernel"}
+    with pytest.raises(ValueError, match="Restore with allow_import=True"):
+        restored(x)
+    jax.tree.map(np.testing.assert_array_equal, restore(tmp_path, allow_import=True)(x), want)
+
+
+def test_an_encoder_that_cannot_be_described_is_refused(tmp_path):
+    class Local(nn.Module):
+        pass
+
+    with pytest.raises(CheckpointError, match="must be of a class at the top of a module"):
+        CheckpointWriter(tmp_path, head=HEADS[0], encoder=Local())
+
+
+def test_the_optimiser_goes_on_where_it_stopped(x, tmp_path):
+    head, optimizer, mesh = HEADS[0], optax.adam(1e-2), make_mesh()
+    state = create_state(head, head.init(jax.random.key(0), x), optimizer, x, mesh)
+    step = make_train_step(lambda p, x, _: negative_log_likelihood(head.apply({"params": p}, x)), state, mesh)
+    for _ in range(3):
+        state, _ = step(state, x)
+    with CheckpointWriter(tmp_path, head=head) as writer:
+        writer.save(3, {"params": state.params}, state={"opt_state": state.opt_state})
+        state = step(state, x)[0]  # while the save goes on: the step donates what is being saved
+    restored = restore(tmp_path)
+    fresh = create_state(head, restored.variables, optimizer, x, mesh)
+    saved = restore_like({"opt_state": fresh.opt_state}, restored.state, "the optimiser")
+    resumed = step(fresh.replace(step=jnp.asarray(3), opt_state=saved["opt_state"]), x)[0]
+    jax.tree.map(np.testing.assert_array_equal, state.params, resumed.params)
+
+
+def test_the_latest_and_the_best_stay(x, tmp_path):
+    variables = HEADS[0].init(jax.random.key(0), x)
+    with CheckpointWriter(tmp_path, head=HEADS[0], best="loss", mode="min") as writer:
+        for step, loss in enumerate((3.0, 1.0, 2.0, 5.0, 4.0), start=1):
+            writer.save(step, variables, metrics={"loss": loss})
+    assert saved_steps(tmp_path) == [2, 4, 5]
+    assert restore(tmp_path).step == 5
+    assert restore(tmp_path, step="best").step == 2
+    # a new writer goes on from there
+    with CheckpointWriter(tmp_path, head=HEADS[0], best="loss", mode="min") as writer:
+        writer.save(6, variables, metrics={"loss": 9.0})
+    assert saved_steps(tmp_path) == [2, 5, 6]
+
+
+def test_an_interrupted_save_hides_nothing(x, tmp_path):
+    variables = HEADS[0].init(jax.random.key(0), x)
+    with CheckpointWriter(tmp_path, head=HEADS[0]) as writer:
+        for step in (1, 2, 3):
+            writer.save(step, variables)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "8.orbax-checkpoint-tmp").mkdir()
+    assert saved_steps(tmp_path) == [2, 3]
+    assert restore(tmp_path).step == 3
+    assert restore(tmp_path, step=2).step == 2
+
+
+KILLED = """
+import sys, jax, numpy as np
+from flax_hmog import DifferentiableHMoG
+from flax_hmog.training import CheckpointWriter
+head = DifferentiableHMoG(8, 64, 512)
+variables = head.init(jax.random.key(0), np.zeros((1, 512), np.float32))
+with CheckpointWriter(sys.argv[1], head=head) as writer:
+    for step in range(10_000):
+        writer.save(step, variables, state={"step": np.int32(step)})
+        print(step, flush=True)
+"""
+
+
+def test_a_kill_during_a_save_leaves_the_save_before(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    while int(process.stdout.readline()) < 3:
+        pass
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    restored = restore(tmp_path)
+    assert restored.step >= 2
+    assert int(restored.state["step"]) == restored.step
+
+
+@pytest.fixture
+def saved(x, tmp_path):
+    with CheckpointWriter(tmp_path, head=HEADS[0]) as writer:
+        for step in (1, 2):
+            writer.save(step, HEADS[0].init(jax.random.key(step), x))
+    return tmp_path
+
+
+def data_files(folder):
+    return sorted((p for p in (folder / "2" / "arrays").rglob("*") if p.is_file()), key=os.path.getsize)
+
+
+def test_every_flipped_byte_of_the_data_is_noticed(saved):
+    """In whatever file: either it cannot be read, or the leaf is named, or nothing that is read has changed."""
+    named, want = 0, restore(saved)
+    for path in data_files(saved):
+        whole = path.read_bytes()
+        for position in np.linspace(0, len(whole) - 1, 5).astype(int) if whole else ():
+            path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+            try:
+                got = restore(saved)
+            except CheckpointError as error:
+                named += 1
+                assert "another step: [1]" in str(error)  # noqa: PT017
+            else:
+                jax.tree.map(np.testing.assert_array_equal, got.variables, want.variables)
+        path.write_bytes(whole)
+    assert named > 0
+
+
+def test_a_changed_leaf_is_named(saved):
+    path = next(path for path in (saved / "2" / "description").rglob("metadata"))
+    description = json.loads(path.read_text())
+    description["arrays"]["variables/params/means"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"leaf `variables/params/means` in .*The files are damaged"):
+        restore(saved)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "description"])
+def test_damage_is_named_with_a_way_out(saved, damage):
+    if damage == "description":
+        next(path for path in (saved / "2" / "description").rglob("metadata")).write_text("{")
+    for path in data_files(saved):
+        if damage == "truncated":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        elif damage == "missing":
+            path.unlink()
+    with pytest.raises(CheckpointError, match=r"restore: checkpoint .*2 must be readable; .*another step: \[1\]"):
+        restore(saved)
+    assert restore(saved, step=1).step == 1
+
+
+def test_missing_steps_and_folders_are_named(saved, tmp_path):
+    with pytest.raises(CheckpointError, match=r"must hold step 5; got steps \[1, 2\]"):
+        restore(saved, step=5)
+    with pytest.raises(CheckpointError, match=r"got steps \[\]"):
+        restore(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="saved with the metric"):
+        restore(saved, step="best")
+
+
+def test_a_mismatch_names_the_leaf():
+    arrays = {"mu/bias": np.zeros(3), "mu/means": np.zeros((2, 2))}
+    with pytest.raises(CheckpointError, match=r"leaf `mu/means` of the optimiser must have shape \(2, 3\)"):
+        restore_like({"mu": {"bias": np.zeros(3), "means": np.zeros((2, 3))}}, arrays, "the optimiser")
+    with pytest.raises(CheckpointError, match="leaf `mu/noise` of x must be in both"):
+        restore_like({"mu": {"bias": np.zeros(3), "noise": np.zeros(1)}}, {"mu/bias": np.zeros(3)}, "x")
+
+
+def test_what_cannot_be_saved_is_named(x, tmp_path):
+    variables = HEADS[0].init(jax.random.key(0), x)
+    with CheckpointWriter(tmp_path, head=HEADS[0]) as writer:
+        with pytest.raises(CheckpointError, match="must be plain JSON"):
+            writer.save(1, variables, progress={"a": jnp.ones(2)})
+        with pytest.raises(CheckpointError, match=r"leaf `state/name` must be an array; got str"):
+            writer.save(1, variables, state={"name": "adam"})
+        broken = jax.tree.map(lambda leaf: leaf * np.nan, nn.unbox(variables))
+        with pytest.raises(CheckpointError, match=r"leaf `variables/params/bias` must be finite"):
+            writer.save(1, broken)
+    assert saved_steps(tmp_path) == []
+
+
+ON_ANOTHER_MESH = """
+import sys, jax, numpy as np, optax
+from flax_hmog import DifferentiableHMoG
+from flax_hmog.training import CheckpointWriter, create_state, make_mesh, restore, restore_like
+head, x = DifferentiableHMoG(2, 4, 6), np.ones((8, 6), np.float32)
+what, folder, model = sys.argv[1], sys.argv[2], int(sys.argv[3])
+state = create_state(head, head.init(jax.random.key(0), x), optax.adam(1e-2), x, make_mesh(model=model), min_sharded=1)
+if what == "save":
+    with CheckpointWriter(folder, head=head) as writer:
+        writer.save(1, {"params": state.params}, state={"opt_state": state.opt_state})
+restored = restore(folder)
+opt_state = restore_like({"opt_state": state.opt_state}, restored.state, "the optimiser")["opt_state"]
+leaves = jax.tree.leaves(restored.variables) + jax.tree.leaves(opt_state)
+spread = max(len(leaf.sharding.device_set) for leaf in jax.tree.leaves(opt_state))
+print(repr([float(np.abs(np.asarray(leaf)).sum()) for leaf in leaves]), spread)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [((8, 2), (1, 1)), ((1, 1), (8, 2)), ((8, 1), (4, 2))])
+def test_a_checkpoint_restores_on_other_devices(first, then, tmp_path):
+    lines = []
+    for what, (devices, model) in (("save", first), ("restore", then)):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        run = subprocess.run(
+            [sys.executable, "-c", ON_ANOTHER_MESH, what, str(tmp_path), str(model)],
+            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        lines.append(run.stdout.splitlines()[-1].rsplit(" ", 1))
+        assert int(lines[-1][1]) == devices
+    assert lines[0][0] == lines[1][0]

@@ -1,0 +1,95 @@
+"""Real processes on loopback: the same result as one process, and a stop that all of them make together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from experiments.processes import STOPPED
+from flax_hmog.training import restore
+
+pytestmark = pytest.mark.slow
+OPTIONS = [
+    "synthetic",
+    "--em.max-steps",
+    "8",
+    "--gradient.epochs",
+    "2",
+    "--gradient.batch-size",
+    "128",
+    "--checkpoints.em-steps",
+    "4",
+]
+
+
+def start(workdir, count, devices, *options):
+    """Processes of one run, each with so many devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "experiments.train", *OPTIONS, *options, "--workdir", str(workdir)]
+    several = ["--processes.coordinator", f"127.0.0.1:{port}", "--processes.count", str(count)]
+    return [
+        subprocess.Popen(
+            [*command, *(several if count > 1 else []), *(["--processes.index", str(index)] if count > 1 else [])],
+            env=os.environ | flags, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def finish(processes):
+    """Exit statuses, once all have ended."""
+    output = [process.communicate(timeout=400)[0] for process in processes]
+    for text in output:
+        assert "Traceback" not in text, text[-3000:]
+    return [process.returncode for process in processes]
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    assert finish(start(workdir, 1, 1)) == [0]
+    return workdir
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_several_processes_do_what_one_does(count, devices, one_process, tmp_path):
+    assert finish(start(tmp_path, count, devices)) == [0] * count
+    got, want = records(tmp_path), records(one_process)
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        for name in ("objective", "test_log_density", "nmi"):
+            if b.get(name) is not None:
+                assert a[name] == pytest.approx(b[name], rel=1e-4), (name, b)
+    # one process restores what several have saved
+    states = [restore(folder / "checkpoints" / "seed0" / "differentiable") for folder in (tmp_path, one_process)]
+    for name, leaf in states[1].variables["params"].items():
+        np.testing.assert_allclose(states[0].variables["params"][name], leaf, rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+def test_a_stop_of_one_process_stops_all_and_the_run_goes_on(one_process, tmp_path):
+    """SIGTERM to the second process only: both save at the same step."""
+    options = "--gradient.epochs", "40", "--gradient.batch-size", "128"
+    processes = start(tmp_path, 2, 1, *options)
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and '"epoch": 1,' in metrics.read_text()):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(processes) == [STOPPED, STOPPED]
+    stopped = restore(tmp_path / "checkpoints" / "seed0" / "differentiable").step
+    assert 0 < stopped < 40 * 37
+    assert finish(start(tmp_path, 2, 1, *options)) == [0, 0]
+    assert [record["epoch"] for record in records(tmp_path) if "epoch" in record] == list(range(41))
