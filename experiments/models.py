@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh
 
+from experiments.augment import distort
 from experiments.config import Experiment
 from flax_hmog import HMoGOutput, Natural, Regularizer, mean_log_density, moments_to_natural, penalty
 from flax_hmog.covariances import as_rep
@@ -23,31 +24,59 @@ from flax_hmog.training import make_train_step
 from flax_hmog.training.describe import rebuild_module
 
 
+class Extra(NamedTuple):
+    """What a loss needs besides parameters and rows.
+
+    Attributes:
+        regularizer: of the fit that training starts from.
+        share: the weight of its penalty: one over the number of training rows.
+        key_data: of the PRNG key of the run.
+        step: number of the step.
+    """
+
+    regularizer: Regularizer
+    share: Any
+    key_data: Any
+    step: Any
+
+
 class Trainable:
     """One head of an experiment, on the encoder if there is one; optimiser and step are the same for all seeds.
 
     Args:
         config: the experiment.
         name: of the head.
+        image_shape: of an input, where inputs are images.
+
+    Raises:
+        ValueError: for augmentation of inputs that are no images.
     """
 
-    def __init__(self, config: Experiment, name: str) -> None:
+    def __init__(self, config: Experiment, name: str, image_shape: tuple[int, ...] | None) -> None:
+        if config.augmentation.is_on and image_shape is None:
+            raise ValueError(
+                "Trainable: `augmentation` must be of images whose background is 0; got inputs that are none. Leave "
+                "out --data.columns, --data.whitened and --data.scale standard, or the augmentation."
+            )
+        self.image_shape = image_shape
         self.config, self.head, self.encoder = config, config.trainable[name], make_encoder(config)
         self.module = self.head if self.encoder is None else Clusterer(self.encoder, self.head)
         self.optimizer = functools.lru_cache(self._optimizer)
         self.compiled: Callable | None = None
 
-    def loss(self, params: Any, x: jax.Array, extra: tuple[Regularizer, Any]) -> jax.Array:
-        """What is minimised, in nats per sample.
+    def loss(self, params: Any, x: jax.Array, extra: Extra) -> jax.Array:
+        """What is minimised, in nats per sample, of rows that are distorted first if the experiment says so.
 
         Of a head alone its negative penalised log-likelihood: what EM maximises, up to the prior of the components.
         With an encoder the mutual information of the assignments, to which both learn, and the likelihood of the
         features, to which the head alone does.
         """
+        if self.image_shape is not None and self.config.augmentation.is_on:
+            key = jax.random.fold_in(jax.random.wrap_key_data(extra.key_data), extra.step)
+            x = distort(key, x, self.image_shape, self.config.augmentation)
         if self.encoder is None:
-            regularizer, share = extra
             natural = self.natural(params)
-            return -mean_log_density(natural, x) - share * penalty(natural, regularizer)
+            return -mean_log_density(natural, x) - extra.share * penalty(natural, extra.regularizer)
         joint, head_only = cast(
             tuple[HMoGOutput, HMoGOutput], self.module.apply({"params": params}, x, method="joint_and_head_outputs")
         )

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from experiments.config import Experiment
 from experiments.data import data_shape
-from experiments.models import Trainable, abstract_fit, make_encoder
+from experiments.data.inputs import input_image_shape
+from experiments.models import Extra, Trainable, abstract_fit, make_encoder
 from experiments.processes import is_first
 from flax_hmog import Natural, PseudoCounts, Regularizer, em_step, natural_to_moments
 from flax_hmog.training import batch_sharding
@@ -27,7 +28,7 @@ def print_plan(config: Experiment, mesh: Mesh, console: Console) -> None:
     """Configuration, data, mesh, parameters with their shardings, and what each step takes on a device."""
     console = console if is_first() else Console(quiet=True)
     console.print(dataclasses.asdict(config))
-    train, test, raw_dim = data_shape(config.data)
+    train, test, raw_dim, image_shape = data_shape(config.data)
     obs_dim = min(raw_dim, config.data.columns or raw_dim, config.data.whitened or raw_dim)
     console.print(f"\ndata: {train} training and {test} test rows; {raw_dim} columns, {obs_dim} after preprocessing")
     devices = f"{mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} processes"
@@ -38,7 +39,7 @@ def print_plan(config: Experiment, mesh: Mesh, console: Console) -> None:
     compiled = _compile_em(config, mesh, -(-em_rows // rows_multiple(mesh)) * rows_multiple(mesh), head_dim)
     steps.add_row("EM", str(em_rows), *_costs(compiled, _head_flops(config, head_dim, em_rows, "full"), mesh))
     for name in config.trainable:
-        model = Trainable(config, name)
+        model = Trainable(config, name, input_image_shape(config.data, image_shape))
         x = jax.ShapeDtypeStruct((config.gradient.batch_size, obs_dim), jnp.float32)
         min_sharded = config.devices.min_sharded
         state = abstract_state(model.module, model.optimizer(1), x, mesh, min_sharded=min_sharded)
@@ -106,5 +107,7 @@ def _compile_gradient(model: Trainable, state: Any, mesh: Mesh, obs_dim: int) ->
     def example(params: Any) -> Regularizer:
         return PseudoCounts().regularizer(natural_to_moments(model.natural(params)))
 
+    number = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     regularizer = jax.eval_shape(example, state.params)
-    return jax.jit(step).lower(state, x, (regularizer, jax.ShapeDtypeStruct((), jnp.float32))).compile()
+    extra = Extra(regularizer, number(jnp.float32), number(jnp.uint32, 2), number(jnp.uint32))
+    return jax.jit(step).lower(state, x, extra).compile()

@@ -18,7 +18,7 @@ from experiments.baselines import fit_baselines
 from experiments.config import Experiment
 from experiments.data import Batches, Inputs
 from experiments.logs import Log, Stage
-from experiments.models import Trainable, abstract_fit, features, make_encoder
+from experiments.models import Extra, Trainable, abstract_fit, features, make_encoder
 from experiments.processes import Stopped, StopRequest, to_host
 from flax_hmog import Natural, Regularizer, fit_em, infer, natural_to_mean, warm_start
 from flax_hmog.analysis import clustering_metrics
@@ -229,6 +229,7 @@ class GradientStage:
         self.run, self.inputs, self.stage = run, inputs, Stage(seed, name)
         self.config, self.model = run.config.gradient, run.models[name]
         self.batches = Batches(inputs, seed, self.config.batch_size, self.config.epochs)
+        self.key = jax.random.key(seed)
 
     def train(self, start: WarmStart) -> None:
         """From the warm start or from the last checkpoint to the last epoch."""
@@ -240,14 +241,15 @@ class GradientStage:
             return
         state, loss_sum, history = self._state(start, restored)
         step = self.model.step(state, run.mesh)
-        share = np.float32(1 / len(self.inputs.dataset.train))
+        share, key_data = np.float32(1 / len(self.inputs.dataset.train)), np.asarray(jax.random.key_data(self.key))
         iterator = self.batches.iterate(restored.progress["position"] if restored else None)
         if not history:
             history.append(self._record(state, 0, None, time.perf_counter()))
         epoch_start = time.perf_counter()
         with run.writer(self.stage, self.model.head, self.model.encoder, self.inputs) as writer:
             while done < total:
-                state, loss = step(state, next(iterator), (start.regularizer, share))
+                extra = Extra(start.regularizer, share, key_data, np.uint32(done))
+                state, loss = step(state, next(iterator), extra)
                 loss_sum, done = loss_sum + loss, done + 1
                 log.advance()
                 if done % self.batches.per_epoch == 0:
@@ -261,7 +263,7 @@ class GradientStage:
                     writer.save(
                         done,
                         {"params": state.params},
-                        state={"opt_state": state.opt_state, "step": state.step, "loss_sum": loss_sum},
+                        state={"opt_state": state.opt_state, "step": state.step, "loss_sum": loss_sum, "key": self.key},
                         progress={"position": iterator.get_state()},
                         history=history,
                         metrics=None if objective is None else {"objective": objective},
@@ -289,8 +291,9 @@ class GradientStage:
         loss_sum = jax.device_put(np.zeros((), np.float32), NamedSharding(self.run.mesh, PartitionSpec()))
         if restored is None:
             return state, loss_sum, []
-        template = {"opt_state": state.opt_state, "step": state.step, "loss_sum": loss_sum}
+        template = {"opt_state": state.opt_state, "step": state.step, "loss_sum": loss_sum, "key": self.key}
         saved = restore_like(template, restored.state, "the optimiser")
+        self.key = saved["key"]
         return (
             state.replace(step=saved["step"], opt_state=saved["opt_state"]),
             saved["loss_sum"],

@@ -24,6 +24,7 @@ from rich.console import Console
 from experiments.config import Experiment, flat_options
 from experiments.configs import EXPERIMENTS
 from experiments.data import load, prepare_inputs
+from experiments.data.inputs import input_image_shape
 from experiments.logs import Log
 from experiments.models import Trainable
 from experiments.plan import print_plan
@@ -75,13 +76,14 @@ def run(config: Experiment, console: Console) -> None:
     if config.dry_run:
         print_plan(config, mesh, console)
         return
-    load(config.data, 0)  # a mistake there leaves no folder behind
+    # mistakes in data and models leave no folder behind
+    image_shape = input_image_shape(config.data, load(config.data, 0).image_shape)
+    models = {name: Trainable(config, name, image_shape) for name in config.trainable}
     workdir = Path(config.workdir)
     on_first_process(lambda: _claim(workdir, config))
     if is_first():
         console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
     with Log(workdir, config, console) as log:
-        models = {name: Trainable(config, name) for name in config.trainable}
         stages = Run(config, mesh, log, StopRequest(), models)
         for seed in range(config.n_seeds):
             inputs = prepare_inputs(config.data, load(config.data, seed), mesh)

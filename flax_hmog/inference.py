@@ -5,6 +5,7 @@ Every public function checks its arguments, then runs a compiled pass over block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -72,7 +73,7 @@ def infer(natural: Natural, x: Any) -> HMoGOutput:
         TypeError: if `natural` is of another coordinate type or `x` holds no real numbers.
         ValueError: for a wrong last dimension, entries that are not finite, or a model that does not exist.
     """
-    return _infer(*_enter("infer", natural, x))
+    return _by_blocks(infer_rows, *_enter("infer", natural, x))
 
 
 def log_observable_density(natural: Natural, x: Any) -> Array:
@@ -85,7 +86,7 @@ def log_observable_density(natural: Natural, x: Any) -> Array:
     Returns:
         Log-densities (...). Raises as `infer`.
     """
-    return _infer(*_enter("log_observable_density", natural, x), "log_density")
+    return _by_blocks(infer_rows, *_enter("log_observable_density", natural, x), "log_density")
 
 
 def posterior_soft_assignments(natural: Natural, x: Any) -> Array:
@@ -98,7 +99,7 @@ def posterior_soft_assignments(natural: Natural, x: Any) -> Array:
     Returns:
         Probabilities (..., K). Raises as `infer`.
     """
-    return jnp.exp(_infer(*_enter("posterior_soft_assignments", natural, x), "log_responsibilities"))
+    return jnp.exp(_by_blocks(infer_rows, *_enter("posterior_soft_assignments", natural, x), "log_responsibilities"))
 
 
 posterior_assignments = posterior_soft_assignments
@@ -114,7 +115,7 @@ def posterior_categorical(natural: Natural, x: Any) -> Array:
     Returns:
         Log-odds (..., K-1). Raises as `infer`.
     """
-    logits = _infer(*_enter("posterior_categorical", natural, x), "log_responsibilities")
+    logits = _by_blocks(infer_rows, *_enter("posterior_categorical", natural, x), "log_responsibilities")
     return logits[..., 1:] - logits[..., :1]
 
 
@@ -128,7 +129,7 @@ def posterior_hard_assignment(natural: Natural, x: Any) -> Array:
     Returns:
         Component numbers (...), int32. Raises as `infer`.
     """
-    logits = _infer(*_enter("posterior_hard_assignment", natural, x), "log_responsibilities")
+    logits = _by_blocks(infer_rows, *_enter("posterior_hard_assignment", natural, x), "log_responsibilities")
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
@@ -142,7 +143,7 @@ def latent_mean(natural: Natural, x: Any) -> Array:
     Returns:
         Latent means (..., L). Raises as `infer`.
     """
-    return _infer(*_enter("latent_mean", natural, x), "latent_mean")
+    return _by_blocks(infer_rows, *_enter("latent_mean", natural, x), "latent_mean")
 
 
 def posterior_at(natural: Natural, x: Any) -> Posterior:
@@ -190,13 +191,19 @@ def _enter(caller: str, natural: Any, x: Any) -> tuple[Natural, Array, Shards]:
     return with_prior(natural, caller), x, row_shards(x)
 
 
-@partial(jax.jit, static_argnames=("shards", "field"))
-def _infer(natural: Natural, x: Array, shards: Shards, field: str | None = None) -> Any:
-    """The whole `HMoGOutput`, or one field of it and only what that takes."""
+@partial(jax.jit, static_argnames=("of_rows", "shards", "field"))
+def _by_blocks(
+    of_rows: Callable[[Factors, Array], HMoGOutput],
+    natural: Natural,
+    x: Array,
+    shards: Shards,
+    field: str | None = None,
+) -> Any:
+    """`of_rows` block by block: its whole output, or one field of it and only what that takes."""
     factors = factorise(natural)
 
     def rows(factors: Factors, block: Array) -> Any:
-        output = infer_rows(factors, block)
+        output = of_rows(factors, block)
         return output if field is None else getattr(output, field)
 
     return map_rows(rows, factors, x, block_rows(floats_per_row(factors)), shards)

@@ -11,7 +11,8 @@ import pytest
 from scipy.sparse import csr_matrix, random_array, save_npz
 from sklearn.datasets import load_digits
 
-from experiments.config import Data
+from experiments.augment import distort
+from experiments.config import Augmentation, Data
 from experiments.data import Batches, data_shape, load, prepare_inputs
 from experiments.data.images import CIFAR_FILE, CIFAR_FILES, IDX_FILES, read_idx
 from flax_hmog.training import make_mesh
@@ -202,4 +203,24 @@ def test_batches_go_on_from_a_position(inputs):
 
 
 def test_image_sets_need_not_be_there_for_their_shape(tmp_path):
-    assert data_shape(Data("cifar10", folder=str(tmp_path))) == (50_000, 10_000, 3072)
+    assert data_shape(Data("cifar10", folder=str(tmp_path))) == (50_000, 10_000, 3072, (32, 32, 3))
+
+
+def test_distortions_move_images_as_they_say():
+    image = np.zeros((9, 9, 1), np.float32)
+    image[4, 2] = 1
+    rows = np.broadcast_to(image.reshape(1, -1), (200, 81))
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(distort(key, rows, (9, 9), Augmentation()), rows)
+    shifted = np.asarray(distort(key, rows, (9, 9, 1), Augmentation(shift=2.0))).reshape(200, 9, 9)
+    np.testing.assert_allclose(shifted.sum((1, 2)), 1, atol=1e-5)  # bilinear weights
+    centers = np.stack([(shifted * grid).sum((1, 2)) for grid in np.mgrid[:9, :9]], axis=1) - [4, 2]
+    assert 1.8 < np.abs(centers).max() <= 2 + 1e-5
+    assert np.abs(centers.mean(0)).max() < 0.3
+    turned = np.asarray(distort(key, rows, (9, 9), Augmentation(rotation=90.0))).reshape(200, 9, 9)
+    centers = np.stack([(turned * grid).sum((1, 2)) / turned.sum((1, 2)) for grid in np.mgrid[:9, :9]], axis=1) - 4
+    assert np.abs(np.linalg.norm(centers, axis=1) - 2).max() < 0.4
+    assert centers[:, 1].max() < 0.2
+    grown = np.asarray(distort(key, rows, (9, 9), Augmentation(scale=0.5))).reshape(200, 9, 9)
+    at = (grown * np.arange(9)[None, None]).sum((1, 2)) / grown.sum((1, 2))
+    assert at.min() < 1.5 < 2.5 < at.max()

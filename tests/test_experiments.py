@@ -12,7 +12,7 @@ from rich.console import Console
 
 from experiments import processes, stages, train
 from experiments.baselines import fit_baselines
-from experiments.config import EM, Checkpoints, Encoder, Experiment, Gradient, Model, flat_options
+from experiments.config import EM, Augmentation, Checkpoints, Encoder, Experiment, Gradient, Model, flat_options
 from experiments.configs import EXPERIMENTS
 from experiments.data import load, prepare_inputs
 from flax_hmog.training import make_mesh, restore
@@ -125,6 +125,7 @@ def test_training_with_an_encoder_ends_in_a_model_of_raw_data(tmp_path):
     config = Experiment(
         str(tmp_path),
         data=SMALL.data,
+        augmentation=Augmentation(shift=1.0),
         encoder=Encoder("mlp", features=6),
         model=Model(lat_dim=2, n_components=4),
         em=EM(max_steps=3),
@@ -190,6 +191,7 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
         (["digits", "--processes.coordinator", "here:1"], "`processes.count` and `processes.index` must be given"),
         (["digits", "--encoder.name", "cnn"], "`name` must be none, mlp or MODULE:CLASS; got 'cnn'"),
         (["file"], "`data.path` must name a file"),
+        (["synthetic", "--augmentation.shift", "2"], "`augmentation` must be of images"),
     ],
 )
 def test_bad_options_are_named(arguments, message, tmp_path):

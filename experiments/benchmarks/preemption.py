@@ -81,7 +81,7 @@ def main(count: int = 20, per_run: int = 5) -> None:
 def measure(folder: Path, count: int, per_run: int) -> list[Outcome]:
     """All outcomes."""
     rng, reference = random.Random(0), folder / "reference"
-    start(reference).wait()
+    start(reference).communicate()
     wanted, outcomes = fingerprint(reference), []
     for stage in STAGES:
         for name, number in SIGNALS.items():

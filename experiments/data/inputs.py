@@ -106,6 +106,12 @@ class Batches:
         return iterator
 
 
+def input_image_shape(data: Data, image_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """Of an input: that of the raw data, where preprocessing leaves images with a background of 0."""
+    is_changed = data.columns is not None or data.whitened is not None or data.scale == "standard"
+    return None if is_changed else image_shape
+
+
 def prepare_inputs(data: Data, dataset: Dataset, mesh: Mesh) -> Inputs:
     """The inputs of a data set, their preprocessing fitted on the training part; each process reads only its share."""
     part, preprocessing = dataset.train, Preprocessing((), dataset.obs_dim)

@@ -41,13 +41,13 @@ def load(data: Data, seed: int) -> Dataset:
     return Dataset(data.title or path.name, **parts, image_shape=file.image_shape)
 
 
-def data_shape(data: Data) -> tuple[int, int, int]:
-    """Training rows, test rows and columns of the raw data; image sets need not be there for it."""
+def data_shape(data: Data) -> tuple[int, int, int, tuple[int, ...] | None]:
+    """Training rows, test rows, columns and image shape of the raw data; image sets need not be there for it."""
     if data.name in IMAGES:
         images = IMAGES[data.name]
-        return images.n_train, images.n_test, int(np.prod(images.shape))
+        return images.n_train, images.n_test, int(np.prod(images.shape)), images.shape
     dataset = load(data, 0)
-    return len(dataset.train), len(dataset.test), dataset.obs_dim
+    return len(dataset.train), len(dataset.test), dataset.obs_dim, dataset.image_shape
 
 
 def synthetic() -> tuple[np.ndarray, np.ndarray]:
