@@ -250,6 +250,9 @@ class GradientStage:
             while done < total:
                 extra = Extra(start.regularizer, share, key_data, np.uint32(done))
                 state, loss = step(state, next(iterator), extra)
+                # one step ahead of the device keeps it busy; devices of one CPU share a pool of threads, in which steps
+                # that wait for each other can wait for ever
+                jax.block_until_ready(loss if jax.default_backend() == "cpu" else loss_sum)
                 loss_sum, done = loss_sum + loss, done + 1
                 log.advance()
                 if done % self.batches.per_epoch == 0:
