@@ -5,7 +5,7 @@ from flax_hmog.conversions import mean_to_natural, moments_to_natural, natural_t
 from flax_hmog.coordinates import Mean, Moments, Natural, SharedBase
 from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
 from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_step, penalty
-from flax_hmog.fit import EMResult, fit_em
+from flax_hmog.fit import EMResult, EMState, fit_em
 from flax_hmog.heads import (
     AnalyticHMoG,
     DifferentiableHMoG,
@@ -42,6 +42,7 @@ __all__ = [
     "DifferentiableHMoG",
     "EMInfo",
     "EMResult",
+    "EMState",
     "HMoGOutput",
     "LinearGaussian",
     "Mean",

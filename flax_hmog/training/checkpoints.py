@@ -272,7 +272,7 @@ def restore_like(template: Any, arrays: dict[str, Any], what: str) -> Any:
     """A tree like `template` with the arrays saved under its names, where the template's leaves lie.
 
     Args:
-        template: tree of arrays, keys or `jax.ShapeDtypeStruct`s.
+        template: tree of arrays, keys or abstract arrays (`jax.ShapeDtypeStruct`).
         arrays: by name, for example `Restored.state`; names beyond the template's are an error.
         what: says in messages what the tree is.
 
