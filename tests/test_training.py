@@ -65,6 +65,7 @@ def test_the_step_compiles_once(x):
     assert losses[4] < losses[1]
 
 
+@pytest.mark.slow
 def test_results_agree_on_any_mesh():
     """EM and gradient steps on 1, 2, 4, 8 and 4 x 2 devices; in the last, leaves are split over the second axis."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

@@ -55,7 +55,7 @@ def abstract_state(
     *,
     min_sharded: int = MIN_SHARDED,
 ) -> TrainState:
-    """What `create_state` returns, as abstract arrays (`jax.ShapeDtypeStruct`) with their shardings; nothing is computed."""
+    """What `create_state` returns as abstract arrays (`jax.ShapeDtypeStruct`) with shardings; nothing is computed."""
 
     def fresh(key: Array, x: Array) -> TrainState:
         params = module.init(key, x)["params"]
