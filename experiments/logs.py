@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,11 @@ class Log:
             import wandb
         except ImportError:
             raise ValueError(_missing("wandb", "wandb")) from None
-        run = wandb.init(project=config.logs.wandb, config=dataclasses.asdict(config), dir=config.workdir)
+        # the same run folder is the same run there, so that a resumed run goes on in it
+        name = hashlib.sha256(str(Path(config.workdir).absolute()).encode()).hexdigest()[:16]
+        run = wandb.init(
+            project=config.logs.wandb, id=name, resume="allow", config=dataclasses.asdict(config), dir=config.workdir
+        )
         self.closers.append(run.finish)
         self.writers.append(lambda metrics, step: run.log(metrics | {"step": step}))
 

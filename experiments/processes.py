@@ -55,11 +55,22 @@ def is_first() -> bool:
 
 
 def on_first_process(function: Callable[[], Any]) -> None:
-    """Call a function on the first process while the others wait."""
+    """Call a function on the first process while the others wait; if it fails there, all of them stop.
+
+    Raises:
+        ValueError: on the other processes, if the function raises on the first.
+    """
+    problem: Exception | None = None
     if is_first():
-        function()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("on_first_process")
+        try:
+            function()
+        except Exception as error:  # raised again below, once the others know
+            problem = error
+    has_failed = gather(np.array(problem is not None)).any()
+    if problem is not None:
+        raise problem
+    if has_failed:
+        raise ValueError("on_first_process: the first process must succeed; it has not. Read its message.")
 
 
 def gather(array: np.ndarray) -> np.ndarray:

@@ -340,7 +340,7 @@ class GradientStage:
 def evaluate(natural: Natural, encoder: Any, encoder_variables: dict[str, Any], inputs: Inputs) -> dict[str, float]:
     """Mean log-density of the test part in nats per sample, and NMI, ARI and ACC where there are labels."""
     part = inputs.dataset.test
-    x, weights = inputs.rows(part)
+    x, weights = inputs.test_rows
     output = infer(natural, features(encoder, encoder_variables, x))
     metrics = {"test_log_density": float(jnp.sum(output.log_density * weights) / len(part))}
     if part.part_labels is not None:

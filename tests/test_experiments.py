@@ -4,15 +4,16 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import processes, stages, train
+from experiments import logs, processes, stages, train
 from experiments.baselines import fit_baselines
-from experiments.config import EM, Augmentation, Checkpoints, Encoder, Experiment, Gradient, Model, flat_options
+from experiments.config import EM, Augmentation, Checkpoints, Encoder, Experiment, Gradient, Logs, Model, flat_options
 from experiments.configs import EXPERIMENTS
 from experiments.data import load, prepare_inputs
 from flax_hmog.training import make_mesh, restore
@@ -170,6 +171,31 @@ def test_events_for_tensorboard_are_written(tmp_path):
     config = dataclasses.replace(SMALL, n_seeds=1, heads=("differentiable",))
     run(tmp_path, config, logs=dataclasses.replace(config.logs, tensorboard=True))
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_metrics_go_to_weights_and_biases(tmp_path, monkeypatch):
+    """A stand-in for the package, which needs an account: one run for a folder, resumed with it."""
+    calls = []
+
+    class Run:
+        def log(self, metrics):
+            calls.append(metrics)
+
+        def finish(self):
+            calls.append("finished")
+
+    module = types.ModuleType("wandb")
+    module.init = lambda **options: calls.append(options) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = dataclasses.replace(SMALL, workdir=str(tmp_path), logs=Logs(wandb="p"))
+    with logs.Log(tmp_path, config, Console(quiet=True)) as log:
+        log.write(logs.Stage(0, "em"), 3, objective=-1.5, note="text")
+    assert calls[0]["project"] == "p"
+    assert calls[0]["resume"] == "allow"
+    assert calls[1:] == [{"seed0/em/objective": -1.5, "step": 3}, "finished"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="needs the package wandb; it is missing"):
+        logs.Log(tmp_path, config, Console(quiet=True))
 
 
 def test_a_new_process_reports_from_the_checkpoints_alone(folder):

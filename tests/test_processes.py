@@ -16,15 +16,8 @@ from flax_hmog.training import restore
 
 pytestmark = pytest.mark.slow
 OPTIONS = [
-    "synthetic",
-    "--em.max-steps",
-    "8",
-    "--gradient.epochs",
-    "2",
-    "--gradient.batch-size",
-    "128",
-    "--checkpoints.em-steps",
-    "4",
+    *("synthetic", "--data.scale", "standard", "--em.max-steps", "8", "--checkpoints.em-steps", "4"),
+    *("--gradient.epochs", "2", "--gradient.batch-size", "128"),
 ]
 
 
@@ -77,6 +70,15 @@ def test_several_processes_do_what_one_does(count, devices, one_process, tmp_pat
     states = [restore(folder / "checkpoints" / "seed0" / "differentiable") for folder in (tmp_path, one_process)]
     for name, leaf in states[1].variables["params"].items():
         np.testing.assert_allclose(states[0].variables["params"][name], leaf, rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+def test_a_mistake_that_one_process_finds_stops_all(one_process):
+    """The first process alone looks at the run folder: the others must not wait for it."""
+    processes = start(one_process, 2, 1, "--model.lat-dim", "3")
+    output = [process.communicate(timeout=200)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "another model.lat_dim" in output[0]
+    assert "the first process must succeed" in output[1]
 
 
 def test_a_stop_of_one_process_stops_all_and_the_run_goes_on(one_process, tmp_path):

@@ -40,6 +40,11 @@ class Inputs:
         """Number of columns D of the inputs."""
         return self.preprocessing(np.zeros((1, self.dataset.obs_dim), np.float32)).shape[1]
 
+    @functools.cached_property
+    def test_rows(self) -> tuple[jax.Array, jax.Array]:
+        """The test part and its weights, as `rows` gives them."""
+        return self.rows(self.dataset.test)
+
     def read(self, part: Part, numbers: Any) -> np.ndarray:
         """Inputs (B, D) float32 of rows of a part, on the host."""
         return self.preprocessing(part.read(numbers))
