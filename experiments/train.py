@@ -40,7 +40,7 @@ def main() -> None:
     names = ", ".join(EXPERIMENTS)
     if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
         if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
-            console.print(f"{__doc__}\nExperiments: {names}. Their options: python -m experiments.train NAME --help")
+            print(f"{__doc__}\nExperiments: {names}.\nTheir options: python -m experiments.train NAME --help")
             return
         sys.exit(f"experiments.train: the first argument must be an experiment ({names}); got {sys.argv[1:2]}.")
     name = sys.argv[1]

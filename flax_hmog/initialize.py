@@ -186,7 +186,9 @@ def k_means(points: Array, share: Array, key: Array, n_clusters: int, shards: Sh
         centers, nearest = state
         # where every point is a centre already, any point will do
         log_odds = jnp.where(jnp.any(nearest > 0), jnp.log(nearest), 0) + log_share
-        draws = jax.random.categorical(jax.random.fold_in(key, index), log_odds, shape=(trials,))
+        # one key for each draw: what is drawn then does not change with rows of weight 0 at the end
+        keys = jax.random.split(jax.random.fold_in(key, index), trials)
+        draws = jax.vmap(jax.random.categorical, in_axes=(0, None))(keys, log_odds)
         candidates = points[draws]
         shrunk = jnp.minimum(nearest[:, None], _distances(candidates, points))
         best = jnp.argmin(matmul(share, shrunk))
