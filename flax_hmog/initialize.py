@@ -108,7 +108,8 @@ def _initialize(
     # distances in the latent space count as they do in the data: y scaled by the norms of the loadings
     norms = jnp.linalg.norm(loadings, axis=0)
     labels = k_means(y * norms[None], share, key, n_components, shards)
-    weights, means, covariances = _cluster_moments(weighted_sum, y, labels, n_components)
+    count = jnp.sum(weights > 0).astype(x.dtype)  # rows of weight 0 are none
+    weights, means, covariances = _cluster_moments(weighted_sum, y, labels, n_components, count)
     noises: dict[Rep, Covariance] = {
         Scale: Scale(jnp.mean(noise)),
         Diagonal: Diagonal(noise),
@@ -220,9 +221,11 @@ def _distances(centers: Array, points: Array) -> Array:
     return jnp.maximum(squares - 2 * cross, 0)
 
 
-def _cluster_moments(weighted_sum: Callable, y: Array, labels: Array, n_clusters: int) -> tuple[Array, Array, Array]:
+def _cluster_moments(
+    weighted_sum: Callable, y: Array, labels: Array, n_clusters: int, count: Array
+) -> tuple[Array, Array, Array]:
     """Weights (K,), means (K, L) and covariances (K, L, L) of labelled rows, shrunk towards the pooled covariance."""
-    count, lat_dim = y.shape
+    lat_dim = y.shape[1]
 
     def member(labels: Array, share: Array) -> Array:
         return jax.nn.one_hot(labels, n_clusters, dtype=y.dtype) * share[:, None]
