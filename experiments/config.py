@@ -98,7 +98,7 @@ class EM:
     tolerance: float = 1e-3
     """Gain of the objective, in nats per sample, below which a start has converged."""
     rows: int | None = None
-    """Fit only the first so many training rows, where all do not fit the devices; None takes all."""
+    """Fit only so many training rows, drawn by the seed, where all do not fit the devices; None takes all."""
     weight_pseudo_count: float = 1.0
     """Regulariser: pseudo-samples added to each component's weight."""
     component_pseudo_count: float = 1.0
@@ -132,7 +132,8 @@ class Gradient:
     learning_rate: float = 1e-3
     """Adam's learning rate, decayed to 0 by a cosine."""
     max_fall: float = 1.0
-    """A run has diverged when an epoch's loss is above that of the best by this many nats per column of the data."""
+    """A run has diverged when an epoch's loss is above the best so far, or that of the first batch, by this many nats
+    per column of what the head sees (times the weight of the likelihood beside an encoder)."""
 
     def __post_init__(self) -> None:
         _check_counts(self, "epochs", "batch_size")
@@ -196,9 +197,9 @@ class Checkpoints:
     em_steps: int = 20
     """Steps of EM between checkpoints."""
     gradient_steps: int = 500
-    """Steps of gradient training between checkpoints; the end of the training is saved anyway."""
+    """Steps of gradient training after which the end of the epoch is saved, or within epochs that are longer."""
     keep: int = 2
-    """Latest checkpoints that stay; the one with the best objective stays as well."""
+    """Latest checkpoints that stay; that of the EM step or epoch with the best objective stays as well."""
 
     def __post_init__(self) -> None:
         _check_counts(self, "em_steps", "gradient_steps", "keep")

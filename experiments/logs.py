@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,12 @@ class Log:
         shown = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         self.progress = Progress(*columns, *shown, console=console, disable=not self.is_first)
         self.task = self.progress.add_task("", total=None, rate="", visible=False)
+        for wanted, package in ((config.logs.tensorboard, "tensorboardX"), (config.logs.wandb, "wandb")):
+            if wanted and importlib.util.find_spec(package) is None:  # on all processes, so that all stop
+                raise ValueError(
+                    f"Log: `logs` must have the package {package}; it is not installed. "
+                    'Install it: pip install "flax-hmog[logs]".'
+                )
         if self.is_first and config.logs.tensorboard:
             self._add_tensorboard(workdir)
         if self.is_first and config.logs.wandb:
@@ -91,10 +98,8 @@ class Log:
                 new.replace(self.path)
 
     def _add_tensorboard(self, workdir: Path) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ValueError(_missing("tensorboard", "tensorboardX")) from None
+        from tensorboardX import SummaryWriter
+
         writer = SummaryWriter(str(workdir / "tensorboard"))
         self.closers.append(writer.close)
 
@@ -105,10 +110,8 @@ class Log:
         self.writers.append(write)
 
     def _add_wandb(self, config: Experiment) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError(_missing("wandb", "wandb")) from None
+        import wandb
+
         # the same run folder is the same run there, so that a resumed run goes on in it
         name = hashlib.sha256(str(Path(config.workdir).absolute()).encode()).hexdigest()[:16]
         run = wandb.init(
@@ -125,9 +128,3 @@ def _is_before(line: str, stage: Stage, done: int) -> bool:
     except json.JSONDecodeError:  # cut off when the process was killed
         return False
     return (record["seed"], record["stage"]) != (stage.seed, stage.name) or 0 <= record["step"] <= done > 0
-
-
-def _missing(option: str, package: str) -> str:
-    return (
-        f'Log: `logs.{option}` needs the package {package}; it is missing. Install it: pip install "flax-hmog[logs]".'
-    )

@@ -20,8 +20,11 @@ from flax_hmog.em import EMInfo
 from flax_hmog.encoders import MLP, Clusterer
 from flax_hmog.initialize import random_moments
 from flax_hmog.objectives import negative_log_likelihood, negative_mutual_information
+from flax_hmog.rows import map_rows, row_shards
 from flax_hmog.training import make_train_step
 from flax_hmog.training.describe import rebuild_module
+
+FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained
 
 
 class Extra(NamedTuple):
@@ -61,6 +64,8 @@ class Trainable:
         self.image_shape = image_shape
         self.config, self.head, self.encoder = config, config.trainable[name], make_encoder(config)
         self.module = self.head if self.encoder is None else Clusterer(self.encoder, self.head)
+        # nats per column of what the head sees count as much as the likelihood does in the loss
+        self.likelihood_weight = 1.0 if self.encoder is None else config.encoder.likelihood_weight
         self.optimizer = functools.lru_cache(self._optimizer)
         self.compiled: Callable | None = None
 
@@ -80,8 +85,7 @@ class Trainable:
         joint, head_only = cast(
             tuple[HMoGOutput, HMoGOutput], self.module.apply({"params": params}, x, method="joint_and_head_outputs")
         )
-        weight = self.config.encoder.likelihood_weight
-        return negative_mutual_information(joint) + weight * negative_log_likelihood(head_only)
+        return negative_mutual_information(joint) + self.likelihood_weight * negative_log_likelihood(head_only)
 
     def step(self, state: TrainState, mesh: Mesh) -> Callable:
         """The training step of `make_train_step`, compiled once."""
@@ -116,9 +120,31 @@ def make_encoder(config: Experiment) -> Any:
     return rebuild_module(description, allow_import=True)
 
 
+def init_encoder(encoder: Any, key: jax.Array, obs_dim: int, n_features: int) -> dict[str, Any]:
+    """Variables of an encoder from inputs (B, obs_dim) to features (B, n_features); none without one.
+
+    Raises:
+        ValueError: for other features, or variables beside `params`.
+    """
+    if encoder is None:
+        return {}
+    x = jnp.zeros((1, obs_dim))
+    features, variables = jax.eval_shape(encoder.init_with_output, key, x)
+    if features.shape != (1, n_features) or set(variables) != {"params"}:
+        raise ValueError(
+            f"init_encoder: the encoder must map inputs (B, {obs_dim}) to features (B, {n_features}) with variables in "
+            f"`params` alone; got features {features.shape} for one input and variables in {sorted(variables)}. "
+            "Flatten its output; use normalisation without running averages, as nn.LayerNorm."
+        )
+    return jax.jit(encoder.init)(key, x)
+
+
 def features(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array:
-    """The head's inputs."""
-    return x if encoder is None else jax.jit(encoder.apply)(variables, x)
+    """The head's inputs, by blocks of rows."""
+    if encoder is None:
+        return x
+    shards = row_shards(x)
+    return jax.jit(lambda variables, x: map_rows(encoder.apply, variables, x, FEATURE_ROWS, shards))(variables, x)
 
 
 def abstract_fit(config: Experiment, obs_dim: int, sharding: Any) -> tuple[Natural, Regularizer, EMInfo]:

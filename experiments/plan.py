@@ -19,8 +19,8 @@ from experiments.models import Extra, Trainable, abstract_fit, make_encoder
 from experiments.processes import is_first
 from flax_hmog import Natural, PseudoCounts, Regularizer, em_step, natural_to_moments
 from flax_hmog.training import batch_sharding
-from flax_hmog.training.checkpoints import named_arrays
 from flax_hmog.training.mesh import rows_multiple
+from flax_hmog.training.named import named_arrays
 from flax_hmog.training.steps import abstract_state
 
 

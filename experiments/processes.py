@@ -26,6 +26,13 @@ def connect(processes: Processes) -> None:
     Raises:
         ValueError: for addresses and numbers that do not belong together.
     """
+    _initialize(processes)
+    if jax.process_count() > 1:
+        # the first collective sets up the connections, and fails if one process is much later than the others
+        multihost_utils.sync_global_devices("connected")
+
+
+def _initialize(processes: Processes) -> None:
     if processes.coordinator is None:
         if processes.count is not None or processes.index is not None:
             raise ValueError(
@@ -90,19 +97,24 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 
 class StopRequest:
-    """Whether the run has been told to stop: by SIGTERM, on one process or, where there are several, on any of them."""
+    """Whether the run has been told to stop: by SIGTERM or Ctrl-C on one process; by SIGTERM on any of several.
+
+    A second Ctrl-C stops at once, without a checkpoint.
+    """
 
     def __init__(self) -> None:
         self.received, self.step = False, 0
         if jax.process_count() == 1:  # several have a handler of jax's coordination service
             signal.signal(signal.SIGTERM, self._receive)
+            signal.signal(signal.SIGINT, self._receive)
 
     def _receive(self, *_: Any) -> None:
         self.received = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def is_made(self) -> bool:
-        """Asked once after every step; the same answer on all processes at the same step."""
+        """Asked once after every step; the same answer on all processes at the same step, and from then on."""
         self.step += 1
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(self.step)
+            self.received |= multihost_utils.reached_preemption_sync_point(self.step)
         return self.received

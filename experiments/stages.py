@@ -18,13 +18,14 @@ from experiments.baselines import fit_baselines
 from experiments.config import Experiment
 from experiments.data import Batches, Inputs
 from experiments.logs import Log, Stage
-from experiments.models import Extra, Trainable, abstract_fit, features, make_encoder
+from experiments.models import Extra, Trainable, abstract_fit, features, init_encoder, make_encoder
 from experiments.processes import Stopped, StopRequest, to_host
 from flax_hmog import Natural, Regularizer, fit_em, infer, natural_to_mean, warm_start
 from flax_hmog.analysis import clustering_metrics
 from flax_hmog.fit import EMResult, EMState
 from flax_hmog.training import CheckpointWriter, create_state, restore, restore_like
-from flax_hmog.training.checkpoints import named_arrays, restored_variables, saved_steps
+from flax_hmog.training.named import named_arrays
+from flax_hmog.training.restoring import restored_variables, saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +71,14 @@ class WarmStart:
         natural: the fitted model.
         regularizer: the penalty that the training keeps: that of weights and noise, which do not depend on the latent
             basis of a head.
+        rows: how many training rows it was fitted to.
         encoder: the encoder, or None.
         encoder_variables: its variables.
     """
 
     natural: Natural
     regularizer: Regularizer
+    rows: int
     encoder: Any
     encoder_variables: dict[str, Any]
 
@@ -88,10 +91,8 @@ class EMStage:
         self.config, self.head = run.config.em, run.config.analytic
         self.key = jax.random.key(seed)
         self.encoder = make_encoder(run.config)
-        self.encoder_variables: dict[str, Any] = {}
-        if self.encoder is not None:
-            x = jax.ShapeDtypeStruct((1, inputs.obs_dim), jnp.float32)
-            self.encoder_variables = jax.jit(self.encoder.init)(jax.random.fold_in(self.key, 1), jnp.zeros(x.shape))
+        encoder_key = jax.random.fold_in(self.key, 1)
+        self.encoder_variables = init_encoder(self.encoder, encoder_key, inputs.obs_dim, run.config.encoder.features)
 
     def result(self) -> WarmStart:
         """The warm start: fitted from where the last checkpoint stands, or read from it if EM is done."""
@@ -104,15 +105,16 @@ class EMStage:
         state = restore_like({name: template[name] for name in ("natural", "regularizer")}, restored.state, "EM")
         natural, regularizer = (jax.tree.map(np.asarray, state[name]) for name in ("natural", "regularizer"))
         regularizer = dataclasses.replace(regularizer, components=np.zeros((), np.float32))
-        return WarmStart(natural, regularizer, self.encoder, restored.encoder_variables or {})
+        encoder_variables = restored.encoder_variables or {}
+        return WarmStart(natural, regularizer, restored.progress["rows"], self.encoder, encoder_variables)
 
     def _fit(self, restored: Any) -> None:
         config, log, stage = self.config, self.run.log, self.stage
         done = restored.progress["steps"] if restored else 0
         log.begin(stage, f"seed {stage.seed}: EM", config.n_restarts * (config.max_steps + 1), done)
-        x, weights = self.inputs.rows(self.inputs.dataset.train, config.rows)
+        x, weights = self.inputs.rows(self.inputs.dataset.train, config.rows, stage.seed)
         x = features(self.encoder, self.encoder_variables, x)
-        count = min(len(self.inputs.dataset.train), config.rows or len(self.inputs.dataset.train))
+        count = int(jnp.sum(weights))
         started = time.perf_counter()
         with self.run.writer(stage, self.head, self.encoder, self.inputs) as writer:
 
@@ -152,7 +154,7 @@ class EMStage:
                 done + 1,
                 self._variables(result.natural),
                 state={"natural": result.natural, "regularizer": result.regularizer},
-                progress={"done": True, "steps": done + 1} | progress,
+                progress={"done": True, "steps": done + 1, "rows": count} | progress,
                 history=[metrics],
                 metrics={"objective": float(result.objective_history[-1])},
             )
@@ -171,7 +173,7 @@ class EMStage:
                 "best_history": state.best and state.best.objective_history.tolist(),
                 "best_converged": state.best and state.best.converged,
             },
-            metrics={"objective": objective},
+            metrics={"objective": objective if state.natural is not None else max(state.finals)},
         )
 
     def _variables(self, natural: Natural) -> dict[str, Any]:
@@ -232,47 +234,86 @@ class GradientStage:
         self.key = jax.random.key(seed)
 
     def train(self, start: WarmStart) -> None:
-        """From the warm start or from the last checkpoint to the last epoch."""
-        run, log, folder = self.run, self.run.log, self.run.folder(self.stage)
-        restored = restore(folder, allow_import=True) if saved_steps(folder) else None
+        """From the warm start or from the last checkpoint to the last epoch.
+
+        Raises:
+            Stopped: when the run was told to stop, once a checkpoint is written.
+            ValueError: for a loss that is not finite or has diverged.
+        """
+        run, log, per_epoch = self.run, self.run.log, self.batches.per_epoch
+        restored = self._restored()
         done, total = restored.step if restored else 0, len(self.batches)
         log.begin(self.stage, f"seed {self.stage.seed}: {self.stage.name} head", total, done)
         if done == total:
             return
         state, loss_sum, history = self._state(start, restored)
+        first_loss = restored.progress["first_loss"] if restored else math.nan
         step = self.model.step(state, run.mesh)
-        share, key_data = np.float32(1 / len(self.inputs.dataset.train)), np.asarray(jax.random.key_data(self.key))
         iterator = self.batches.iterate(restored.progress["position"] if restored else None)
         if not history:
             history.append(self._record(state, 0, None, time.perf_counter()))
         epoch_start = time.perf_counter()
         with run.writer(self.stage, self.model.head, self.model.encoder, self.inputs) as writer:
             while done < total:
-                extra = Extra(start.regularizer, share, key_data, np.uint32(done))
-                state, loss = step(state, next(iterator), extra)
+                state, loss = step(state, next(iterator), self._extra(start, done))
                 # one step ahead of the device keeps it busy; devices of one CPU share a pool of threads, in which steps
                 # that wait for each other can wait for ever
                 jax.block_until_ready(loss if jax.default_backend() == "cpu" else loss_sum)
                 loss_sum, done = loss_sum + loss, done + 1
+                first_loss = float(loss) if done == 1 else first_loss
                 log.advance()
-                if done % self.batches.per_epoch == 0:
-                    mean = self._check(float(loss_sum) / self.batches.per_epoch, state, done, history)
+                is_epoch = done % per_epoch == 0
+                if is_epoch:
+                    mean = self._check(float(loss_sum) / per_epoch, first_loss, state, done, history)
                     history.append(self._record(state, done, -mean, epoch_start))
                     loss_sum, epoch_start = jnp.zeros_like(loss_sum), time.perf_counter()
                 stopping = run.stop.is_made()
-                if stopping or done == total or done % run.config.checkpoints.gradient_steps == 0:
-                    self._check(float(loss_sum), state, done, [])
-                    objective = history[-1]["objective"]
-                    writer.save(
-                        done,
-                        {"params": state.params},
-                        state={"opt_state": state.opt_state, "step": state.step, "loss_sum": loss_sum, "key": self.key},
-                        progress={"position": iterator.get_state()},
-                        history=history,
-                        metrics=None if objective is None else {"objective": objective},
-                    )
+                if stopping or done == total or self._is_due(done):
+                    self._check(float(loss_sum), first_loss, state, done, [])
+                    # the mean over an epoch says something of the model at its end, and of no other
+                    self._save(writer, done, state, loss_sum, history, first_loss, iterator, is_epoch)
                 if stopping and done < total:
                     raise Stopped
+
+    def _restored(self) -> Any:
+        folder = self.run.folder(self.stage)
+        return restore(folder, allow_import=True) if saved_steps(folder) else None
+
+    def _is_due(self, done: int) -> bool:
+        """Whether a checkpoint is due: at ends of epochs, and within those that are longer than what lies between."""
+        between, per_epoch = self.run.config.checkpoints.gradient_steps, self.batches.per_epoch
+        if per_epoch > between:
+            return done % between == 0 or done % per_epoch == 0
+        return done % (per_epoch * -(-between // per_epoch)) == 0
+
+    def _extra(self, start: WarmStart, done: int) -> Extra:
+        """What the loss of a step needs besides its batch, on the host."""
+        return Extra(
+            start.regularizer,
+            np.float32(1 / start.rows),
+            np.asarray(jax.random.key_data(self.key)),
+            np.uint32(done),
+        )
+
+    def _save(
+        self,
+        writer: CheckpointWriter,
+        done: int,
+        state: TrainState,
+        loss_sum: jax.Array,
+        history: list[dict[str, Any]],
+        first_loss: float,
+        iterator: Any,
+        is_epoch: bool,
+    ) -> None:
+        writer.save(
+            done,
+            {"params": state.params},
+            state={"opt_state": state.opt_state, "step": state.step, "loss_sum": loss_sum, "key": self.key},
+            progress={"position": iterator.get_state(), "first_loss": first_loss},
+            history=history,
+            metrics={"objective": history[-1]["objective"]} if is_epoch else None,
+        )
 
     def _state(self, start: WarmStart, restored: Any) -> tuple[TrainState, jax.Array, list[dict]]:
         """The state to start from, the sum of the epoch's losses so far and the records so far."""
@@ -313,19 +354,22 @@ class GradientStage:
         self.run.log.write(self.stage, done, epoch=epoch, seconds=round(seconds, 3), samples_per_second=rate, **metrics)
         return {"epoch": epoch} | metrics
 
-    def _check(self, loss: float, state: TrainState, done: int, history: list[dict]) -> float:
-        """The loss, if it is finite and has not diverged from that of the best epoch.
+    def _check(
+        self, loss: float, first_loss: float, state: TrainState, done: int, history: list[dict[str, Any]]
+    ) -> float:
+        """The loss of an epoch, if it is finite and not far above the best so far and that of the first batch.
 
         Raises:
             ValueError: naming what went wrong, where, and the last good checkpoint.
         """
-        best = min((-record["objective"] for record in history if record["objective"] is not None), default=loss)
+        best = min([first_loss, *(-record["objective"] for record in history if record["objective"] is not None)])
+        width = self.inputs.obs_dim if self.model.encoder is None else self.run.config.encoder.features
         cause = None
         if not math.isfinite(loss):
             bad = [name for name, leaf in named_arrays(state.params).items() if not bool(jnp.all(jnp.isfinite(leaf)))]
             cause = f"got {loss}, and leaves that are not finite: {', '.join(bad) or 'none'}"
-        elif loss > best + self.config.max_fall * self.inputs.obs_dim:
-            cause = f"got {loss:.6g} nats per sample, which was {best:.6g} in the best epoch"
+        elif history and loss > best + self.config.max_fall * width * self.model.likelihood_weight:
+            cause = f"got {loss:.6g} nats per sample, which was {best:.6g} at best"
         if cause is None:
             return loss
         folder = self.run.folder(self.stage)

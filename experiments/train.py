@@ -23,7 +23,7 @@ from rich.console import Console
 
 from experiments.config import Experiment, flat_options
 from experiments.configs import EXPERIMENTS
-from experiments.data import load, prepare_inputs
+from experiments.data import data_shape, load, prepare_inputs
 from experiments.data.inputs import input_image_shape
 from experiments.logs import Log
 from experiments.models import Trainable
@@ -52,7 +52,7 @@ def main() -> None:
             args=sys.argv[2:],
         )
         connect(config.processes)
-        run(config, console)
+        run(config, console, StopRequest())
     except Stopped:
         console.print(f"stopped and saved in {config.workdir}; the same command goes on from there")
         sys.exit(STOPPED)
@@ -60,7 +60,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-def run(config: Experiment, console: Console) -> None:
+def run(config: Experiment, console: Console, stop: StopRequest) -> None:
     """All seeds of an experiment.
 
     Raises:
@@ -73,28 +73,37 @@ def run(config: Experiment, console: Console) -> None:
             f"run: `gradient.batch_size` must be a multiple of the {rows_multiple(mesh)} devices; "
             f"got {config.gradient.batch_size}. Change it."
         )
+    if config.gradient.batch_size > (train := data_shape(config.data)[0]):
+        raise ValueError(
+            f"run: `gradient.batch_size` must be at most the {train} training rows; got {config.gradient.batch_size}. "
+            "Lower it."
+        )
     if config.dry_run:
         print_plan(config, mesh, console)
         return
     # mistakes in data and models leave no folder behind
-    image_shape = input_image_shape(config.data, load(config.data, 0).image_shape)
+    dataset = load(config.data, 0)
+    image_shape = input_image_shape(config.data, dataset.image_shape)
     models = {name: Trainable(config, name, image_shape) for name in config.trainable}
     workdir = Path(config.workdir)
-    on_first_process(lambda: _claim(workdir, config))
+    on_first_process(lambda: _claim(workdir, config, dataset.fingerprint))
     if is_first():
         console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
     with Log(workdir, config, console) as log:
-        stages = Run(config, mesh, log, StopRequest(), models)
+        stages = Run(config, mesh, log, stop, models)
         for seed in range(config.n_seeds):
             inputs = prepare_inputs(config.data, load(config.data, seed), mesh)
             start = EMStage(stages, seed, inputs).result()
             for name in models:
+                if stop.received:  # told so after the last step of a stage, or before the first
+                    raise Stopped
                 GradientStage(stages, seed, name, inputs).train(start)
 
 
-def _claim(workdir: Path, config: Experiment) -> None:
-    """Write the run's config, or check that the run in the folder has the same."""
-    path, wanted = workdir / "config.json", json.loads(json.dumps(config.result_options()))
+def _claim(workdir: Path, config: Experiment, data: str) -> None:
+    """Write the run's config, or check that the run in the folder has the same, and the same data."""
+    wanted = json.loads(json.dumps(config.result_options() | {"contents of the data": data}))
+    path = workdir / "config.json"
     if path.exists():
         found = flat_options(_read_config(path).get("result_options", {}))
         changed = [name for name, value in flat_options(wanted).items() if found.get(name, "nothing") != value]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from flax_hmog.training import (
     restore,
     restore_like,
 )
-from flax_hmog.training.checkpoints import restored_variables, saved_steps
+from flax_hmog.training.restoring import restored_variables, saved_steps
 
 D, L, K = 6, 2, 3
 HEADS = [
@@ -194,8 +195,8 @@ def saved(x, tmp_path):
     return tmp_path
 
 
-def data_files(folder):
-    return sorted((p for p in (folder / "2" / "arrays").rglob("*") if p.is_file()), key=os.path.getsize)
+def data_files(folder, step=2):
+    return sorted((p for p in (folder / str(step) / "arrays").rglob("*") if p.is_file()), key=os.path.getsize)
 
 
 def test_every_flipped_byte_of_the_data_is_noticed(saved):
@@ -240,12 +241,18 @@ def test_damage_is_named_with_a_way_out(saved, damage):
 
 
 def test_missing_steps_and_folders_are_named(saved, tmp_path):
-    with pytest.raises(CheckpointError, match=r"must hold step 5; got steps \[1, 2\]"):
+    with pytest.raises(CheckpointError, match=r'`step` must be None, "best" or one of \[1, 2\]; got 5'):
         restore(saved, step=5)
-    with pytest.raises(CheckpointError, match=r"got steps \[\]"):
-        restore(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="saved with the metric"):
         restore(saved, step="best")
+    with pytest.raises(CheckpointError, match=r"nowhere, which is no folder\. Check the path"):
+        restore(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=rf"is one step\. Give {saved} and step=2"):
+        restore(saved / "2")
+    run = tmp_path / "run"
+    shutil.copytree(saved / "1", run / "checkpoints" / "em" / "1")
+    with pytest.raises(CheckpointError, match=rf"has none itself\. Choose one of {run}/checkpoints/em\."):
+        restore(run)
 
 
 def test_a_mismatch_names_the_leaf():
@@ -267,6 +274,64 @@ def test_what_cannot_be_saved_is_named(x, tmp_path):
         with pytest.raises(CheckpointError, match=r"leaf `variables/params/bias` must be finite"):
             writer.save(1, broken)
     assert saved_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "variables", "leaf"),
+    [
+        (HEADS[0], lambda v: v["params"], "bias"),
+        (HEADS[2], lambda v: {"em": {"mean": v["em"]["mean"]}}, "em/step"),
+        (DifferentiableHMoG(L, K + 1), lambda v: v, "params/logits"),
+    ],
+    ids=["without their collection", "incomplete", "of another head"],
+)
+def test_variables_of_something_else_are_refused(module, variables, leaf, x, tmp_path):
+    """What is saved can be restored."""
+    made = (HEADS[0] if module.n_components != K else module).init(jax.random.key(0), x)
+    with (
+        CheckpointWriter(tmp_path, head=module) as writer,
+        pytest.raises(CheckpointError, match=f"`variables` must be those of the head.*leaf '{leaf}'"),
+    ):
+        writer.save(1, variables(nn.unbox(made)))
+
+
+def test_steps_only_go_up(x, tmp_path):
+    variables = HEADS[0].init(jax.random.key(0), x)
+    with CheckpointWriter(tmp_path, head=HEADS[0]) as writer:
+        writer.save(5, variables)
+        for step in (5, 3, -1, 6.5):
+            with pytest.raises(CheckpointError, match=f"`step` must be a whole number above the latest, 5; got {step}"):
+                writer.save(step, variables)
+
+
+def test_what_the_best_is_chosen_by_must_be_a_number(x, tmp_path):
+    variables = HEADS[0].init(jax.random.key(0), x)
+    with CheckpointWriter(tmp_path, head=HEADS[0], best="nmi", keep=1) as writer:
+        writer.save(1, variables, metrics={"nmi": 1.0})
+        for metrics in ({"nmi": float("nan")}, {"ari": 1.0}):
+            with pytest.raises(CheckpointError, match="`metrics` must hold a finite 'nmi'"):
+                writer.save(2, variables, metrics=metrics)
+        writer.save(2, variables)
+        writer.save(3, variables)
+    assert saved_steps(tmp_path) == [1, 3]
+    for path in data_files(tmp_path, 3):
+        path.unlink()
+    assert restore(tmp_path, step="best").step == 1
+
+
+def test_a_writer_takes_what_can_be_restored(tmp_path):
+    class Subclass(DifferentiableHMoG):
+        pass
+
+    for head in (DifferentiableHMoG, Subclass(L, K), None):
+        with pytest.raises(CheckpointError, match="`head` must be a DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG"):
+            CheckpointWriter(tmp_path, head=head)
+    with pytest.raises(ValueError, match='`mode` must be "max" or "min"'):
+        CheckpointWriter(tmp_path, head=HEADS[0], mode="maximum")
+    with pytest.raises(ValueError, match="`keep` must be"):
+        CheckpointWriter(tmp_path, head=HEADS[0], keep=0)
+    with pytest.raises(TypeError, match="`steps` must be of Affine"):
+        Preprocessing((np.sqrt,), D)
 
 
 ON_ANOTHER_MESH = """

@@ -157,9 +157,33 @@ def test_arrays_without_rows_are_named(tmp_path):
     np.save(tmp_path / "a.npy", np.ones(3))
     with pytest.raises(ValueError, match=r"must hold rows \(N, D\); got shape \(3,\)"):
         load(Data("file", path=str(tmp_path / "a.npy")), 0)
+    for n_train in (0, 3, 5):
+        np.savez(tmp_path / "c.npz", X=np.ones((3, 2)), n_train=n_train)
+        with pytest.raises(ValueError, match=rf"`n_train` in .*c.npz must lie in 1 \.\. 2; got {n_train}"):
+            load(Data("file", path=str(tmp_path / "c.npz")), 0)
+    np.save(tmp_path / "d.npy", np.array([["a"], ["b"]]))
+    with pytest.raises(ValueError, match="must hold real numbers; got dtype <U1"):
+        load(Data("file", path=str(tmp_path / "d.npy")), 0)
     np.savez(tmp_path / "b.npz", X=np.ones((3, 2)), y=np.ones(4))
     with pytest.raises(ValueError, match=r"labels must have shape \(3,\); got \(4,\)"):
         load(Data("file", path=str(tmp_path / "b.npz")), 0)
+
+
+def test_missing_values_are_named_before_anything_is_fitted(tmp_path):
+    rows = np.ones((20, 3))
+    rows[7, 2] = np.nan
+    np.save(tmp_path / "rows.npy", rows)
+    data = Data("file", path=str(tmp_path / "rows.npy"), scale="standard", test_share=0.05)
+    with pytest.raises(ValueError, match="the data must be finite; got nan in column 2"):
+        for seed in range(5):  # the row may be in the test part
+            prepare_inputs(data, load(data, seed), make_mesh())
+
+
+def test_names_serve_as_labels(tmp_path):
+    np.savez(tmp_path / "a.npz", X=np.ones((4, 2)), y=np.array(["b", "a", "b", "c"]), n_train=2)
+    dataset = load(Data("file", path=str(tmp_path / "a.npz")), 0)
+    np.testing.assert_array_equal(dataset.train.labels, [1, 0, 1, 2])
+    assert len(dataset.digest) == 64
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,31 @@
 """The main job, small: train, resume, plan, and a report from the checkpoints alone in a new process."""
 
 import dataclasses
+import importlib.machinery
 import json
 import subprocess
 import sys
 import types
 
-import jax
+import flax.linen as nn
 import numpy as np
 import pytest
 from rich.console import Console
 
 from experiments import logs, processes, stages, train
 from experiments.baselines import fit_baselines
-from experiments.config import EM, Augmentation, Checkpoints, Encoder, Experiment, Gradient, Logs, Model, flat_options
+from experiments.config import (
+    EM,
+    Augmentation,
+    Checkpoints,
+    Data,
+    Encoder,
+    Experiment,
+    Gradient,
+    Logs,
+    Model,
+    flat_options,
+)
 from experiments.configs import EXPERIMENTS
 from experiments.data import load, prepare_inputs
 from flax_hmog.training import make_mesh, restore
@@ -29,8 +41,20 @@ SMALL = dataclasses.replace(
 TIMES = ("seconds", "samples_per_second")
 
 
-def run(workdir, config=SMALL, **options):
-    train.run(dataclasses.replace(config, workdir=str(workdir), **options), Console(quiet=True))
+class StopAt:
+    """A request to stop after so many steps of the run, which stays made."""
+
+    def __init__(self, step):
+        self.left, self.received = step, False
+
+    def is_made(self):
+        self.left -= 1
+        self.received |= self.left == 0
+        return self.received
+
+
+def run(workdir, config=SMALL, stop_at=10**9, **options):
+    train.run(dataclasses.replace(config, workdir=str(workdir), **options), Console(quiet=True), StopAt(stop_at))
 
 
 @pytest.fixture(scope="module")
@@ -66,17 +90,6 @@ def test_a_finished_run_does_nothing_more(folder):
     assert read_metrics(folder) == before
 
 
-class StopAt:
-    """A request to stop after so many steps of the run."""
-
-    def __init__(self, step):
-        self.left = step
-
-    def is_made(self):
-        self.left -= 1
-        return self.left == 0
-
-
 @pytest.mark.parametrize(
     "steps",
     [
@@ -86,12 +99,10 @@ class StopAt:
         pytest.param(26, id="between epochs", marks=pytest.mark.slow),
     ],
 )
-def test_an_interrupted_run_ends_as_the_uninterrupted_one(steps, folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(steps, folder, tmp_path):
     """Bit for bit: every array, position, record and line. Ten steps of EM, then twenty of each head."""
-    monkeypatch.setattr(train, "StopRequest", lambda: StopAt(steps))
     with pytest.raises(processes.Stopped):
-        run(tmp_path, n_seeds=1, heads=("differentiable",))
-    monkeypatch.undo()
+        run(tmp_path, n_seeds=1, heads=("differentiable",), stop_at=steps)
     run(tmp_path, n_seeds=1, heads=("differentiable",))
     for name in ("em", "differentiable"):
         assert without_times(read_metrics(tmp_path, stage=name)) == without_times(
@@ -120,14 +131,44 @@ def test_a_diverging_run_says_what_happened_and_where_to_go_on(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"got nan, and leaves that are not finite: bias.*There is no checkpoint yet"):
         run(tmp_path, config)
     monkeypatch.undo()
+    ruined = dataclasses.replace(config, gradient=Gradient(epochs=2, batch_size=256, learning_rate=10.0))
+    with pytest.raises(ValueError, match=r"nats per sample, which was .* at best.*, after 5 steps.*Lower --gradient"):
+        run(tmp_path / "ruined", ruined)
 
-    def rising(self, params, x, extra):
-        total = params["bias"].sum()
-        return jax.lax.stop_gradient(1e6 * total) - total  # the steps make the value larger
 
-    monkeypatch.setattr(stages.Trainable, "loss", rising)
-    with pytest.raises(ValueError, match=r"nats per sample, which was .* in the best epoch.*Lower --gradient"):
-        run(tmp_path / "rising", config)
+def test_a_stop_after_the_last_step_of_a_head_stops_the_run(tmp_path):
+    """Ten models of EM, then twenty steps of the first head: the second one is not begun."""
+    with pytest.raises(processes.Stopped):
+        run(tmp_path, n_seeds=1, stop_at=30)
+    assert {path.name for path in (tmp_path / "checkpoints" / "seed0").iterdir()} == {"em", "differentiable"}
+    assert restore(tmp_path / "checkpoints" / "seed0" / "differentiable").step == 20
+
+
+def test_other_data_are_refused(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((300, 5)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    config = Experiment("", Data("file", path=str(tmp_path / "rows.npy")), Model(2, 3), em=EM(max_steps=2))
+    config = dataclasses.replace(config, gradient=Gradient(epochs=1, batch_size=64))
+    run(tmp_path / "run", config)
+    np.save(tmp_path / "rows.npy", rows + 1)
+    with pytest.raises(ValueError, match="another contents of the data"):
+        run(tmp_path / "run", config)
+
+
+class Normalised(nn.Module):
+    """An encoder with running averages."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(nn.Dense(self.features)(x))
+
+
+def test_an_encoder_that_cannot_be_trained_is_named(tmp_path):
+    config = dataclasses.replace(SMALL, encoder=Encoder(f"{__name__}:Normalised", 4))
+    with pytest.raises(ValueError, match=r"variables in `params` alone; got .*\['batch_stats', 'params'\]"):
+        run(tmp_path, config)
 
 
 @pytest.mark.slow
@@ -185,6 +226,7 @@ def test_metrics_go_to_weights_and_biases(tmp_path, monkeypatch):
             calls.append("finished")
 
     module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     module.init = lambda **options: calls.append(options) or Run()
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = dataclasses.replace(SMALL, workdir=str(tmp_path), logs=Logs(wandb="p"))
@@ -194,7 +236,7 @@ def test_metrics_go_to_weights_and_biases(tmp_path, monkeypatch):
     assert calls[0]["resume"] == "allow"
     assert calls[1:] == [{"seed0/em/objective": -1.5, "step": 3}, "finished"]
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="needs the package wandb; it is missing"):
+    with pytest.raises(ValueError, match="`logs` must have the package wandb; it is not installed"):
         logs.Log(tmp_path, config, Console(quiet=True))
 
 
@@ -227,6 +269,7 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
         (["digits", "--encoder.name", "cnn"], "`name` must be none, mlp or MODULE:CLASS; got 'cnn'"),
         (["file"], "`data.path` must name a file"),
         (["synthetic", "--augmentation.shift", "2"], "`augmentation` must be of images"),
+        (["digits", "--gradient.batch-size", "2048"], "`gradient.batch_size` must be at most the 1437 training rows"),
     ],
 )
 def test_bad_options_are_named(arguments, message, tmp_path, monkeypatch, capsys):

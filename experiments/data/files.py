@@ -60,6 +60,8 @@ def read_file(path: Path, labels: str | None = None) -> File:
     Raises:
         ValueError: for another kind of file, or one without rows.
     """
+    if labels is not None and path.suffix != ".h5ad" and not Path(labels).is_file():
+        raise ValueError(f"read_file: `data.labels` must be an .npy file; got {labels}, which is not there. Check it.")
     readers = {".npy": _read_npy, ".npz": _read_npz, ".h5ad": _read_h5ad}
     if path.suffix not in readers:
         raise ValueError(f"read_file: `path` must end in one of {sorted(readers)}; got {path.name}. Convert it.")
@@ -75,11 +77,21 @@ def read_file(path: Path, labels: str | None = None) -> File:
         rows, image_shape = rows.reshape(rows.shape[0], -1), rows.shape[1:]
     if len(rows.shape) != 2 or not rows.shape[0]:
         raise ValueError(f"read_file: {path} must hold rows (N, D); got shape {rows.shape}. Reshape them.")
+    if rows.dtype.kind not in "biuf":
+        raise ValueError(f"read_file: {path} must hold real numbers; got dtype {rows.dtype}. Convert it first.")
+    if file.n_train is not None and not 0 < file.n_train < rows.shape[0]:
+        raise ValueError(
+            f"read_file: `n_train` in {path} must lie in 1 .. {rows.shape[0] - 1}; got {file.n_train}. "
+            "Leave rows for a test part, or leave it out for a random split."
+        )
     if file.labels is not None and file.labels.shape != (rows.shape[0],):
         raise ValueError(
             f"read_file: labels must have shape ({rows.shape[0]},); got {file.labels.shape}. Give one for each row."
         )
-    return dataclasses.replace(file, rows=rows, image_shape=image_shape)
+    labels_or_names = file.labels
+    if labels_or_names is not None and labels_or_names.dtype.kind not in "biu":
+        labels_or_names = np.unique(labels_or_names.astype(str), return_inverse=True)[1]
+    return dataclasses.replace(file, rows=rows, image_shape=image_shape, labels=labels_or_names)
 
 
 def _read_npy(path: Path, labels: str | None) -> File:
@@ -121,7 +133,7 @@ def _read_h5ad(path: Path, labels: str | None) -> File:
         raise ValueError(
             f"read_file: `data.labels` must be a column of obs; got {labels!r}. Choose one of {list(table.obs)}."
         )
-    return File(rows, np.unique(np.asarray(table.obs[labels]).astype(str), return_inverse=True)[1], None, None)
+    return File(rows, np.asarray(table.obs[labels]), None, None)
 
 
 def _load(path: str | Path, **options: Any) -> Any:

@@ -175,4 +175,12 @@ def prepare(name: str, folder: Path, downloads: Path | None) -> None:
                     yield number, {"image": png(image), "label": label} | extra
 
     Builder.name = name
-    Builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    try:
+        Builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    except ValueError as error:
+        if "File format" not in str(error):
+            raise
+        raise ValueError(
+            f"load_images: a set that is prepared already must be in array_record; {name} in {folder} is not "
+            f"({error}). Choose another --data.folder."
+        ) from error

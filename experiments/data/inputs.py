@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.config import Data
-from experiments.data.parts import Dataset, Part
+from experiments.data.parts import BLOCK_ROWS, Dataset, Part
 from experiments.processes import gather
 from flax_hmog.training import Affine, Log1p, Preprocessing, SelectColumns, SizeFactor, Whiten, global_rows
 from flax_hmog.training.mesh import rows_multiple
@@ -49,8 +49,8 @@ class Inputs:
         """Inputs (B, D) float32 of rows of a part, on the host."""
         return self.preprocessing(part.read(numbers))
 
-    def rows(self, part: Part, limit: int | None = None) -> tuple[jax.Array, jax.Array]:
-        """All inputs of a part (N, D), or the first `limit`, and their weights (N,), on the mesh.
+    def rows(self, part: Part, limit: int | None = None, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+        """All inputs of a part (N, D), or `limit` of them drawn by the seed, and their weights (N,), on the mesh.
 
         The rows are filled up with copies of weight 0 to a number that the mesh divides. Each process reads only its
         own.
@@ -58,15 +58,18 @@ class Inputs:
         count = min(len(part), limit or len(part))
         multiple = rows_multiple(self.mesh)
         total = -(-count // multiple) * multiple
-        numbers = np.minimum(np.arange(total), count - 1)
+        chosen = np.arange(count)
+        if count < len(part):
+            chosen = np.sort(np.random.default_rng(seed).choice(len(part), count, replace=False))
+        numbers = chosen[np.minimum(np.arange(total), count - 1)]
         weights = (np.arange(total) < count).astype(np.float32)
         x = global_rows(self.mesh, (total, self.obs_dim), lambda rows: self._read_in_blocks(part, numbers[rows]))
         return x, global_rows(self.mesh, (total,), lambda rows: weights[rows])
 
     def _read_in_blocks(self, part: Part, numbers: np.ndarray) -> np.ndarray:
         out = np.empty((len(numbers), self.obs_dim), np.float32)
-        for start in range(0, len(numbers), 8192):
-            out[start : start + 8192] = self.read(part, numbers[start : start + 8192])
+        for start in range(0, len(numbers), BLOCK_ROWS):
+            out[start : start + BLOCK_ROWS] = self.read(part, numbers[start : start + BLOCK_ROWS])
         return out
 
 
@@ -117,6 +120,21 @@ def input_image_shape(data: Data, image_shape: tuple[int, ...] | None) -> tuple[
     return None if is_changed else image_shape
 
 
+def _checked(block: np.ndarray) -> np.ndarray:
+    """A block of raw rows without missing values.
+
+    Raises:
+        ValueError: naming the column of the first value that is not finite.
+    """
+    if block.dtype.kind == "f" and not np.isfinite(block).all():
+        row, column = np.argwhere(~np.isfinite(block))[0]
+        raise ValueError(
+            f"prepare_inputs: the data must be finite; got {block[row, column]} in column {column}, beside "
+            f"{(~np.isfinite(block)).sum() - 1} other entries of {len(block)} rows. Drop or impute these rows."
+        )
+    return block
+
+
 def prepare_inputs(data: Data, dataset: Dataset, mesh: Mesh) -> Inputs:
     """The inputs of a data set, their preprocessing fitted on the training part; each process reads only its share."""
     part, preprocessing = dataset.train, Preprocessing((), dataset.obs_dim)
@@ -124,7 +142,8 @@ def prepare_inputs(data: Data, dataset: Dataset, mesh: Mesh) -> Inputs:
     share = slice(len(part) * process // count, len(part) * (process + 1) // count)
 
     def blocks() -> Iterator[np.ndarray]:
-        return map(preprocessing, part.blocks(share))
+        for block in map(_checked, part.blocks(share)):
+            yield preprocessing(block)
 
     def total(array: np.ndarray) -> np.ndarray:
         return gather(array).sum(axis=0)

@@ -23,6 +23,20 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another structure; the message names the file or leaf."""
 
 
+def describe_head(head: Any) -> dict[str, Any]:
+    """`describe_module` of one of the three heads.
+
+    Raises:
+        CheckpointError: for anything else.
+    """
+    if not isinstance(head, heads.HMoGHead) or MODULES.get(type(head).__name__) is not type(head):
+        raise CheckpointError(
+            "CheckpointWriter: `head` must be a DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG, not a subclass; got "
+            f"{head!r}. Give the head by itself, and what comes before it as `encoder`."
+        )
+    return describe_module(head)
+
+
 def describe_module(module: nn.Module) -> dict[str, Any]:
     """Class and constructor arguments of a module: by name if it is ours, else by its import path.
 
@@ -31,9 +45,10 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     """
     cls = type(module)
     name = cls.__name__ if MODULES.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__qualname__}"
-    if "<locals>" in name:
+    if "<locals>" in name or name.startswith("__main__:"):
         raise CheckpointError(
-            f"CheckpointWriter: `encoder` must be of a class at the top of a module; got {name}. Move it there."
+            f"CheckpointWriter: `encoder` must be of a class at the top of a module that can be imported; got {name}. "
+            "Move it into a module of its own."
         )
     arguments = {
         field.name: _as_json(name, field.name, getattr(module, field.name))

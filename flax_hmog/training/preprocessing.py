@@ -177,11 +177,12 @@ class Preprocessing:
     obs_dim: int
 
     def __call__(self, raw: Any) -> Any:
-        """Model inputs (..., D), float32, of raw data (..., obs_dim), numpy or jax.
+        """Model inputs (..., D), float32, of raw data (..., obs_dim): numpy, jax or a scipy sparse matrix.
 
         Raises:
             ValueError: for another number of columns.
         """
+        raw = raw.toarray() if hasattr(raw, "toarray") else raw
         if np.ndim(raw) == 0 or np.shape(raw)[-1] != self.obs_dim:
             raise ValueError(
                 f"Preprocessing: `raw` must have shape (..., {self.obs_dim}); got {np.shape(raw)}. "
@@ -191,6 +192,14 @@ class Preprocessing:
         for step in self.steps:
             x = step(x)
         return x
+
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            if STEPS.get(getattr(step, "name", "")) is not type(step):
+                raise TypeError(
+                    f"Preprocessing: `steps` must be of {', '.join(cls.__name__ for cls in STEPS.values())}; got "
+                    f"{step!r}. Others could not be restored: apply them before."
+                )
 
     def then(self, step: Step) -> Preprocessing:
         """One step more."""

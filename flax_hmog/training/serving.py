@@ -12,7 +12,7 @@ from flax_hmog.checks import check_type
 from flax_hmog.covariances import Array
 from flax_hmog.em import compute_factors
 from flax_hmog.inference import infer_rows
-from flax_hmog.training.checkpoints import Restored
+from flax_hmog.training.restoring import Restored
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -38,14 +38,17 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
         ValueError: for an encoder that was not imported, or an unknown number of columns.
     """
     check_type("export", "model", model, Restored, "Give flax_hmog.training.restore(path).")
+    if isinstance(platforms, str):
+        raise ValueError(f"export: `platforms` must be a sequence of names; got {platforms!r}. Write ({platforms!r},).")
     natural = model.head.apply(model.variables, method="natural")
     factors = compute_factors(natural)
-    if model.preprocessing is not None:
-        obs_dim = model.preprocessing.obs_dim
-    elif model.encoder_variables is None:
-        obs_dim = natural.interaction.shape[0]
-    elif obs_dim is None:
-        raise ValueError("export: `obs_dim` must be given for an encoder without preprocessing; got None. Give D.")
+    known = natural.interaction.shape[0] if model.encoder_variables is None else obs_dim
+    known = known if model.preprocessing is None else model.preprocessing.obs_dim
+    if known is None or obs_dim not in (None, known):
+        raise ValueError(
+            "export: `obs_dim` must be given for an encoder without preprocessing, and be that of the model elsewhere, "
+            f"{known}; got {obs_dim}. Give the columns of the raw data."
+        )
 
     @jax.jit
     def assign(raw: Array) -> dict[str, Array]:
@@ -58,4 +61,4 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
         }
 
     (batch,) = jax_export.symbolic_shape("batch")
-    return jax_export.export(assign, platforms=tuple(platforms))(jax.ShapeDtypeStruct((batch, obs_dim), jnp.float32))
+    return jax_export.export(assign, platforms=tuple(platforms))(jax.ShapeDtypeStruct((batch, known), jnp.float32))
