@@ -43,6 +43,7 @@ from flax_hmog.analysis import (
     write_report,
 )
 from flax_hmog.training import CheckpointError, Restored, restore
+from flax_hmog.training.restoring import saved_steps
 
 COLUMNS = {
     "train_log_density": "train log p(x)",
@@ -64,25 +65,30 @@ class Run:
         dataset: the data, as the first seed splits them.
         models: restored model by seed and name.
         scores: per model or baseline, a dict of metrics for each seed.
+        unfinished: stages that are still to be trained.
     """
 
     config: dict[str, Any]
     dataset: Dataset
     models: dict[tuple[int, str], Restored]
     scores: dict[str, list[dict[str, float]]]
+    unfinished: list[str]
 
 
-def main(folder: Path, /) -> None:
+def main(folder: Path, /, allow_import: bool = False) -> None:
     """Report on a finished run, from its checkpoints alone.
 
     Args:
         folder: the run's folder, as train's --workdir.
+        allow_import: import an encoder that is not of flax_hmog by its path in the checkpoints; this runs its code.
     """
     console = Console()
     try:
-        run = load_run(folder)
-    except CheckpointError as error:
+        run = load_run(folder, allow_import=allow_import)
+    except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    for name in run.unfinished:
+        console.print(f"not finished, and left out: {name}")
     rows = table_rows(run.scores)
     model = run.config["model"]
     page = write_report(
@@ -103,8 +109,8 @@ def main(folder: Path, /) -> None:
     console.print(f"report: {page}")
 
 
-def load_run(folder: Path) -> Run:
-    """Restore every model of a run and score it on its own split of the data.
+def load_run(folder: Path, *, allow_import: bool = False) -> Run:
+    """Restore every finished model of a run and score it on its own split of the data.
 
     Raises:
         CheckpointError: if the folder holds no finished seed, or a damaged one.
@@ -112,32 +118,48 @@ def load_run(folder: Path) -> Run:
     seeds = sorted(int(path.name.removeprefix("seed")) for path in folder.glob("checkpoints/seed*"))
     models: dict[tuple[int, str], Restored] = {}
     scores: dict[str, list[dict[str, float]]] = {}
-    datasets = []
+    datasets, unfinished = [], []
     for seed in seeds:
-        em = restore(folder / Stage(seed, "em").folder)
+        heads = sorted(path.name for path in (folder / "checkpoints" / f"seed{seed}").iterdir())
+        found = {
+            name: restore(folder / Stage(seed, name).folder, allow_import=allow_import)
+            for name in heads
+            if saved_steps(folder / Stage(seed, name).folder)
+        }
+        unfinished += [f"seed {seed}, {name}" for name in heads if name not in found or not is_finished(found[name])]
+        if "em" not in found or not is_finished(found["em"]):
+            continue
+        em = found["em"]
         datasets.append(load(Data(**em.config["data"]), seed))
         for name, baseline in em.progress["baselines"].items():
             scores.setdefault(name, []).append(baseline)
-        for name in ("em", *em.config["heads"]):
-            restored = em if name == "em" else restore(folder / Stage(seed, name).folder)
-            models[seed, name] = restored
-            scores.setdefault(name, []).append(score(restored, datasets[-1]))
+        for name in ("em", *sorted(set(found) - {"em"})):
+            if is_finished(found[name]):
+                models[seed, name] = found[name]
+                scores.setdefault(name, []).append(score(found[name], datasets[-1]))
     if not models:
-        raise CheckpointError(f"load_run: `folder` must hold checkpoints of a run; got none in {folder}. Train first.")
-    return Run(models[seeds[0], "em"].config, datasets[0], models, scores)
+        raise CheckpointError(
+            f"load_run: `folder` must hold checkpoints of a run with EM done; got none in {folder}. Train first."
+        )
+    config = dict(json.loads((folder / "config.json").read_text())["config"])
+    return Run(config, datasets[0], models, scores, unfinished)
+
+
+def is_finished(restored: Restored) -> bool:
+    """Whether a stage has come to its end."""
+    return restored.progress["done"]
 
 
 def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
     """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part if it has labels."""
     natural = restored.head.apply(restored.variables, method="natural")
-    train, test = (infer(natural, restored.features(part.read(slice(None)))) for part in (dataset.train, dataset.test))
-    scores = {
-        "train_log_density": float(np.mean(train.log_density)),
-        "test_log_density": float(np.mean(test.log_density)),
-    }
+    scores = {}
+    for name, part in (("train", dataset.train), ("test", dataset.test)):
+        outputs = [infer(natural, restored.features(block)) for block in part.blocks(slice(None))]
+        scores[f"{name}_log_density"] = float(np.mean(np.concatenate([out.log_density for out in outputs])))
     if dataset.test.part_labels is None:
         return scores
-    assignments = np.asarray(test.log_responsibilities).argmax(axis=-1)
+    assignments = np.concatenate([np.asarray(out.log_responsibilities).argmax(axis=-1) for out in outputs])
     return scores | clustering_metrics(dataset.test.part_labels, assignments)
 
 
@@ -159,7 +181,8 @@ def _summary(values: list[float]) -> tuple[float, float] | float | None:
 
 def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
     """The parts of the page."""
-    seed, name = min(seed for seed, _ in run.models), run.config["heads"][0]
+    seed = min(seed for seed, _ in run.models)
+    name = next((name for name in run.config["heads"] if (seed, name) in run.models), "em")
     yield Section(
         "Results",
         "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "
@@ -185,21 +208,23 @@ def objective_section(run: Run, seed: int) -> Section:
     em = {f"seed {s}": r.progress["objective"] for (s, name), r in run.models.items() if name == "em"}
     heads = {
         MODELS[name]: [epoch["test_log_density"] for epoch in run.models[seed, name].history]
-        for name in run.config["heads"]
+        for name in MODELS
+        if name != "em" and (seed, name) in run.models
     }
-    return Section(
-        "Fit",
-        "Exact EM never decreases its penalised log-likelihood. The heads start from its solution.",
-        pictures=[
-            Picture(plot_objective(em, title="Exact EM"), "Penalised log-likelihood per sample, best of the starts",
-                    "Curves of the EM objective rising over steps, one for each seed"),
+    pictures = [
+        Picture(plot_objective(em, title="Exact EM"), "Penalised log-likelihood per sample, best of the starts",
+                "Curves of the EM objective rising over steps, one for each seed"),
+    ]  # fmt: skip
+    if heads:
+        pictures.append(
             Picture(
                 plot_objective(heads, step_name="epoch", quantity="test log-density (nats per sample)",
                                title="Fine-tuning"),
                 f"Held-out log-density while the heads are fine-tuned, seed {seed}; epoch 0 is the warm start",
-                "Curves of the held-out log-density over epochs for both heads"),
-        ],
-    )  # fmt: skip
+                "Curves of the held-out log-density over epochs for each head")
+        )  # fmt: skip
+    text = "Exact EM never decreases its penalised log-likelihood. The heads start from its solution."
+    return Section("Fit", text, pictures=pictures)
 
 
 def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) -> Iterator[Section]:

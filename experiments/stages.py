@@ -310,7 +310,11 @@ class GradientStage:
             done,
             {"params": state.params},
             state={"opt_state": state.opt_state, "step": state.step, "loss_sum": loss_sum, "key": self.key},
-            progress={"position": iterator.get_state(), "first_loss": first_loss},
+            progress={
+                "done": done == len(self.batches),
+                "position": iterator.get_state(),
+                "first_loss": first_loss,
+            },
             history=history,
             metrics={"objective": history[-1]["objective"]} if is_epoch else None,
         )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import logs, processes, stages, train
+from experiments import analyze, logs, processes, stages, train
 from experiments.baselines import fit_baselines
 from experiments.config import (
     EM,
@@ -303,6 +303,14 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert "must hold checkpoints of a run" in done.stderr
+
+
+def test_what_is_not_finished_is_left_out_of_the_report(tmp_path, capsys):
+    with pytest.raises(processes.Stopped):
+        run(tmp_path, n_seeds=1, stop_at=14)
+    analyze.main(tmp_path)
+    assert "left out: seed 0, differentiable" in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["scores"].keys() >= {"em", "PCA + GMM"}
 
 
 def test_the_density_of_a_baseline_is_that_of_its_model():

@@ -25,18 +25,22 @@ from flax_hmog import AnalyticHMoG, DifferentiableHMoG, PseudoCounts, fit_em, wa
 from flax_hmog.training import create_state, global_rows, make_mesh, make_train_step
 rng = np.random.default_rng(0)
 centers = 4 * rng.standard_normal((4, 6))
-rows = (centers[rng.integers(4, size=512)] + rng.standard_normal((512, 6))).astype(np.float32)
+rows = (centers[rng.integers(4, size=509)] + rng.standard_normal((509, 6))).astype(np.float32)
 head = DifferentiableHMoG(2, 4, 6)
 for devices, model in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2)):
     mesh = make_mesh(model=model, devices=jax.devices()[:devices])
-    x = global_rows(mesh, rows.shape, lambda share: rows[share])
-    fit = fit_em(AnalyticHMoG(2, 4, 6), x, jax.random.key(0), max_steps=5)
+    # 509 rows are a multiple of one device alone: elsewhere they are filled up with rows of weight 0
+    padded = -(-509 // devices) * devices
+    filled = np.concatenate([rows, np.repeat(rows[-1:], padded - 509, axis=0)])
+    weights = (np.arange(padded) < 509).astype(np.float32)
+    x, w = (global_rows(mesh, a.shape, lambda share, a=a: a[share]) for a in (filled, weights))
+    fit = fit_em(AnalyticHMoG(2, 4, 6), x, jax.random.key(0), weights=w, max_steps=5)
     natural = jax.tree.map(np.asarray, fit.natural)
     state = create_state(head, warm_start(head, natural)[0], optax.adam(1e-2), x, mesh, min_sharded=4)
     split = sorted(name for name, leaf in state.params.items() if "model" in str(leaf.sharding.spec))
-    step = make_train_step(lambda p, x, _: -head.apply({"params": p}, x, method="mean_log_density"), state, mesh)
+    step = make_train_step(lambda p, x, w: -head.apply({"params": p}, x, w, method="mean_log_density"), state, mesh)
     for _ in range(5):
-        state, loss = step(state, x)
+        state, loss = step(state, x, weights)
     sums = [float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(state.params)]
     print(json.dumps([split, [float(loss), float(fit.objective_history[-1]), *sums]]))
 """

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # One host with several GPUs: one process drives them all, the batch is split over them.
 #   experiments/launch/multi_gpu.sh mnist [options of the experiment]
-# Install once: pip install -e ".[experiments]" "jax[cuda13]"   (or jax[cuda12], as the driver asks for)
+# Install once, in the repository: python3 -m venv .venv && .venv/bin/pip install -e ".[experiments]" "jax[cuda13]"
+# (or jax[cuda12], as the driver asks for). --gradient.batch-size must be a multiple of the number of GPUs.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-
+root=$(cd "$(dirname "$0")/../.." && pwd)
 experiment=${1:?name of an experiment, as mnist}
 shift
-gpus=$(python -c 'import jax; print(jax.device_count("gpu"))')
-# a multiple of the number of GPUs, some 1024 rows each; --gradient.batch-size among the options overrides it
-batch=$((1024 * gpus))
 
-# told to stop, a run saves and ends with 75; the same command then goes on
-exec python -m experiments.train "$experiment" --gradient.batch-size "$batch" "$@"
+# told to stop, a run saves and ends with 75; the same command then goes on. Without the flag, GPUs may add up in
+# another order each time, and a resumed run then ends as an uninterrupted one to rounding only
+export XLA_FLAGS="--xla_gpu_deterministic_ops=true ${XLA_FLAGS:-}"
+PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$root/.venv/bin/python" -m experiments.train "$experiment" "$@"

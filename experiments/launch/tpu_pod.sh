@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # A TPU pod slice: one process on every host, started from your own machine.
-#   TPU=my-slice ZONE=us-central2-b BUCKET=my-bucket experiments/launch/tpu_pod.sh mnist [options of the experiment]
-# Every host needs this repository in ~/flax_hmog and, mounted at the same place, one folder for runs and data:
-# a network disk, or a bucket by gcsfuse, as here. Data are prepared by the first host, and read by each in part.
+#   TPU=my-slice ZONE=us-central2-b SHARED=/mnt/shared experiments/launch/tpu_pod.sh mnist [options of the experiment]
+# Every host needs this repository in ~/flax_hmog and, mounted at $SHARED, one network file system for runs and data
+# (NFS, as Filestore). A bucket mounted by gcsfuse does not serve: checkpoints are committed by renaming a folder, which
+# it does not do in one step. Data are prepared by the first host, and read by each in part.
 set -euo pipefail
-: "${TPU:?name of the slice}" "${ZONE:?its zone}" "${BUCKET:?bucket for runs and data}"
+: "${TPU:?name of the slice}" "${ZONE:?its zone}" "${SHARED:?folder of a network file system on all hosts}"
 experiment=${1:?name of an experiment, as mnist}
 shift
+options=""
+[ $# -eq 0 ] || options=$(printf " %q" "$@")
 
 on_all_hosts() {
   gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker all --command "$1"
 }
 
-on_all_hosts "cd ~/flax_hmog && python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[experiments]' 'jax[tpu]'
-  mkdir -p ~/shared && (mountpoint -q ~/shared || gcsfuse --implicit-dirs $BUCKET ~/shared)"
+on_all_hosts "cd ~/flax_hmog && python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[experiments]' 'jax[tpu]'"
 
-# the hosts find each other ("auto"); a batch of 128 rows for each of up to 64 chips. A maintenance event, or the end of
-# a preemptible slice, is seen by all hosts at the same step: they save, end with 75, and this command goes on from there
+# the hosts find each other ("auto"). A maintenance event, or the end of a preemptible slice, is seen by all of them at
+# the same step: they save, end with 75, and this command goes on from there. --gradient.batch-size must be a multiple of
+# the number of chips
 on_all_hosts "cd ~/flax_hmog && .venv/bin/python -m experiments.train $experiment --processes.coordinator auto \
-  --workdir ~/shared/runs/$experiment --data.folder ~/shared/data --gradient.batch-size 8192 $*"
+  --workdir $SHARED/runs/$experiment --data.folder $SHARED/data$options"
