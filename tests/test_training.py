@@ -81,7 +81,8 @@ def test_results_agree_on_any_mesh():
     leaves = ["bias", "loadings", "logits", "means", "noise", "precisions"]
     assert [split for split, _ in results] == [[], [], [], [], leaves]
     for _, values in results[1:]:
-        np.testing.assert_allclose(values, results[0][1], rtol=2e-5, atol=1e-5)
+        np.testing.assert_allclose(values[:2], results[0][1][:2], rtol=2e-6)  # loss, objective
+        np.testing.assert_allclose(values, results[0][1], rtol=2e-4)  # leaves, in which steps of Adam enlarge rounding
 
 
 def abstract_mesh(data, model):
