@@ -8,11 +8,12 @@ import sys
 import types
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import analyze, logs, processes, stages, train
+from experiments import analyze, logs, models, processes, train
 from experiments.baselines import fit_baselines
 from experiments.config import (
     EM,
@@ -126,8 +127,8 @@ def test_another_config_is_refused(folder):
 
 def test_a_diverging_run_says_what_happened_and_where_to_go_on(tmp_path, monkeypatch):
     config = dataclasses.replace(SMALL, n_seeds=1, heads=("differentiable",))
-    broken = lambda self, params, x, extra: stages.jnp.nan * params["bias"].sum()  # noqa: E731
-    monkeypatch.setattr(stages.Trainable, "loss", broken)
+    broken = lambda self, params, x, extra: jax.numpy.nan * params["bias"].sum()  # noqa: E731
+    monkeypatch.setattr(models.Trainable, "loss", broken)
     with pytest.raises(ValueError, match=r"got nan, and leaves that are not finite: bias.*There is no checkpoint yet"):
         run(tmp_path, config)
     monkeypatch.undo()

@@ -1,0 +1,163 @@
+"""The first stage: exact EM on the inputs, or on the features of the untrained encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments.data import Inputs
+from experiments.logs import Stage
+from experiments.models import abstract_fit, features, init_encoder, make_encoder
+from experiments.processes import Stopped
+from experiments.stages.run import Run, WarmStart
+from experiments.stages.scores import baseline_scores, evaluate
+from flax_hmog import EMResult, EMState, Natural, fit_em, natural_to_mean
+from flax_hmog.training import CheckpointWriter, restore, restore_like
+from flax_hmog.training.restoring import saved_steps
+
+
+class EMStage:
+    """Exact EM on all training rows, or on their features."""
+
+    def __init__(self, run: Run, seed: int, inputs: Inputs) -> None:
+        self.run, self.inputs, self.stage = run, inputs, Stage(seed, "em")
+        self.config, self.head = run.config.em, run.config.analytic
+        self.key = jax.random.key(seed)
+        self.encoder = make_encoder(run.config)
+        encoder_key = jax.random.fold_in(self.key, 1)
+        self.encoder_variables = init_encoder(self.encoder, encoder_key, inputs.obs_dim, run.config.encoder.features)
+
+    def result(self) -> WarmStart:
+        """The warm start: fitted from where the last checkpoint stands, or read from it if EM is done."""
+        folder = self.run.folder(self.stage)
+        restored = restore(folder, allow_import=True) if saved_steps(folder) else None
+        if restored is None or not restored.progress["done"]:
+            self._fit(restored)
+            restored = restore(folder, allow_import=True)
+        template = self._abstract(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+        state = restore_like({name: template[name] for name in ("natural", "regularizer")}, restored.state, "EM")
+        natural, regularizer = (jax.tree.map(np.asarray, state[name]) for name in ("natural", "regularizer"))
+        regularizer = dataclasses.replace(regularizer, components=np.zeros((), np.float32))
+        encoder_variables = restored.encoder_variables or {}
+        return WarmStart(natural, regularizer, restored.progress["rows"], self.encoder, encoder_variables)
+
+    def _fit(self, restored: Any) -> None:
+        config, log, stage = self.config, self.run.log, self.stage
+        done = restored.progress["steps"] if restored else 0
+        log.begin(stage, f"seed {stage.seed}: EM", config.n_restarts * (config.max_steps + 1), done)
+        x, weights = self.inputs.rows(self.inputs.dataset.train, config.rows, stage.seed)
+        x = features(self.encoder, self.encoder_variables, x)
+        count = int(jnp.sum(weights))
+        started = time.perf_counter()
+        with self.run.writer(stage, self.head, self.encoder, self.inputs) as writer:
+
+            def on_step(state: EMState) -> None:
+                nonlocal done
+                done += 1
+                objective = (state.history or state.finals)[-1]
+                log.write(stage, done, start=len(state.finals), objective=objective)
+                log.advance()
+                stopping = self.run.stop.is_made()
+                if stopping or done % self.run.config.checkpoints.em_steps == 0:
+                    self._save(writer, done, state, objective)
+                if stopping:
+                    raise Stopped
+
+            result = fit_em(
+                self.head,
+                x,
+                self.key,
+                weights=weights,
+                regularizer=config.pseudo_counts(count),
+                n_restarts=config.n_restarts,
+                max_steps=config.max_steps,
+                tolerance=config.tolerance,
+                state=self._state(restored) if restored else None,
+                on_step=on_step,
+            )
+            metrics = evaluate(result.natural, self.encoder, self.encoder_variables, self.inputs)
+            seconds = time.perf_counter() - started
+            log.write(stage, done + 1, converged=result.converged, seconds=round(seconds, 3), **metrics)
+            progress = {
+                "objective": result.objective_history.tolist(),
+                "converged": result.converged,
+                "baselines": baseline_scores(self.inputs, self.run.config, stage.seed),
+            }
+            writer.save(
+                done + 1,
+                self._variables(result.natural),
+                state={"natural": result.natural, "regularizer": result.regularizer},
+                progress={"done": True, "steps": done + 1, "rows": count} | progress,
+                history=[metrics],
+                metrics={"objective": float(result.objective_history[-1])},
+            )
+
+    def _save(self, writer: CheckpointWriter, done: int, state: EMState, objective: float) -> None:
+        natural = state.natural if state.best is None or state.natural is not None else state.best.natural
+        writer.save(
+            done,
+            self._variables(natural),
+            state=_arrays_of(state),
+            progress={
+                "done": False,
+                "steps": done,
+                "history": state.history,
+                "finals": state.finals,
+                "best_history": state.best and state.best.objective_history.tolist(),
+                "best_converged": state.best and state.best.converged,
+            },
+            metrics={"objective": objective if state.natural is not None else max(state.finals)},
+        )
+
+    def _variables(self, natural: Natural) -> dict[str, Any]:
+        em = {"mean": natural_to_mean(natural), "step": jnp.zeros((), jnp.int32)}
+        if self.encoder is None:
+            return {"em": em}
+        return {"em": {"head": em}} | {
+            name: {"encoder": collection} for name, collection in self.encoder_variables.items()
+        }
+
+    def _state(self, restored: Any) -> EMState:
+        """The state that was saved, on the mesh."""
+        abstract = self._abstract(NamedSharding(self.run.mesh, PartitionSpec()))
+        names = {name.split("/")[0] for name in restored.state}
+        arrays = restore_like({name: abstract[name] for name in abstract if name in names}, restored.state, "EM")
+        p, best = restored.progress, None
+        if "best_natural" in arrays:
+            history = np.asarray(p["best_history"])
+            best = EMResult(
+                arrays["best_natural"],
+                history,
+                p["best_converged"],
+                arrays["best_info"],
+                history[-1:],
+                arrays["best_regularizer"],
+            )
+        return EMState(
+            natural=arrays.get("natural"),
+            regularizer=arrays.get("regularizer"),
+            history=tuple(p["history"]),
+            finals=tuple(p["finals"]),
+            best=best,
+        )
+
+    def _abstract(self, sharding: Any) -> dict[str, Any]:
+        """What `_arrays_of` a state may hold, without values."""
+        obs_dim = self.inputs.obs_dim if self.encoder is None else self.run.config.encoder.features
+        natural, regularizer, info = abstract_fit(self.run.config, obs_dim, sharding)
+        best = {"best_natural": natural, "best_info": info, "best_regularizer": regularizer}
+        return {"natural": natural, "regularizer": regularizer} | best
+
+
+def _arrays_of(state: EMState) -> dict[str, Any]:
+    best = state.best
+    arrays = {"natural": state.natural, "regularizer": state.regularizer}
+    if best is not None:
+        arrays |= {"best_natural": best.natural, "best_info": best.info, "best_regularizer": best.regularizer}
+    return {name: tree for name, tree in arrays.items() if tree is not None}

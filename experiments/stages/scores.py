@@ -1,0 +1,41 @@
+"""How good a model is on the test part, and how good two-stage baselines are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from experiments.baselines import fit_baselines
+from experiments.config import Experiment
+from experiments.data import Inputs
+from experiments.models import features
+from experiments.processes import to_host
+from flax_hmog import Natural, infer
+from flax_hmog.analysis import clustering_metrics
+
+
+def evaluate(natural: Natural, encoder: Any, encoder_variables: dict[str, Any], inputs: Inputs) -> dict[str, float]:
+    """Mean log-density of the test part in nats per sample, and NMI, ARI and ACC where there are labels."""
+    part = inputs.dataset.test
+    x, weights = inputs.test_rows
+    output = infer(natural, features(encoder, encoder_variables, x))
+    metrics = {"test_log_density": float(jnp.sum(output.log_density * weights) / len(part))}
+    if part.part_labels is not None:
+        assignments = to_host(jnp.argmax(output.log_responsibilities, axis=-1))[: len(part)]
+        metrics |= clustering_metrics(part.part_labels, assignments)
+    return metrics
+
+
+def baseline_scores(inputs: Inputs, config: Experiment, seed: int) -> dict[str, dict[str, float]]:
+    """Scores of two-stage baselines, if the experiment asks for them."""
+    train, test = inputs.dataset.train, inputs.dataset.test
+    if not config.baselines or test.part_labels is None:
+        return {}
+    rows = (inputs.read(part, slice(None)) for part in (train, test))
+    fitted = fit_baselines(*rows, lat_dim=config.model.lat_dim, n_components=config.model.n_components, seed=seed)
+    return {
+        name: clustering_metrics(test.part_labels, baseline.assignments)
+        | {"train_log_density": baseline.train_log_density, "test_log_density": baseline.test_log_density}
+        for name, baseline in fitted.items()
+    }
