@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -19,9 +20,33 @@ from experiments.processes import Stopped
 from experiments.stages.run import Run, WarmStart
 from experiments.stages.scores import evaluate
 from flax_hmog import warm_start
-from flax_hmog.training import CheckpointWriter, create_state, restore, restore_like
+from flax_hmog.training import CheckpointWriter, Restored, create_state, restore, restore_like
 from flax_hmog.training.named import named_arrays
 from flax_hmog.training.restoring import restored_variables, saved_steps
+
+
+@dataclasses.dataclass
+class Position:
+    """Where training stands.
+
+    Attributes:
+        state: parameters and optimiser.
+        done: steps so far.
+        loss_sum: of the steps of this epoch ().
+        first_loss: of the first batch, before any step.
+        history: records so far, one for each epoch and one for the warm start.
+    """
+
+    state: TrainState
+    done: int
+    loss_sum: jax.Array
+    first_loss: float
+    history: list[dict[str, Any]]
+
+    @property
+    def best_loss(self) -> float:
+        """The smallest loss of an epoch so far, or that of the first batch."""
+        return min([self.first_loss, *(-r["objective"] for r in self.history if r["objective"] is not None)])
 
 
 class GradientStage:
@@ -32,6 +57,7 @@ class GradientStage:
         self.config, self.model = run.config.gradient, run.models[name]
         self.batches = Batches(inputs, seed, self.config.batch_size, self.config.epochs)
         self.key = jax.random.key(seed)
+        self.folder = run.folder(self.stage)
 
     def train(self, start: WarmStart) -> None:
         """From the warm start or from the last checkpoint to the last epoch.
@@ -40,44 +66,85 @@ class GradientStage:
             Stopped: when the run was told to stop, once a checkpoint is written.
             ValueError: for a loss that is not finite or has diverged.
         """
-        run, log, per_epoch = self.run, self.run.log, self.batches.per_epoch
-        restored = self._restored()
-        done, total = restored.step if restored else 0, len(self.batches)
-        log.begin(self.stage, f"seed {self.stage.seed}: {self.stage.name} head", total, done)
+        run, per_epoch, total = self.run, self.batches.per_epoch, len(self.batches)
+        restored = restore(self.folder, allow_import=True) if saved_steps(self.folder) else None
+        done = restored.step if restored else 0
+        run.log.begin(self.stage, f"seed {self.stage.seed}: {self.stage.name} head", total, done)
         if done == total:
             return
-        state, loss_sum, history = self._state(start, restored)
-        first_loss = restored.progress["first_loss"] if restored else math.nan
-        step = self.model.step(state, run.mesh)
+        at = self._first_position(start) if restored is None else self._restored_position(restored)
+        step = self.model.step(at.state, run.mesh)
         iterator = self.batches.iterate(restored.progress["position"] if restored else None)
-        if not history:
-            history.append(self._record(state, 0, None, time.perf_counter()))
+        if not at.history:
+            self._record(at, None, time.perf_counter())
         epoch_start = time.perf_counter()
         with run.writer(self.stage, self.model.head, self.model.encoder, self.inputs) as writer:
-            while done < total:
-                state, loss = step(state, next(iterator), self._extra(start, done))
+            while at.done < total:
+                at.state, loss = step(at.state, next(iterator), self._extra(start, at.done))
                 # one step ahead of the device keeps it busy; devices of one CPU share a pool of threads, in which steps
                 # that wait for each other can wait for ever
-                jax.block_until_ready(loss if jax.default_backend() == "cpu" else loss_sum)
-                loss_sum, done = loss_sum + loss, done + 1
-                first_loss = float(loss) if done == 1 else first_loss
-                log.advance()
-                is_epoch = done % per_epoch == 0
+                jax.block_until_ready(loss if jax.default_backend() == "cpu" else at.loss_sum)
+                at.loss_sum, at.done = at.loss_sum + loss, at.done + 1
+                at.first_loss = float(loss) if at.done == 1 else at.first_loss
+                run.log.advance()
+                is_epoch = at.done % per_epoch == 0
                 if is_epoch:
-                    mean = self._check(float(loss_sum) / per_epoch, first_loss, state, done, history)
-                    history.append(self._record(state, done, -mean, epoch_start))
-                    loss_sum, epoch_start = jnp.zeros_like(loss_sum), time.perf_counter()
+                    mean = float(at.loss_sum) / per_epoch
+                    self._check(at, mean, worst=at.best_loss + self._max_fall())
+                    self._record(at, -mean, epoch_start)
+                    at.loss_sum, epoch_start = jnp.zeros_like(at.loss_sum), time.perf_counter()
                 stopping = run.stop.is_made()
-                if stopping or done == total or self._is_due(done):
-                    self._check(float(loss_sum), first_loss, state, done, [])
-                    # the mean over an epoch says something of the model at its end, and of no other
-                    self._save(writer, done, state, loss_sum, history, first_loss, iterator, is_epoch)
-                if stopping and done < total:
+                if stopping or at.done == total or self._is_due(at.done):
+                    self._check(at, float(at.loss_sum), worst=math.inf)
+                    self._save(writer, at, iterator.get_state(), is_epoch=is_epoch)
+                if stopping and at.done < total:
                     raise Stopped
 
-    def _restored(self) -> Any:
-        folder = self.run.folder(self.stage)
-        return restore(folder, allow_import=True) if saved_steps(folder) else None
+    def _first_position(self, start: WarmStart) -> Position:
+        variables, _ = warm_start(self.model.head, start.natural)
+        if self.model.encoder is not None:
+            variables = {"params": {"encoder": start.encoder_variables["params"], "head": variables["params"]}}
+        loss_sum = jax.device_put(np.zeros((), np.float32), NamedSharding(self.run.mesh, PartitionSpec()))
+        return Position(self._train_state(variables), 0, loss_sum, math.nan, [])
+
+    def _restored_position(self, restored: Restored) -> Position:
+        position = Position(
+            self._train_state(restored_variables(restored)),
+            restored.step,
+            jax.device_put(np.zeros((), np.float32), NamedSharding(self.run.mesh, PartitionSpec())),
+            restored.progress["first_loss"],
+            list(restored.history),
+        )
+        saved = restore_like(self._arrays(position), restored.state, "the optimiser")
+        self.key, position.loss_sum = saved["key"], saved["loss_sum"]
+        position.state = position.state.replace(step=saved["step"], opt_state=saved["opt_state"])
+        return position
+
+    def _train_state(self, variables: dict[str, Any]) -> TrainState:
+        return create_state(
+            self.model.module,
+            variables,
+            self.model.optimizer(len(self.batches)),
+            jax.ShapeDtypeStruct((self.config.batch_size, self.inputs.obs_dim), jnp.float32),
+            self.run.mesh,
+            min_sharded=self.run.config.devices.min_sharded,
+        )
+
+    def _arrays(self, at: Position) -> dict[str, Any]:
+        """What a checkpoint holds beside the parameters."""
+        state = at.state
+        return {"opt_state": state.opt_state, "step": state.step, "loss_sum": at.loss_sum, "key": self.key}
+
+    def _save(self, writer: CheckpointWriter, at: Position, position: Any, *, is_epoch: bool) -> None:
+        writer.save(
+            at.done,
+            {"params": at.state.params},
+            state=self._arrays(at),
+            progress={"done": at.done == len(self.batches), "position": position, "first_loss": at.first_loss},
+            history=at.history,
+            # the mean over an epoch says something of the model at its end, and of no other
+            metrics={"objective": at.history[-1]["objective"]} if is_epoch else None,
+        )
 
     def _is_due(self, done: int) -> bool:
         """Whether a checkpoint is due: at ends of epochs, and within those that are longer than what lies between."""
@@ -88,98 +155,37 @@ class GradientStage:
 
     def _extra(self, start: WarmStart, done: int) -> Extra:
         """What the loss of a step needs besides its batch, on the host."""
-        return Extra(
-            start.regularizer,
-            np.float32(1 / start.rows),
-            np.asarray(jax.random.key_data(self.key)),
-            np.uint32(done),
-        )
+        key_data = np.asarray(jax.random.key_data(self.key))
+        return Extra(start.regularizer, np.float32(1 / start.rows), key_data, np.uint32(done))
 
-    def _save(
-        self,
-        writer: CheckpointWriter,
-        done: int,
-        state: TrainState,
-        loss_sum: jax.Array,
-        history: list[dict[str, Any]],
-        first_loss: float,
-        iterator: Any,
-        is_epoch: bool,
-    ) -> None:
-        writer.save(
-            done,
-            {"params": state.params},
-            state={"opt_state": state.opt_state, "step": state.step, "loss_sum": loss_sum, "key": self.key},
-            progress={
-                "done": done == len(self.batches),
-                "position": iterator.get_state(),
-                "first_loss": first_loss,
-            },
-            history=history,
-            metrics={"objective": history[-1]["objective"]} if is_epoch else None,
-        )
-
-    def _state(self, start: WarmStart, restored: Any) -> tuple[TrainState, jax.Array, list[dict]]:
-        """The state to start from, the sum of the epoch's losses so far and the records so far."""
-        if restored is None:
-            variables, _ = warm_start(self.model.head, start.natural)
-        else:
-            variables = restored_variables(restored)
-        if self.model.encoder is not None and restored is None:
-            variables = {"params": {"encoder": start.encoder_variables["params"], "head": variables["params"]}}
-        x = jax.ShapeDtypeStruct((self.config.batch_size, self.inputs.obs_dim), jnp.float32)
-        state = create_state(
-            self.model.module,
-            variables,
-            self.model.optimizer(len(self.batches)),
-            x,
-            self.run.mesh,
-            min_sharded=self.run.config.devices.min_sharded,
-        )
-        loss_sum = jax.device_put(np.zeros((), np.float32), NamedSharding(self.run.mesh, PartitionSpec()))
-        if restored is None:
-            return state, loss_sum, []
-        template = {"opt_state": state.opt_state, "step": state.step, "loss_sum": loss_sum, "key": self.key}
-        saved = restore_like(template, restored.state, "the optimiser")
-        self.key = saved["key"]
-        return (
-            state.replace(step=saved["step"], opt_state=saved["opt_state"]),
-            saved["loss_sum"],
-            list(restored.history),
-        )
-
-    def _record(self, state: TrainState, done: int, objective: float | None, started: float) -> dict[str, Any]:
-        """Evaluate and log the state after so many steps."""
-        natural, encoder_variables = self.model.natural(state.params), self.model.encoder_variables(state.params)
+    def _record(self, at: Position, objective: float | None, started: float) -> None:
+        """Evaluate and log where training stands."""
+        params = at.state.params
+        natural, encoder_variables = self.model.natural(params), self.model.encoder_variables(params)
         metrics = evaluate(natural, self.model.encoder, encoder_variables, self.inputs) | {"objective": objective}
-        seconds = time.perf_counter() - started
-        epoch = done // self.batches.per_epoch
-        rate = round(self.batches.per_epoch * self.config.batch_size / seconds) if done else None
-        self.run.log.write(self.stage, done, epoch=epoch, seconds=round(seconds, 3), samples_per_second=rate, **metrics)
-        return {"epoch": epoch} | metrics
+        seconds, epoch = time.perf_counter() - started, at.done // self.batches.per_epoch
+        rate = round(self.batches.per_epoch * self.config.batch_size / seconds) if at.done else None
+        times = {"seconds": round(seconds, 3), "samples_per_second": rate}
+        self.run.log.write(self.stage, at.done, epoch=epoch, **times, **metrics)
+        at.history.append({"epoch": epoch} | metrics)
 
-    def _check(
-        self, loss: float, first_loss: float, state: TrainState, done: int, history: list[dict[str, Any]]
-    ) -> float:
-        """The loss of an epoch, if it is finite and not far above the best so far and that of the first batch.
-
-        Raises:
-            ValueError: naming what went wrong, where, and the last good checkpoint.
-        """
-        best = min([first_loss, *(-record["objective"] for record in history if record["objective"] is not None)])
+    def _max_fall(self) -> float:
+        """Nats per sample by which a loss may be above the best."""
         width = self.inputs.obs_dim if self.model.encoder is None else self.run.config.encoder.features
-        cause = None
+        return self.config.max_fall * width * self.model.likelihood_weight
+
+    def _check(self, at: Position, loss: float, *, worst: float) -> None:
+        """ValueError, naming the cause and the last good checkpoint, for a loss that is not finite or above `worst`."""
+        if math.isfinite(loss) and loss <= worst:
+            return
+        cause = f"got {loss:.6g} nats per sample, which was {at.best_loss:.6g} at best"
         if not math.isfinite(loss):
-            bad = [name for name, leaf in named_arrays(state.params).items() if not bool(jnp.all(jnp.isfinite(leaf)))]
+            leaves = named_arrays(at.state.params).items()
+            bad = [name for name, leaf in leaves if not bool(jnp.all(jnp.isfinite(leaf)))]
             cause = f"got {loss}, and leaves that are not finite: {', '.join(bad) or 'none'}"
-        elif history and loss > best + self.config.max_fall * width * self.model.likelihood_weight:
-            cause = f"got {loss:.6g} nats per sample, which was {best:.6g} at best"
-        if cause is None:
-            return loss
-        folder = self.run.folder(self.stage)
-        steps = saved_steps(folder)
-        last = f"The last good checkpoint is {folder / str(steps[-1])}" if steps else "There is no checkpoint yet"
+        steps = saved_steps(self.folder)
+        last = f"The last good checkpoint is {self.folder / str(steps[-1])}" if steps else "There is no checkpoint yet"
         raise ValueError(
-            f"GradientStage: the loss must stay finite and near its start; {cause}, after {done} steps of seed "
+            f"GradientStage: the loss must stay finite and near its start; {cause}, after {at.done} steps of seed "
             f"{self.stage.seed}, {self.stage.name}. {last}. Lower --gradient.learning-rate in a new --workdir."
         )
