@@ -32,7 +32,7 @@ class Extra(NamedTuple):
 
     Attributes:
         regularizer: of the fit that training starts from.
-        share: the weight of its penalty: one over the number of training rows.
+        share: the weight of its penalty: one over the number of rows that the fit saw.
         key_data: of the PRNG key of the run.
         step: number of the step.
     """

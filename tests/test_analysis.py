@@ -467,10 +467,14 @@ def test_many_components_are_drawn():
     rng = np.random.default_rng(0)
     r = rng.dirichlet(np.full(60, 0.05), size=600)
     linkage = cluster_hierarchy(r)
-    drawn(plot_dendrogram(linkage, labels=merge_clusters(linkage, 12)))
-    drawn(plot_co_assignment(co_assignment(r), linkage=linkage))
-    drawn(plot_prototypes(rng.normal(size=(60, 16)), image_shape=(4, 4)))
-    drawn(plot_contingency(rng.integers(0, 10, 600), r.argmax(axis=1)))
+    dendrogram = drawn(plot_dendrogram(linkage, labels=merge_clusters(linkage, 12)))
+    assert len(dendrogram.axes[0].get_yticks()) == 60
+    matrix = drawn(plot_co_assignment(co_assignment(r), linkage=linkage)).axes[0].images[0]
+    assert matrix.get_array().shape == (60, 60)
+    prototypes = drawn(plot_prototypes(rng.normal(size=(60, 16)), image_shape=(4, 4)))
+    assert sum(len(axes.images) for axes in prototypes.axes) >= 60
+    contingency = drawn(plot_contingency(rng.integers(0, 10, 600), r.argmax(axis=1)))
+    assert sum(int(text) for text in texts(contingency.axes[0]) if text.isdigit()) == 600
 
 
 def test_contingency_figure_shows_the_counts():

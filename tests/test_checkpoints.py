@@ -298,6 +298,9 @@ def test_variables_of_something_else_are_refused(module, variables, leaf, x, tmp
 def test_steps_only_go_up(x, tmp_path):
     variables = HEADS[0].init(jax.random.key(0), x)
     with CheckpointWriter(tmp_path, head=HEADS[0]) as writer:
+        writer.save(0, variables)
+        with pytest.raises(CheckpointError, match="above the latest, 0; got 0"):
+            writer.save(0, variables)
         writer.save(5, variables)
         for step in (5, 3, -1, 6.5):
             with pytest.raises(CheckpointError, match=f"`step` must be a whole number above the latest, 5; got {step}"):

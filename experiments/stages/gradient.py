@@ -21,6 +21,7 @@ from experiments.stages.run import Run, WarmStart
 from experiments.stages.scores import evaluate
 from flax_hmog import warm_start
 from flax_hmog.training import CheckpointWriter, Restored, create_state, restore, restore_like
+from flax_hmog.training.mesh import place
 from flax_hmog.training.named import named_arrays
 from flax_hmog.training.restoring import restored_variables, saved_steps
 
@@ -104,14 +105,13 @@ class GradientStage:
         variables, _ = warm_start(self.model.head, start.natural)
         if self.model.encoder is not None:
             variables = {"params": {"encoder": start.encoder_variables["params"], "head": variables["params"]}}
-        loss_sum = jax.device_put(np.zeros((), np.float32), NamedSharding(self.run.mesh, PartitionSpec()))
-        return Position(self._train_state(variables), 0, loss_sum, math.nan, [])
+        return Position(self._train_state(variables), 0, self._zero(), math.nan, [])
 
     def _restored_position(self, restored: Restored) -> Position:
         position = Position(
             self._train_state(restored_variables(restored)),
             restored.step,
-            jax.device_put(np.zeros((), np.float32), NamedSharding(self.run.mesh, PartitionSpec())),
+            self._zero(),
             restored.progress["first_loss"],
             list(restored.history),
         )
@@ -119,6 +119,9 @@ class GradientStage:
         self.key, position.loss_sum = saved["key"], saved["loss_sum"]
         position.state = position.state.replace(step=saved["step"], opt_state=saved["opt_state"])
         return position
+
+    def _zero(self) -> jax.Array:
+        return place(np.zeros((), np.float32), NamedSharding(self.run.mesh, PartitionSpec()))
 
     def _train_state(self, variables: dict[str, Any]) -> TrainState:
         return create_state(

@@ -150,7 +150,8 @@ class CheckpointWriter:
 
     def _check_step(self, step: int) -> None:
         latest = self.manager.latest_step()
-        if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0 or step <= (latest or -1):
+        lowest = 0 if latest is None else latest + 1
+        if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < lowest:
             raise CheckpointError(
                 f"CheckpointWriter.save: `step` must be a whole number above the latest, {latest}; got {step!r}. "
                 "Go on from the latest step, or use another folder."
@@ -168,10 +169,6 @@ class CheckpointWriter:
                 f"{metrics}. Leave metrics out where there is none."
             )
         return {self.best: metrics[self.best]}
-
-    def wait(self) -> None:
-        """Until all saves are on disk."""
-        self.manager.wait_until_finished()
 
 
 def _storable(name: str, leaf: Any) -> Any:

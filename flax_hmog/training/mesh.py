@@ -10,13 +10,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from flax_hmog.checks import check_size
 
 RULES = (("component", "model"), ("observed", "model"), ("latent", None))
 """Logical axis of a leaf to mesh axis; None replicates."""
-MIN_SHARDED = 2**14  # entries of a leaf below which it is replicated: to gather it would cost more than to hold it
+MIN_SHARDED = 2**14  # entries of a leaf below which it is replicated
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,11 @@ def global_rows(mesh: Mesh, shape: tuple[int, ...], read: Callable[[slice], Any]
     return jax.make_array_from_callback(shape, batch_sharding(mesh), rows_of_a_device)
 
 
+def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """An array that is the same on all processes, laid out over the devices of all of them."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES, min_size: int = MIN_SHARDED) -> Any:
     """Shardings for a tree whose leaves may carry logical axis names.
 
@@ -91,7 +97,7 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES, min_size: int 
     """
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
 
-    def fit(path: Any, leaf: Any, sharding: NamedSharding) -> NamedSharding:
+    def of_leaf(path: Any, leaf: Any, sharding: NamedSharding) -> NamedSharding:
         sizes = [
             math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
             for axes in sharding.spec
@@ -105,4 +111,4 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES, min_size: int 
         )
         return NamedSharding(mesh, PartitionSpec())
 
-    return jax.tree_util.tree_map_with_path(fit, nn.unbox(abstract), shardings)
+    return jax.tree_util.tree_map_with_path(of_leaf, nn.unbox(abstract), shardings)

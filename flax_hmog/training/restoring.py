@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from flax_hmog.covariances import Array
 from flax_hmog.inference import HMoGOutput
 from flax_hmog.training.describe import CheckpointError, rebuild_module
+from flax_hmog.training.mesh import place
 from flax_hmog.training.named import FORMAT, abstract_variables, describe_array, named_arrays, split_variables
 from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessing
 
@@ -193,7 +194,7 @@ def _placed(array: np.ndarray, leaf: Any) -> Array:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return jnp.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return place(array, sharding)
 
 
 def _read_whole(folder: Path, step: int, others: list[int]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_hmog.covariances import Array
-from flax_hmog.training.mesh import MIN_SHARDED, RULES, batch_sharding, tree_shardings
+from flax_hmog.training.mesh import MIN_SHARDED, RULES, batch_sharding, place, tree_shardings
 
 
 def create_state(
@@ -43,7 +43,7 @@ def create_state(
     shardings = [leaf.sharding for leaf in jax.tree.leaves(abstract)]
     # copies, since the step donates its state and the variables stay the caller's
     leaves, tree = jax.tree.flatten(state)
-    placed = [_place(np.array(leaf), sharding) for leaf, sharding in zip(leaves, shardings, strict=True)]
+    placed = [place(np.array(leaf), sharding) for leaf, sharding in zip(leaves, shardings, strict=True)]
     return jax.tree.unflatten(tree, placed)
 
 
@@ -69,10 +69,6 @@ def abstract_state(
         for leaf, sharding in zip(leaves, shardings, strict=True)
     ]
     return jax.tree.unflatten(tree, placed)
-
-
-def _place(array: np.ndarray, sharding: NamedSharding) -> Array:
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def make_train_step(
