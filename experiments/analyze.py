@@ -42,6 +42,7 @@ from flax_hmog.analysis import (
     plot_prototypes,
     write_report,
 )
+from flax_hmog.objectives import merge_output
 from flax_hmog.training import CheckpointError, Restored, restore
 from flax_hmog.training.restoring import saved_steps
 
@@ -53,7 +54,12 @@ COLUMNS = {
     "accuracy": "ACC",
 }
 MAX_ROWS = 30  # clusters that the table lists
-MODELS = {"em": "HMoG by exact EM", "differentiable": "DifferentiableHMoG", "symmetric": "SymmetricHMoG"}
+MODELS = {
+    "em": "HMoG by exact EM",
+    "differentiable": "DifferentiableHMoG",
+    "symmetric": "SymmetricHMoG",
+    "analytic": "AnalyticHMoG",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +139,7 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
         datasets.append(load(Data(**em.config["data"]), seed))
         for name, baseline in em.progress["baselines"].items():
             scores.setdefault(name, []).append(baseline)
-        for name in ("em", *sorted(set(found) - {"em"})):
+        for name in sorted(found, key=_order):
             if is_finished(found[name]):
                 models[seed, name] = found[name]
                 scores.setdefault(name, []).append(score(found[name], datasets[-1]))
@@ -145,6 +151,29 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
     return Run(config, datasets[0], models, scores, unfinished)
 
 
+def _order(name: str) -> tuple[bool, str, bool]:
+    """EM on the inputs first; within a round EM before training."""
+    return name != "em", name.removesuffix("-em"), not name.endswith("-em")
+
+
+def title(name: str) -> str:
+    """What a stage is called in tables: that of a head, of a round of it, or a baseline."""
+    head, *rest = name.split("-")
+    if head not in MODELS or name == "em":
+        return MODELS.get(name, name)
+    if not rest:
+        return MODELS[head]
+    return f"{MODELS[head]}, round {rest[0]}" + (": EM before it" if rest[1:] else "")
+
+
+def reported(run: Run) -> tuple[int, str]:
+    """Seed and stage of the model that a report describes: the last round of the first head, or EM."""
+    seed = min(seed for seed, _ in run.models)
+    head = run.config["heads"][0]
+    trained = [name for s, name in run.models if s == seed and name.split("-")[0] == head and name[-3:] != "-em"]
+    return seed, max(trained, key=lambda name: (len(name), name), default="em")
+
+
 def is_finished(restored: Restored) -> bool:
     """Whether a stage has come to its end."""
     return restored.progress["done"]
@@ -153,12 +182,15 @@ def is_finished(restored: Restored) -> bool:
 def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
     """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part if it has labels."""
     natural = restored.head.apply(restored.variables, method="natural")
+    clusters = restored.progress.get("clusters")
     scores = {}
     for name, part in (("train", dataset.train), ("test", dataset.test)):
         outputs = [infer(natural, restored.features(block)) for block in part.blocks(slice(None))]
         scores[f"{name}_log_density"] = float(np.mean(np.concatenate([out.log_density for out in outputs])))
     if dataset.test.part_labels is None:
         return scores
+    if clusters is not None:
+        outputs = [merge_output(out, np.asarray(clusters), max(clusters) + 1) for out in outputs]
     assignments = np.concatenate([np.asarray(out.log_responsibilities).argmax(axis=-1) for out in outputs])
     return scores | clustering_metrics(dataset.test.part_labels, assignments)
 
@@ -166,7 +198,7 @@ def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
 def table_rows(scores: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """One row per method, with mean and standard deviation over seeds."""
     return [
-        {"method": MODELS.get(name, name)}
+        {"method": title(name)}
         | {title: _summary([seed[key] for seed in seeds]) for key, title in COLUMNS.items() if key in scores["em"][0]}
         for name, seeds in scores.items()
     ]
@@ -181,8 +213,7 @@ def _summary(values: list[float]) -> tuple[float, float] | float | None:
 
 def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
     """The parts of the page."""
-    seed = min(seed for seed, _ in run.models)
-    name = next((name for name in run.config["heads"] if (seed, name) in run.models), "em")
+    seed, name = reported(run)
     yield Section(
         "Results",
         "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "
@@ -191,7 +222,7 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
         tables=[Table(rows, "Held-out log-density and agreement with the labels")],
     )
     yield objective_section(run, seed)
-    yield from model_sections(run.models[seed, name], run.dataset, MODELS[name], seed)
+    yield from model_sections(run.models[seed, name], run.dataset, title(name), seed)
     options = flat_options(run.config)
     yield Section(
         "How this was made",
@@ -207,9 +238,9 @@ def objective_section(run: Run, seed: int) -> Section:
     """EM's objective and the course of fine-tuning."""
     em = {f"seed {s}": r.progress["objective"] for (s, name), r in run.models.items() if name == "em"}
     heads = {
-        MODELS[name]: [epoch["test_log_density"] for epoch in run.models[seed, name].history]
-        for name in MODELS
-        if name != "em" and (seed, name) in run.models
+        title(name): [epoch["test_log_density"] for epoch in restored.history]
+        for (s, name), restored in run.models.items()
+        if s == seed and len(restored.history) > 1
     }
     pictures = [
         Picture(plot_objective(em, title="Exact EM"), "Penalised log-likelihood per sample, best of the starts",
@@ -233,13 +264,17 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
     test, labels = np.asarray(restored.features(dataset.test.read(slice(None)))), dataset.test.part_labels
     is_image = restored.encoder_variables is None and natural.interaction.shape[0] == dataset.obs_dim
     image_shape = dataset.image_shape if is_image else None
+    clusters = restored.progress.get("clusters")
     prototypes, linkage = cluster_prototypes(natural), cluster_hierarchy(natural)
+    shown = prototypes if clusters is None else cluster_prototypes(natural, labels=clusters)
     pictures = [
-        Picture(plot_prototypes(prototypes, image_shape=image_shape), "Cluster prototypes E[x | z]",
+        Picture(plot_prototypes(shown, image_shape=image_shape), "Cluster prototypes E[x | z]",
                 "The mean of each cluster in the space of the model's inputs"),
     ]  # fmt: skip
     if labels is not None:
-        assignments = np.asarray(infer(natural, test).log_responsibilities).argmax(axis=-1)
+        output = infer(natural, test)
+        output = output if clusters is None else merge_output(output, np.asarray(clusters), max(clusters) + 1)
+        assignments = np.asarray(output.log_responsibilities).argmax(axis=-1)
         pictures.append(
             Picture(plot_contingency(labels, assignments), "Test samples by label and cluster",
                     "Table of counts of labels in each cluster")
@@ -255,7 +290,8 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
         "Average linkage on the exact distance between components.",
         pictures=[
             Picture(
-                plot_dendrogram(linkage, prototypes=prototypes if image_shape else None, image_shape=image_shape,
+                plot_dendrogram(linkage, labels=clusters, prototypes=prototypes if image_shape else None,
+                                image_shape=image_shape,
                                 distance_name="Bhattacharyya distance (nats)"),
                 "Hierarchy of the clusters", "Dendrogram of the clusters"),
         ] if len(prototypes) > 1 else [],

@@ -9,7 +9,7 @@ from experiments.config import Augmentation
 
 
 def distort(key: jax.Array, rows: jax.Array, image_shape: tuple[int, ...], options: Augmentation) -> jax.Array:
-    """Rows (B, D) that are images, each shifted, rotated and scaled at random; what comes into view is 0.
+    """Rows (B, D) that are images, each shifted, rotated, scaled and mirrored at random; what comes into view is 0.
 
     Args:
         key: PRNG key; what happens to a row follows from it and the row's number.
@@ -22,8 +22,11 @@ def distort(key: jax.Array, rows: jax.Array, image_shape: tuple[int, ...], optio
     """
     height, width, *_ = image_shape
     images = rows.reshape(rows.shape[0], height, width, -1)
-    shift_key, angle_key, scale_key = jax.random.split(key, 3)
+    shift_key, angle_key, scale_key, mirror_key = jax.random.split(key, 4)
     count = images.shape[0]
+    if options.mirror:
+        is_mirrored = jax.random.bernoulli(mirror_key, shape=(count, 1, 1, 1))
+        images = jnp.where(is_mirrored, images[:, :, ::-1], images)
     shift = options.shift * jax.random.uniform(shift_key, (count, 2), minval=-1)
     angle = jnp.radians(options.rotation) * jax.random.uniform(angle_key, (count,), minval=-1)
     scale = 1 + options.scale * jax.random.uniform(scale_key, (count,), minval=-1)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from flax_hmog import AnalyticHMoG, DifferentiableHMoG, PseudoCounts, SymmetricHMoG
 
 Kind = Literal["scale", "diagonal", "full"]
-HeadName = Literal["differentiable", "symmetric"]
+Merge = Literal["cut", "information"]
+HeadName = Literal["differentiable", "symmetric", "analytic"]
 
 
 def _check_counts(group: Any, *names: str) -> None:
@@ -61,7 +62,11 @@ class Model:
     lat_dim: int = 10
     """Latent dimension L."""
     n_components: int = 10
-    """Number of clusters K."""
+    """Number of components K."""
+    n_clusters: int | None = None
+    """Merge the components to so many clusters, without labels; None: every component is a cluster."""
+    merge: Merge = "cut"
+    """How: by a normalised cut, or so that the least information is lost."""
     obs_rep: Kind = "diagonal"
     """Kind of the noise covariance."""
     pst_rep: Kind = "diagonal"
@@ -72,19 +77,64 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """The network before the head, if any: EM then fits the features of the untrained encoder."""
+    """The network before the head, if any."""
 
     name: str = "none"
-    """`none`, `mlp`, or the import path MODULE:CLASS of a linen module."""
-    features: int = 32
+    """`none`, `mlp`, `conv`, `autoencoder`, or the import path MODULE:CLASS of a linen module."""
+    features: int = 64
     """Number of features, the head's D; given to the module as `features`."""
-    likelihood_weight: float = 0.01
-    """Weight of the head's likelihood of the features beside the mutual information of the assignments."""
+    normalization: Literal["none", "layer", "batch"] = "batch"
+    """Of the layers' outputs."""
+    lat_dim: int = 16
+    """Latent dimension of the head on the features."""
 
     def __post_init__(self) -> None:
-        _check_counts(self, "features")
-        if self.name not in ("none", "mlp") and ":" not in self.name:
-            raise ValueError(f"Encoder: `name` must be none, mlp or MODULE:CLASS; got {self.name!r}. Name a class.")
+        _check_counts(self, "features", "lat_dim")
+        if self.name not in ("none", "mlp", "conv", "autoencoder") and ":" not in self.name:
+            raise ValueError(
+                f"Encoder: `name` must be none, mlp, conv, autoencoder or MODULE:CLASS; got {self.name!r}. "
+                "Name a class."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Training with an encoder: in every round EM finds clusters, which encoder and head learn and then improve."""
+
+    count: int = 2
+    """Number of rounds."""
+    first_clusters: int | None = 40
+    """Clusters of the first round, where there are several: more than in the end, so that features still tell apart
+    what the first clusters have put together. None: as in the end."""
+    start: Literal["inputs", "features", "nothing"] = "inputs"
+    """What the clusters of the first round are of: the inputs, the features of the untrained encoder, or none at all.
+    Later rounds take those of the learnt features."""
+    n_components: int = 80
+    """Components of EM on features, before they are merged to `model.n_clusters`."""
+    merge: Merge = "information"
+    """How they are merged."""
+    distil_epochs: int = 2
+    """Epochs of the first round in which the clusters of EM are learnt, and nothing else."""
+    mixed_epochs: int = 1
+    """Epochs of every round in which they count half, and information half; after these information alone counts."""
+    information_weight: float = 1.0
+    """Weight of the mutual information of the assignments of two views."""
+    marginal_weight: float = 1.0
+    """Weight of the balance of clusters in it; below 1 for clusters of unequal size."""
+    likelihood_weight: float = 0.05
+    """Weight of the head's likelihood of the features, in nats per feature; the encoder does not see it."""
+    adversarial_radius: float = 0.0
+    """Length of the virtual adversarial perturbation of an input, whose consistency counts as much as information; 0:
+    none. For inputs that cannot be distorted."""
+    reconstruction_weight: float = 0.0
+    """Weight of the squared distance of inputs from what an `autoencoder` makes of their features, per column."""
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "count", "first_clusters", "n_components")
+        names = "distil_epochs", "mixed_epochs", "likelihood_weight", "adversarial_radius", "reconstruction_weight"
+        for name in names:
+            if getattr(self, name) < 0:
+                raise ValueError(f"Rounds: `{name}` must be at least 0; got {getattr(self, name)}. Raise it.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +176,14 @@ class Gradient:
     """Training by gradients."""
 
     epochs: int = 20
-    """Passes over the training part."""
+    """Passes over the training part; with an encoder, in each round."""
     batch_size: int = 256
     """Samples per step over all devices; a multiple of their number."""
     learning_rate: float = 1e-3
     """Adam's learning rate, decayed to 0 by a cosine."""
     max_fall: float = 1.0
     """A run has diverged when an epoch's loss is above the best so far, or that of the first batch, by this many nats
-    per column of what the head sees (times the weight of the likelihood beside an encoder)."""
+    per column of the inputs; with an encoder, by this many nats."""
 
     def __post_init__(self) -> None:
         _check_counts(self, "epochs", "batch_size")
@@ -152,6 +202,8 @@ class Augmentation:
     """Degrees at most, either way."""
     scale: float = 0.0
     """Share by which images grow or shrink at most."""
+    mirror: bool = False
+    """Swap left and right in half of the images."""
 
     def __post_init__(self) -> None:
         if not (self.shift >= 0 and self.rotation >= 0 and 0 <= self.scale < 1):
@@ -163,7 +215,7 @@ class Augmentation:
     @property
     def is_on(self) -> bool:
         """Whether there is any."""
-        return self.shift > 0 or self.rotation > 0 or self.scale > 0
+        return self.shift > 0 or self.rotation > 0 or self.scale > 0 or self.mirror
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +276,7 @@ class Experiment:
     data: Data = Data()
     model: Model = Model()
     encoder: Encoder = Encoder()
+    rounds: Rounds = Rounds()
     em: EM = EM()
     gradient: Gradient = Gradient()
     augmentation: Augmentation = Augmentation()
@@ -244,22 +297,56 @@ class Experiment:
         _check_counts(self, "n_seeds")
         if not self.heads:
             raise ValueError("Experiment: `heads` must name at least one; got none. Give --heads differentiable.")
-        self.analytic, self.trainable  # noqa: B018  dimensions are checked by the heads
+        if self.encoder.name == "none" and "analytic" in self.heads:
+            raise ValueError(
+                "Experiment: `heads` may hold analytic only with an encoder; got none. EM is the first stage as it is."
+            )
+        if self.encoder.name != "autoencoder" and ":" not in self.encoder.name and self.rounds.reconstruction_weight:
+            raise ValueError(
+                "Experiment: `rounds.reconstruction_weight` must be 0 without an encoder that can decode; got encoder "
+                f"{self.encoder.name}. Use --encoder.name autoencoder."
+            )
+        if self.model.n_clusters is not None and self.model.n_clusters > self.model.n_components:
+            raise ValueError(
+                f"Experiment: `model.n_clusters` must be at most the {self.model.n_components} components; got "
+                f"{self.model.n_clusters}. Raise --model.n-components."
+            )
+        self.analytic, [self.trainable(name, self.n_clusters) for name in self.heads]
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether heads sit on an encoder."""
+        return self.encoder.name != "none"
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of clusters in the end."""
+        return self.model.n_clusters or self.model.n_components
+
+    def round_clusters(self, number: int) -> int:
+        """Number of clusters in a round, counted from 1; 0 stands for training without rounds."""
+        is_first = number == 1 and self.rounds.count > 1
+        return (self.rounds.first_clusters if is_first else None) or self.n_clusters
 
     @property
     def analytic(self) -> AnalyticHMoG:
-        """The head that EM fits."""
+        """The head that EM fits to the inputs."""
         return AnalyticHMoG(self.model.lat_dim, self.model.n_components, obs_rep=self.model.obs_rep)
 
-    @property
-    def trainable(self) -> dict[str, DifferentiableHMoG | SymmetricHMoG]:
-        """The heads that gradients train, by name."""
+    def feature_head(self, n_components: int) -> AnalyticHMoG:
+        """A head that EM fits to features."""
+        return AnalyticHMoG(self.encoder.lat_dim, n_components, obs_rep=self.model.obs_rep)
+
+    def trainable(self, name: HeadName, n_clusters: int) -> Any:
+        """A head that is trained: on features for so many clusters, or on the inputs."""
         m = self.model
-        every: dict[str, DifferentiableHMoG | SymmetricHMoG] = {
-            "differentiable": DifferentiableHMoG(m.lat_dim, m.n_components, obs_rep=m.obs_rep, pst_rep=m.pst_rep),
-            "symmetric": SymmetricHMoG(m.lat_dim, m.n_components, obs_rep=m.obs_rep, lat_rep=m.lat_rep),
+        sizes = (self.encoder.lat_dim, n_clusters) if self.has_encoder else (m.lat_dim, m.n_components)
+        every: dict[str, Any] = {
+            "differentiable": DifferentiableHMoG(*sizes, obs_rep=m.obs_rep, pst_rep=m.pst_rep),
+            "symmetric": SymmetricHMoG(*sizes, obs_rep=m.obs_rep, lat_rep=m.lat_rep),
+            "analytic": AnalyticHMoG(*sizes, obs_rep=m.obs_rep, min_rate=0.01),
         }
-        return {name: every[name] for name in self.heads}
+        return every[name]
 
     def result_options(self) -> dict[str, Any]:
         """The options that a result follows from: what a resumed run must agree in."""

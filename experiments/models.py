@@ -1,4 +1,4 @@
-"""The modules of an experiment: encoder, head, and what training minimises."""
+"""The modules of an experiment, and what training minimises: of a head alone, and of a head on an encoder."""
 
 from __future__ import annotations
 
@@ -9,36 +9,61 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from flax.training.train_state import TrainState
 from jax.sharding import Mesh
 
 from experiments.augment import distort
-from experiments.config import Experiment
-from flax_hmog import HMoGOutput, Natural, Regularizer, mean_log_density, moments_to_natural, penalty
+from experiments.config import Experiment, HeadName
+from experiments.encoders import make_encoder
+from flax_hmog import AnalyticHMoG, Natural, Regularizer, mean_log_density, moments_to_natural, penalty
 from flax_hmog.covariances import as_rep
 from flax_hmog.em import EMInfo
-from flax_hmog.encoders import MLP, Clusterer
+from flax_hmog.encoders import Clusterer
+from flax_hmog.factors import Factors
+from flax_hmog.inference import infer_rows
 from flax_hmog.initialize import random_moments
-from flax_hmog.objectives import negative_log_likelihood, negative_mutual_information
-from flax_hmog.rows import map_rows, row_shards
+from flax_hmog.objectives import (
+    combine,
+    distillation,
+    merge_output,
+    negative_joint_information,
+    negative_log_likelihood,
+    reconstruction,
+    virtual_adversarial,
+)
 from flax_hmog.training import make_train_step
-from flax_hmog.training.describe import rebuild_module
+from flax_hmog.training.steps import TrainState
 
-FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained
+
+class Teacher(NamedTuple):
+    """A mixture fitted by EM, to inputs or to the features of an encoder, whose merged clusters are taught.
+
+    Attributes:
+        encoder_variables: of the encoder before the mixture; {} where it is of the inputs.
+        factors: of the mixture.
+        clusters: cluster of each component (K,).
+    """
+
+    encoder_variables: dict[str, Any]
+    factors: Factors
+    clusters: Any
 
 
 class Extra(NamedTuple):
-    """What a loss needs besides parameters and rows.
+    """What a loss needs besides variables and rows.
 
     Attributes:
-        regularizer: of the fit that training starts from.
+        regularizer: of the fit that the training of a head alone starts from, or None.
         share: the weight of its penalty: one over the number of rows that the fit saw.
+        teacher: of an encoder and its head, or None.
+        phases: steps after which distillation counts half, and after which it does not count.
         key_data: of the PRNG key of the run.
         step: number of the step.
     """
 
-    regularizer: Regularizer
+    regularizer: Regularizer | None
     share: Any
+    teacher: Teacher | None
+    phases: Any
     key_data: Any
     step: Any
 
@@ -49,107 +74,108 @@ class Trainable:
     Args:
         config: the experiment.
         name: of the head.
+        n_clusters: of a head on an encoder.
+        obs_dim: columns of the inputs.
         image_shape: of an input, where inputs are images.
 
     Raises:
         ValueError: for augmentation of inputs that are no images.
     """
 
-    def __init__(self, config: Experiment, name: str, image_shape: tuple[int, ...] | None) -> None:
+    def __init__(
+        self, config: Experiment, name: HeadName, n_clusters: int, obs_dim: int, image_shape: tuple[int, ...] | None
+    ) -> None:
         if config.augmentation.is_on and image_shape is None:
             raise ValueError(
                 "Trainable: `augmentation` must be of images whose background is 0; got inputs that are none. Leave "
                 "out --data.columns, --data.whitened and --data.scale standard, or the augmentation."
             )
         self.image_shape = image_shape
-        self.config, self.head, self.encoder = config, config.trainable[name], make_encoder(config)
+        self.config, self.head, self.n_clusters = config, config.trainable(name, n_clusters), n_clusters
+        self.encoder = make_encoder(config, obs_dim, image_shape)
         self.module = self.head if self.encoder is None else Clusterer(self.encoder, self.head)
-        # nats per column of what the head sees count as much as the likelihood does in the loss
-        self.likelihood_weight = 1.0 if self.encoder is None else config.encoder.likelihood_weight
         self.optimizer = functools.lru_cache(self._optimizer)
         self.compiled: Callable | None = None
 
-    def loss(self, params: Any, x: jax.Array, extra: Extra) -> jax.Array:
-        """What is minimised, in nats per sample, of rows that are distorted first if the experiment says so.
-
-        Of a head alone its negative penalised log-likelihood: what EM maximises, up to the prior of the components.
-        With an encoder the mutual information of the assignments, to which both learn, and the likelihood of the
-        features, to which the head alone does.
-        """
-        if self.image_shape is not None and self.config.augmentation.is_on:
-            key = jax.random.fold_in(jax.random.wrap_key_data(extra.key_data), extra.step)
-            x = distort(key, x, self.image_shape, self.config.augmentation)
-        if self.encoder is None:
-            natural = self.natural(params)
-            return -mean_log_density(natural, x) - extra.share * penalty(natural, extra.regularizer)
-        joint, head_only = cast(
-            tuple[HMoGOutput, HMoGOutput], self.module.apply({"params": params}, x, method="joint_and_head_outputs")
-        )
-        return negative_mutual_information(joint) + self.likelihood_weight * negative_log_likelihood(head_only)
-
     def step(self, state: TrainState, mesh: Mesh) -> Callable:
         """The training step of `make_train_step`, compiled once."""
-        self.compiled = self.compiled or make_train_step(self.loss, state, mesh)
+        loss = self.head_loss if self.encoder is None else self.encoder_loss
+        self.compiled = self.compiled or make_train_step(loss, state, mesh)
         return self.compiled
 
     def _optimizer(self, steps: int) -> optax.GradientTransformation:
         """Adam with a cosine decay over so many steps."""
         return optax.adam(optax.cosine_decay_schedule(self.config.gradient.learning_rate, max(steps, 1)))
 
-    def natural(self, params: Any) -> Natural:
-        """The head's model."""
-        own = params if self.encoder is None else params["head"]
-        return cast(Natural, self.head.apply({"params": own}, method="natural"))
+    def natural(self, variables: Any) -> Natural:
+        """The model of the head by itself."""
+        return cast(Natural, self.head.apply(variables, method="natural"))
 
-    def encoder_variables(self, params: Any) -> dict[str, Any]:
-        """The encoder's variables, if there is one."""
-        return {} if self.encoder is None else {"params": params["encoder"]}
+    def head_loss(self, variables: Any, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
+        """Of a head alone: its negative penalised log-likelihood, which EM maximises up to the prior of components."""
+        natural, regularizer = self.natural(variables), cast(Regularizer, extra.regularizer)
+        x = self._view(self._key(extra), x)
+        return -mean_log_density(natural, x) - extra.share * penalty(natural, regularizer), {}
+
+    def encoder_loss(self, variables: Any, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
+        """Of a head on an encoder, which sees two views of each sample.
+
+        Distillation, then information, from which both learn; the likelihood of the features, from which the head
+        alone does; and consistency or reconstruction where the experiment says so.
+        """
+        rounds = self.config.rounds
+        first_key, second_key, adversarial_key = jax.random.split(self._key(extra), 3)
+        # pairs stand side by side, so that they stay together where rows are split over devices
+        views = jnp.stack([self._view(first_key, x), self._view(second_key, x)], axis=1).reshape(-1, x.shape[-1])
+        mutable = [name for name in variables if name != "params"]
+
+        def apply(method: str, x: jax.Array, *, train: bool) -> Any:
+            return self.module.apply(variables, x, train=train, method=method, mutable=mutable if train else False)
+
+        (joint, head_only), collections = apply("joint_and_head_outputs", views, train=True)
+        one, twin = (jax.tree.map(lambda leaf, k=k: leaf[k::2], joint) for k in (0, 1))
+        terms = {"likelihood": negative_log_likelihood(head_only) / self.config.encoder.features}
+        weights: dict[str, Any] = {"likelihood": rounds.likelihood_weight}
+        information: Any = rounds.information_weight
+        if extra.teacher is not None:
+            share = jnp.sum(extra.step >= extra.phases) / 2  # 0, 1/2, 1
+            targets = jax.lax.cond(share < 1, self._taught, self._nothing, extra.teacher, x)
+            terms["distillation"] = (distillation(one, targets) + distillation(twin, targets)) / 2
+            weights["distillation"], information = 1 - share, information * share
+        terms["information"] = negative_joint_information(one, twin, marginal_weight=rounds.marginal_weight)
+        weights["information"] = information
+        if rounds.adversarial_radius > 0:
+            terms["consistency"] = virtual_adversarial(
+                functools.partial(apply, "__call__", train=False), x, adversarial_key, radius=rounds.adversarial_radius
+            )
+            weights["consistency"] = information
+        if rounds.reconstruction_weight > 0:
+            terms["reconstruction"] = reconstruction(apply("reconstruct", x, train=False), x) / x.shape[-1]
+            weights["reconstruction"] = rounds.reconstruction_weight
+        return combine(terms, weights, extra.step), collections
+
+    def _taught(self, teacher: Teacher, x: jax.Array) -> jax.Array:
+        """The teacher's clusters of x (B, n_clusters)."""
+        rows = self.encoder.apply(teacher.encoder_variables, x) if teacher.encoder_variables else x
+        output = merge_output(infer_rows(teacher.factors, rows), teacher.clusters, self.n_clusters)
+        return jnp.exp(output.log_responsibilities)
+
+    def _nothing(self, teacher: Teacher, x: jax.Array) -> jax.Array:
+        return jnp.zeros((x.shape[0], self.n_clusters))
+
+    def _key(self, extra: Extra) -> jax.Array:
+        return jax.random.fold_in(jax.random.wrap_key_data(extra.key_data), extra.step)
+
+    def _view(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """Rows distorted, if the experiment says so."""
+        if self.image_shape is None or not self.config.augmentation.is_on:
+            return x
+        return distort(key, x, self.image_shape, self.config.augmentation)
 
 
-def make_encoder(config: Experiment) -> Any:
-    """The experiment's encoder, or None.
-
-    Raises:
-        ValueError: for a class that cannot be imported or does not take `features`.
-    """
-    if config.encoder.name == "none":
-        return None
-    if config.encoder.name == "mlp":
-        return MLP(config.encoder.features)
-    description = {"class": config.encoder.name, "arguments": {"features": config.encoder.features}}
-    return rebuild_module(description, allow_import=True)
-
-
-def init_encoder(encoder: Any, key: jax.Array, obs_dim: int, n_features: int) -> dict[str, Any]:
-    """Variables of an encoder from inputs (B, obs_dim) to features (B, n_features); none without one.
-
-    Raises:
-        ValueError: for other features, or variables beside `params`.
-    """
-    if encoder is None:
-        return {}
-    x = jnp.zeros((1, obs_dim))
-    features, variables = jax.eval_shape(encoder.init_with_output, key, x)
-    if features.shape != (1, n_features) or set(variables) != {"params"}:
-        raise ValueError(
-            f"init_encoder: the encoder must map inputs (B, {obs_dim}) to features (B, {n_features}) with variables in "
-            f"`params` alone; got features {features.shape} for one input and variables in {sorted(variables)}. "
-            "Flatten its output; use normalisation without running averages, as nn.LayerNorm."
-        )
-    return jax.jit(encoder.init)(key, x)
-
-
-def features(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array:
-    """The head's inputs, by blocks of rows."""
-    if encoder is None:
-        return x
-    shards = row_shards(x)
-    return jax.jit(lambda variables, x: map_rows(encoder.apply, variables, x, FEATURE_ROWS, shards))(variables, x)
-
-
-def abstract_fit(config: Experiment, obs_dim: int, sharding: Any) -> tuple[Natural, Regularizer, EMInfo]:
-    """Model, regulariser and diagnostics of EM as `jax.ShapeDtypeStruct`s that lie as given; nothing is computed."""
-    head, rep = config.analytic, as_rep(config.model.obs_rep, caller="abstract_fit")
+def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding: Any) -> tuple:
+    """Model, `Regularizer` and `EMInfo` of EM as `jax.ShapeDtypeStruct`s that lie as given; nothing is computed."""
+    rep = as_rep(config.model.obs_rep, caller="abstract_fit")
 
     def example() -> tuple[Natural, Regularizer, EMInfo]:
         moments = random_moments(jax.random.key(0), obs_dim, head.lat_dim, head.n_components, rep)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -14,8 +13,8 @@ from rich.table import Table
 
 from experiments.config import Experiment
 from experiments.data import data_shape
-from experiments.data.inputs import input_image_shape
-from experiments.models import Extra, Trainable, abstract_fit, make_encoder
+from experiments.data.inputs import input_dim, input_image_shape
+from experiments.models import Extra, Trainable, abstract_fit
 from experiments.processes import is_first
 from flax_hmog import Natural, PseudoCounts, Regularizer, em_step, natural_to_moments
 from flax_hmog.training import batch_sharding
@@ -29,25 +28,28 @@ def print_plan(config: Experiment, mesh: Mesh, console: Console) -> None:
     console = console if is_first() else Console(quiet=True)
     console.print(dataclasses.asdict(config))
     train, test, raw_dim, image_shape = data_shape(config.data)
-    obs_dim = min(raw_dim, config.data.columns or raw_dim, config.data.whitened or raw_dim)
+    obs_dim = input_dim(config.data, raw_dim)
     console.print(f"\ndata: {train} training and {test} test rows; {raw_dim} columns, {obs_dim} after preprocessing")
     devices = f"{mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} processes"
     console.print(f"mesh: {devices}; data {mesh.shape['data']} x model {mesh.shape['model']}\n")
     steps = Table("step", "rows", "GFLOP on a device", "MB held", "MB beside it", title="What a step takes")
     em_rows = min(train, config.em.rows or train)
-    head_dim = obs_dim if make_encoder(config) is None else config.encoder.features
-    compiled = _compile_em(config, mesh, -(-em_rows // rows_multiple(mesh)) * rows_multiple(mesh), head_dim)
-    steps.add_row("EM", str(em_rows), *_costs(compiled, _head_flops(config, head_dim, em_rows, "full"), mesh))
-    for name in config.trainable:
-        model = Trainable(config, name, input_image_shape(config.data, image_shape))
+    compiled = _compile_em(config, mesh, -(-em_rows // rows_multiple(mesh)) * rows_multiple(mesh), obs_dim)
+    flops = _head_flops(config.analytic, obs_dim, em_rows, "full")
+    steps.add_row("EM", str(em_rows), *_costs(compiled, flops, mesh))
+    for name in config.heads:
+        image = input_image_shape(config.data, image_shape)
+        model = Trainable(config, name, config.n_clusters, obs_dim, image)
         x = jax.ShapeDtypeStruct((config.gradient.batch_size, obs_dim), jnp.float32)
         min_sharded = config.devices.min_sharded
         state = abstract_state(model.module, model.optimizer(1), x, mesh, min_sharded=min_sharded)
         console.print(_parameters(name, state))
         compiled = _compile_gradient(model, state, mesh, obs_dim)
-        rep = config.model.pst_rep if name == "differentiable" else config.model.lat_rep
+        reps = {"differentiable": config.model.pst_rep, "symmetric": config.model.lat_rep, "analytic": "full"}
         batch = config.gradient.batch_size
-        flops = _head_flops(config, head_dim, batch, rep) + _encoder_flops(state, batch)
+        rows = 2 * batch if config.has_encoder else batch
+        head_dim = config.encoder.features if config.has_encoder else obs_dim
+        flops = _head_flops(model.head, head_dim, rows, reps[name]) + _encoder_flops(model, batch, obs_dim)
         steps.add_row(f"gradient, {name}", str(batch), *_costs(compiled, flops, mesh))
     console.print(steps)
     console.print(
@@ -73,18 +75,22 @@ def _costs(compiled: Any, flops: float, mesh: Mesh) -> list[str]:
     return [f"{flops / mesh.size / 1e9:.3g}", f"{memory.argument_size_in_bytes / 1e6:.3g}", f"{beside / 1e6:.3g}"]
 
 
-def _head_flops(config: Experiment, obs_dim: int, rows: int, rep: str) -> float:
+def _head_flops(head: Any, obs_dim: int, rows: int, rep: str) -> float:
     """Of the products of a pass (docs/performance.md)."""
-    lat_dim, n_components = config.model.lat_dim, config.model.n_components
+    lat_dim, n_components = head.lat_dim, head.n_components
     width = lat_dim * (lat_dim + 3) // 2 if rep == "full" else 2 * lat_dim
-    noise = obs_dim**2 if config.model.obs_rep == "full" else 0
+    noise = obs_dim**2 if head.obs_rep == "full" else 0
     return 2.0 * rows * (3 * obs_dim * lat_dim + 3 * n_components * width + 4 * lat_dim**2 + noise)
 
 
-def _encoder_flops(state: Any, rows: int) -> float:
-    """Of an encoder of dense layers: forward, and twice that backward."""
-    kernels = named_arrays(state.params.get("encoder", {}))
-    return 6.0 * rows * sum(math.prod(leaf.shape) for leaf in kernels.values() if leaf.ndim > 1)
+def _encoder_flops(model: Trainable, rows: int, obs_dim: int) -> float:
+    """Of an encoder for two views of the rows: forward as the compiler counts it, and twice that backward."""
+    if model.encoder is None:
+        return 0.0
+    x = jax.ShapeDtypeStruct((2 * rows, obs_dim), jnp.float32)
+    variables = jax.eval_shape(model.encoder.init, jax.random.key(0), x)
+    costs = jax.jit(model.encoder.apply).lower(variables, x).compile().cost_analysis() or {}
+    return 3.0 * costs.get("flops", 0.0)
 
 
 def _compile_em(config: Experiment, mesh: Mesh, rows: int, obs_dim: int) -> Any:
@@ -92,7 +98,7 @@ def _compile_em(config: Experiment, mesh: Mesh, rows: int, obs_dim: int) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return em_step(natural, x, weights, regularizer)
 
-    natural, regularizer, _ = abstract_fit(config, obs_dim, NamedSharding(mesh, PartitionSpec()))
+    natural, regularizer, _ = abstract_fit(config.analytic, config, obs_dim, NamedSharding(mesh, PartitionSpec()))
     x, weights = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh)) for shape in ((rows, obs_dim), (rows,))
     )
@@ -104,10 +110,15 @@ def _compile_gradient(model: Trainable, state: Any, mesh: Mesh, obs_dim: int) ->
     rows = model.config.gradient.batch_size
     x = jax.ShapeDtypeStruct((rows, obs_dim), jnp.float32, sharding=batch_sharding(mesh))
 
-    def example(params: Any) -> Regularizer:
-        return PseudoCounts().regularizer(natural_to_moments(model.natural(params)))
-
     number = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    regularizer = jax.eval_shape(example, state.params)
-    extra = Extra(regularizer, number(jnp.float32), number(jnp.uint32, 2), number(jnp.uint32))
+    if model.encoder is None:
+
+        def example(variables: Any) -> Regularizer:
+            return PseudoCounts().regularizer(natural_to_moments(model.natural(variables)))
+
+        regularizer = jax.eval_shape(example, state.variables)
+    else:
+        regularizer = None
+    key_data, counts = number(jnp.uint32, 2), number(jnp.uint32, 2)
+    extra = Extra(regularizer, number(jnp.float32), None, counts, key_data, number(jnp.uint32))
     return jax.jit(step).lower(state, x, extra).compile()

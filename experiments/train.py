@@ -23,13 +23,14 @@ from rich.console import Console
 
 from experiments.config import Experiment, flat_options
 from experiments.configs import EXPERIMENTS
-from experiments.data import data_shape, load, prepare_inputs
-from experiments.data.inputs import input_image_shape
+from experiments.data import Inputs, data_shape, load, prepare_inputs
+from experiments.data.inputs import input_dim, input_image_shape
 from experiments.logs import Log
 from experiments.models import Trainable
 from experiments.plan import print_plan
 from experiments.processes import STOPPED, Stopped, StopRequest, connect, is_first, on_first_process
-from experiments.stages import EMStage, GradientStage, Run
+from experiments.stages import EMStage, GradientStage, LinearFit, RoundStage, Run, Start
+from flax_hmog import warm_start
 from flax_hmog.training import make_mesh
 from flax_hmog.training.mesh import rows_multiple
 
@@ -84,7 +85,13 @@ def run(config: Experiment, console: Console, stop: StopRequest) -> None:
     # mistakes in data and models leave no folder behind
     dataset = load(config.data, 0)
     image_shape = input_image_shape(config.data, dataset.image_shape)
-    models = {name: Trainable(config, name, image_shape) for name in config.trainable}
+    obs_dim = input_dim(config.data, dataset.obs_dim)
+    counts = {config.round_clusters(number) for number in range(1, config.rounds.count + 1)}
+    models: dict[tuple[str, int], Trainable] = {
+        (name, count): Trainable(config, name, count, obs_dim, image_shape)
+        for name in config.heads
+        for count in (counts if config.has_encoder else {config.n_clusters})
+    }
     workdir = Path(config.workdir)
     on_first_process(lambda: _claim(workdir, config, dataset.fingerprint))
     if is_first():
@@ -93,11 +100,26 @@ def run(config: Experiment, console: Console, stop: StopRequest) -> None:
         stages = Run(config, mesh, log, stop, models)
         for seed in range(config.n_seeds):
             inputs = prepare_inputs(config.data, load(config.data, seed), mesh)
-            start = EMStage(stages, seed, inputs).result()
-            for name in models:
-                if stop.received:  # told so after the last step of a stage, or before the first
-                    raise Stopped
-                GradientStage(stages, seed, name, inputs).train(start)
+            linear = EMStage(stages, seed, inputs).result()
+            for name in config.heads:
+                _train_head(stages, seed, name, inputs, linear)
+
+
+def _train_head(stages: Run, seed: int, name: str, inputs: Inputs, linear: LinearFit) -> None:
+    """Train a head: by itself from the fit of EM, or on the encoder in rounds."""
+    if stages.stop.received:  # told so after the last step of a stage, or before the first
+        raise Stopped
+    if not stages.config.has_encoder:
+        head_variables, _ = warm_start(stages.model(name).head, linear.natural)
+        start = Start(head_variables, regularizer=linear.regularizer, rows=linear.rows, clusters=linear.clusters)
+        GradientStage(stages, seed, name, inputs).train(start)
+        return
+    variables: dict[str, Any] | None = None
+    for number in range(1, stages.config.rounds.count + 1):
+        start = RoundStage(stages, seed, name, number, inputs).result(linear, variables)
+        variables = GradientStage(stages, seed, name, inputs, number).train(start)
+        if stages.stop.received:
+            raise Stopped
 
 
 def _claim(workdir: Path, config: Experiment, data: str) -> None:

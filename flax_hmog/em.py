@@ -13,7 +13,6 @@ from flax_hmog.checks import check_type, is_concrete
 from flax_hmog.conversions import (
     component_moments,
     moments_to_natural,
-    natural_to_mean,
     regress_observed,
     with_prior,
 )
@@ -39,7 +38,6 @@ from flax_hmog.statistics import (
     check_samples,
     log_likelihood,
     residual_mean,
-    whiten_prior,
 )
 
 
@@ -282,11 +280,17 @@ def whiten_regularizer(regularizer: Regularizer, moments: Moments) -> Regularize
 
 def whitening(moments: Moments) -> tuple[Array, Array]:
     """E[y] (L,) and the lower factor H (L, L) of Cov(y)."""
+    center, covariance = prior_moments(moments)
+    return center, covariance.cholesky().entries
+
+
+def prior_moments(moments: Moments) -> tuple[Array, PositiveDefinite]:
+    """E[y] (L,) and Cov(y) of the mixture."""
     center = matmul(moments.weights, moments.means)
     gap = moments.means - center[None]
     within = moments.covariances.weighted(moments.weights).entries
     covariance = jnp.sum(within + outer(moments.weights[:, None] * gap, gap), axis=0)
-    return center, PositiveDefinite(symmetrize(covariance)).cholesky().entries
+    return center, PositiveDefinite(symmetrize(covariance))
 
 
 def _change_basis(
@@ -312,38 +316,3 @@ def em_info(natural: Natural, factors: Factors, statistics: Statistics, regulari
         smallest_noise=jnp.min(noise),
         smallest_latent_variance=1 / jnp.max(natural.prior_precision.diagonal(lat_dim)),
     )
-
-
-def stepwise_update(natural: Natural, mean: Mean, x: Array, rate: Array, pseudo_share: float) -> Mean:
-    """One step of stepwise EM: (1 - rate) mean + rate (regularised statistics of a batch), its prior whitened.
-
-    Args:
-        natural: the model of `mean`.
-        mean: running expected statistics, with full latent second moments.
-        x: the batch (..., D); no gradient flows through it.
-        rate: step size ().
-        pseudo_share: pseudo-samples per sample: N(0, I) for each component, the mean noise variance for the noise.
-
-    Returns:
-        The new running statistics.
-
-    Source: Cappe and Moulines 2009.
-    """
-    natural, x, weights = check_samples("stepwise_update", natural, jax.lax.stop_gradient(x), None)
-    obs_dim, lat_dim = natural.interaction.shape
-    noise = natural.observable_precision.inverse()
-    spread = jnp.mean(noise.diagonal(obs_dim)) * jnp.eye(obs_dim, dtype=x.dtype)
-    strength = jnp.asarray(pseudo_share * x.shape[0], x.dtype)
-    regularizer = Regularizer(
-        weights=strength / mean.weights.shape[0],
-        components=strength,
-        noise=strength,
-        component_mean=jnp.zeros(lat_dim, x.dtype),
-        component_covariance=PositiveDefinite(jnp.eye(lat_dim, dtype=x.dtype)),
-        noise_covariance=type(noise).project(spread),
-    )
-    factors = compute_factors(natural)
-    statistics = accumulate(factors, x, weights, shards=row_shards(x))
-    batch = natural_to_mean(moments_to_natural(next_moments(factors, statistics, regularizer)))
-    rate = jnp.asarray(rate, x.dtype)
-    return whiten_prior(jax.tree.map(lambda old, new: (1 - rate) * old + rate * new, mean, batch))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import math
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from flax_hmog.covariances import Array
 from flax_hmog.inference import HMoGOutput
+
+Normalization = Literal["none", "layer", "batch"]
+AVERAGING = 0.95  # share of the old running averages that stays, in batch normalisation
 
 
 class MLP(nn.Module):
@@ -17,21 +23,99 @@ class MLP(nn.Module):
     Attributes:
         features: number of features, the head's D.
         hidden: widths of the layers before.
+        normalization: of every layer's output: "none", "layer" (of each sample) or "batch" (running averages in the
+            collection `batch_stats`).
+        dtype: in which layers compute, as "bfloat16"; None for that of inputs and parameters.
     """
 
     features: int
     hidden: tuple[int, ...] = (256, 256)
+    normalization: Normalization = "none"
+    dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
         """Features (..., features) of x (..., D)."""
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.features)(x)
+            x = nn.relu(_normalized(nn.Dense(width, dtype=self.dtype)(x), self.normalization, train))
+        return _normalized(nn.Dense(self.features, dtype=self.dtype)(x), self.normalization, train)
+
+
+class ConvNet(nn.Module):
+    """Small convolutional network for images: layers of 5 x 5 kernels that halve the resolution, then a dense one.
+
+    Attributes:
+        features: number of features, the head's D.
+        image_shape: (height, width) or (height, width, channels) of an input.
+        widths: channels of the convolutions.
+        hidden: width of the dense layer after them.
+        normalization: as in `MLP`.
+        dtype: as in `MLP`.
+    """
+
+    features: int
+    image_shape: tuple[int, ...]
+    widths: tuple[int, ...] = (16, 32)
+    hidden: int = 256
+    normalization: Normalization = "batch"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Features (B, features) of images, as rows (B, D) or in their shape."""
+        size = math.prod(self.image_shape)
+        if math.prod(x.shape[1:]) != size:
+            raise ValueError(
+                f"ConvNet: `x` must hold images {tuple(self.image_shape)} of {size} numbers, one for each sample; got "
+                f"shape {x.shape}. Give the data's image_shape."
+            )
+        height, width, *channels = self.image_shape
+        x = x.reshape(-1, height, width, *(channels or [1]))
+        for count in self.widths:
+            x = nn.Conv(count, (5, 5), strides=(2, 2), dtype=self.dtype)(x)
+            x = nn.relu(_normalized(x, self.normalization, train))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(_normalized(nn.Dense(self.hidden, dtype=self.dtype)(x), self.normalization, train))
+        return _normalized(nn.Dense(self.features, dtype=self.dtype)(x), self.normalization, train)
+
+
+class Autoencoder(nn.Module):
+    """An `MLP` and its mirror image, which makes inputs of features again (`decode`): for `objectives.reconstruction`.
+
+    Attributes:
+        features: number of features, the head's D.
+        obs_dim: number of columns of an input.
+        hidden: widths of the encoder's layers, in reverse those of the decoder.
+        normalization: as in `MLP`; of the encoder.
+    """
+
+    features: int
+    obs_dim: int
+    hidden: tuple[int, ...] = (256, 256)
+    normalization: Normalization = "none"
+
+    def setup(self) -> None:
+        """Both halves."""
+        self.encoder = MLP(self.features, self.hidden, self.normalization)
+        self.decoder = MLP(self.obs_dim, tuple(self.hidden)[::-1])
+
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        """Features (..., features) of x (..., obs_dim)."""
+        features = self.encoder(x, train=train)
+        if self.is_initializing():
+            self.decoder(features)
+        return features
+
+    def decode(self, features: Array) -> Array:
+        """Inputs (..., obs_dim) as the features (..., features) tell them."""
+        return self.decoder(features)
 
 
 class Clusterer(nn.Module):
     """A head on an encoder's features; their variables lie under `encoder` and `head`.
+
+    `train` is handed to an encoder whose `__call__` has an argument of that name, as one with batch normalisation or
+    dropout needs it, and to an `AnalyticHMoG`.
 
     Attributes:
         encoder: any linen module from inputs (B, ...) to features (B, D).
@@ -41,18 +125,45 @@ class Clusterer(nn.Module):
     encoder: nn.Module
     head: Any
 
-    def __call__(self, x: Array) -> HMoGOutput:
+    def __call__(self, x: Array, *, train: bool = False) -> HMoGOutput:
         """The head's output on the features of x."""
-        return self.head(self.encoder(x))
+        return self._head_output(self.features(x, train=train), train)
 
-    def features(self, x: Array) -> Array:
+    def features(self, x: Array, *, train: bool = False) -> Array:
         """What the encoder makes of x."""
-        return self.encoder(x)
+        return self.encoder(x, train=train) if takes_train(self.encoder) else self.encoder(x)
 
-    def joint_and_head_outputs(self, x: Array) -> tuple[HMoGOutput, HMoGOutput]:
+    def joint_and_head_outputs(self, x: Array, *, train: bool = False) -> tuple[HMoGOutput, HMoGOutput]:
         """The head's output on the features of x, once with gradients into the encoder and once without.
 
-        The likelihood of the features alone collapses an encoder: use it on the second output only.
+        The likelihood of the features alone collapses an encoder: use it on the second output only. With `train` an
+        `AnalyticHMoG` takes its step after the first.
         """
-        features = self.encoder(x)
-        return self.head(features), self.head(jax.lax.stop_gradient(features))
+        features = self.features(x, train=train)
+        return self.head(features), self._head_output(jax.lax.stop_gradient(features), train)
+
+    def reconstruct(self, x: Array, *, train: bool = False) -> Array:
+        """Inputs as the decoder of an `Autoencoder`, or of any encoder with a method `decode`, makes them again."""
+        return self.encoder.decode(self.features(x, train=train))
+
+    def _head_output(self, features: Array, train: bool) -> HMoGOutput:
+        return self.head(features, train=True) if train and takes_train(self.head) else self.head(features)
+
+
+def takes_train(module: nn.Module) -> bool:
+    """Whether a module's `__call__` has an argument `train`."""
+    return "train" in inspect.signature(type(module).__call__).parameters
+
+
+def _normalized(x: Array, normalization: Normalization, train: bool) -> Array:
+    """X normalised, in float32 as averages need it; its layer becomes one of the module that calls."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    if normalization == "none":
+        return x
+    if normalization == "layer":
+        return nn.LayerNorm(dtype=dtype)(x)
+    if normalization == "batch":
+        return nn.BatchNorm(use_running_average=not train, momentum=AVERAGING, dtype=dtype)(x)
+    raise ValueError(
+        f'encoders: `normalization` must be "none", "layer" or "batch"; got {normalization!r}. Choose one.'
+    )

@@ -12,15 +12,15 @@ from flax.core import meta
 from flax_hmog import inference
 from flax_hmog.checks import check_interval, check_positive, check_size
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
-from flax_hmog.conversions import mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
+from flax_hmog.conversions import moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.coordinates import Mean, Moments, Natural
 from flax_hmog.covariances import Array, PositiveDefinite, Rep, as_rep, rep_name
-from flax_hmog.em import EMInfo, Regularizer, em_step, stepwise_update
+from flax_hmog.em import EMInfo, Regularizer, em_step
 from flax_hmog.inference import HMoGOutput, Posterior
-from flax_hmog.initialize import random_moments
 from flax_hmog.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.likelihood import mean_log_density
 from flax_hmog.statistics import whiten_prior
+from flax_hmog.stepwise import first_moments, own_statistics, stepwise_update
 
 
 class HMoGHead(nn.Module):
@@ -30,8 +30,8 @@ class HMoGHead(nn.Module):
     `head.apply(variables, x, method=...)`. See the functions of the same names for shapes and errors.
     """
 
-    def _model(self, obs_dim: int) -> Natural:
-        """The model, its variables created at init."""
+    def _model(self, obs_dim: int, x: Any) -> Natural:
+        """The model, its variables created at init; x is the batch of that call, or None."""
         raise TypeError(
             f"{type(self).__name__}: a head must be DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG; got the "
             "abstract class. Use one of the three."
@@ -43,16 +43,16 @@ class HMoGHead(nn.Module):
             return None
         return meta.unbox(self.get_variable("params", "bias")).shape[-1]
 
-    def _natural(self, caller: str, x: Any = 0.0) -> Natural:
+    def _natural(self, caller: str, x: Any = None) -> Natural:
         known = getattr(self, "obs_dim", None) or self._stored_obs_dim()
-        if known is None and jnp.ndim(x):
+        if known is None and jnp.ndim(0.0 if x is None else x):
             known = jnp.shape(x)[-1]
         if known is None:
             raise ValueError(
                 f"{caller}: `obs_dim` must be known; got None and no observations. "
                 "Initialise with an x, or give obs_dim."
             )
-        return dataclasses.replace(self._model(known), projection_dtype=self.projection_dtype)  # type: ignore[attr-defined]
+        return dataclasses.replace(self._model(known, x), projection_dtype=self.projection_dtype)  # type: ignore[attr-defined]
 
     def __call__(self, x: Array) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D)."""
@@ -157,7 +157,7 @@ class DifferentiableHMoG(HMoGHead):
         return as_rep(self.pst_rep, caller="DifferentiableHMoG"), False
 
     @nn.compact
-    def _model(self, obs_dim: int) -> Natural:
+    def _model(self, obs_dim: int, x: Any) -> Natural:
         return _trainable_model(self, obs_dim)
 
 
@@ -206,7 +206,7 @@ class SymmetricHMoG(HMoGHead):
         return rep, rep is not PositiveDefinite
 
     @nn.compact
-    def _model(self, obs_dim: int) -> Natural:
+    def _model(self, obs_dim: int, x: Any) -> Natural:
         return _trainable_model(self, obs_dim)
 
     def split_conjugated(self) -> tuple[LinearGaussian, Mixture]:
@@ -221,9 +221,10 @@ class SymmetricHMoG(HMoGHead):
 class AnalyticHMoG(HMoGHead):
     """HMoG head with full covariances, fitted by closed-form EM; it has no `params`.
 
-    The collection `em` holds the model as expected statistics and a step count, as BatchNorm keeps its averages. With
-    `train=True` and `mutable=["em"]` a call takes a step of stepwise EM, `mean <- (1 - r) mean + r batch` with
-    `r = (step + step_delay) ** -step_decay`; gradients flow to x only. Whole data sets: `fit_em`.
+    The collection `em` holds the model, running statistics about it and a step count, as BatchNorm keeps its averages;
+    `init` on a batch takes location and scale from it. With `train=True` and `mutable=["em"]` a call takes a step of
+    stepwise EM at the rate `max(min_rate, (step + step_delay) ** -step_decay)`; gradients flow to x only. Under `jit`
+    over a mesh a batch is taken as a whole. Whole data sets: `fit_em`, then `warm_start`.
 
     Attributes:
         lat_dim: latent dimension L, at most D.
@@ -232,7 +233,9 @@ class AnalyticHMoG(HMoGHead):
         obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
         step_delay: delay of the step size, at least 1.
         step_decay: exponent of the step size, in (0.5, 1] for convergence.
-        pseudo_share: strength of the regulariser, in pseudo-samples per sample of a batch.
+        min_rate: smallest step size: 0 to converge on features that stay, about 0.01 to follow features that move.
+        pseudo_share: strength of the regulariser, in pseudo-samples per sample of a batch (`stepwise_update`).
+        axis_name: axis of `shard_map` or `vmap` over which a batch is spread; None under `jit`.
         param_dtype: dtype of the statistics, in which everything is computed.
         projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
 
@@ -246,7 +249,9 @@ class AnalyticHMoG(HMoGHead):
     obs_rep: Any = "diagonal"
     step_delay: float = 2.0
     step_decay: float = 0.7
+    min_rate: float = 0.0
     pseudo_share: float = 1e-3
+    axis_name: str | None = None
     param_dtype: Any = jnp.float32
     projection_dtype: Any = None
 
@@ -260,39 +265,39 @@ class AnalyticHMoG(HMoGHead):
         return PositiveDefinite, False
 
     @nn.compact
-    def _model(self, obs_dim: int) -> Natural:
+    def _model(self, obs_dim: int, x: Any) -> Natural:
         obs_rep = as_rep(self.obs_rep, caller="AnalyticHMoG")
         check_size("AnalyticHMoG", "lat_dim", self.lat_dim, at_most=obs_dim)
 
-        def first_mean() -> Mean:
-            key = self.make_rng("params")
-            moments = random_moments(key, obs_dim, self.lat_dim, self.n_components, obs_rep, self.param_dtype)
-            return natural_to_mean(moments_to_natural(moments))
+        def first() -> Moments:
+            sizes = obs_dim, self.lat_dim, self.n_components
+            return first_moments(self.make_rng("params"), x, *sizes, obs_rep, self.param_dtype)
 
-        mean = self.variable("em", "mean", first_mean)
+        moments = self.variable("em", "moments", first)
+        self.variable("em", "running", lambda: own_statistics(moments.value))
         self.variable("em", "step", lambda: jnp.zeros((), jnp.int32))
-        return mean_to_natural(mean.value)
+        return moments_to_natural(moments.value)
 
     def _stored_obs_dim(self) -> int | None:
-        if not self.has_variable("em", "mean"):
+        if not self.has_variable("em", "moments"):
             return None
-        return self.get_variable("em", "mean").observable_mean.shape[-1]
+        return self.get_variable("em", "moments").bias.shape[-1]
 
     def __call__(self, x: Array, *, train: bool = False) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D); with `train` also a step of stepwise EM."""
         natural = self._natural("__call__", x)
         if train and not self.is_initializing():
-            step: Any = self.get_variable("em", "step")
-            rate = (step + self.step_delay) ** -self.step_decay
-            mean: Any = self.get_variable("em", "mean")
-            self.put_variable("em", "mean", stepwise_update(natural, mean, x, rate, self.pseudo_share))
-            self.put_variable("em", "step", step + 1)
+            em: Any = {name: self.get_variable("em", name) for name in ("moments", "running", "step")}
+            rate = jnp.maximum((em["step"] + self.step_delay) ** -self.step_decay, self.min_rate)
+            after = stepwise_update(em["moments"], em["running"], x, rate, self.pseudo_share, self.axis_name)
+            for name, value in zip(em, (*after, em["step"] + 1), strict=True):
+                self.put_variable("em", name, value)
         return inference.infer(natural, x)
 
-    def mean(self) -> Mean:
-        """The model's expected statistics, as the collection `em` holds them."""
+    def moments(self) -> Moments:
+        """The model in standard form, as the collection `em` holds it."""
         self.natural()
-        return self.get_variable("em", "mean")
+        return self.get_variable("em", "moments")
 
     def expectation_maximization(
         self, x: Array, weights: Array | None = None, regularizer: Regularizer | None = None

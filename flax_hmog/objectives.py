@@ -1,24 +1,34 @@
 """Losses for heads on encoders: small functions of a head's output, averaged over the batch and to be minimised.
 
 The likelihood of the features alone collapses an encoder: shrinking all features raises it without limit. Train the
-head with it on features behind `stop_gradient`, and the encoder with an objective of the assignments.
-Source: Krause et al. 2010 (RIM), Hu et al. 2017 (IMSAT).
+head with it on features behind `stop_gradient`, and the encoder with an objective of the assignments: docs/encoders.md.
+Source: Krause et al. 2010 (RIM), Hu et al. 2017 (IMSAT), Ji et al. 2019 (IIC), Miyato et al. 2018 (VAT).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.covariances import Array
+from flax_hmog.checks import check_positive
+from flax_hmog.conversions import natural_to_moments, with_prior
+from flax_hmog.coordinates import Natural
+from flax_hmog.covariances import Array, einsum, matmul
+from flax_hmog.em import prior_moments
 from flax_hmog.inference import HMoGOutput
+
+PERTURBATION_STEP = 1e-2  # length of the step that asks for the most sensitive direction, relative to `radius`
 
 
 def negative_log_likelihood(output: HMoGOutput) -> Array:
     """-mean log p(x), in nats per sample.
 
     Args:
-        output: of a head, for a batch (..., D).
+        output: of a head, for a batch (..., D); of features behind `stop_gradient` where there is an encoder.
 
     Returns:
         The loss ().
@@ -47,7 +57,7 @@ def marginal_entropy(output: HMoGOutput) -> Array:
     Returns:
         The entropy ().
     """
-    rows = output.log_responsibilities.reshape(-1, output.log_responsibilities.shape[-1])
+    rows = _rows(output)
     return _entropy(jax.nn.logsumexp(rows, axis=0) - jnp.log(rows.shape[0]))
 
 
@@ -64,6 +74,31 @@ def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 
     return conditional_entropy(output) - marginal_weight * marginal_entropy(output)
 
 
+def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
+    """-I(z; z') of the assignments of two views of the same samples: each view tells the cluster of the other.
+
+    With the table P_jk = mean_n r_nj r'_nk of the batch, made symmetric,
+
+        I = sum_jk P_jk log P_jk - 2 marginal_weight sum_j P_j log P_j
+
+    It is at most log K, for certain, equal and balanced assignments; no view can win by a collapse to one cluster.
+
+    Args:
+        output: of a head, for a batch (..., D).
+        twin: of the head, for other views of the same samples in the same order.
+        marginal_weight: weight of the balance; below 1 for clusters of unequal size.
+
+    Returns:
+        The loss (), in nats.
+
+    Source: Ji, Henriques and Vedaldi 2019.
+    """
+    first, second = jnp.exp(_rows(output)), jnp.exp(_rows(twin))
+    table = matmul(first.T, second) / first.shape[0]
+    table = (table + table.T) / 2
+    return marginal_weight * 2 * _sum_x_log_x(jnp.sum(table, axis=0)) - _sum_x_log_x(table)
+
+
 def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
     """Mean KL of assignments of perturbed inputs from those of the inputs, which are taken as given.
 
@@ -77,6 +112,177 @@ def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
     target = jax.lax.stop_gradient(output.log_responsibilities)
     gap = target - perturbed.log_responsibilities
     return jnp.mean(jnp.sum(jnp.exp(target) * gap, axis=-1))
+
+
+def virtual_adversarial(
+    model: Callable[[Array], HMoGOutput], x: Array, key: Array, *, radius: float, steps: int = 1
+) -> Array:
+    """`consistency` under the small perturbation of each sample that changes its assignment most.
+
+    The direction is found by `steps` power iterations on the Hessian of the divergence, from a random start; no
+    gradient flows through it.
+
+    Args:
+        model: from inputs to a head's output, for example `lambda x: clusterer.apply(variables, x)`.
+        x: inputs (B, ...).
+        key: PRNG key of the start.
+        radius: Euclidean length of a sample's perturbation, in units of x.
+        steps: power iterations; each costs a forward and a backward pass.
+
+    Returns:
+        The loss (), in nats.
+
+    Raises:
+        ValueError: for a radius that is not positive.
+
+    Source: Miyato et al. 2018.
+    """
+    check_positive("virtual_adversarial", "radius", radius, "Use a share of the distance between samples.")
+    plain = model(x)
+    fixed = jax.lax.stop_gradient(plain)
+
+    def divergence(direction: Array) -> Array:
+        return consistency(fixed, model(x + PERTURBATION_STEP * radius * direction))
+
+    direction = _unit_rows(jax.random.normal(key, x.shape, x.dtype))
+    for _ in range(steps):
+        direction = _unit_rows(jax.grad(divergence)(direction))
+    return consistency(plain, model(x + radius * jax.lax.stop_gradient(direction)))
+
+
+def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
+    """Cross-entropy of the assignments against given ones: the clusters of one model taught to another.
+
+    Args:
+        output: of a head, for a batch (..., D).
+        responsibilities: probabilities of the clusters (..., K), for example those of a linear model, merged.
+
+    Returns:
+        The loss (), in nats.
+    """
+    return -jnp.mean(jnp.sum(responsibilities * output.log_responsibilities, axis=-1))
+
+
+def reconstruction(decoded: Array, x: Array) -> Array:
+    """Mean squared distance of inputs from what a decoder makes of their features; it keeps features from collapse.
+
+    Args:
+        decoded: the decoder's output (B, ...).
+        x: inputs (B, ...).
+
+    Returns:
+        The loss (): squared units of x, summed over an input and averaged over the batch.
+    """
+    return jnp.mean(jnp.sum(jnp.square(decoded - x).reshape(x.shape[0], -1), axis=-1))
+
+
+def negative_weight_entropy(natural: Natural) -> Array:
+    """-H(w) of the mixture weights in nats; -log K for equal weights. It keeps components alive.
+
+    Args:
+        natural: the model, `head.apply(variables, method="natural")`.
+
+    Returns:
+        The loss ().
+    """
+    return _sum_x_log_x(natural_to_moments(natural).weights)
+
+
+def precision_penalty(natural: Natural) -> Array:
+    """How unlike the whole prior its components are: 1/2 mean_k [tr(P_k C) - log|P_k C| - L], C the prior's covariance.
+
+    It is 0 where every component is as wide as the prior, and grows as one becomes narrow or flat. The latent basis and
+    the units of x do not matter.
+
+    Args:
+        natural: the model.
+
+    Returns:
+        The loss (), in nats.
+    """
+    natural = with_prior(natural, "precision_penalty")
+    lat_dim = natural.interaction.shape[1]
+    _, covariance = prior_moments(natural_to_moments(natural))
+    traces = einsum("kij,ij->k", natural.prior_precision.entries, covariance.entries)
+    log_dets = natural.prior_precision.log_det(lat_dim) + covariance.log_det(lat_dim)
+    return jnp.mean(traces - log_dets - lat_dim) / 2
+
+
+def loading_penalty(natural: Natural) -> Array:
+    """Signal over noise per column of x: tr(C W' Psi^-1 W) / D, C the prior's covariance.
+
+    The latent basis and the units of x do not matter.
+
+    Args:
+        natural: the model.
+
+    Returns:
+        The loss ().
+    """
+    moments = natural_to_moments(natural)
+    gram = matmul(moments.loadings.T, natural.interaction)  # W' Psi^-1 W
+    _, covariance = prior_moments(moments)
+    return einsum("ij,ij->", covariance.entries, gram) / natural.interaction.shape[0]
+
+
+def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput:
+    """The output of a model whose components are merged to clusters: log-responsibilities summed within each.
+
+    Args:
+        output: of a head with K components, for a batch (..., D).
+        labels: the cluster of each component (K,), integers from 0, as `analysis.merge_components` gives them.
+        n_clusters: number of clusters.
+
+    Returns:
+        The output with log-responsibilities (..., n_clusters); gradients flow to all components.
+    """
+    labels = jnp.asarray(labels)
+    rows = jnp.moveaxis(output.log_responsibilities, -1, 0)  # (K, ...)
+    # the log of a sum of exponentials within each cluster, relative to its largest term
+    top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    merged = jnp.log(jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)) + top
+    return dataclasses.replace(output, log_responsibilities=jnp.moveaxis(merged, 0, -1))
+
+
+def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: Any) -> Array:
+    """The weighted sum of losses, each weight a number or an optax schedule of the step.
+
+    Args:
+        terms: losses () by name.
+        weights: for each name a number, or a function of the step, as `optax.linear_schedule(0.0, 1.0, 1000)`.
+        step: number of the step.
+
+    Returns:
+        The loss ().
+
+    Raises:
+        ValueError: unless terms and weights have the same names.
+    """
+    if terms.keys() != weights.keys():
+        raise ValueError(
+            f"combine: `weights` must have one weight for each term, {sorted(terms)}; got {sorted(weights)}. "
+            "Give 0 to a term that does not count."
+        )
+    values = {name: weight(step) if callable(weight) else weight for name, weight in weights.items()}
+    return sum((values[name] * term for name, term in terms.items()), start=jnp.zeros(()))
+
+
+def _rows(output: HMoGOutput) -> Array:
+    """Log-responsibilities (N, K), from (..., K)."""
+    return output.log_responsibilities.reshape(-1, output.log_responsibilities.shape[-1])
+
+
+def _unit_rows(x: Array) -> Array:
+    """Each sample of x (B, ...) scaled to length 1; a sample of zeros stays."""
+    squares = jnp.sum(jnp.square(x.reshape(x.shape[0], -1)), axis=-1)
+    length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    return x / length.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def _sum_x_log_x(p: Array) -> Array:
+    """Sum of p log p, with 0 log 0 = 0 and finite gradients."""
+    return jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)))
 
 
 def _entropy(log_probabilities: Array) -> Array:

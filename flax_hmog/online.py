@@ -1,4 +1,4 @@
-"""Online EM: a step after every batch, for data that are large or read from a stream."""
+"""Online EM over data: a step after every batch, for data that are large or read from a stream."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import numpy as np
 
 from flax_hmog.checks import check_size
 from flax_hmog.conversions import moments_to_natural
-from flax_hmog.coordinates import Mean, Moments, outer
-from flax_hmog.covariances import Array, PositiveDefinite, matmul, pytree
+from flax_hmog.coordinates import Mean, Moments
+from flax_hmog.covariances import Array, pytree
 from flax_hmog.em import PseudoCounts, Regularizer, compute_factors, em_info, maximize, penalty
 from flax_hmog.factors import factorise
 from flax_hmog.fit import EMResult, ProgressBar, expectations, first_model, in_whitened_basis, source_of
 from flax_hmog.rows import Shards, row_shards
 from flax_hmog.sources import Source
 from flax_hmog.statistics import accumulate, log_likelihood, residual_mean
+from flax_hmog.stepwise import about, mix, own_statistics
 
 
 @pytree
@@ -92,7 +93,7 @@ def fit_online_em(
     source = source_of(caller, head, data, weights, labels, init, regularizer)
     init_key, order_key = jax.random.split(key)
     moments, strength = first_model(caller, head, source, init_key, init, regularizer)
-    state = _first_state(moments)
+    state = OnlineState(moments, own_statistics(moments), own_statistics(moments))
     with ProgressBar("online EM", progress, passes + 1) as report:
         step = partial(_step, regularizer=strength, projection_dtype=head.projection_dtype)
         state, history, total = _passes(state, source, batch_size, passes, rate, order_key, step, report)
@@ -196,49 +197,8 @@ def _step(
     batch = residual_mean(
         factors, dataclasses.replace(statistics, count=jnp.where(statistics.count > 0, statistics.count, 1))
     )
-    running = _mix(state.running, batch, rate)
-    average = _mix(state.average, running, rates[1])
+    running = mix(state.running, batch, rate)
+    average = mix(state.average, running, rates[1])
     moments = maximize(old.loadings, old.bias, running, total, regularizer)
-    move = partial(_about, turn=moments.loadings - old.loadings, shift=moments.bias - old.bias)
+    move = partial(about, turn=moments.loadings - old.loadings, shift=moments.bias - old.bias)
     return OnlineState(moments, move(running), move(average)), jnp.stack([value, penalties])
-
-
-def _mix(old: Mean, new: Mean, rate: Array | float) -> Mean:
-    return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, old, new)
-
-
-def _first_state(moments: Moments) -> OnlineState:
-    """The state of a model that has seen no data: its own average statistics of (x - b - W y, y, z)."""
-    weights, means = moments.weights, moments.means
-    weighted_means = weights[:, None] * means
-    second = moments.covariances.weighted(weights).entries + outer(weighted_means, means)
-    own = Mean(
-        observable_mean=jnp.zeros_like(moments.bias),
-        observable_second_moment=moments.noise,
-        cross_moment=jnp.zeros_like(moments.loadings),
-        weights=weights,
-        weighted_means=weighted_means,
-        weighted_second_moments=PositiveDefinite(second),
-    )
-    return OnlineState(moments, own, own)
-
-
-def _about(mean: Mean, *, turn: Array, shift: Array) -> Mean:
-    """Average statistics of (q - shift - turn y, y, z) from those of (q, y, z)."""
-    # with Y = (1, y) and A = (shift, turn):  q' = q - A Y
-    first = jnp.sum(mean.weighted_means, axis=0)
-    second = jnp.sum(mean.weighted_second_moments.entries, axis=0)
-    one = jnp.concatenate([jnp.ones_like(first[:1]), first])
-    square = jnp.concatenate([one[None], jnp.concatenate([first[:, None], second], axis=1)])
-    change = jnp.concatenate([shift[:, None], turn], axis=1)
-    cross = jnp.concatenate([mean.observable_mean[:, None], mean.cross_moment], axis=1)
-    moved = cross - matmul(change, square)
-    # E[q'q''] = E[q q'] - E[q Y'] A' - A E[Y q'] + A E[Y Y'] A' = E[q q'] - E[q Y'] A' - A E[Y q'']
-    kind = type(mean.observable_second_moment)
-    explained = kind.project_product(jnp.concatenate([cross, change], axis=1), jnp.concatenate([change, moved], axis=1))
-    return dataclasses.replace(
-        mean,
-        observable_mean=moved[:, 0],
-        observable_second_moment=jax.tree.map(jnp.subtract, mean.observable_second_moment, explained),
-        cross_moment=moved[:, 1:],
-    )

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.checks import check_observations, check_type
-from flax_hmog.conversions import moments_to_natural, natural_to_mean, natural_to_moments, with_prior
+from flax_hmog.conversions import moments_to_natural, natural_to_moments, with_prior
 from flax_hmog.coordinates import Moments, Natural
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, pytree
 from flax_hmog.em import whiten_moments
 from flax_hmog.heads import AnalyticHMoG, head_bounds
 from flax_hmog.inference import log_observable_density, sample
 from flax_hmog.leaves import Bounds, leaf_specs, leaves_to_natural
+from flax_hmog.stepwise import stepwise_start
 
 REFERENCE_DRAWS = 4096  # draws of the model on which it is compared when no data are given
 BASE_SHARE = 0.5  # the part of the smallest component precision that goes into the shared base
@@ -68,8 +69,9 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     obs_rep = as_rep(head.obs_rep, caller="warm_start", argument="head.obs_rep")
     moments = _as_float64(moments, _restrict_noise(moments.noise, obs_rep, obs_dim))
     if isinstance(head, AnalyticHMoG):
-        started = moments_to_natural(jax.tree.map(lambda a: jnp.asarray(a, head.param_dtype), moments))
-        variables: dict[str, Any] = {"em": {"mean": natural_to_mean(started), "step": jnp.zeros((), jnp.int32)}}
+        own = jax.tree.map(lambda a: jnp.asarray(a, head.param_dtype), moments)
+        started = moments_to_natural(own)
+        variables: dict[str, Any] = {"em": stepwise_start(own)}
     else:
         rep, shared_base = head.component_structure
         bounds = head_bounds(head)

@@ -18,11 +18,10 @@ from flax_hmog import (
     PositiveDefinite,
     Scale,
     SymmetricHMoG,
-    moments_to_natural,
-    natural_to_mean,
 )
 from flax_hmog.covariances import as_rep
 from flax_hmog.leaves import leaf_specs
+from flax_hmog.stepwise import stepwise_start
 
 KINDS = ("scale", "diagonal", "full")
 EDGES = ((2, 2, 1), (3, 1, 2), (1, 1, 3))  # (D, L, K) with K = 1, L = 1, D = 1; the first and last with L = D
@@ -66,8 +65,7 @@ class Case:
         """Random variables of a head, the same in every dtype; of an Analytic head but for rounding."""
         with jax.enable_x64(True), jax.disable_jit():
             if self.family is AnalyticHMoG:
-                mean = natural_to_mean(moments_to_natural(random_moments(self, seed)))
-                tree = {"em": {"mean": mean, "step": np.zeros((), np.int32)}}
+                tree = {"em": stepwise_start(random_moments(self, seed))}
             else:
                 rng = np.random.default_rng(seed)
                 sizes = (self.obs_dim, self.lat_dim, self.n_components)

@@ -122,7 +122,7 @@ def test_an_encoder_that_cannot_be_described_is_refused(tmp_path):
 def test_the_optimiser_goes_on_where_it_stopped(x, tmp_path):
     head, optimizer, mesh = HEADS[0], optax.adam(1e-2), make_mesh()
     state = create_state(head, head.init(jax.random.key(0), x), optimizer, x, mesh)
-    step = make_train_step(lambda p, x, _: negative_log_likelihood(head.apply({"params": p}, x)), state, mesh)
+    step = make_train_step(lambda v, x, _: (negative_log_likelihood(head.apply(v, x)), {}), state, mesh)
     for _ in range(3):
         state, _ = step(state, x)
     with CheckpointWriter(tmp_path, head=head) as writer:
@@ -280,7 +280,7 @@ def test_what_cannot_be_saved_is_named(x, tmp_path):
     ("module", "variables", "leaf"),
     [
         (HEADS[0], lambda v: v["params"], "bias"),
-        (HEADS[2], lambda v: {"em": {"mean": v["em"]["mean"]}}, "em/step"),
+        (HEADS[2], lambda v: {"em": {name: v["em"][name] for name in ("moments", "running")}}, "em/step"),
         (DifferentiableHMoG(L, K + 1), lambda v: v, "params/logits"),
     ],
     ids=["without their collection", "incomplete", "of another head"],

@@ -3,15 +3,28 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from cases import CASES, Case
+from dense import Dense
 
-from flax_hmog import HMoGOutput
+from flax_hmog import AnalyticHMoG, HMoGOutput, moments_to_natural, natural_to_moments
+from flax_hmog.covariances import PositiveDefinite
 from flax_hmog.objectives import (
+    combine,
     conditional_entropy,
     consistency,
+    distillation,
+    loading_penalty,
     marginal_entropy,
+    merge_output,
+    negative_joint_information,
     negative_log_likelihood,
     negative_mutual_information,
+    negative_weight_entropy,
+    precision_penalty,
+    reconstruction,
+    virtual_adversarial,
 )
 
 
@@ -57,3 +70,114 @@ def test_consistency_is_a_divergence_that_trains_the_perturbed_side_only(random_
     to_perturbed = jax.grad(lambda o: consistency(out, o))(other)
     assert not np.any(to_target.log_responsibilities)
     assert np.any(to_perturbed.log_responsibilities)
+
+
+def test_joint_information_is_that_of_the_table_of_two_views(random_output):
+    p, out = random_output
+    twin = output(np.roll(p, 1, axis=1))
+    first, second = p.reshape(-1, 4), np.roll(p, 1, axis=1).reshape(-1, 4)
+    table = first.T @ second / 30
+    table = (table + table.T) / 2
+    want = np.sum(table * np.log(table / np.outer(table.sum(0), table.sum(0))))
+    np.testing.assert_allclose(-negative_joint_information(out, twin), want, atol=1e-6)
+    np.testing.assert_allclose(negative_joint_information(twin, out), -want, atol=1e-6)
+    entropy = -np.sum(table.sum(0) * np.log(table.sum(0)))
+    half = negative_joint_information(out, twin, marginal_weight=0.5)
+    np.testing.assert_allclose(half, -want + entropy, rtol=1e-5)
+
+
+def test_joint_information_is_largest_for_equal_certain_assignments():
+    certain = HMoGOutput(jnp.zeros(9), jnp.log(jnp.tile(jnp.eye(3), (3, 1))), jnp.zeros((9, 1)))
+    collapsed = HMoGOutput(jnp.zeros(9), jnp.log(jnp.eye(3)[jnp.zeros(9, int)]), jnp.zeros((9, 1)))
+    np.testing.assert_allclose(negative_joint_information(certain, certain), -np.log(3), rtol=1e-6)
+    np.testing.assert_allclose(negative_joint_information(collapsed, collapsed), 0, atol=1e-6)
+    gradient = jax.grad(lambda rows: negative_joint_information(output(rows), output(rows)))(jnp.full((6, 3), 1 / 3))
+    assert np.isfinite(gradient).all()
+
+
+def test_the_adversarial_direction_is_that_of_largest_change():
+    """Of assignments that follow the first column alone, by far more than a random direction of the same length."""
+    model = lambda x: output(jax.nn.softmax(jnp.stack([3 * x[:, 0], -3 * x[:, 0]], axis=1)))  # noqa: E731
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((20, 30)), jnp.float32)
+    radius = 0.3
+    got = virtual_adversarial(model, x, jax.random.key(0), radius=radius)
+    ends = [consistency(model(x), model(x.at[:, 0].add(sign * radius))) for sign in (-1, 1)]
+    assert min(ends) * 0.5 < got < max(ends) * 1.5
+    random = jax.random.normal(jax.random.key(1), x.shape)
+    random = radius * random / jnp.linalg.norm(random, axis=1, keepdims=True)
+    assert got > 5 * consistency(model(x), model(x + random))
+    with pytest.raises(ValueError, match="`radius` must be positive"):
+        virtual_adversarial(model, x, jax.random.key(0), radius=0.0)
+    flat = lambda x: output(jnp.full((x.shape[0], 2), 0.5) + 0 * x[:, :2])  # noqa: E731
+    assert float(virtual_adversarial(flat, x, jax.random.key(0), radius=radius)) == pytest.approx(0, abs=1e-6)
+
+
+def test_distillation_is_cross_entropy(random_output):
+    p, out = random_output
+    targets = np.roll(p, 1, axis=-1)
+    np.testing.assert_allclose(distillation(out, targets), -np.mean(np.sum(targets * np.log(p), -1)), rtol=1e-5)
+
+
+def test_reconstruction_is_a_mean_squared_distance():
+    x = np.arange(24.0).reshape(2, 3, 4)
+    np.testing.assert_allclose(reconstruction(jnp.asarray(x + 2), jnp.asarray(x)), 4 * 12)
+
+
+def test_merged_output_sums_responsibilities(random_output):
+    p, out = random_output
+    merged = merge_output(out, np.array([1, 0, 1, 0]), 2)
+    want = np.stack([p[..., 1] + p[..., 3], p[..., 0] + p[..., 2]], axis=-1)
+    np.testing.assert_allclose(np.exp(merged.log_responsibilities), want, rtol=1e-5)
+    np.testing.assert_array_equal(merged.log_density, out.log_density)
+    # components far below the rest, or impossible, do no harm
+    extreme = HMoGOutput(jnp.zeros(1), jnp.array([[0.0, -500.0, -600.0]]), jnp.zeros((1, 1)))
+    np.testing.assert_allclose(merge_output(extreme, [0, 1, 1], 2).log_responsibilities, [[0, -500]])
+    impossible = HMoGOutput(jnp.zeros(1), jnp.array([[0.0, -jnp.inf]]), jnp.zeros((1, 1)))
+    np.testing.assert_array_equal(merge_output(impossible, [0, 1], 2).log_responsibilities, [[0, -np.inf]])
+    gradient = jax.grad(lambda o: merge_output(o, [0, 1, 1], 2).log_responsibilities.sum())(extreme)
+    assert np.isfinite(gradient.log_responsibilities).all()
+
+
+def test_penalties_of_a_model(float64, eager):
+    case = CASES["analytic-diagonal-full-4.2.3"]
+    natural = case.natural()
+    dense = Dense.of_natural(natural)
+    np.testing.assert_allclose(negative_weight_entropy(natural), np.sum(dense.w * np.log(dense.w)), rtol=1e-8)
+    center = dense.w @ dense.m
+    spread = np.einsum("k,kij->ij", dense.w, dense.S) + np.einsum(
+        "k,ki,kj->ij", dense.w, dense.m - center, dense.m - center
+    )
+    precisions = [np.linalg.inv(s) @ spread for s in dense.S]
+    want = np.mean([np.trace(p) - np.linalg.slogdet(p)[1] - 2 for p in precisions]) / 2
+    np.testing.assert_allclose(precision_penalty(natural), want, rtol=1e-8)
+    signal = np.trace(spread @ dense.W.T @ np.linalg.inv(dense.Psi) @ dense.W) / 4
+    np.testing.assert_allclose(loading_penalty(natural), signal, rtol=1e-8)
+    # another latent basis and other units are the same model
+    moments = natural_to_moments(natural)
+    turn = np.array([[2.0, 0.3], [0.1, -1.0]])
+    other = moments_to_natural(
+        moments.__class__(
+            moments.loadings @ np.linalg.inv(turn) * 7,
+            moments.bias * 7,
+            type(moments.noise)(moments.noise.entries * 49),
+            moments.weights,
+            moments.means @ turn.T,
+            PositiveDefinite(turn @ moments.covariances.entries @ turn.T),
+        )
+    )
+    np.testing.assert_allclose(precision_penalty(other), want, rtol=1e-8)
+    np.testing.assert_allclose(loading_penalty(other), signal, rtol=1e-8)
+
+
+def test_penalty_of_a_single_component_is_0(float64, eager):
+    """It is the whole prior."""
+    natural = Case(AnalyticHMoG, "diagonal", "full", 4, 2, 1).natural()
+    assert float(precision_penalty(natural)) == pytest.approx(0, abs=1e-10)
+
+
+def test_terms_are_combined_by_schedules():
+    terms = {"a": jnp.asarray(2.0), "b": jnp.asarray(3.0)}
+    weights = {"a": 0.5, "b": optax.linear_schedule(0.0, 1.0, 10)}
+    assert [float(combine(terms, weights, step)) for step in (0, 5, 20)] == [1.0, 2.5, 4.0]
+    with pytest.raises(ValueError, match=r"one weight for each term, \['a', 'b'\]; got \['a'\]"):
+        combine(terms, {"a": 1.0}, 0)

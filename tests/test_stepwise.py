@@ -7,7 +7,8 @@ import pytest
 from cases import CASES, Case
 from dense import Dense, assert_close
 
-from flax_hmog import AnalyticHMoG, em_step, mean_to_natural, natural_to_moments
+from flax_hmog import AnalyticHMoG, em_step, fit_em, natural_to_moments, warm_start
+from flax_hmog.stepwise import own_statistics, stepwise_update
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
 
@@ -22,11 +23,14 @@ def test_stepwise_em_updates_its_collection():
     output, after = train_step(head, variables, x)
     jax.tree.map(np.testing.assert_array_equal, output, head.apply(variables, x))
     assert (int(variables["em"]["step"]), int(after["em"]["step"])) == (0, 1)
-    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), variables["em"]["mean"], after["em"]["mean"])
+    moved = jax.tree.map(
+        lambda a, b: np.abs(np.asarray(a - b)).max(), variables["em"]["moments"], after["em"]["moments"]
+    )
     assert max(jax.tree.leaves(moved)) > 1e-2
-    dense = Dense.of_moments(natural_to_moments(mean_to_natural(after["em"]["mean"])))
-    assert_close(dense.w @ dense.m, np.zeros(2), 1e-4)
-    assert_close(dense.mean_statistics()["weighted_second_moments"].sum(0), np.eye(2), 1e-4)
+    # what the statistics are about is the model itself: its residuals have mean 0 and do not follow y
+    running = after["em"]["running"]
+    assert_close(running.observable_mean, np.zeros(4), 1e-5)
+    assert_close(running.cross_moment, np.zeros((4, 2)), 1e-5)
     with pytest.raises(Exception, match=r"(?i)mutable|modify"):
         head.apply(variables, x, train=True)
 
@@ -36,7 +40,7 @@ def test_stepwise_em_does_not_touch_gradients():
     plain = jax.grad(lambda x: jnp.sum(head.apply(variables, x).log_density))(x)
     trained = jax.grad(lambda x: jnp.sum(train_step(head, variables, x)[0].log_density))(x)
     assert_close(trained, plain, 1e-5)
-    leaked = jax.grad(lambda x: jnp.sum(jax.tree.leaves(train_step(head, variables, x)[1]["em"]["mean"])[0]))(x)
+    leaked = jax.grad(lambda x: jnp.sum(train_step(head, variables, x)[1]["em"]["moments"].loadings))(x)
     np.testing.assert_array_equal(leaked, np.zeros_like(x))
 
 
@@ -74,3 +78,87 @@ def test_expectation_maximization_is_em_step(float64, eager):
     got = CASE.head().apply(variables, x, method="expectation_maximization")
     want = em_step(CASE.natural(), x)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-10), got, want)
+
+
+def test_a_step_at_rate_1_is_an_em_step(float64, eager):
+    """Without pseudo-samples, and with all old samples forgotten."""
+    x, moments = CASE.x(40), natural_to_moments(CASE.natural())
+    got, _ = stepwise_update(moments, own_statistics(moments), jnp.asarray(x), jnp.ones(()), 0.0)
+    want, _ = em_step(CASE.natural(), x)
+    dense, wanted = Dense.of_moments(got), Dense.of_natural(want)
+    assert_close(dense.log_density(x), wanted.log_density(x), 1e-8)
+
+
+def test_statistics_are_those_of_the_model_without_data(float64, eager):
+    """A step at rate 0 changes nothing: a model's own statistics have it as their maximum."""
+    moments = natural_to_moments(CASE.natural())
+    got, _ = stepwise_update(moments, own_statistics(moments), jnp.asarray(CASE.x(5)), jnp.zeros(()), 0.0)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-10), got, moments)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_features_far_from_the_origin(key, offset):
+    """A mean of 1000 standard deviations costs no more than the rounding of the features themselves."""
+    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
+    draws = Dense.of_natural(case.natural(seed=2)).sample(np.random.default_rng(0), 4000)[0]
+    x = (draws / draws.std(axis=0) + offset).astype(np.float32)
+    head = case.head("float32", obs_dim=None)
+    variables = head.init(key, x[:200])
+    step = jax.jit(lambda variables, x: train_step(head, variables, x)[1])
+    for batch in np.tile(x, (3, 1)).reshape(-1, 200, 6):
+        variables = step(variables, batch)
+    reached = float(head.apply(variables, x, method="mean_log_density"))
+    best = fit_em(head, x, key, max_steps=50).objective_history[-1]
+    assert reached > best - 0.3
+
+
+def test_scale_of_the_first_batch_does_not_matter(key):
+    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
+    x = case.x(100).astype(np.float32)
+    head = case.head("float32")
+    scale = np.float32(2.0**12)  # exact, so that only the arithmetic can tell
+    plain, scaled = head.init(key, x), head.init(key, x * scale)
+    for _ in range(5):
+        plain, scaled = train_step(head, plain, x)[1], train_step(head, scaled, x * scale)[1]
+    assert_close(head.apply(scaled, x * scale).log_responsibilities, head.apply(plain, x).log_responsibilities, 1e-3)
+
+
+def test_a_dead_feature_does_no_harm(key):
+    """A column of zeros, as a rectified linear unit leaves it, from the first batch on or later."""
+    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
+    x = case.x(100).astype(np.float32)
+    dead = x * np.array([0, 1, 1, 1, 1, 0], np.float32)
+    head = case.head("float32")
+    for first in (x, dead):
+        variables = head.init(key, first)
+        for _ in range(300):
+            output, variables = train_step(head, variables, dead)
+        jax.tree.map(lambda leaf: np.testing.assert_array_equal(np.isfinite(leaf), True), (output, variables))
+
+
+def test_a_batch_over_an_axis_is_one_batch(key):
+    """The statistics of all parts of a `vmap` or `shard_map` make one step."""
+    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
+    x = case.x(80).astype(np.float32)
+    whole, parts = case.head("float32"), case.head("float32", axis_name="batch")
+    variables = whole.init(key, x)
+    want = train_step(whole, variables, x)[1]
+    got = jax.vmap(lambda x: train_step(parts, variables, x)[1], axis_name="batch")(x.reshape(4, 20, 6))
+    for part in range(4):
+        jax.tree.map(lambda a, b, part=part: assert_close(a[part], b, 1e-4), got, want)
+
+
+def test_following_features_that_move(key):
+    """With a smallest rate the head follows; with a rate that falls to nothing it stays behind."""
+    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
+    x = case.x(200).astype(np.float32)
+    densities = []
+    for min_rate in (0.0, 0.05):
+        head = case.head("float32", min_rate=min_rate, step_decay=1.0)
+        natural = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), case.natural())
+        variables = warm_start(head, natural)[0]
+        step = jax.jit(lambda variables, x, head=head: train_step(head, variables, x)[1])
+        for number in range(300):
+            variables = step(variables, x + 0.02 * number)
+        densities.append(float(head.apply(variables, x + 0.02 * number, method="mean_log_density")))
+    assert densities[1] > densities[0] + 1

@@ -38,7 +38,7 @@ for devices, model in ((1, 1), (2, 1), (4, 1), (8, 1), (8, 2)):
     natural = jax.tree.map(np.asarray, fit.natural)
     state = create_state(head, warm_start(head, natural)[0], optax.adam(1e-2), x, mesh, min_sharded=4)
     split = sorted(name for name, leaf in state.params.items() if "model" in str(leaf.sharding.spec))
-    step = make_train_step(lambda p, x, w: -head.apply({"params": p}, x, w, method="mean_log_density"), state, mesh)
+    step = make_train_step(lambda v, x, w: (-head.apply(v, x, w, method="mean_log_density"), {}), state, mesh)
     for _ in range(5):
         state, loss = step(state, x, weights)
     sums = [float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(state.params)]
@@ -56,9 +56,9 @@ def test_the_step_compiles_once(x):
     state = create_state(head, head.init(jax.random.key(0), x), optax.adam(1e-2), x, mesh)
     traces = []
 
-    def loss(params, batch, extra):
+    def loss(variables, batch, extra):
         traces.append(1)
-        return negative_log_likelihood(head.apply({"params": params}, batch)) + extra
+        return negative_log_likelihood(head.apply(variables, batch)) + extra, {}
 
     step = make_train_step(loss, state, mesh)
     losses = [0.0]

@@ -64,18 +64,21 @@ def measure(config: Experiment, steps: int) -> tuple[float, float, float]:
     mesh = make_mesh()
     inputs = prepare_inputs(config.data, load(config.data, 0), mesh)
     batches = Batches(inputs, 0, config.gradient.batch_size, 1)
-    model = Trainable(config, "differentiable", IMAGE)
+    model = Trainable(config, "differentiable", config.n_clusters, inputs.obs_dim, IMAGE)
     x = batches[0]
     variables = jax.jit(model.module.init)(jax.random.key(0), x)
     state = create_state(model.module, variables, model.optimizer(steps), x, mesh)
-    moments = natural_to_moments(model.natural(state.params))
-    regularizer = jax.tree.map(np.asarray, PseudoCounts(components=0.0).regularizer(moments))
+    regularizer = None
+    if model.encoder is None:
+        moments = natural_to_moments(model.natural(state.variables))
+        regularizer = jax.tree.map(np.asarray, PseudoCounts(components=0.0).regularizer(moments))
     key_data = np.asarray(jax.random.key_data(jax.random.key(0)))
     step = model.step(state, mesh)
 
     def one_step(x: Any, number: int) -> None:
         nonlocal state
-        state, loss = step(state, x, Extra(regularizer, np.float32(0), key_data, np.uint32(number)))
+        phases = np.zeros(2, np.uint32)
+        state, loss = step(state, x, Extra(regularizer, np.float32(0), None, phases, key_data, np.uint32(number)))
         jax.block_until_ready(loss)
 
     one_step(x, 0)

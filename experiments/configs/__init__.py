@@ -1,8 +1,24 @@
 """One module per experiment, with its question, command and expected result; `EXPERIMENTS` names them."""
 
-from experiments.configs import cifar10, digits, fashion_mnist, file, mnist, newsgroups, scrna, synthetic, usps
+from experiments.configs import (
+    cifar10,
+    digits,
+    fashion_mnist,
+    fashion_mnist_encoder,
+    file,
+    mnist,
+    mnist_encoder,
+    newsgroups,
+    scrna,
+    synthetic,
+    usps,
+    usps_encoder,
+)
 
 EXPERIMENTS = {
     module.__name__.rsplit(".", 1)[1]: module.CONFIG
-    for module in (digits, synthetic, mnist, fashion_mnist, cifar10, usps, newsgroups, scrna, file)
+    for module in (
+        *(digits, synthetic, mnist, mnist_encoder, fashion_mnist, fashion_mnist_encoder, cifar10),
+        *(usps, usps_encoder, newsgroups, scrna, file),
+    )
 }

@@ -114,6 +114,11 @@ class Batches:
         return iterator
 
 
+def input_dim(data: Data, obs_dim: int) -> int:
+    """Columns of an input, from those of the raw data."""
+    return min(obs_dim, data.columns or obs_dim, data.whitened or obs_dim)
+
+
 def input_image_shape(data: Data, image_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
     """Of an input: that of the raw data, where preprocessing leaves images with a background of 0."""
     is_changed = data.columns is not None or data.whitened is not None or data.scale == "standard"

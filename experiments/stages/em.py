@@ -1,4 +1,4 @@
-"""The first stage: exact EM on the inputs, or on the features of the untrained encoder."""
+"""The first stage: exact EM on the inputs, and its components merged to clusters."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.data import Inputs
 from experiments.logs import Stage
-from experiments.models import abstract_fit, features, init_encoder, make_encoder
+from experiments.models import abstract_fit
 from experiments.processes import Stopped
-from experiments.stages.run import Run, WarmStart
+from experiments.stages.merge import merged_clusters
+from experiments.stages.run import LinearFit, Run
 from experiments.stages.scores import baseline_scores, evaluate
-from flax_hmog import EMResult, EMState, Natural, fit_em, natural_to_mean
+from flax_hmog import EMResult, EMState, Natural, fit_em, infer, natural_to_moments
+from flax_hmog.stepwise import stepwise_start
 from flax_hmog.training import CheckpointWriter, restore, restore_like
 from flax_hmog.training.restoring import saved_steps
 
 
 class EMStage:
-    """Exact EM on all training rows, or on their features."""
+    """Exact EM on all training rows."""
 
     def __init__(self, run: Run, seed: int, inputs: Inputs) -> None:
         self.run, self.inputs, self.stage = run, inputs, Stage(seed, "em")
         self.config, self.head = run.config.em, run.config.analytic
         self.key = jax.random.key(seed)
-        self.encoder = make_encoder(run.config)
-        encoder_key = jax.random.fold_in(self.key, 1)
-        self.encoder_variables = init_encoder(self.encoder, encoder_key, inputs.obs_dim, run.config.encoder.features)
 
-    def result(self) -> WarmStart:
-        """The warm start: fitted from where the last checkpoint stands, or read from it if EM is done."""
+    def result(self) -> LinearFit:
+        """The fit: made from where the last checkpoint stands, or read from it if EM is done."""
         folder = self.run.folder(self.stage)
-        restored = restore(folder, allow_import=True) if saved_steps(folder) else None
+        restored = restore(folder) if saved_steps(folder) else None
         if restored is None or not restored.progress["done"]:
             self._fit(restored)
-            restored = restore(folder, allow_import=True)
+            restored = restore(folder)
         template = self._abstract(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
         state = restore_like({name: template[name] for name in ("natural", "regularizer")}, restored.state, "EM")
         natural, regularizer = (jax.tree.map(np.asarray, state[name]) for name in ("natural", "regularizer"))
         regularizer = dataclasses.replace(regularizer, components=np.zeros((), np.float32))
-        encoder_variables = restored.encoder_variables or {}
-        return WarmStart(natural, regularizer, restored.progress["rows"], self.encoder, encoder_variables)
+        clusters = restored.progress["clusters"]
+        return LinearFit(
+            natural, regularizer, restored.progress["rows"], None if clusters is None else np.asarray(clusters)
+        )
 
     def _fit(self, restored: Any) -> None:
         config, log, stage = self.config, self.run.log, self.stage
         done = restored.progress["steps"] if restored else 0
         log.begin(stage, f"seed {stage.seed}: EM", config.n_restarts * (config.max_steps + 1), done)
         x, weights = self.inputs.rows(self.inputs.dataset.train, config.rows, stage.seed)
-        x = features(self.encoder, self.encoder_variables, x)
         count = int(jnp.sum(weights))
         started = time.perf_counter()
-        with self.run.writer(stage, self.head, self.encoder, self.inputs) as writer:
+        with self.run.writer(stage, self.head, None, self.inputs) as writer:
 
             def on_step(state: EMState) -> None:
                 nonlocal done
@@ -81,12 +81,15 @@ class EMStage:
                 state=self._state(restored) if restored else None,
                 on_step=on_step,
             )
-            metrics = evaluate(result.natural, self.encoder, self.encoder_variables, self.inputs)
+            model = self.run.config.model
+            clusters = merged_clusters(result.natural, x, weights, model.n_clusters, model.merge)
+            metrics = evaluate(infer(result.natural, self.inputs.test_rows[0]), self.inputs, clusters)
             seconds = time.perf_counter() - started
             log.write(stage, done + 1, converged=result.converged, seconds=round(seconds, 3), **metrics)
             progress = {
                 "objective": result.objective_history.tolist(),
                 "converged": result.converged,
+                "clusters": None if clusters is None else clusters.tolist(),
                 "baselines": baseline_scores(self.inputs, self.run.config, stage.seed),
             }
             writer.save(
@@ -116,12 +119,7 @@ class EMStage:
         )
 
     def _variables(self, natural: Natural) -> dict[str, Any]:
-        em = {"mean": natural_to_mean(natural), "step": jnp.zeros((), jnp.int32)}
-        if self.encoder is None:
-            return {"em": em}
-        return {"em": {"head": em}} | {
-            name: {"encoder": collection} for name, collection in self.encoder_variables.items()
-        }
+        return {"em": stepwise_start(natural_to_moments(natural))}
 
     def _state(self, restored: Any) -> EMState:
         """The state that was saved, on the mesh."""
@@ -149,8 +147,7 @@ class EMStage:
 
     def _abstract(self, sharding: Any) -> dict[str, Any]:
         """What `_arrays_of` a state may hold, without values."""
-        obs_dim = self.inputs.obs_dim if self.encoder is None else self.run.config.encoder.features
-        natural, regularizer, info = abstract_fit(self.run.config, obs_dim, sharding)
+        natural, regularizer, info = abstract_fit(self.head, self.run.config, self.inputs.obs_dim, sharding)
         best = {"best_natural": natural, "best_info": info, "best_regularizer": regularizer}
         return {"natural": natural, "regularizer": regularizer} | best
 

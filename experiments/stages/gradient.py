@@ -10,20 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.data import Batches, Inputs
+from experiments.encoders import features, split_module
 from experiments.logs import Stage
 from experiments.models import Extra
-from experiments.processes import Stopped
-from experiments.stages.run import Run, WarmStart
+from experiments.processes import Stopped, to_host
+from experiments.stages.run import Run, Start
 from experiments.stages.scores import evaluate
-from flax_hmog import warm_start
+from flax_hmog import HMoGOutput, infer
 from flax_hmog.training import CheckpointWriter, Restored, create_state, restore, restore_like
 from flax_hmog.training.mesh import place
 from flax_hmog.training.named import named_arrays
 from flax_hmog.training.restoring import restored_variables, saved_steps
+from flax_hmog.training.steps import TrainState
 
 
 @dataclasses.dataclass
@@ -51,17 +52,17 @@ class Position:
 
 
 class GradientStage:
-    """Training of one head by gradients, together with the encoder if there is one."""
+    """Training of one head by gradients, together with the encoder if there is one, in one round."""
 
-    def __init__(self, run: Run, seed: int, name: str, inputs: Inputs) -> None:
-        self.run, self.inputs, self.stage = run, inputs, Stage(seed, name)
-        self.config, self.model = run.config.gradient, run.models[name]
+    def __init__(self, run: Run, seed: int, name: str, inputs: Inputs, number: int = 0) -> None:
+        self.run, self.inputs, self.stage = run, inputs, Stage(seed, f"{name}-{number}" if number else name)
+        self.config, self.model = run.config.gradient, run.model(name, number)
         self.batches = Batches(inputs, seed, self.config.batch_size, self.config.epochs)
-        self.key = jax.random.key(seed)
+        self.key = jax.random.fold_in(jax.random.key(seed), number) if number else jax.random.key(seed)
         self.folder = run.folder(self.stage)
 
-    def train(self, start: WarmStart) -> None:
-        """From the warm start or from the last checkpoint to the last epoch.
+    def train(self, start: Start) -> dict[str, Any]:
+        """From the start or from the last checkpoint to the last epoch: the variables then.
 
         Raises:
             Stopped: when the run was told to stop, once a checkpoint is written.
@@ -71,13 +72,13 @@ class GradientStage:
         restored = restore(self.folder, allow_import=True) if saved_steps(self.folder) else None
         done = restored.step if restored else 0
         run.log.begin(self.stage, f"seed {self.stage.seed}: {self.stage.name} head", total, done)
-        if done == total:
-            return
+        if restored is not None and done == total:
+            return restored_variables(restored)
         at = self._first_position(start) if restored is None else self._restored_position(restored)
         step = self.model.step(at.state, run.mesh)
         iterator = self.batches.iterate(restored.progress["position"] if restored else None)
         if not at.history:
-            self._record(at, None, time.perf_counter())
+            self._record(at, start, None, time.perf_counter())
         epoch_start = time.perf_counter()
         with run.writer(self.stage, self.model.head, self.model.encoder, self.inputs) as writer:
             while at.done < total:
@@ -92,20 +93,18 @@ class GradientStage:
                 if is_epoch:
                     mean = float(at.loss_sum) / per_epoch
                     self._check(at, mean, worst=at.best_loss + self._max_fall())
-                    self._record(at, -mean, epoch_start)
+                    self._record(at, start, -mean, epoch_start)
                     at.loss_sum, epoch_start = jnp.zeros_like(at.loss_sum), time.perf_counter()
                 stopping = run.stop.is_made()
                 if stopping or at.done == total or self._is_due(at.done):
                     self._check(at, float(at.loss_sum), worst=math.inf)
-                    self._save(writer, at, iterator.get_state(), is_epoch=is_epoch)
+                    self._save(writer, at, iterator.get_state(), start.clusters, is_epoch=is_epoch)
                 if stopping and at.done < total:
                     raise Stopped
+        return jax.tree.map(to_host, at.state.variables)
 
-    def _first_position(self, start: WarmStart) -> Position:
-        variables, _ = warm_start(self.model.head, start.natural)
-        if self.model.encoder is not None:
-            variables = {"params": {"encoder": start.encoder_variables["params"], "head": variables["params"]}}
-        return Position(self._train_state(variables), 0, self._zero(), math.nan, [])
+    def _first_position(self, start: Start) -> Position:
+        return Position(self._train_state(start.variables), 0, self._zero(), math.nan, [])
 
     def _restored_position(self, restored: Restored) -> Position:
         position = Position(
@@ -138,12 +137,19 @@ class GradientStage:
         state = at.state
         return {"opt_state": state.opt_state, "step": state.step, "loss_sum": at.loss_sum, "key": self.key}
 
-    def _save(self, writer: CheckpointWriter, at: Position, position: Any, *, is_epoch: bool) -> None:
+    def _save(
+        self, writer: CheckpointWriter, at: Position, position: Any, clusters: np.ndarray | None, *, is_epoch: bool
+    ) -> None:
         writer.save(
             at.done,
-            {"params": at.state.params},
+            at.state.variables,
             state=self._arrays(at),
-            progress={"done": at.done == len(self.batches), "position": position, "first_loss": at.first_loss},
+            progress={
+                "done": at.done == len(self.batches),
+                "position": position,
+                "first_loss": at.first_loss,
+                "clusters": None if clusters is None else clusters.tolist(),
+            },
             history=at.history,
             # the mean over an epoch says something of the model at its end, and of no other
             metrics={"objective": at.history[-1]["objective"]} if is_epoch else None,
@@ -156,26 +162,34 @@ class GradientStage:
             return done % between == 0 or done % per_epoch == 0
         return done % (per_epoch * -(-between // per_epoch)) == 0
 
-    def _extra(self, start: WarmStart, done: int) -> Extra:
+    def _extra(self, start: Start, done: int) -> Extra:
         """What the loss of a step needs besides its batch, on the host."""
         key_data = np.asarray(jax.random.key_data(self.key))
-        return Extra(start.regularizer, np.float32(1 / start.rows), key_data, np.uint32(done))
+        ends = start.distil_epochs, start.distil_epochs + self.run.config.rounds.mixed_epochs
+        phases = np.asarray(ends, np.uint32) * self.batches.per_epoch
+        return Extra(start.regularizer, np.float32(1 / start.rows), start.teacher, phases, key_data, np.uint32(done))
 
-    def _record(self, at: Position, objective: float | None, started: float) -> None:
+    def _record(self, at: Position, start: Start, objective: float | None, started: float) -> None:
         """Evaluate and log where training stands."""
-        params = at.state.params
-        natural, encoder_variables = self.model.natural(params), self.model.encoder_variables(params)
-        metrics = evaluate(natural, self.model.encoder, encoder_variables, self.inputs) | {"objective": objective}
+        scores = evaluate(self._test_output(at.state.variables), self.inputs, start.clusters)
+        metrics = scores | {"objective": objective}
         seconds, epoch = time.perf_counter() - started, at.done // self.batches.per_epoch
         rate = round(self.batches.per_epoch * self.config.batch_size / seconds) if at.done else None
         times = {"seconds": round(seconds, 3), "samples_per_second": rate}
         self.run.log.write(self.stage, at.done, epoch=epoch, **times, **metrics)
         at.history.append({"epoch": epoch} | metrics)
 
+    def _test_output(self, variables: dict[str, Any]) -> HMoGOutput:
+        """The head's output for the test part."""
+        x, _ = self.inputs.test_rows
+        if self.model.encoder is None:
+            return infer(self.model.natural(variables), x)
+        encoder_variables, head_variables = split_module(variables)
+        return infer(self.model.natural(head_variables), features(self.model.encoder, encoder_variables, x))
+
     def _max_fall(self) -> float:
         """Nats per sample by which a loss may be above the best."""
-        width = self.inputs.obs_dim if self.model.encoder is None else self.run.config.encoder.features
-        return self.config.max_fall * width * self.model.likelihood_weight
+        return self.config.max_fall * (self.inputs.obs_dim if self.model.encoder is None else 1)
 
     def _check(self, at: Position, loss: float, *, worst: float) -> None:
         """ValueError, naming the cause and the last good checkpoint, for a loss that is not finite or above `worst`."""
@@ -183,7 +197,7 @@ class GradientStage:
             return
         cause = f"got {loss:.6g} nats per sample, which was {at.best_loss:.6g} at best"
         if not math.isfinite(loss):
-            leaves = named_arrays(at.state.params).items()
+            leaves = named_arrays(at.state.variables).items()
             bad = [name for name, leaf in leaves if not bool(jnp.all(jnp.isfinite(leaf)))]
             cause = f"got {loss}, and leaves that are not finite: {', '.join(bad) or 'none'}"
         steps = saved_steps(self.folder)

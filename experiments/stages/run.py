@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from experiments.config import Experiment
 from experiments.data import Inputs
 from experiments.logs import Log, Stage
-from experiments.models import Trainable
+from experiments.models import Teacher, Trainable
 from experiments.processes import StopRequest
 from flax_hmog import Natural, Regularizer
 from flax_hmog.training import CheckpointWriter
@@ -26,14 +27,18 @@ class Run:
         mesh: the devices.
         log: where metrics go.
         stop: whether the run has been told to stop.
-        models: the trainable heads by name.
+        models: the trainable heads by name and number of clusters.
     """
 
     config: Experiment
     mesh: Mesh
     log: Log
     stop: StopRequest
-    models: dict[str, Trainable]
+    models: dict[tuple[str, int], Trainable]
+
+    def model(self, name: str, number: int = 0) -> Trainable:
+        """The head that is trained in a round, or without rounds; the same for all seeds."""
+        return self.models[name, self.config.round_clusters(number)]
 
     def folder(self, stage: Stage) -> Path:
         """Where the checkpoints of a stage lie."""
@@ -53,20 +58,39 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class WarmStart:
-    """What EM hands to training by gradients, on the host.
+class LinearFit:
+    """What EM on the inputs hands on, on the host.
 
     Attributes:
         natural: the fitted model.
-        regularizer: the penalty that the training keeps: that of weights and noise, which do not depend on the latent
-            basis of a head.
+        regularizer: the penalty that the training of a head alone keeps: that of weights and noise, which do not depend
+            on the latent basis of a head.
         rows: how many training rows it was fitted to.
-        encoder: the encoder, or None.
-        encoder_variables: its variables.
+        clusters: cluster of each component (K,), or None where every component is one.
     """
 
     natural: Natural
     regularizer: Regularizer
     rows: int
-    encoder: Any
-    encoder_variables: dict[str, Any]
+    clusters: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What training by gradients starts from.
+
+    Attributes:
+        variables: of the module.
+        teacher: whose clusters an encoder learns, or None.
+        distil_epochs: epochs in which it learns nothing else.
+        regularizer: of a head alone, or None.
+        rows: how many training rows its fit saw.
+        clusters: cluster of each component (K,), or None where every component is one.
+    """
+
+    variables: dict[str, Any]
+    teacher: Teacher | None = None
+    distil_epochs: int = 0
+    regularizer: Regularizer | None = None
+    rows: int = 1
+    clusters: np.ndarray | None = None

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.baselines import fit_baselines
 from experiments.config import Experiment
 from experiments.data import Inputs
-from experiments.models import features
 from experiments.processes import to_host
-from flax_hmog import Natural, infer
+from flax_hmog import HMoGOutput
 from flax_hmog.analysis import clustering_metrics
+from flax_hmog.objectives import merge_output
 
 
-def evaluate(natural: Natural, encoder: Any, encoder_variables: dict[str, Any], inputs: Inputs) -> dict[str, float]:
-    """Mean log-density of the test part in nats per sample, and NMI, ARI and ACC where there are labels."""
+def evaluate(output: HMoGOutput, inputs: Inputs, clusters: np.ndarray | None = None) -> dict[str, float]:
+    """Mean log-density of the test part in nats per sample, and NMI, ARI and ACC where there are labels.
+
+    Args:
+        output: for `inputs.test_rows`.
+        inputs: the data.
+        clusters: cluster of each component (K,), or None where every component is one.
+    """
     part = inputs.dataset.test
-    x, weights = inputs.test_rows
-    output = infer(natural, features(encoder, encoder_variables, x))
+    _, weights = inputs.test_rows
     metrics = {"test_log_density": float(jnp.sum(output.log_density * weights) / len(part))}
     if part.part_labels is not None:
+        if clusters is not None:
+            output = merge_output(output, clusters, int(clusters.max()) + 1)
         assignments = to_host(jnp.argmax(output.log_responsibilities, axis=-1))[: len(part)]
         metrics |= clustering_metrics(part.part_labels, assignments)
     return metrics
@@ -33,7 +39,7 @@ def baseline_scores(inputs: Inputs, config: Experiment, seed: int) -> dict[str, 
     if not config.baselines or test.part_labels is None:
         return {}
     rows = (inputs.read(part, slice(None)) for part in (train, test))
-    fitted = fit_baselines(*rows, lat_dim=config.model.lat_dim, n_components=config.model.n_components, seed=seed)
+    fitted = fit_baselines(*rows, lat_dim=config.model.lat_dim, n_components=config.n_clusters, seed=seed)
     return {
         name: clustering_metrics(test.part_labels, baseline.assignments)
         | {"train_log_density": baseline.train_log_density, "test_log_density": baseline.test_log_density}

@@ -15,6 +15,7 @@ from flax_hmog.analysis.clusters import (
     merged_responsibilities,
 )
 from flax_hmog.analysis.loadings import CanonicalLoadings, LatentAxes, canonical_loadings, discriminant_axes
+from flax_hmog.analysis.merging import component_affinity, information_hierarchy, merge_components
 from flax_hmog.analysis.metrics import clustering_metrics, contingency_table
 from flax_hmog.analysis.plots import plot_latent_space, plot_loadings, plot_objective, plot_prototypes
 from flax_hmog.analysis.relations import plot_co_assignment, plot_contingency, plot_dendrogram
@@ -32,13 +33,16 @@ __all__ = [
     "cluster_prototypes",
     "clustering_metrics",
     "co_assignment",
+    "component_affinity",
     "component_distances",
     "component_summary",
     "contingency_table",
     "discriminant_axes",
     "format_cell",
+    "information_hierarchy",
     "mean_and_sd",
     "merge_clusters",
+    "merge_components",
     "merged_responsibilities",
     "plot_co_assignment",
     "plot_contingency",

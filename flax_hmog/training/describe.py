@@ -14,7 +14,11 @@ import numpy as np
 from flax_hmog import encoders, heads
 
 MODULES: dict[str, Any] = {
-    cls.__name__: cls for cls in (heads.DifferentiableHMoG, heads.SymmetricHMoG, heads.AnalyticHMoG, encoders.MLP)
+    cls.__name__: cls
+    for cls in (
+        *(heads.DifferentiableHMoG, heads.SymmetricHMoG, heads.AnalyticHMoG),
+        *(encoders.MLP, encoders.ConvNet, encoders.Autoencoder),
+    )
 }
 """The modules that a checkpoint names without a path."""
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-FORMAT = 2  # of checkpoints; a reader refuses another one
+FORMAT = 3  # of checkpoints; a reader refuses another one
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -41,6 +41,6 @@ def split_variables(arrays: dict[str, Any], has_encoder: bool) -> tuple[dict[str
 
 def abstract_variables(head: Any, arrays: dict[str, Any]) -> Any:
     """Variables of a head without values, D taken from those that were saved."""
-    bias = next(a for name, a in arrays.items() if name in ("params/bias", "em/mean/observable_mean"))
+    bias = next(a for name, a in arrays.items() if name in ("params/bias", "em/moments/bias"))
     x = jax.ShapeDtypeStruct((1, bias.shape[0]), head.param_dtype)
     return nn.unbox(jax.eval_shape(head.init, jax.random.key(0), x))

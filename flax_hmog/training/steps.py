@@ -9,11 +9,27 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from flax.training.train_state import TrainState
+from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_hmog.covariances import Array
 from flax_hmog.training.mesh import MIN_SHARDED, RULES, batch_sharding, place, tree_shardings
+
+
+class TrainState(train_state.TrainState):
+    """Flax's train state, and the collections that the forward pass changes.
+
+    Attributes:
+        collections: all variables beside `params`, as `batch_stats` of an encoder and `em` of an `AnalyticHMoG`.
+    """
+
+    collections: Any = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `module.apply` takes, and `CheckpointWriter.save`."""
+        params = {"params": self.params} if jax.tree.leaves(self.params) else {}
+        return params | self.collections
 
 
 def create_state(
@@ -29,7 +45,8 @@ def create_state(
 
     Args:
         module: head, or encoder with head.
-        variables: its variables, for example of `warm_start`; `params` are trained.
+        variables: its variables, for example of `warm_start`; `params` are trained, other collections follow the
+            forward pass.
         optimizer: optax transformation.
         x: a batch (B, D), of which shape and dtype are read.
         mesh: of `make_mesh`.
@@ -39,7 +56,7 @@ def create_state(
         `TrainState`; parameters and the optimiser's copies of them lie where the rules say.
     """
     abstract = abstract_state(module, optimizer, x, mesh, min_sharded=min_sharded)
-    state = TrainState.create(apply_fn=module.apply, params=nn.unbox(variables["params"]), tx=optimizer)
+    state = _state(module, nn.unbox(variables), optimizer)
     shardings = [leaf.sharding for leaf in jax.tree.leaves(abstract)]
     # copies, since the step donates its state and the variables stay the caller's
     leaves, tree = jax.tree.flatten(state)
@@ -58,8 +75,7 @@ def abstract_state(
     """What `create_state` returns as abstract arrays (`jax.ShapeDtypeStruct`) with shardings; nothing is computed."""
 
     def fresh(key: Array, x: Array) -> TrainState:
-        params = module.init(key, x)["params"]
-        return TrainState.create(apply_fn=module.apply, params=params, tx=optimizer)
+        return _state(module, module.init(key, x), optimizer)
 
     abstract = jax.eval_shape(fresh, jax.random.key(0), x)
     shardings = jax.tree.leaves(tree_shardings(abstract, mesh, RULES, min_sharded))
@@ -72,12 +88,14 @@ def abstract_state(
 
 
 def make_train_step(
-    loss: Callable[..., Array], state: TrainState, mesh: Mesh
+    loss: Callable[..., tuple[Array, Any]], state: TrainState, mesh: Mesh
 ) -> Callable[..., tuple[TrainState, Array]]:
     """The jitted step: the loss's gradient, then the optimiser.
 
     Args:
-        loss: `loss(params, x, extra) -> ()`, for example of `head.apply({"params": params}, x)`.
+        loss: `loss(variables, x, extra) -> (loss (), collections)`, the collections as the forward pass leaves them,
+            for example from `module.apply(variables, x, train=True, mutable=list(state.collections))`; {} where there
+            are none. Gradients flow to `params`.
         state: a state of `create_state`, whose layout is kept.
         mesh: the mesh.
 
@@ -89,11 +107,14 @@ def make_train_step(
 
     replicated = NamedSharding(mesh, PartitionSpec())
 
+    def of_params(params: Any, state: TrainState, x: Array, extra: Any) -> tuple[Array, Any]:
+        return loss(state.replace(params=params).variables, x, extra)
+
     def step(state: TrainState, x: Array, extra: Any) -> tuple[TrainState, Array]:
         # passes over rows then know over which axis x lies
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            value, gradients = jax.value_and_grad(loss)(state.params, x, extra)
-        return state.apply_gradients(grads=gradients), value
+            (value, collections), gradients = jax.value_and_grad(of_params, has_aux=True)(state.params, state, x, extra)
+        return state.apply_gradients(grads=gradients, collections=collections), value
 
     compiled = jax.jit(
         step,
@@ -102,3 +123,9 @@ def make_train_step(
         donate_argnums=0,
     )
     return lambda state, x, extra=None: compiled(state, x, extra)
+
+
+def _state(module: nn.Module, variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    collections = {name: collection for name, collection in variables.items() if name != "params"}
+    params = variables.get("params", {})
+    return TrainState.create(apply_fn=module.apply, params=params, tx=optimizer, collections=collections)

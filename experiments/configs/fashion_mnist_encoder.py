@@ -1,0 +1,20 @@
+"""Fashion-MNIST with an encoder: the recipe of mnist_encoder, with augmentation that keeps what clothes are.
+
+Command: `python -m experiments.train fashion_mnist_encoder`; with the files in a folder `--data.downloads FOLDER`.
+Data, linear model: as in the experiment fashion_mnist. Images are shifted and scaled a little, and mirrored.
+Expected on the test split: docs/results.md.
+"""
+
+import dataclasses
+
+from experiments.config import Augmentation, Encoder, Gradient, Rounds
+from experiments.configs import fashion_mnist
+
+CONFIG = dataclasses.replace(
+    fashion_mnist.CONFIG,
+    workdir="runs/fashion_mnist_encoder",
+    encoder=Encoder("conv"),
+    rounds=Rounds(count=2, distil_epochs=1),
+    gradient=Gradient(epochs=12, batch_size=256),
+    augmentation=Augmentation(shift=2.0, rotation=5.0, scale=0.1, mirror=True),
+)

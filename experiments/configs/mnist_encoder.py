@@ -1,0 +1,20 @@
+"""MNIST with an encoder: clusters of a linear HMoG, learnt and improved by a small convolutional network with a head.
+
+Command: `python -m experiments.train mnist_encoder`; with the files in a folder `--data.downloads FOLDER`.
+Data, linear model: as in the experiment mnist. Images are shifted, rotated and scaled at random.
+Expected on the test split: docs/results.md.
+"""
+
+import dataclasses
+
+from experiments.config import Augmentation, Encoder, Gradient, Rounds
+from experiments.configs import mnist
+
+CONFIG = dataclasses.replace(
+    mnist.CONFIG,
+    workdir="runs/mnist_encoder",
+    encoder=Encoder("conv"),
+    rounds=Rounds(count=2, distil_epochs=1),
+    gradient=Gradient(epochs=12, batch_size=256),
+    augmentation=Augmentation(shift=3.0, rotation=15.0, scale=0.15),
+)

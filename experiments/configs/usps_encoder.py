@@ -1,0 +1,20 @@
+"""USPS digits with an encoder: the recipe of mnist_encoder on few images, with more epochs.
+
+Command: `python -m experiments.train usps_encoder --data.path usps_9298.npz`.
+Data, linear model: as in the experiment usps. Images are shifted, rotated and scaled at random.
+Expected on the test split: docs/results.md.
+"""
+
+import dataclasses
+
+from experiments.config import Augmentation, Encoder, Gradient, Rounds
+from experiments.configs import usps
+
+CONFIG = dataclasses.replace(
+    usps.CONFIG,
+    workdir="runs/usps_encoder",
+    encoder=Encoder("conv"),
+    rounds=Rounds(count=3, distil_epochs=4, mixed_epochs=2),
+    gradient=Gradient(epochs=16, batch_size=256),
+    augmentation=Augmentation(shift=2.0, rotation=12.0, scale=0.12),
+)

@@ -1,0 +1,94 @@
+"""The encoder of an experiment: by name or import path, its first variables, and what it makes of many rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from experiments.config import Experiment
+from flax_hmog.encoders import MLP, Autoencoder, ConvNet, takes_train
+from flax_hmog.rows import map_rows, row_shards
+from flax_hmog.training.describe import rebuild_module
+
+FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained
+SETTLING_PASSES = 100  # over the same rows, after which running averages are those of the rows
+OURS: dict[str, Any] = {"mlp": MLP, "conv": ConvNet, "autoencoder": Autoencoder}
+
+
+def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] | None) -> Any:
+    """The experiment's encoder, or None.
+
+    A class is given `features`, and whichever of `obs_dim`, `image_shape` and `normalization` it has a field for.
+
+    Raises:
+        ValueError: for a class that cannot be imported or does not take `features`, or a network for images without
+            images.
+    """
+    options = config.encoder
+    if options.name == "none":
+        return None
+    if options.name in OURS:
+        fields = {field.name for field in dataclasses.fields(OURS[options.name])}
+    else:
+        bare = {"class": options.name, "arguments": {"features": options.features}}
+        encoder = rebuild_module(bare, allow_import=True)
+        fields = {field.name for field in dataclasses.fields(encoder)}
+    if "image_shape" in fields and image_shape is None:
+        raise ValueError(
+            f"make_encoder: `encoder.name` {options.name} must have images; got inputs that are none. Use mlp, or "
+            "leave out --data.columns and --data.whitened."
+        )
+    known: dict[str, Any] = {"features": options.features, "obs_dim": obs_dim, "image_shape": image_shape}
+    known["normalization"] = options.normalization
+    arguments = {name: value for name, value in known.items() if name in fields}
+    return rebuild_module({"class": _class_name(options.name), "arguments": arguments}, allow_import=True)
+
+
+def _class_name(name: str) -> str:
+    return OURS[name].__name__ if name in OURS else name
+
+
+def init_encoder(encoder: Any, key: jax.Array, x: jax.Array, n_features: int) -> dict[str, Any]:
+    """Variables of an encoder from inputs (B, D) to features (B, n_features), running averages those of x.
+
+    Raises:
+        ValueError: for other features.
+    """
+    features, _ = jax.eval_shape(encoder.init_with_output, key, x[:1])
+    if features.shape != (1, n_features):
+        raise ValueError(
+            f"init_encoder: the encoder must map inputs (B, {x.shape[1]}) to features (B, {n_features}); got features "
+            f"{features.shape} for one input. Flatten its output."
+        )
+    variables = dict(jax.jit(encoder.init)(key, x[:1]))
+    averages = [name for name in variables if name != "params"]
+    if averages and takes_train(encoder):
+        settle = jax.jit(lambda variables, x: encoder.apply(variables, x, train=True, mutable=averages)[1])
+        for _ in range(SETTLING_PASSES):
+            variables |= settle(variables, x)
+    return variables
+
+
+def features(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array:
+    """The head's inputs, by blocks of rows."""
+    if encoder is None:
+        return x
+    shards = row_shards(x)
+    return jax.jit(lambda variables, x: map_rows(encoder.apply, variables, x, FEATURE_ROWS, shards))(variables, x)
+
+
+def split_module(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The encoder's and the head's part of the variables of a `Clusterer`."""
+    encoder, head = (
+        {name: tree[part] for name, tree in variables.items() if part in tree} for part in ("encoder", "head")
+    )
+    return encoder, head
+
+
+def join_module(encoder: dict[str, Any], head: dict[str, Any]) -> dict[str, Any]:
+    """The variables of a `Clusterer`."""
+    parts = {"encoder": encoder, "head": head}
+    names = sorted(encoder.keys() | head.keys())
+    return {name: {part: trees[name] for part, trees in parts.items() if name in trees} for name in names}

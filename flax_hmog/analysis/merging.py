@@ -1,0 +1,216 @@
+"""Components merged to clusters by the samples that lie between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flax_hmog.analysis.clusters import merge_clusters
+from flax_hmog.analysis.inputs import as_array, check_choice, require
+from flax_hmog.checks import check_positive, check_size
+
+METHODS = ("cut", "information")
+TEMPERATURE = 4.0
+ISOLATED = 1e-9  # affinity of components without a common sample, relative to the average
+
+
+def component_affinity(log_responsibilities: Any, *, temperature: float = TEMPERATURE) -> np.ndarray:
+    """How much two components neighbour each other: the samples of which they are first and second choice.
+
+    With i and j the most and second most probable components of sample n,
+
+        A_ij += s_i s_j,   A_ji += s_i s_j,   A_ii += s_i^2,   A_jj += s_j^2,   s_k = r_nk ** (1 / temperature)
+
+    In many dimensions responsibilities are almost always 0 or 1, the more so the longer a model is fitted, and
+    co-assignment then rests on a few samples. The second choice says where a component lies among the others even
+    where it is improbable, and the temperature makes it count. Other choices say little and blur the picture.
+
+    Args:
+        log_responsibilities: log p(z = k | x) (..., K), natural logarithm; -inf is allowed.
+        temperature: from 1 (products of responsibilities) upwards (counts of samples); the result depends little on it.
+
+    Returns:
+        Affinities (K, K), symmetric, at least 0.
+
+    Raises:
+        TypeError: if `log_responsibilities` holds no real numbers.
+        ValueError: unless they are logarithms of probabilities, or for a temperature that is not positive.
+
+    Source: Martinetz and Schulten 1994 (first and second choice as neighbours).
+    """
+    caller = "component_affinity"
+    check_positive(caller, "temperature", temperature, "Use 4.0.")
+    rows = _log_responsibilities(caller, log_responsibilities)
+    count = rows.shape[1]
+    if count == 1:
+        return np.array([[float(len(rows))]])
+    choices = np.argpartition(-rows, 1, axis=1)[:, :2]
+    share = np.exp(np.take_along_axis(rows, choices, axis=1) / temperature)
+    affinity = np.zeros((count, count))
+    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        pair = choices[:, a] * count + choices[:, b]
+        affinity += np.bincount(pair, share[:, a] * share[:, b], count**2).reshape(count, count)
+    return affinity
+
+
+def merge_components(
+    log_responsibilities: Any, n_clusters: int, *, method: str = "cut", temperature: float = TEMPERATURE
+) -> np.ndarray:
+    """Merge the components of a mixture to clusters by their `component_affinity`. Deterministic.
+
+        cut           a normalised cut: all affinities count at once, where agglomeration can join two clusters over a
+                      single pair of components. For mixtures fitted to data as they are.
+        information   the first merges of `information_hierarchy`. For mixtures of the features of a trained encoder,
+                      whose clusters lie apart.
+
+    docs/results.md compares them with each other and with linkages.
+
+    Args:
+        log_responsibilities: log p(z = k | x) (..., K), of the samples that the model was fitted to.
+        n_clusters: from 1 to K.
+        method: "cut" or "information".
+        temperature: as in `component_affinity`.
+
+    Returns:
+        The cluster of each component (K,), int, numbered in the order of their first components; for
+        `merged_responsibilities` and `cluster_prototypes`.
+
+    Raises:
+        ImportError: without scikit-learn, for a cut.
+        TypeError: if `log_responsibilities` holds no real numbers.
+        ValueError: for another method, a number of clusters that is out of bounds, or as in `component_affinity`.
+
+    Source: Shi and Malik 2000 (normalised cut); Damle, Minden and Ying 2019 (clusters from its eigenvectors).
+    """
+    caller = "merge_components"
+    check_choice(caller, "method", method, METHODS)
+    rows = _log_responsibilities(caller, log_responsibilities)
+    count = rows.shape[1]
+    check_size(caller, "n_clusters", n_clusters, at_most=count)
+    if n_clusters in (1, count):
+        return np.arange(count) if n_clusters > 1 else np.zeros(count, int)
+    affinity = component_affinity(rows, temperature=temperature)
+    if method == "information":
+        return merge_clusters(information_hierarchy(affinity), n_clusters)
+    return normalized_cut(affinity, n_clusters)
+
+
+def normalized_cut(affinity: np.ndarray, n_clusters: int) -> np.ndarray:
+    """Clusters of the nodes of a graph that cut little of the affinity of each, by scikit-learn.
+
+    Args:
+        affinity: (K, K), symmetric, at least 0.
+        n_clusters: from 2 to K - 1.
+
+    Returns:
+        The cluster of each node (K,), int, numbered in the order of their first nodes.
+
+    Raises:
+        ImportError: without scikit-learn.
+    """
+    cluster = require("sklearn.cluster", "merge_components", "experiments")
+    # a node without any neighbour would leave the graph in pieces, of which eigenvectors say nothing
+    connected = affinity + ISOLATED * affinity.mean()
+    cut = cluster.SpectralClustering(n_clusters, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
+    return _in_order(cut.fit_predict(connected))
+
+
+def information_hierarchy(affinity: Any) -> np.ndarray:
+    """Hierarchy in which each merge loses the least information that one of two linked samples has on the other.
+
+    The affinities, divided by their sum, are a joint distribution P of two components. Two are merged by adding up
+    their rows and columns; the pair is taken for which
+
+        I = sum_jk P_jk log P_jk - 2 sum_j P_j log P_j
+
+    falls least.
+
+    Args:
+        affinity: (K, K), symmetric, at least 0: from `component_affinity`, or the table sum_n r_n r'_n of samples and
+            their augmentations.
+
+    Returns:
+        Linkage matrix (K - 1, 4) as `cluster_hierarchy` gives it; its distances are the information lost so far, nats.
+
+    Raises:
+        TypeError: if `affinity` holds no real numbers.
+        ValueError: if it is not symmetric, or has negative entries or only zeros.
+
+    Source: Slonim and Tishby 1999.
+    """
+    caller = "information_hierarchy"
+    table = as_array(caller, "affinity", affinity, 2, "(K, K)")
+    count = len(table)
+    if table.shape != (count, count) or table.min() < 0 or not np.allclose(table, table.T) or not table.any():
+        raise ValueError(
+            f"{caller}: `affinity` must be symmetric, (K, K), at least 0 and not all 0; got shape {table.shape}. "
+            "Use component_affinity."
+        )
+    table = (table + table.T) / (2 * table.sum())
+    # gain_ij: what merging rows i and j adds to sum_jk P_jk log P_jk, with all columns as they are
+    gain = sum((_row_gain(table, column) for column in range(count)), start=np.zeros((count, count)))
+    numbers, sizes, lost = np.arange(count), np.ones(count), 0.0
+    linkage = np.empty((count - 1, 4))
+    for merge in range(count - 1):
+        loss = _information_loss(table, gain)
+        np.fill_diagonal(loss, np.inf)
+        loss[numbers < 0], loss[:, numbers < 0] = np.inf, np.inf
+        left, right = divmod(int(np.argmin(loss)), count)
+        lost += max(float(loss[left, right]), 0.0)
+        linkage[merge] = *sorted((numbers[left], numbers[right])), lost, sizes[left] + sizes[right]
+        gain -= _row_gain(table, left) + _row_gain(table, right)
+        table[:, left] += table[:, right]
+        table[:, right] = 0
+        gain += _row_gain(table, left)
+        table[left] += table[right]
+        table[right] = 0
+        gain[left] = gain[:, left] = np.sum(
+            _x_log_x(table + table[left]) - _x_log_x(table) - _x_log_x(table[left]), axis=1
+        )
+        numbers[left], numbers[right], sizes[left] = count + merge, -1, sizes[left] + sizes[right]
+    return linkage
+
+
+def _row_gain(table: np.ndarray, column: int) -> np.ndarray:
+    """What merging two rows adds to P log P in one column (K, K)."""
+    entries = table[:, column]
+    own = _x_log_x(entries)
+    return _x_log_x(entries[:, None] + entries) - own[:, None] - own
+
+
+def _information_loss(table: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Information lost by merging two components, rows and columns, for all pairs (K, K)."""
+    diagonal, both, own = np.diag(table), _x_log_x(table), _x_log_x(np.diag(table))
+    # rows and columns of the pair itself come together in one entry, P_ii + 2 P_ij + P_jj
+    crossing = _x_log_x(diagonal[:, None] + table) - own[:, None] - both
+    corner = _x_log_x(diagonal[:, None] + 2 * table + diagonal) - own[:, None] - own - 2 * both
+    marginal = table.sum(axis=0)
+    weights = _x_log_x(marginal)
+    pair = _x_log_x(marginal[:, None] + marginal) - weights[:, None] - weights
+    return 2 * pair - 2 * (gain - crossing - crossing.T) - corner
+
+
+def _x_log_x(p: np.ndarray) -> np.ndarray:
+    return p * np.log(np.where(p > 0, p, 1))
+
+
+def _in_order(labels: np.ndarray) -> np.ndarray:
+    """The same clusters, numbered in the order of their first members."""
+    _, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[numbers]
+
+
+def _log_responsibilities(caller: str, value: Any) -> np.ndarray:
+    """Log-responsibilities (N, K) in float64, from (..., K)."""
+    array = np.asarray(value)
+    array = array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
+    array = as_array(caller, "log_responsibilities", np.maximum(array, -1e30), 2, "(..., K)")
+    total = np.exp(array).sum(axis=1)
+    worst = int(np.abs(total - 1).argmax())
+    if abs(total[worst] - 1) > 1e-3:
+        raise ValueError(
+            f"{caller}: `log_responsibilities` must be logarithms of probabilities that sum to 1 in each row; got sum "
+            f"{total[worst]:.6g} in row {worst}. Use the output's log_responsibilities."
+        )
+    return array

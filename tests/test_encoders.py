@@ -1,0 +1,302 @@
+"""A head on an encoder, as its users attach it: nested, frozen, in the middle, transformed, in lower precision, in NNX."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from flax_hmog import AnalyticHMoG, DifferentiableHMoG, HMoGOutput, SymmetricHMoG
+from flax_hmog.encoders import MLP, Autoencoder, Clusterer, ConvNet
+from flax_hmog.objectives import negative_joint_information, negative_log_likelihood, negative_mutual_information
+
+D, F, L, K, B = 12, 5, 2, 3, 32
+X = np.random.default_rng(0).standard_normal((B, D)).astype(np.float32)
+HEADS = (DifferentiableHMoG(L, K), SymmetricHMoG(L, K), AnalyticHMoG(L, K))
+EACH_HEAD = pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
+EACH_TRAINED = pytest.mark.parametrize("head", HEADS[:2], ids=lambda head: type(head).__name__)
+
+
+class Compact(nn.Module):
+    """A head as users attach it in `compact`."""
+
+    head: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.head(nn.Dense(F)(x))
+
+
+class InSetup(nn.Module):
+    """And in `setup`, made there."""
+
+    def setup(self):
+        self.dense = nn.Dense(F)
+        self.cluster = DifferentiableHMoG(L, K)
+
+    def __call__(self, x):
+        return self.cluster(self.dense(x))
+
+
+class InTheMiddle(nn.Module):
+    """What a head says of features, as features of what follows."""
+
+    head: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        output = self.head(nn.Dense(F)(x))
+        said = [output.latent_mean, output.log_responsibilities, output.log_density[..., None]]
+        return nn.Dense(1)(jnp.concatenate(said, axis=-1))
+
+
+def loss_of(module, variables, x=X):
+    return negative_mutual_information(module.apply(variables, x))
+
+
+def leaves_that_move(gradients):
+    return {name for name, part in gradients["params"].items() if any(np.any(leaf) for leaf in jax.tree.leaves(part))}
+
+
+@EACH_HEAD
+def test_a_head_in_compact_has_nested_variables(head, key):
+    module = Compact(head)
+    variables = nn.unbox(module.init(key, X))
+    collection = "em" if isinstance(head, AnalyticHMoG) else "params"
+    assert "head" in variables[collection]
+    own = head.apply({collection: variables[collection]["head"]}, nn.Dense(F).apply(_part(variables, "Dense_0"), X))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), module.apply(variables, X), own)
+
+
+def test_a_head_in_setup_learns_with_its_encoder(key):
+    module = InSetup()
+    variables = nn.unbox(module.init(key, X))
+    gradients = jax.grad(lambda variables: loss_of(module, variables))(variables)
+    assert leaves_that_move(gradients) == {"dense", "cluster"}
+
+
+@EACH_HEAD
+def test_a_head_in_the_middle_passes_gradients_on(head, key):
+    module = InTheMiddle(head)
+    variables = nn.unbox(module.init(key, X))
+    gradients = jax.grad(lambda params: jnp.mean(module.apply(variables | {"params": params}, X) ** 2))(
+        variables["params"]
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    assert leaves_that_move({"params": gradients}) == set(variables["params"])
+
+
+@EACH_TRAINED
+def test_the_likelihood_of_the_second_output_teaches_the_head_alone(head, key):
+    module = Clusterer(MLP(F, (8,)), head)
+    variables = nn.unbox(module.init(key, X))
+
+    def loss(variables):
+        _, head_only = module.apply(variables, X, method="joint_and_head_outputs")
+        return negative_log_likelihood(head_only)
+
+    assert leaves_that_move(jax.grad(loss)(variables)) == {"head"}
+
+
+@EACH_TRAINED
+def test_parts_have_their_own_rates_and_can_be_frozen(head, key):
+    module = Clusterer(MLP(F, (8,)), head)
+    variables = nn.unbox(module.init(key, X))
+    params = variables["params"]
+    rates = {"encoder": optax.set_to_zero(), "head": optax.sgd(0.1)}
+    labels = {name: jax.tree.map(lambda _, name=name: name, part) for name, part in params.items()}
+    optimizer = optax.multi_transform(rates, labels)
+    gradients = jax.grad(lambda params: loss_of(module, {"params": params}))(params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["encoder"]))
+    jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.1 * g, rtol=1e-5), updates["head"], gradients["head"])
+
+
+@EACH_HEAD
+def test_under_jit_remat_and_vmap(head, key):
+    module = Compact(head)
+    variables = module.init(key, X)
+    want = module.apply(variables, X)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    for lifted in (nn.jit(Compact), nn.remat(Compact)):
+        jax.tree.map(close, lifted(head).apply(variables, X), want)
+    jax.tree.map(close, jax.vmap(lambda row: module.apply(variables, row))(X), want)
+    jax.tree.map(close, jax.jit(module.apply)(variables, X), want)
+
+
+@EACH_HEAD
+def test_an_ensemble_by_vmap_over_parameters(head, key):
+    """`nn.vmap`: members with parameters of their own, on the same features. Leaves have names for their axes, so that
+    flax wants one for the new axis as well."""
+    ensemble = nn.vmap(
+        Compact, in_axes=None, out_axes=0, axis_size=3, variable_axes={"params": 0, "em": 0},
+        split_rngs={"params": True}, metadata_params={nn.PARTITION_NAME: "member"},
+    )(head)  # fmt: skip
+    variables = nn.unbox(ensemble.init(key, X))
+    output = ensemble.apply(variables, X)
+    assert output.log_responsibilities.shape == (3, B, K)
+    for member in range(3):
+        own = jax.tree.map(lambda leaf, member=member: leaf[member], variables)
+        np.testing.assert_allclose(Compact(head).apply(own, X).log_density, output.log_density[member], rtol=1e-4)
+
+
+@EACH_TRAINED
+def test_over_time_by_scan(head, key):
+    """`nn.scan`: one head and one cell for all times."""
+
+    class Cell(nn.Module):
+        @nn.compact
+        def __call__(self, carry, x):
+            carry, y = nn.GRUCell(F)(carry, x)
+            return carry, type(head)(L, K)(y)
+
+    scanned = nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)()
+    sequence = X.reshape(4, 8, D)
+    start = jnp.zeros((4, F))
+    variables = scanned.init(key, start, sequence)
+    _, output = scanned.apply(variables, start, sequence)
+    assert output.log_responsibilities.shape == (4, 8, K)
+    gradients = jax.grad(lambda v: negative_mutual_information(scanned.apply(v, start, sequence)[1]))(variables)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_in_network_em_under_scan_and_remat(key):
+    """Steps of stepwise EM carried through `nn.scan`, as a Python loop takes them."""
+    head = AnalyticHMoG(L, K, obs_dim=D)
+    scanned = nn.scan(
+        lambda module, _, x: (None, module(x, train=True)), variable_carry="em", split_rngs={"params": False}
+    )
+    batches = X.reshape(4, 8, D)
+    variables = head.init(key, X)
+
+    def run(module, x):
+        return scanned(module, None, x)[1]
+
+    output, after = nn.apply(run, head, mutable=["em"])(variables, batches)
+    expected = variables
+    for batch in batches:
+        _, expected = head.apply(expected, batch, train=True, mutable=["em"])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), after, expected)
+    assert output.log_density.shape == (4, 8)
+
+
+@pytest.mark.parametrize("make", [MLP, functools.partial(ConvNet, image_shape=(4, 3))], ids=["MLP", "ConvNet"])
+def test_an_encoder_in_bfloat16_under_a_head_in_float32(make, key):
+    module = Clusterer(make(F, dtype=jnp.bfloat16), DifferentiableHMoG(L, K))
+    variables = nn.unbox(module.init(key, X))
+    output, _ = module.apply(variables, X, train=True, mutable=["batch_stats"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
+    features = module.apply(variables, X, method="features")
+    plain = Clusterer(make(F), DifferentiableHMoG(L, K))
+    np.testing.assert_allclose(features, plain.apply(variables, X, method="features"), atol=0.1)
+
+
+def test_features_in_bfloat16_are_taken_in_the_dtype_of_the_head(key):
+    for head in HEADS:
+        features = jnp.asarray(X, jnp.bfloat16)
+        variables = head.init(key, features)
+        want = head.apply(variables, features.astype(jnp.float32))
+        jax.tree.map(np.testing.assert_array_equal, head.apply(variables, features), want)
+
+
+@EACH_HEAD
+def test_in_nnx(head, key):
+    """Through the bridge: the same numbers, gradients to its parameters, steps of EM in its state."""
+    module = Compact(head)
+    with nnx.use_eager_sharding(False):
+        bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(X)
+    output = bridged(X)
+    assert isinstance(output, HMoGOutput)
+
+    def loss(bridged):
+        return negative_mutual_information(bridged(X))
+
+    gradients = nnx.grad(loss)(bridged)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("normalization", ["none", "layer", "batch"])
+def test_normalization_of_encoders(normalization, key):
+    module = Clusterer(ConvNet(F, (4, 3), (4, 6), 8, normalization), DifferentiableHMoG(L, K))
+    variables = nn.unbox(module.init(key, X))
+    assert ("batch_stats" in variables) == (normalization == "batch")
+    features, updates = module.apply(variables, X, train=True, method="features", mutable=["batch_stats"])
+    assert features.shape == (B, F)
+    if normalization == "batch":
+        np.testing.assert_allclose(features.mean(axis=0), np.zeros(F), atol=1e-5)
+        moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), variables["batch_stats"], updates["batch_stats"])
+        assert max(jax.tree.leaves(moved)) > 1e-3
+    with pytest.raises(ValueError, match='`normalization` must be "none", "layer" or "batch"; got \'group\''):
+        ConvNet(F, (4, 3), normalization="group").init(key, X)
+
+
+def test_a_network_for_images_takes_rows_or_images(key):
+    images = X.reshape(B, 4, 3, 1)
+    net = ConvNet(F, (4, 3, 1), normalization="layer")
+    variables = net.init(key, X)
+    np.testing.assert_array_equal(net.apply(variables, X), net.apply(variables, images))
+    with pytest.raises(
+        ValueError, match=r"images \(4, 3, 1\) of 12 numbers, one for each sample; got shape \(32, 11\)"
+    ):
+        net.apply(variables, X[:, :11])
+
+
+def test_an_autoencoder_makes_inputs_again(key):
+    module = Clusterer(Autoencoder(F, D, (8,)), DifferentiableHMoG(L, K))
+    variables = nn.unbox(module.init(key, X))
+    assert set(variables["params"]["encoder"]) == {"encoder", "decoder"}
+    assert module.apply(variables, X, method="reconstruct").shape == X.shape
+    optimizer = optax.adam(1e-2)
+
+    def loss(variables):
+        return jnp.mean((module.apply(variables, X, method="reconstruct") - X) ** 2)
+
+    state, first = optimizer.init(variables), loss(variables)
+    for _ in range(60):
+        updates, state = optimizer.update(jax.grad(loss)(variables), state)
+        variables = optax.apply_updates(variables, updates)
+    assert loss(variables) < 0.6 * first
+
+
+def test_the_likelihood_of_features_collapses_an_encoder_and_information_does_not(key):
+    """What docs/encoders.md says: the density rises without limit as features shrink; the remedy keeps them apart."""
+    rng = np.random.default_rng(1)
+    x = (4 * np.eye(D)[rng.integers(K, size=256)] + 0.3 * rng.standard_normal((256, D))).astype(np.float32)
+    module = Clusterer(MLP(F, (16,)), DifferentiableHMoG(L, K))
+
+    def train(loss):
+        variables = nn.unbox(module.init(key, x))
+        optimizer = optax.adam(3e-3)
+
+        @jax.jit
+        def step(variables, state):
+            updates, state = optimizer.update(jax.grad(loss)(variables), state)
+            return optax.apply_updates(variables, updates), state
+
+        state = optimizer.init(variables)
+        for _ in range(400):
+            variables, state = step(variables, state)
+        spread = float(module.apply(variables, x, method="features").std(axis=0).mean())
+        return spread, module.apply(variables, x)
+
+    def naive(variables):
+        return negative_log_likelihood(module.apply(variables, x))
+
+    def safe(variables):
+        joint, head_only = module.apply(variables, x, method="joint_and_head_outputs")
+        return negative_joint_information(joint, joint) + 0.01 * negative_log_likelihood(head_only)
+
+    collapsed, output = train(naive)
+    kept, safe_output = train(safe)
+    assert collapsed < 0.05 < 0.3 < kept
+    assert -float(negative_mutual_information(output)) < 0.1 * np.log(K)
+    assert -float(negative_mutual_information(safe_output)) > 0.9 * np.log(K)
+
+
+def _part(variables, name):
+    return {collection: tree[name] for collection, tree in variables.items() if name in tree}

@@ -1,0 +1,112 @@
+"""Components merged to clusters: affinities and hierarchies against brute force, and clusters that are known."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from flax_hmog import AnalyticHMoG, fit_em, infer
+from flax_hmog.analysis import component_affinity, information_hierarchy, merge_clusters, merge_components
+
+METHODS = ("cut", "information")
+
+
+def log_responsibilities(count=40, components=5, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.log(rng.dirichlet(np.full(components, 0.3), size=count))
+
+
+def information(table):
+    table = table / table.sum()
+    marginal = table.sum(axis=0)
+    outside = marginal[:, None] * marginal
+    return np.sum(table * np.log(np.where(table > 0, table / outside, 1)))
+
+
+def pairs_of(labels):
+    return {pair for pair in itertools.combinations(range(len(labels)), 2) if labels[pair[0]] == labels[pair[1]]}
+
+
+def test_affinity_is_that_of_the_first_two_choices():
+    rows = log_responsibilities()
+    want = np.zeros((5, 5))
+    for row in np.exp(rows):
+        first, second = np.argsort(-row)[:2]
+        share = np.zeros(5)
+        share[[first, second]] = row[[first, second]] ** 0.5
+        want += np.outer(share, share)
+    np.testing.assert_allclose(component_affinity(rows, temperature=2.0), want, rtol=1e-12)
+    np.testing.assert_allclose(component_affinity(rows.reshape(5, 8, 5), temperature=2.0), want, rtol=1e-12)
+
+
+def test_affinity_of_certain_responsibilities_counts_them():
+    rows = np.full((7, 3), -np.inf)
+    rows[:4, 0] = rows[4:, 2] = 0
+    np.testing.assert_array_equal(component_affinity(rows), np.diag([4.0, 0, 3]))
+    np.testing.assert_array_equal(component_affinity(np.zeros((4, 1))), [[4.0]])
+
+
+def test_information_hierarchy_takes_the_best_pair_every_time():
+    table = component_affinity(log_responsibilities(200, 7))
+    linkage = information_hierarchy(table)
+    whole, members = information(table), [[k] for k in range(7)]
+
+    def merged(groups):
+        share = np.array([[float(k in group) for k in range(7)] for group in groups])
+        return share @ table @ share.T
+
+    for step in range(6):
+        options = [
+            [*(g for k, g in enumerate(members) if k not in pair), members[pair[0]] + members[pair[1]]]
+            for pair in itertools.combinations(range(len(members)), 2)
+        ]
+        members = max(options, key=lambda groups: information(merged(groups)))
+        labels = merge_clusters(linkage, len(members))
+        assert {frozenset(group) for group in members} == {
+            frozenset(np.flatnonzero(labels == label)) for label in np.unique(labels)
+        }
+        np.testing.assert_allclose(linkage[step, 2], whole - information(merged(members)), atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n_clusters", [1, 2, 3, 5])
+def test_every_number_of_clusters_can_be_had(method, n_clusters):
+    labels = merge_components(log_responsibilities(), n_clusters, method=method)
+    assert labels.shape == (5,)
+    np.testing.assert_array_equal(np.unique(labels), np.arange(n_clusters))
+    _, first = np.unique(labels, return_index=True)
+    assert np.all(np.diff(first) > 0)  # numbered in the order of their first components
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_clusters_do_not_depend_on_the_order_of_components(method):
+    rows = log_responsibilities(300, 8, seed=3)
+    order = np.random.default_rng(0).permutation(8)
+    labels, shuffled = (merge_components(r, 3, method=method) for r in (rows, rows[:, order]))
+    assert pairs_of(labels[order]) == pairs_of(shuffled)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_clusters_that_are_not_gaussian_are_put_together(method):
+    """Three rings of samples, each covered by several components of one mixture."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(3, size=1500)
+    angle = rng.uniform(0, 2 * np.pi, 1500)
+    centers = np.array([[0.0, 0], [9, 0], [0, 9]])
+    ring = centers[truth] + 3 * np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.3 * rng.standard_normal((1500, 2))
+    x = np.concatenate([ring, 0.1 * rng.standard_normal((1500, 3))], axis=1).astype(np.float32)
+    for steps in (3, 100):  # neither early nor late
+        natural = fit_em(AnalyticHMoG(2, 24), x, jax.random.key(0), max_steps=steps).natural
+        rows = np.asarray(infer(natural, x).log_responsibilities)
+        clusters = merge_components(rows, 3, method=method)[rows.argmax(axis=1)]
+        together = np.zeros((3, 3), int)
+        np.add.at(together, (clusters, truth), 1)
+        assert together.max(axis=1).sum() > 0.98 * 1500
+
+
+def test_a_component_without_samples_ends_somewhere():
+    rows = np.concatenate([log_responsibilities(50, 4), np.full((50, 1), -np.inf)], axis=1)
+    for method in METHODS:
+        labels = merge_components(rows, 3, method=method)
+        np.testing.assert_array_equal(np.unique(labels), np.arange(3))
