@@ -15,7 +15,7 @@ import flax_hmog.training
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md"))]
-LONG = {"choosing.md", "derivations.md", "sharp_bits.md", "model.md", "performance.md", "training.md"}
+LONG = {"choosing.md", "encoders.md", "derivations.md", "sharp_bits.md", "model.md", "performance.md", "training.md"}
 
 
 def pages_with_code():

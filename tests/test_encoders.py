@@ -295,7 +295,7 @@ def test_the_likelihood_of_features_collapses_an_encoder_and_information_does_no
     kept, safe_output = train(safe)
     assert collapsed < 0.05 < 0.3 < kept
     assert -float(negative_mutual_information(output)) < 0.1 * np.log(K)
-    assert -float(negative_mutual_information(safe_output)) > 0.9 * np.log(K)
+    assert -float(negative_mutual_information(safe_output)) > 0.5 * np.log(K)  # from a random start
 
 
 def _part(variables, name):

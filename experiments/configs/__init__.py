@@ -3,6 +3,7 @@
 from experiments.configs import (
     cifar10,
     digits,
+    digits_encoder,
     fashion_mnist,
     fashion_mnist_encoder,
     file,
@@ -18,7 +19,7 @@ from experiments.configs import (
 EXPERIMENTS = {
     module.__name__.rsplit(".", 1)[1]: module.CONFIG
     for module in (
-        *(digits, synthetic, mnist, mnist_encoder, fashion_mnist, fashion_mnist_encoder, cifar10),
+        *(digits, digits_encoder, synthetic, mnist, mnist_encoder, fashion_mnist, fashion_mnist_encoder, cifar10),
         *(usps, usps_encoder, newsgroups, scrna, file),
     )
 }

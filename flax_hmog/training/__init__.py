@@ -6,7 +6,7 @@ from flax_hmog.training.mesh import RULES, batch_sharding, global_rows, make_mes
 from flax_hmog.training.preprocessing import Affine, Log1p, Preprocessing, SelectColumns, SizeFactor, Whiten
 from flax_hmog.training.restoring import Restored, restore, restore_like
 from flax_hmog.training.serving import export
-from flax_hmog.training.steps import create_state, make_train_step
+from flax_hmog.training.steps import TrainState, create_state, make_train_step
 
 __all__ = [
     "RULES",
@@ -18,6 +18,7 @@ __all__ = [
     "Restored",
     "SelectColumns",
     "SizeFactor",
+    "TrainState",
     "Whiten",
     "batch_sharding",
     "create_state",
