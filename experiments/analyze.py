@@ -218,7 +218,8 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
         "Results",
         "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "
         "Log-densities are in nats per sample and exact for every method, since each two-stage baseline is itself a "
-        "model of this family; k-means has none. Labels are used for these scores only.",
+        "model of this family; k-means has none. Those of rounds with an encoder are of its features, and compare with "
+        "no other. Labels are used for these scores only.",
         tables=[Table(rows, "Held-out log-density and agreement with the labels")],
     )
     yield objective_section(run, seed)

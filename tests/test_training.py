@@ -69,15 +69,55 @@ def test_the_step_compiles_once(x):
     assert losses[4] < losses[1]
 
 
+# an encoder with running averages and a head with EM in the network, on 1, 8 and 4 x 2 devices
+COLLECTIONS_RUN = """
+import json, jax, optax, numpy as np, flax.linen as nn
+from flax_hmog import AnalyticHMoG
+from flax_hmog.encoders import MLP, Clusterer
+from flax_hmog.objectives import negative_joint_information
+from flax_hmog.training import create_state, global_rows, make_mesh, make_train_step
+rows = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
+module = Clusterer(MLP(4, (8,), "batch"), AnalyticHMoG(2, 3))
+variables = nn.unbox(jax.jit(module.init)(jax.random.key(0), rows))
+
+def loss(variables, x, extra):
+    output, collections = module.apply(variables, x, train=True, mutable=["batch_stats", "em"])
+    return negative_joint_information(output, output), collections
+
+for devices, model in ((1, 1), (8, 1), (8, 2)):
+    mesh = make_mesh(model=model, devices=jax.devices()[:devices])
+    x = global_rows(mesh, rows.shape, lambda share: rows[share])
+    state = create_state(module, variables, optax.sgd(0.1), x, mesh)
+    step = make_train_step(loss, state, mesh)
+    for _ in range(3):
+        state, value = step(state, x)
+    sums = [float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(state.variables)]
+    print(json.dumps([sorted(state.variables), [float(value), *sums]]))
+"""
+
+
+def run_on_devices(script):
+    """What a script prints line by line, on eight forced devices."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_collections_are_those_of_the_whole_batch_on_any_mesh():
+    """Averages and EM's statistics are of all rows, wherever these lie, and part of the state."""
+    results = run_on_devices(COLLECTIONS_RUN)
+    assert [names for names, _ in results] == [["batch_stats", "em", "params"]] * 3
+    for _, values in results[1:]:
+        np.testing.assert_allclose(values, results[0][1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_results_agree_on_any_mesh():
     """EM and gradient steps on 1, 2, 4, 8 and 4 x 2 devices; in the last, leaves are split over the second axis."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-c", SHARDED_RUN], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    results = [json.loads(line) for line in run.stdout.splitlines()]
+    results = run_on_devices(SHARDED_RUN)
     leaves = ["bias", "loadings", "logits", "means", "noise", "precisions"]
     assert [split for split, _ in results] == [[], [], [], [], leaves]
     for _, values in results[1:]:
