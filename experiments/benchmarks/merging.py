@@ -70,12 +70,12 @@ def main(paths: tuple[Path, ...] = (), seeds: int = 3, steps: tuple[int, ...] = 
 
 
 def fits(x: np.ndarray, seed: int, steps: tuple[int, ...]) -> Iterator[tuple[int, Natural]]:
-    """Models after so many steps of EM."""
+    """Models after so many steps of EM; the last one where it has converged before."""
     found: dict[int, Natural] = {}
 
     def on_step(state: EMState) -> None:
-        if state.natural is not None and len(state.history) - 1 in steps:
-            found[len(state.history) - 1] = state.natural
+        if state.natural is not None:
+            found.update({step: state.natural for step in steps if step >= len(state.history) - 1})
 
     head = AnalyticHMoG(*SIZES.get(x.shape[1], LARGE))
     counts = PseudoCounts(noise=max(1.0, NOISE_SHARE * len(x)))

@@ -1,7 +1,7 @@
 """Fashion-MNIST with an encoder: the recipe of mnist_encoder, with augmentation that keeps what clothes are.
 
 Command: `python -m experiments.train fashion_mnist_encoder`; with the files in a folder `--data.downloads FOLDER`.
-Data, linear model: as in the experiment fashion_mnist. Images are shifted and scaled a little, and mirrored.
+Data: as in the experiment fashion_mnist, as is the linear model. Images are shifted and scaled a little, and mirrored.
 Expected on the test split: docs/results.md.
 """
 

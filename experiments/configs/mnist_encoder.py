@@ -1,7 +1,7 @@
 """MNIST with an encoder: clusters of a linear HMoG, learnt and improved by a small convolutional network with a head.
 
 Command: `python -m experiments.train mnist_encoder`; with the files in a folder `--data.downloads FOLDER`.
-Data, linear model: as in the experiment mnist. Images are shifted, rotated and scaled at random.
+Data: as in the experiment mnist, as is the linear model. Images are shifted, rotated and scaled at random.
 Expected on the test split: docs/results.md.
 """
 

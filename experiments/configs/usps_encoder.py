@@ -1,7 +1,7 @@
 """USPS digits with an encoder: the recipe of mnist_encoder on few images, with more epochs.
 
 Command: `python -m experiments.train usps_encoder --data.path usps_9298.npz`.
-Data, linear model: as in the experiment usps. Images are shifted, rotated and scaled at random.
+Data: as in the experiment usps, as is the linear model. Images are shifted, rotated and scaled at random.
 Expected on the test split: docs/results.md.
 """
 
