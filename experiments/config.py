@@ -105,7 +105,7 @@ class Rounds:
     """Number of rounds."""
     first_clusters: int | None = 40
     """Clusters of the first round, where there are several: more than in the end, so that features still tell apart
-    what the first clusters have put together. None: as in the end."""
+    what the first clusters have put together; at most the components of EM. None: as in the end."""
     start: Literal["inputs", "features", "nothing"] = "inputs"
     """What the clusters of the first round are of: the inputs, the features of the untrained encoder, or none at all.
     Later rounds take those of the learnt features."""
@@ -113,8 +113,10 @@ class Rounds:
     """Components of EM on features, before they are merged to `model.n_clusters`."""
     merge: Merge = "information"
     """How they are merged."""
+    fresh: bool = True
+    """Whether every round starts with an untrained encoder, or goes on with that of the round before."""
     distil_epochs: int = 2
-    """Epochs of the first round in which the clusters of EM are learnt, and nothing else."""
+    """Epochs in which an untrained encoder learns the clusters of EM, and nothing else."""
     mixed_epochs: int = 1
     """Epochs of every round in which they count half, and information half; after these information alone counts."""
     information_weight: float = 1.0
@@ -325,8 +327,9 @@ class Experiment:
 
     def round_clusters(self, number: int) -> int:
         """Number of clusters in a round, counted from 1; 0 stands for training without rounds."""
-        is_first = number == 1 and self.rounds.count > 1
-        return (self.rounds.first_clusters if is_first else None) or self.n_clusters
+        if number != 1 or self.rounds.count == 1 or self.rounds.first_clusters is None:
+            return self.n_clusters
+        return min(self.rounds.first_clusters, self.model.n_components)
 
     @property
     def analytic(self) -> AnalyticHMoG:

@@ -22,7 +22,6 @@ from flax_hmog import (
     PseudoCounts,
     fit_em,
     infer,
-    moments_to_natural,
     natural_to_moments,
     warm_start,
 )
@@ -30,7 +29,7 @@ from flax_hmog.em import compute_factors
 from flax_hmog.objectives import merge_output
 from flax_hmog.stepwise import stepwise_start
 from flax_hmog.training import restore, restore_like
-from flax_hmog.training.restoring import restored_variables, saved_steps
+from flax_hmog.training.restoring import saved_steps
 
 INIT_ROWS = 1024  # that the running averages of an untrained encoder are taken from
 MAX_STEPS, TOLERANCE = 30, 1e-2  # of EM on features
@@ -38,7 +37,7 @@ FEATURE_PSEUDO_SAMPLES = 10.0  # of each component; features of one cluster are 
 
 
 class RoundStage:
-    """Clusters of the inputs or of the learnt features, merged, and a head with a component for each of them."""
+    """Clusters of the inputs or of learnt features by EM and a merge, and encoder and head to learn them."""
 
     def __init__(self, run: Run, seed: int, name: str, number: int, inputs: Inputs) -> None:
         self.run, self.inputs, self.number = run, inputs, number
@@ -60,46 +59,61 @@ class RoundStage:
         if not saved_steps(folder):
             self._make(linear, previous)
         restored = restore(folder, allow_import=True)
-        variables = restored_variables(restored)
-        moments = restored.variables["em"]["moments"]
-        encoder_variables = split_module(variables)[0]
-        head_variables, _ = warm_start(self.model.head, moments_to_natural(moments))
+        factors = compute_factors(restored.head.apply(restored.variables, method="natural"))
+        teacher = Teacher(restored.encoder_variables or {}, factors, jnp.asarray(restored.progress["clusters"]))
+        started = restore_like(self._abstract_start(), restored.state, "the start of a round")
+        head_variables, _ = warm_start(self.model.head, started["head"])
         return Start(
-            join_module(encoder_variables, head_variables),
-            teacher=self._teacher(restored, encoder_variables),
-            distil_epochs=self.config.rounds.distil_epochs if self.number == 1 else 0,
+            join_module(started["encoder"], head_variables),
+            teacher=jax.tree.map(np.asarray, teacher),
+            distil_epochs=self.config.rounds.distil_epochs if self._is_fresh else 0,
         )
 
+    @property
+    def _is_fresh(self) -> bool:
+        """Whether the encoder starts untrained."""
+        return self.number == 1 or self.config.rounds.fresh
+
     def _make(self, linear: LinearFit, previous: dict[str, Any] | None) -> None:
-        x, weights = self.inputs.rows(self.inputs.dataset.train, self.config.em.rows, self.stage.seed)
-        encoder = self.model.encoder
-        encoder_variables = self._init_encoder() if previous is None else split_module(previous)[0]
-        learnt = features(encoder, encoder_variables, x)
-        of_inputs = previous is None and self.config.rounds.start == "inputs"
-        if of_inputs:
-            mixture, rows, method = linear.natural, x, self.config.model.merge
+        """The clusters, of the inputs or of what an encoder makes of them, and the start for them."""
+        config, encoder = self.config, self.model.encoder
+        x, weights = self.inputs.rows(self.inputs.dataset.train, config.em.rows, self.stage.seed)
+        own = self._init_encoder() if previous is None or self._is_fresh else split_module(previous)[0]
+        if previous is None and config.rounds.start == "inputs":
+            before, before_variables, head, method = None, {}, config.analytic, config.model.merge
+            rows, mixture = x, linear.natural
         else:
-            n_components = max(self.config.rounds.n_components, self.n_clusters)
-            mixture = self._fit(self.config.feature_head(n_components), learnt, weights)
-            rows, method = learnt, self.config.rounds.merge
+            before, method = encoder, config.rounds.merge
+            before_variables = own if previous is None else split_module(previous)[0]
+            head = config.feature_head(max(config.rounds.n_components, self.n_clusters))
+            rows = features(encoder, before_variables, x)
+            mixture = self._fit(head, rows, weights)
         clusters = merged_clusters(mixture, rows, weights, self.n_clusters, method)
         clusters = np.arange(self.n_clusters) if clusters is None else clusters
         assigned = merge_output(infer(mixture, rows), clusters, self.n_clusters).log_responsibilities
         labels = jnp.argmax(assigned, axis=-1).astype(jnp.int32)
-        head = self.config.feature_head(self.n_clusters)
-        natural = self._fit(head, learnt, weights, labels)
-        test = features(encoder, encoder_variables, self.inputs.test_rows[0])
-        metrics = evaluate(infer(natural, test), self.inputs)
+        started = self._fit(config.feature_head(self.n_clusters), features(encoder, own, x), weights, labels)
+        test = infer(mixture, features(before, before_variables, self.inputs.test_rows[0]))
+        metrics = evaluate(test, self.inputs, clusters)
         self.run.log.write(self.stage, 1, **metrics)
-        variables = {name: {"encoder": tree} for name, tree in encoder_variables.items()}
-        with self.run.writer(self.stage, head, encoder, self.inputs) as writer:
+        variables: dict[str, Any] = {"em": stepwise_start(natural_to_moments(mixture))}
+        with self.run.writer(self.stage, head, before, self.inputs) as writer:
             writer.save(
                 1,
-                variables | {"em": {"head": stepwise_start(natural_to_moments(natural))}},
-                state={"mixture": mixture, "clusters": clusters},
-                progress={"done": True, "of_inputs": of_inputs, "n_components": clusters.size},
+                variables if before is None else join_module(before_variables, variables),
+                state={"encoder": own, "head": started},
+                progress={"done": True, "clusters": clusters.tolist()},
                 history=[metrics],
             )
+
+    def _abstract_start(self) -> dict[str, Any]:
+        """Encoder and head that the round starts from, without values."""
+        local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        x = jax.ShapeDtypeStruct((1, self.inputs.obs_dim), jnp.float32)
+        encoder = nn.unbox(jax.eval_shape(self.model.encoder.init, self.key, x))
+        head = self.config.feature_head(self.n_clusters)
+        natural, _, _ = abstract_fit(head, self.config, self.config.encoder.features, local)
+        return {"encoder": encoder, "head": natural}
 
     def _untrained(self) -> dict[str, Any]:
         """Variables of encoder and head before any training."""
@@ -128,15 +142,3 @@ class RoundStage:
             max_steps=MAX_STEPS,
             tolerance=TOLERANCE,
         ).natural
-
-    def _teacher(self, restored: Any, encoder_variables: dict[str, Any]) -> Teacher:
-        of_inputs = restored.progress["of_inputs"]
-        head = self.config.analytic if of_inputs else self.config.feature_head(restored.progress["n_components"])
-        obs_dim = self.inputs.obs_dim if of_inputs else self.config.encoder.features
-        local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        natural, _, _ = abstract_fit(head, self.config, obs_dim, local)
-        clusters = jax.ShapeDtypeStruct((head.n_components,), jnp.int32, sharding=local)
-        state = restore_like({"mixture": natural, "clusters": clusters}, restored.state, "the clusters of a round")
-        factors = compute_factors(state["mixture"])
-        teacher = Teacher({} if of_inputs else encoder_variables, factors, state["clusters"])
-        return jax.tree.map(np.asarray, teacher)
