@@ -74,6 +74,9 @@ class Model:
     lat_rep: Kind = "full"
     """Kind of the differences between component precisions of the symmetric head."""
 
+    def __post_init__(self) -> None:
+        _check_counts(self, "n_clusters")
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
@@ -133,7 +136,9 @@ class Rounds:
 
     def __post_init__(self) -> None:
         _check_counts(self, "count", "first_clusters", "n_components")
-        names = "distil_epochs", "mixed_epochs", "likelihood_weight", "adversarial_radius", "reconstruction_weight"
+        names = [
+            field.name for field in dataclasses.fields(self) if field.name.endswith(("epochs", "weight", "radius"))
+        ]
         for name in names:
             if getattr(self, name) < 0:
                 raise ValueError(f"Rounds: `{name}` must be at least 0; got {getattr(self, name)}. Raise it.")
@@ -313,6 +318,16 @@ class Experiment:
                 f"Experiment: `model.n_clusters` must be at most the {self.model.n_components} components; got "
                 f"{self.model.n_clusters}. Raise --model.n-components."
             )
+        if self.has_encoder and self.rounds.distil_epochs + self.rounds.mixed_epochs >= self.gradient.epochs:
+            raise ValueError(
+                "Experiment: `gradient.epochs` must be above rounds.distil_epochs + rounds.mixed_epochs, "
+                f"{self.rounds.distil_epochs + self.rounds.mixed_epochs}; got {self.gradient.epochs}. Raise it."
+            )
+        if self.has_encoder and self.encoder.lat_dim > self.encoder.features:
+            raise ValueError(
+                f"Experiment: `encoder.lat_dim` must be at most the {self.encoder.features} features; got "
+                f"{self.encoder.lat_dim}. Lower it."
+            )
         self.analytic, [self.trainable(name, self.n_clusters) for name in self.heads]
 
     @property
@@ -347,7 +362,7 @@ class Experiment:
         every: dict[str, Any] = {
             "differentiable": DifferentiableHMoG(*sizes, obs_rep=m.obs_rep, pst_rep=m.pst_rep),
             "symmetric": SymmetricHMoG(*sizes, obs_rep=m.obs_rep, lat_rep=m.lat_rep),
-            "analytic": AnalyticHMoG(*sizes, obs_rep=m.obs_rep, min_rate=0.01),
+            "analytic": AnalyticHMoG(*sizes, obs_rep=m.obs_rep, step_delay=100.0, min_rate=0.01),
         }
         return every[name]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from flax_hmog.rows import map_rows, row_shards
 from flax_hmog.training.describe import rebuild_module
 
 FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained
-SETTLING_PASSES = 100  # over the same rows, after which running averages are those of the rows
+SETTLING_PASSES = 500  # over the same rows, after which averages with flax's momentum of .99 are those of the rows
 OURS: dict[str, Any] = {"mlp": MLP, "conv": ConvNet, "autoencoder": Autoencoder}
 
 
@@ -75,8 +76,12 @@ def features(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array
     """The head's inputs, by blocks of rows."""
     if encoder is None:
         return x
-    shards = row_shards(x)
-    return jax.jit(lambda variables, x: map_rows(encoder.apply, variables, x, FEATURE_ROWS, shards))(variables, x)
+    return _features(encoder, variables, x, row_shards(x))
+
+
+@functools.partial(jax.jit, static_argnames=("encoder", "shards"))
+def _features(encoder: Any, variables: dict[str, Any], x: jax.Array, shards: Any) -> jax.Array:
+    return map_rows(encoder.apply, variables, x, FEATURE_ROWS, shards)
 
 
 def split_module(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

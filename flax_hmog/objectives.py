@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.checks import check_positive
+from flax_hmog.checks import check_positive, check_shape, is_concrete
 from flax_hmog.conversions import natural_to_moments, with_prior
 from flax_hmog.coordinates import Natural
 from flax_hmog.covariances import Array, einsum, matmul
@@ -235,8 +235,17 @@ def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput
 
     Returns:
         The output with log-responsibilities (..., n_clusters); gradients flow to all components.
+
+    Raises:
+        ValueError: unless there is one label for each component, below `n_clusters`.
     """
     labels = jnp.asarray(labels)
+    check_shape("merge_output", "labels", labels, output.log_responsibilities.shape[-1:])
+    if is_concrete(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < n_clusters):
+        raise ValueError(
+            f"merge_output: `labels` must be integers from 0 to {n_clusters - 1}; got {int(labels.min())} to "
+            f"{int(labels.max())}. Give the number of clusters that the labels have."
+        )
     rows = jnp.moveaxis(output.log_responsibilities, -1, 0)  # (K, ...)
     # the log of a sum of exponentials within each cluster, relative to its largest term
     top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
@@ -275,9 +284,11 @@ def _rows(output: HMoGOutput) -> Array:
 
 def _unit_rows(x: Array) -> Array:
     """Each sample of x (B, ...) scaled to length 1; a sample of zeros stays."""
-    squares = jnp.sum(jnp.square(x.reshape(x.shape[0], -1)), axis=-1)
-    length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    return x / length.reshape(-1, *(1,) * (x.ndim - 1))
+    rows = x.reshape(x.shape[0], -1)
+    largest = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)  # whose square may be below the smallest float
+    rows = rows / jnp.where(largest > 0, largest, 1)
+    length = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True))
+    return (rows / jnp.where(length > 0, length, 1)).reshape(x.shape)
 
 
 def _sum_x_log_x(p: Array) -> Array:

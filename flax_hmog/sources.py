@@ -217,11 +217,13 @@ def check_labels(caller: str, labels: Any, shape: tuple[int, ...], n_components:
     if labels is None:
         return None
     check_shape(caller, "labels", labels, shape)
-    values = np.asarray(labels)
-    if values.dtype.kind not in "iu" or values.min() < -1 or values.max() >= n_components:
+    values = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    # on the devices, since the rows may be spread over processes, all of which must raise
+    least, largest = values.min().item(), values.max().item()
+    if values.dtype.kind not in "iu" or least < -1 or largest >= n_components:
         raise ValueError(
             f"{caller}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {values.dtype} from "
-            f"{values.min()} to {values.max()}. Number the known components from 0."
+            f"{least} to {largest}. Number the known components from 0."
         )
     return jnp.asarray(values, jnp.int32)
 

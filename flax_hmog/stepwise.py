@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_hmog.checks import check_observations
 from flax_hmog.conversions import moments_to_natural
 from flax_hmog.coordinates import Mean, Moments, outer
 from flax_hmog.covariances import Array, PositiveDefinite, Rep, matmul
@@ -55,9 +56,10 @@ def first_moments(
         `Moments`.
     """
     moments = random_moments(key, obs_dim, lat_dim, n_components, obs_rep, dtype)
-    if x is None or math.prod(x.shape[:-1]) < 2:
+    if x is None or math.prod(jnp.shape(x)[:-1]) < 2:
         return moments
-    rows = jax.lax.stop_gradient(x).reshape(-1, obs_dim).astype(dtype)
+    x = check_observations("AnalyticHMoG", x, obs_dim, dtype)
+    rows = jax.lax.stop_gradient(x).reshape(-1, obs_dim)
     center = jnp.mean(rows, axis=0)
     variances = jnp.mean(jnp.square(rows - center[None]), axis=0)
     average = jnp.mean(variances)

@@ -211,7 +211,12 @@ def test_an_encoder_of_other_features_is_named(tmp_path):
             {
                 "encoder": Encoder("autoencoder", 6, lat_dim=3),
                 "rounds": Rounds(
-                    count=1, start="nothing", reconstruction_weight=1.0, adversarial_radius=0.1, n_components=10
+                    count=1,
+                    start="nothing",
+                    distil_epochs=0,
+                    reconstruction_weight=1.0,
+                    adversarial_radius=0.1,
+                    n_components=10,
                 ),
                 "augmentation": Augmentation(),
             },
@@ -340,6 +345,12 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
         (["digits", "--heads", "analytic"], "`heads` may hold analytic only with an encoder"),
         (["digits", "--model.n-clusters", "11"], "`model.n_clusters` must be at most the 10 components; got 11"),
         (["digits", "--rounds.reconstruction-weight", "1"], "must be 0 without an encoder that can decode"),
+        (
+            ["digits", "--encoder.name", "mlp", "--encoder.features", "8"],
+            "`encoder.lat_dim` must be at most the 8 features",
+        ),
+        (["digits", "--encoder.name", "mlp", "--gradient.epochs", "3"], "`gradient.epochs` must be above"),
+        (["digits", "--model.n-clusters", "0"], "Model: `n_clusters` must be at least 1; got 0"),
         (["file"], "`data.path` must name a file"),
         (["synthetic", "--augmentation.shift", "2"], "`augmentation` must be of images"),
         (["digits", "--gradient.batch-size", "2048"], "`gradient.batch_size` must be at most the 1437 training rows"),

@@ -103,6 +103,9 @@ def test_the_adversarial_direction_is_that_of_largest_change():
     got = virtual_adversarial(model, x, jax.random.key(0), radius=radius)
     ends = [consistency(model(x), model(x.at[:, 0].add(sign * radius))) for sign in (-1, 1)]
     assert min(ends) * 0.5 < got < max(ends) * 1.5
+    certain = lambda x: output(jax.nn.softmax(jnp.stack([20 * x[:, 0], -20 * x[:, 0]], axis=1)))  # noqa: E731
+    far = x.at[:, 0].set(1.0)  # whose gradients are below the smallest float when squared
+    assert virtual_adversarial(certain, far, jax.random.key(0), radius=2.0) > 10
     random = jax.random.normal(jax.random.key(1), x.shape)
     random = radius * random / jnp.linalg.norm(random, axis=1, keepdims=True)
     assert got > 5 * consistency(model(x), model(x + random))
@@ -129,6 +132,8 @@ def test_merged_output_sums_responsibilities(random_output):
     want = np.stack([p[..., 1] + p[..., 3], p[..., 0] + p[..., 2]], axis=-1)
     np.testing.assert_allclose(np.exp(merged.log_responsibilities), want, rtol=1e-5)
     np.testing.assert_array_equal(merged.log_density, out.log_density)
+    with pytest.raises(ValueError, match="`labels` must be integers from 0 to 1; got 0 to 2"):
+        merge_output(out, [0, 1, 2, 0], 2)
     # components far below the rest, or impossible, do no harm
     extreme = HMoGOutput(jnp.zeros(1), jnp.array([[0.0, -500.0, -600.0]]), jnp.zeros((1, 1)))
     np.testing.assert_allclose(merge_output(extreme, [0, 1, 1], 2).log_responsibilities, [[0, -500]])

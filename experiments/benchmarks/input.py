@@ -51,7 +51,7 @@ def main(batch_size: int = 1024, steps: int = 40) -> None:
             data = Data("file", path=str(path), scale="range", test_share=0.01)
             # with an encoder, a head of ten clusters on its features
             model = Model(8, 10) if "encoder" in options else Model(50, 200)
-            gradient = Gradient(epochs=1, batch_size=batch_size)
+            gradient = Gradient(epochs=4, batch_size=batch_size)
             config = Experiment("", data=data, model=model, gradient=gradient, **options)
             table.add_row(name, *(f"{1e3 * seconds:.2f}" for seconds in measure(config, steps)))
     console = Console()

@@ -75,7 +75,7 @@ def fits(x: np.ndarray, seed: int, steps: tuple[int, ...]) -> Iterator[tuple[int
 
     def on_step(state: EMState) -> None:
         if state.natural is not None:
-            found.update({step: state.natural for step in steps if step >= len(state.history) - 1})
+            found.update({step: state.natural for step in steps if step >= len(state.history)})
 
     head = AnalyticHMoG(*SIZES.get(x.shape[1], LARGE))
     counts = PseudoCounts(noise=max(1.0, NOISE_SHARE * len(x)))

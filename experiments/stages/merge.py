@@ -28,5 +28,5 @@ def merged_clusters(
     if n_clusters in (None, natural.posterior_location.shape[0]):
         return None
     step = -(-x.shape[0] // MERGED_ROWS)
-    rows = to_host(infer(natural, x).log_responsibilities[::step])
+    rows = to_host(infer(natural, x[::step]).log_responsibilities)
     return merge_components(rows[to_host(weights[::step]) > 0], n_clusters, method=method)

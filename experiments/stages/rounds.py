@@ -33,6 +33,7 @@ from flax_hmog.training.restoring import saved_steps
 
 INIT_ROWS = 1024  # that the running averages of an untrained encoder are taken from
 MAX_STEPS, TOLERANCE = 30, 1e-2  # of EM on features
+NOISE_SHARE = 0.01  # pseudo-samples of the noise, per row
 FEATURE_PSEUDO_SAMPLES = 10.0  # of each component; features of one cluster are nearly alike
 
 
@@ -77,6 +78,7 @@ class RoundStage:
     def _make(self, linear: LinearFit, previous: dict[str, Any] | None) -> None:
         """The clusters, of the inputs or of what an encoder makes of them, and the start for them."""
         config, encoder = self.config, self.model.encoder
+        self.run.log.begin(self.stage, f"seed {self.stage.seed}: clusters of round {self.number}", 1, 0)
         x, weights = self.inputs.rows(self.inputs.dataset.train, config.em.rows, self.stage.seed)
         own = self._init_encoder() if previous is None or self._is_fresh else split_module(previous)[0]
         if previous is None and config.rounds.start == "inputs":
@@ -130,7 +132,7 @@ class RoundStage:
         return jnp.asarray(self.inputs.read(train, np.arange(min(INIT_ROWS, len(train)))))
 
     def _fit(self, head: AnalyticHMoG, x: jax.Array, weights: jax.Array, labels: jax.Array | None = None) -> Natural:
-        counts = PseudoCounts(components=FEATURE_PSEUDO_SAMPLES, noise=max(1.0, 0.01 * x.shape[0]))
+        counts = PseudoCounts(components=FEATURE_PSEUDO_SAMPLES, noise=max(1.0, NOISE_SHARE * float(jnp.sum(weights))))
         key = jax.random.fold_in(self.key, 1)
         return fit_em(
             head,
