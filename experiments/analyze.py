@@ -96,13 +96,19 @@ def main(folder: Path, /, allow_import: bool = False) -> None:
     for name in run.unfinished:
         console.print(f"not finished, and left out: {name}")
     rows = table_rows(run.scores)
-    model = run.config["model"]
+    model, encoder = run.config["model"], run.config["encoder"]
+    merged = f", merged to {model['n_clusters']} clusters" if model["n_clusters"] else ""
+    before = (
+        ""
+        if encoder["name"] == "none"
+        else f"; encoder {encoder['name']}, head of latent dimension {encoder['lat_dim']}"
+    )
     page = write_report(
         folder / "report.html",
         f"{run.dataset.title}, clustered by hierarchical mixtures of Gaussians",
         list(sections(run, rows)),
         summary=f"Seeds: {len(run.scores['em'])}; latent dimension {model['lat_dim']}, "
-        f"{model['n_components']} clusters, {model['obs_rep']} noise covariance.",
+        f"{model['n_components']} components{merged}, {model['obs_rep']} noise covariance{before}.",
     )
     result = {
         "scores": run.scores,
@@ -251,11 +257,15 @@ def objective_section(run: Run, seed: int) -> Section:
         pictures.append(
             Picture(
                 plot_objective(heads, step_name="epoch", quantity="test log-density (nats per sample)",
-                               title="Fine-tuning"),
-                f"Held-out log-density while the heads are fine-tuned, seed {seed}; epoch 0 is the warm start",
+                               title="Training of heads"),
+                f"Held-out log-density while heads are trained, seed {seed}; epoch 0 is the start. "
+                "On an encoder it is that of its features",
                 "Curves of the held-out log-density over epochs for each head")
         )  # fmt: skip
-    text = "Exact EM never decreases its penalised log-likelihood. The heads start from its solution."
+    text = (
+        "Exact EM never decreases its penalised log-likelihood. Heads start from its solution or, on an encoder, from "
+    )
+    text += "clusters that it has found."
     return Section("Fit", text, pictures=pictures)
 
 
@@ -313,7 +323,7 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
 
 def summary_table(rows: list[dict[str, Any]]) -> Table:
     """The clusters, or the largest of very many."""
-    caption = "Clusters on the test split"
+    caption = "Components on the test split"
     if len(rows) <= MAX_ROWS:
         return Table(rows, caption)
     largest = sorted(rows, key=lambda row: -row["weight"])[:MAX_ROWS]

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 
 from experiments.config import Experiment
-from flax_hmog.encoders import MLP, Autoencoder, ConvNet, takes_train
+from flax_hmog.encoders import MLP, Autoencoder, ConvNet, train_argument
 from flax_hmog.rows import map_rows, row_shards
-from flax_hmog.training.describe import rebuild_module
+from flax_hmog.training.describe import CheckpointError, rebuild_module
 
 FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained
 SETTLING_PASSES = 500  # over the same rows, after which averages with flax's momentum of .99 are those of the rows
@@ -34,7 +34,13 @@ def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] 
         fields = {field.name for field in dataclasses.fields(OURS[options.name])}
     else:
         bare = {"class": options.name, "arguments": {"features": options.features}}
-        encoder = rebuild_module(bare, allow_import=True)
+        try:
+            encoder = rebuild_module(bare, allow_import=True)
+        except CheckpointError as error:
+            raise ValueError(
+                "make_encoder: `encoder.name` must name a linen class that can be imported and has a field `features`; "
+                f"got {options.name!r}: {error.__cause__}. Correct the path MODULE:CLASS, or the class."
+            ) from error
         fields = {field.name for field in dataclasses.fields(encoder)}
     if "image_shape" in fields and image_shape is None:
         raise ValueError(
@@ -57,16 +63,23 @@ def init_encoder(encoder: Any, key: jax.Array, x: jax.Array, n_features: int) ->
     Raises:
         ValueError: for other features.
     """
-    features, _ = jax.eval_shape(encoder.init_with_output, key, x[:1])
+    inference = train_argument(encoder, False)
+    features, _ = jax.eval_shape(lambda x: encoder.init_with_output(key, x, **inference), x[:1])
     if features.shape != (1, n_features):
         raise ValueError(
             f"init_encoder: the encoder must map inputs (B, {x.shape[1]}) to features (B, {n_features}); got features "
             f"{features.shape} for one input. Flatten its output."
         )
-    variables = dict(jax.jit(encoder.init)(key, x[:1]))
+    variables = dict(jax.jit(lambda x: encoder.init(key, x, **inference))(x[:1]))
     averages = [name for name in variables if name != "params"]
-    if averages and takes_train(encoder):
-        settle = jax.jit(lambda variables, x: encoder.apply(variables, x, train=True, mutable=averages)[1])
+    training = train_argument(encoder, True)
+    if averages and training:
+
+        @jax.jit
+        def settle(variables: dict[str, Any], x: jax.Array) -> dict[str, Any]:
+            """The averages after another pass."""
+            return encoder.apply(variables, x, **training, mutable=averages, rngs={"dropout": key})[1]
+
         for _ in range(SETTLING_PASSES):
             variables |= settle(variables, x)
     return variables
@@ -81,7 +94,12 @@ def features(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array
 
 @functools.partial(jax.jit, static_argnames=("encoder", "shards"))
 def _features(encoder: Any, variables: dict[str, Any], x: jax.Array, shards: Any) -> jax.Array:
-    return map_rows(encoder.apply, variables, x, FEATURE_ROWS, shards)
+    return map_rows(functools.partial(apply_encoder, encoder), variables, x, FEATURE_ROWS, shards)
+
+
+def apply_encoder(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array:
+    """Features of rows, as after training."""
+    return encoder.apply(variables, x, **train_argument(encoder, False))
 
 
 def split_module(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from experiments.augment import distort
 from experiments.config import Experiment, HeadName
-from experiments.encoders import make_encoder
+from experiments.encoders import apply_encoder, make_encoder
 from flax_hmog import AnalyticHMoG, Natural, Regularizer, mean_log_density, moments_to_natural, penalty
 from flax_hmog.covariances import as_rep
 from flax_hmog.em import EMInfo
@@ -124,13 +124,14 @@ class Trainable:
         alone does; and consistency or reconstruction where the experiment says so.
         """
         rounds = self.config.rounds
-        first_key, second_key, adversarial_key = jax.random.split(self._key(extra), 3)
+        first_key, second_key, adversarial_key, dropout_key = jax.random.split(self._key(extra), 4)
         # pairs stand side by side, so that they stay together where rows are split over devices
         views = jnp.stack([self._view(first_key, x), self._view(second_key, x)], axis=1).reshape(-1, x.shape[-1])
         mutable = [name for name in variables if name != "params"]
 
         def apply(method: str, x: jax.Array, *, train: bool) -> Any:
-            return self.module.apply(variables, x, train=train, method=method, mutable=mutable if train else False)
+            options: dict[str, Any] = {"mutable": mutable, "rngs": {"dropout": dropout_key}} if train else {}
+            return self.module.apply(variables, x, train=train, method=method, **options)
 
         (joint, head_only), collections = apply("joint_and_head_outputs", views, train=True)
         one, twin = (jax.tree.map(lambda leaf, k=k: leaf[k::2], joint) for k in (0, 1))
@@ -156,7 +157,7 @@ class Trainable:
 
     def _taught(self, teacher: Teacher, x: jax.Array) -> jax.Array:
         """The teacher's clusters of x (B, n_clusters)."""
-        rows = self.encoder.apply(teacher.encoder_variables, x) if teacher.encoder_variables else x
+        rows = apply_encoder(self.encoder, teacher.encoder_variables, x) if teacher.encoder_variables else x
         output = merge_output(infer_rows(teacher.factors, rows), teacher.clusters, self.n_clusters)
         return jnp.exp(output.log_responsibilities)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -47,14 +48,14 @@ def print_plan(config: Experiment, mesh: Mesh, console: Console) -> None:
         compiled = _compile_gradient(model, state, mesh, obs_dim)
         reps = {"differentiable": config.model.pst_rep, "symmetric": config.model.lat_rep, "analytic": "full"}
         batch = config.gradient.batch_size
-        rows = 2 * batch if config.has_encoder else batch
+        rows = 4 * batch if config.has_encoder else batch  # two views, with gradients into the encoder and without
         head_dim = config.encoder.features if config.has_encoder else obs_dim
         flops = _head_flops(model.head, head_dim, rows, reps[name]) + _encoder_flops(model, batch, obs_dim)
         steps.add_row(f"gradient, {name}", str(batch), *_costs(compiled, flops, mesh))
     console.print(steps)
     console.print(
         "FLOP: of the matrix products over rows. MB held: data, parameters and optimiser; beside it: what a step needs "
-        "while it runs, as the compiler plans it."
+        "while it runs, as the compiler plans it. With an encoder the step of the last round, after distillation."
     )
 
 
@@ -88,8 +89,9 @@ def _encoder_flops(model: Trainable, rows: int, obs_dim: int) -> float:
     if model.encoder is None:
         return 0.0
     x = jax.ShapeDtypeStruct((2 * rows, obs_dim), jnp.float32)
-    variables = jax.eval_shape(model.encoder.init, jax.random.key(0), x)
-    costs = jax.jit(model.encoder.apply).lower(variables, x).compile().cost_analysis() or {}
+    variables = jax.eval_shape(lambda x: model.module.init(jax.random.key(0), x), x)
+    features = functools.partial(model.module.apply, method="features")
+    costs = jax.jit(features).lower(variables, x).compile().cost_analysis() or {}
     return 3.0 * costs.get("flops", 0.0)
 
 

@@ -131,7 +131,7 @@ class Clusterer(nn.Module):
 
     def features(self, x: Array, *, train: bool = False) -> Array:
         """What the encoder makes of x."""
-        return self.encoder(x, train=train) if takes_train(self.encoder) else self.encoder(x)
+        return self.encoder(x, **train_argument(self.encoder, train))
 
     def joint_and_head_outputs(self, x: Array, *, train: bool = False) -> tuple[HMoGOutput, HMoGOutput]:
         """The head's output on the features of x, once with gradients into the encoder and once without.
@@ -147,12 +147,12 @@ class Clusterer(nn.Module):
         return self.encoder.decode(self.features(x, train=train))
 
     def _head_output(self, features: Array, train: bool) -> HMoGOutput:
-        return self.head(features, train=True) if train and takes_train(self.head) else self.head(features)
+        return self.head(features, **train_argument(self.head, train))
 
 
-def takes_train(module: nn.Module) -> bool:
-    """Whether a module's `__call__` has an argument `train`."""
-    return "train" in inspect.signature(type(module).__call__).parameters
+def train_argument(module: nn.Module, train: bool) -> dict[str, bool]:
+    """`train` for a module whose `__call__` has an argument of that name; nothing for others."""
+    return {"train": train} if "train" in inspect.signature(type(module).__call__).parameters else {}
 
 
 def _normalized(x: Array, normalization: Normalization, train: bool) -> Array:

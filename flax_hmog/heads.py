@@ -240,7 +240,7 @@ class AnalyticHMoG(HMoGHead):
         projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
 
     Raises:
-        ValueError: for dimensions or kinds that make no model.
+        ValueError: for dimensions or kinds that make no model, or rates out of bounds.
     """
 
     lat_dim: int
@@ -257,6 +257,7 @@ class AnalyticHMoG(HMoGHead):
 
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep")
+        _check_rates(self)
         super().__post_init__()
 
     @property
@@ -361,6 +362,21 @@ def _check_head(head: Any, *reps: str) -> None:
                 'Use "bfloat16" or None.'
             )
         object.__setattr__(head, "projection_dtype", jnp.dtype(head.projection_dtype).name)
+
+
+def _check_rates(head: AnalyticHMoG) -> None:
+    """ValueError for rates of stepwise EM that are no rates."""
+    rules = (
+        ("step_delay", head.step_delay >= 1, "at least 1"),
+        ("step_decay", 0 < head.step_decay <= 1, "above 0 and at most 1"),
+        ("min_rate", 0 <= head.min_rate <= 1, "from 0 to 1"),
+        ("pseudo_share", head.pseudo_share >= 0, "at least 0"),
+    )
+    for name, holds, rule in rules:
+        if not holds:
+            raise ValueError(
+                f"AnalyticHMoG: `{name}` must be {rule}; got {getattr(head, name)}. Leave it out for the default."
+            )
 
 
 def _trainable_model(head: DifferentiableHMoG | SymmetricHMoG, obs_dim: int) -> Natural:

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from flax_hmog import AnalyticHMoG, DifferentiableHMoG, HMoGOutput, SymmetricHMoG
+from flax_hmog import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
 from flax_hmog.encoders import MLP, Autoencoder, Clusterer, ConvNet
 from flax_hmog.objectives import negative_joint_information, negative_log_likelihood, negative_mutual_information
 
@@ -206,18 +206,24 @@ def test_features_in_bfloat16_are_taken_in_the_dtype_of_the_head(key):
 
 @EACH_HEAD
 def test_in_nnx(head, key):
-    """Through the bridge: the same numbers, gradients to its parameters, steps of EM in its state."""
-    module = Compact(head)
+    """Through the bridge: the same numbers and gradients, and steps of EM in its state."""
+    module = Clusterer(MLP(F, (8,)), head)
     with nnx.use_eager_sharding(False):
         bridged = nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(X)
-    output = bridged(X)
-    assert isinstance(output, HMoGOutput)
-
-    def loss(bridged):
-        return negative_mutual_information(bridged(X))
-
-    gradients = nnx.grad(loss)(bridged)
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+    is_analytic = isinstance(head, AnalyticHMoG)
+    own = {name: variable.get_value() for name, variable in bridged.head.items()}
+    params = {name: {leaf: v.get_value() for leaf, v in layer.items()} for name, layer in bridged.encoder.items()}
+    variables = {"params": {"encoder": params} | ({} if is_analytic else {"head": own})}
+    variables |= {"em": {"head": own}} if is_analytic else {}
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, bridged(X), module.apply(variables, X))
+    gradients = nnx.grad(lambda bridged: negative_mutual_information(bridged(X)))(bridged)
+    want = jax.grad(lambda v: loss_of(module, variables | {"params": v}))(variables["params"])["encoder"]
+    close(gradients.encoder["Dense_0"]["kernel"].get_value(), want["Dense_0"]["kernel"])
+    if is_analytic:
+        bridged(X, train=True, mutable=["em"])
+        _, updates = module.apply(variables, X, train=True, mutable=["em"])
+        jax.tree.map(close, bridged.head["moments"].get_value(), updates["em"]["head"]["moments"])
 
 
 @pytest.mark.parametrize("normalization", ["none", "layer", "batch"])

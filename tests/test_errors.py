@@ -149,6 +149,11 @@ HEADS = {
     "lat_dim above the data's, Analytic": (lambda: AnalyticHMoG(5, 3).init(KEY, X), ValueError, "`lat_dim` must .* at most 4; got 5"),
     "no components": (lambda: AnalyticHMoG(2, 0, 4), ValueError, "`n_components` must be a whole number of at least 1; got 0"),
     "half a component": (lambda: SymmetricHMoG(2, 2.5, 4), ValueError, "`n_components` must be a whole number"),
+    "no delay": (lambda: AnalyticHMoG(2, 3, step_delay=0), ValueError, "`step_delay` must be at least 1; got 0"),
+    "rates that grow": (lambda: AnalyticHMoG(2, 3, step_decay=-1.0), ValueError, "`step_decay` must be above 0"),
+    "a rate above 1": (lambda: AnalyticHMoG(2, 3, min_rate=2.0), ValueError, "`min_rate` must be from 0 to 1; got 2"),
+    "negative pseudo-samples": (lambda: AnalyticHMoG(2, 3, pseudo_share=-1), ValueError, "`pseudo_share` must be at least 0"),
+    "first batch of other columns": (lambda: AnalyticHMoG(2, 3, 4).init(KEY, np.ones((5, 6))), ValueError, r"`x` must have shape \(..., 4\); got \(5, 6\)"),
     "integer leaves": (lambda: AnalyticHMoG(2, 3, 4, param_dtype=jnp.int32), ValueError, "`param_dtype` must be a float dtype"),
     "abstract head": (lambda: HMoGHead().init(KEY, X), TypeError, "must be DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG"),
 }  # fmt: skip

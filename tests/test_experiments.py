@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.machinery
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -160,13 +161,14 @@ def test_other_data_are_refused(tmp_path):
 
 
 class Dropped(nn.Module):
-    """An encoder of a user's own, with running averages; `features` is all that it takes."""
+    """An encoder of a user's own, with running averages and dropout, that wants to be told whether it is trained."""
 
     features: int
 
     @nn.compact
-    def __call__(self, x, train=False):
-        return nn.Dense(self.features)(nn.BatchNorm(use_running_average=not train)(x))
+    def __call__(self, x, train):
+        x = nn.Dropout(0.1, deterministic=not train)(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(self.features)(x)
 
 
 class Wide(nn.Module):
@@ -196,28 +198,28 @@ def test_an_encoder_of_other_features_is_named(tmp_path):
         run(tmp_path, WITH_ENCODER, encoder=Encoder(f"{__name__}:Wide", 6, lat_dim=3))
 
 
+ONE_ROUND = Rounds(count=1, n_components=10, distil_epochs=1)
+RECONSTRUCTING = dataclasses.replace(
+    ONE_ROUND, start="nothing", distil_epochs=0, reconstruction_weight=1.0, adversarial_radius=0.1
+)
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"encoder": WITH_ENCODER.encoder}, id="mlp"),
+        pytest.param({"encoder": Encoder(f"{__name__}:Dropped", 6, lat_dim=3), "rounds": ONE_ROUND}, id="own"),
         pytest.param(
             {"encoder": Encoder("conv", 6, "layer", 3), "heads": ("symmetric",)}, id="conv", marks=pytest.mark.slow
         ),
         pytest.param(
-            {"encoder": Encoder("mlp", 6, "none", 3), "heads": ("analytic",)}, id="analytic", marks=pytest.mark.slow
+            {"encoder": Encoder("mlp", 6, "none", 3), "heads": ("analytic",), "rounds": ONE_ROUND},
+            id="analytic",
+            marks=pytest.mark.slow,
         ),
-        pytest.param({"encoder": Encoder(f"{__name__}:Dropped", 6, lat_dim=3)}, id="own", marks=pytest.mark.slow),
         pytest.param(
             {
                 "encoder": Encoder("autoencoder", 6, lat_dim=3),
-                "rounds": Rounds(
-                    count=1,
-                    start="nothing",
-                    distil_epochs=0,
-                    reconstruction_weight=1.0,
-                    adversarial_radius=0.1,
-                    n_components=10,
-                ),
+                "rounds": RECONSTRUCTING,
                 "augmentation": Augmentation(),
             },
             id="autoencoder",
@@ -251,20 +253,37 @@ def test_the_recipe_gains_on_the_linear_model(tmp_path):
     assert np.bincount(np.argmax(output.log_responsibilities, axis=1), minlength=10).min() > 10
 
 
+@pytest.fixture(scope="module")
+def rounds_folder(tmp_path_factory):
+    """An uninterrupted run of two rounds: five models of EM, then fifteen steps in each round."""
+    path = tmp_path_factory.mktemp("rounds") / "whole"
+    run(path, WITH_ENCODER, em=EM(max_steps=4, tolerance=1e-9))
+    return path
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("steps", [pytest.param(8, id="first round"), pytest.param(27, id="second round")])
-def test_interrupted_rounds_end_as_uninterrupted_ones(steps, tmp_path):
-    """Bit for bit, running averages and the clusters of the second round included. Five steps of EM, 2 x 15 of rounds."""
+@pytest.mark.parametrize("steps", [pytest.param(8, id="first round"), pytest.param(20, id="before the second round")])
+def test_interrupted_rounds_end_as_uninterrupted_ones(steps, rounds_folder, tmp_path):
+    """Bit for bit, running averages and the clusters of the second round included."""
     config = dataclasses.replace(WITH_ENCODER, em=EM(max_steps=4, tolerance=1e-9))
-    run(tmp_path / "whole", config)
     with pytest.raises(processes.Stopped):
-        run(tmp_path / "parts", config, stop_at=steps)
-    run(tmp_path / "parts", config)
-    assert without_times(read_metrics(tmp_path / "parts")) == without_times(read_metrics(tmp_path / "whole"))
+        run(tmp_path, config, stop_at=steps)
+    run(tmp_path, config)
+    assert without_times(read_metrics(tmp_path)) == without_times(read_metrics(rounds_folder))
     for name in ("differentiable-1", "differentiable-2-em", "differentiable-2"):
-        got, want = (restore(tmp_path / which / "checkpoints" / "seed0" / name) for which in ("parts", "whole"))
+        got, want = (restore(path / "checkpoints" / "seed0" / name) for path in (tmp_path, rounds_folder))
         for tree in ("variables", "encoder_variables", "state"):
             jax.tree.map(np.testing.assert_array_equal, getattr(got, tree), getattr(want, tree))
+
+
+@pytest.mark.slow
+def test_a_round_that_is_made_again_leaves_one_line(rounds_folder, tmp_path):
+    """Killed between its line of metrics and its checkpoint."""
+    shutil.copytree(rounds_folder, tmp_path / "run")
+    for name in ("differentiable-2-em", "differentiable-2"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "seed0" / name)
+    run(tmp_path / "run", WITH_ENCODER, em=EM(max_steps=4, tolerance=1e-9))
+    assert len(read_metrics(tmp_path / "run", stage="differentiable-2-em")) == 1
 
 
 def test_the_plan_names_what_a_step_takes():
@@ -342,6 +361,7 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
         (["digits", "--processes.coordinator", "here:1"], "`processes.count` and `processes.index` must be given"),
         (["digits", "--encoder.name", "cnn"], "`name` must be none, mlp, conv, autoencoder or MODULE:CLASS; got 'cnn'"),
         (["synthetic", "--encoder.name", "conv"], "`encoder.name` conv must have images"),
+        (["digits", "--encoder.name", "nowhere:Net"], "`encoder.name` must name a linen class that can be imported"),
         (["digits", "--heads", "analytic"], "`heads` may hold analytic only with an encoder"),
         (["digits", "--model.n-clusters", "11"], "`model.n_clusters` must be at most the 10 components; got 11"),
         (["digits", "--rounds.reconstruction-weight", "1"], "must be 0 without an encoder that can decode"),

@@ -72,7 +72,7 @@ step_collectives = []
 for count in (2048, 8192):
     x = jax.device_put(np.resize(draws, (count, D)), NamedSharding(mesh, PartitionSpec("data")))
     state = create_state(trained, {"params": params}, optax.adam(1e-2), x, mesh)
-    step = make_train_step(loss, state, mesh)
+    step = make_train_step(lambda v, x, extra: (loss(v["params"], x, extra), {}), state, mesh)
     step_collectives.append(collectives(jax.jit(step).lower(state, x).compile()))
 # the caller's variables outlive a step; axes may be explicit, too
 state, _ = step(state, x)

@@ -69,6 +69,18 @@ def test_the_step_compiles_once(x):
     assert losses[4] < losses[1]
 
 
+def test_a_loss_that_returns_something_else_is_named(x):
+    head, mesh = HEADS[0], make_mesh()
+    state = create_state(head, head.init(jax.random.key(0), x), optax.adam(1e-2), x, mesh)
+    for result, message in ((lambda loss: loss, r"must return \(loss, collections\)"), (lambda loss: (loss, {"em": loss}),
+                            r"must return the collections \[\] as the state has them; got \['em'\]")):  # fmt: skip
+        step = make_train_step(
+            lambda v, x, _, result=result: result(negative_log_likelihood(head.apply(v, x))), state, mesh
+        )
+        with pytest.raises(ValueError, match=message):
+            step(state, x)
+
+
 # an encoder with running averages and a head with EM in the network, on 1, 8 and 4 x 2 devices
 COLLECTIONS_RUN = """
 import json, jax, optax, numpy as np, flax.linen as nn

@@ -26,6 +26,7 @@ from flax_hmog import (
     warm_start,
 )
 from flax_hmog.em import compute_factors
+from flax_hmog.encoders import train_argument
 from flax_hmog.objectives import merge_output
 from flax_hmog.stepwise import stepwise_start
 from flax_hmog.training import restore, restore_like
@@ -112,7 +113,8 @@ class RoundStage:
         """Encoder and head that the round starts from, without values."""
         local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         x = jax.ShapeDtypeStruct((1, self.inputs.obs_dim), jnp.float32)
-        encoder = nn.unbox(jax.eval_shape(self.model.encoder.init, self.key, x))
+        inference = train_argument(self.model.encoder, False)
+        encoder = nn.unbox(jax.eval_shape(lambda x: self.model.encoder.init(self.key, x, **inference), x))
         head = self.config.feature_head(self.n_clusters)
         natural, _, _ = abstract_fit(head, self.config, self.config.encoder.features, local)
         return {"encoder": encoder, "head": natural}

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_hmog.covariances import Array
+from flax_hmog.encoders import train_argument
 from flax_hmog.inference import HMoGOutput
 from flax_hmog.training.describe import CheckpointError, rebuild_module
 from flax_hmog.training.mesh import place
@@ -77,7 +78,7 @@ class Restored:
                 "Restored: `encoder` must be imported to take raw data; got a checkpoint with a class that is not of "
                 "flax_hmog. Restore with allow_import=True if you trust it."
             )
-        return self.encoder.apply(self.encoder_variables, x)
+        return self.encoder.apply(self.encoder_variables, x, **train_argument(self.encoder, False))
 
 
 def restore(path: str | Path, *, step: int | Literal["best"] | None = None, allow_import: bool = False) -> Restored:

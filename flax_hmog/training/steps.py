@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_hmog.covariances import Array
 from flax_hmog.training.mesh import MIN_SHARDED, RULES, batch_sharding, place, tree_shardings
+from flax_hmog.training.named import named_arrays
 
 
 class TrainState(train_state.TrainState):
@@ -101,14 +102,15 @@ def make_train_step(
 
     Returns:
         `step(state, x, extra=None) -> (state, loss)`; the given state is donated, x (B, D) is split over the data axis,
-        which must divide B, and `extra` (any tree of arrays that the loss needs) is replicated.
+        which must divide B, and `extra` (any tree of arrays that the loss needs) is replicated. Its first call raises
+        ValueError for a loss that returns something else.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def of_params(params: Any, state: TrainState, x: Array, extra: Any) -> tuple[Array, Any]:
-        return loss(state.replace(params=params).variables, x, extra)
+        return _checked(loss(state.replace(params=params).variables, x, extra), state.collections)
 
     def step(state: TrainState, x: Array, extra: Any) -> tuple[TrainState, Array]:
         # passes over rows then know over which axis x lies
@@ -123,6 +125,26 @@ def make_train_step(
         donate_argnums=0,
     )
     return lambda state, x, extra=None: compiled(state, x, extra)
+
+
+def _checked(result: Any, collections: Any) -> tuple[Array, Any]:
+    """What a loss returned.
+
+    Raises:
+        ValueError: unless it is a loss and collections like those of the state.
+    """
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise ValueError(
+            f"make_train_step: `loss` must return (loss, collections); got {type(result).__name__}. Return "
+            "(loss, {}) where there are no collections beside params."
+        )
+    got, wanted = (set(named_arrays(tree)) for tree in (result[1], collections))
+    if got != wanted:
+        raise ValueError(
+            f"make_train_step: `loss` must return the collections {sorted(collections)} as the state has them; got "
+            f"{sorted(result[1])}. Return what `module.apply(..., mutable=list(state.collections))` gives."
+        )
+    return result
 
 
 def _state(module: nn.Module, variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
