@@ -24,7 +24,6 @@ from flax_hmog.coordinates import (
     outer,
     restrict_precision,
     structure,
-    symmetrize,
 )
 from flax_hmog.covariances import (
     Array,
@@ -35,6 +34,7 @@ from flax_hmog.covariances import (
     einsum,
     inverse_and_log_det,
     matmul,
+    symmetrize,
 )
 
 

@@ -19,7 +19,6 @@ from flax_hmog.covariances import (
     einsum,
     inverse_and_log_det,
     pytree,
-    transpose,
 )
 
 FULL_ONLY = "Only models with full component covariances have this form; `warm_start` carries one to a restricted head."
@@ -127,11 +126,6 @@ class Mean:
 def outer(u: Array, v: Array) -> Array:
     """U v', over leading batch dimensions."""
     return u[..., :, None] * v[..., None, :]
-
-
-def symmetrize(matrix: Array) -> Array:
-    """Average of a matrix and its transpose."""
-    return (matrix + transpose(matrix)) / 2
 
 
 def gaussian_log_partition(location: Array, precision: PositiveDefinite) -> tuple[Array, Array, Array]:

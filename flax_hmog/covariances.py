@@ -35,6 +35,11 @@ def transpose(matrix: Array) -> Array:
     return jnp.swapaxes(matrix, -1, -2)
 
 
+def symmetrize(matrix: Array) -> Array:
+    """Average of a matrix and its transpose."""
+    return (matrix + transpose(matrix)) / 2
+
+
 def diagonal(matrix: Array) -> Array:
     """Diagonal (..., n) of matrices (..., n, n)."""
     return jnp.diagonal(matrix, axis1=-2, axis2=-1)
@@ -90,8 +95,9 @@ def _batched_cholesky(matrices: Array) -> Array:
 @inverse_and_log_det.defjvp
 def _inverse_and_log_det_jvp(primals: tuple, tangents: tuple) -> tuple:
     inverse, log_det = inverse_and_log_det(*primals)
-    slope = -matmul(matmul(inverse, tangents[0]), inverse)
-    return (inverse, log_det), (slope, jnp.sum(inverse * transpose(tangents[0]), axis=(-2, -1)))
+    tangent = symmetrize(tangents[0])  # as the factorisation reads its argument
+    slope = -matmul(matmul(inverse, tangent), inverse)
+    return (inverse, log_det), (slope, jnp.sum(inverse * tangent, axis=(-2, -1)))
 
 
 @pytree

@@ -16,7 +16,7 @@ from flax_hmog.conversions import (
     regress_observed,
     with_prior,
 )
-from flax_hmog.coordinates import Mean, Moments, Natural, check_full, outer, symmetrize
+from flax_hmog.coordinates import Mean, Moments, Natural, check_full, outer
 from flax_hmog.covariances import (
     Array,
     Covariance,
@@ -27,6 +27,7 @@ from flax_hmog.covariances import (
     inverse_lower,
     matmul,
     pytree,
+    symmetrize,
     trace_product,
 )
 from flax_hmog.factors import Factors, factorise

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.conversions import with_prior
-from flax_hmog.coordinates import Natural, SharedBase, observable_bias, symmetrize
+from flax_hmog.coordinates import Natural, SharedBase, observable_bias
 from flax_hmog.covariances import (
     Array,
     Covariance,
@@ -27,6 +27,7 @@ from flax_hmog.covariances import (
     inverse_lower,
     matmul,
     pytree,
+    symmetrize,
 )
 
 

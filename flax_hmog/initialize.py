@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.checks import check_observations
-from flax_hmog.coordinates import Moments, outer, symmetrize
-from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, matmul
+from flax_hmog.coordinates import Moments, outer
+from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, matmul, symmetrize
 from flax_hmog.factors import latent_features, symmetric_matrices
 from flax_hmog.rows import Shards, block_rows, map_rows, row_shards, sum_rows
 from flax_hmog.statistics import check_weights

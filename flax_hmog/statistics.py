@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from flax_hmog.checks import check_observations, check_shape, check_type, is_concrete
 from flax_hmog.conversions import with_prior
-from flax_hmog.coordinates import Mean, Natural, outer, structure, symmetrize
+from flax_hmog.coordinates import Mean, Natural, outer, structure
 from flax_hmog.covariances import (
     Array,
     Covariance,
@@ -23,6 +23,7 @@ from flax_hmog.covariances import (
     inverse_lower,
     matmul,
     pytree,
+    symmetrize,
     trace_product,
     transpose,
 )
