@@ -8,7 +8,6 @@ from typing import Any, Literal
 from flax_hmog import AnalyticHMoG, DifferentiableHMoG, PseudoCounts, SymmetricHMoG
 
 Kind = Literal["scale", "diagonal", "full"]
-Merge = Literal["cut", "information"]
 HeadName = Literal["differentiable", "symmetric", "analytic"]
 
 
@@ -38,6 +37,8 @@ class Data:
     """For `file`: what a report calls the data."""
     test_share: float = 0.2
     """Share of the rows that is held out, where the data have no split of their own."""
+    rows: int | None = None
+    """Keep this many training rows, drawn by the seed; None keeps all."""
     size_factor: bool = False
     """Scale every row to the mean total, as counts of single cells need."""
     log1p: bool = False
@@ -52,7 +53,7 @@ class Data:
     def __post_init__(self) -> None:
         if not 0 < self.test_share < 1:
             raise ValueError(f"Data: `test_share` must lie between 0 and 1; got {self.test_share}. Hold out a part.")
-        _check_counts(self, "columns", "whitened")
+        _check_counts(self, "rows", "columns", "whitened")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,6 @@ class Model:
     """Number of components K."""
     n_clusters: int | None = None
     """Merge the components to so many clusters, without labels; None: every component is a cluster."""
-    merge: Merge = "cut"
-    """How: by a normalised cut, or so that the least information is lost."""
     obs_rep: Kind = "diagonal"
     """Kind of the noise covariance."""
     pst_rep: Kind = "diagonal"
@@ -106,16 +105,14 @@ class Rounds:
 
     count: int = 2
     """Number of rounds."""
-    first_clusters: int | None = 40
-    """Clusters of the first round, where there are several: more than in the end, so that features still tell apart
-    what the first clusters have put together; at most the components of EM. None: as in the end."""
+    early_clusters: int | None = 40
+    """Clusters of all rounds but the last: more than in the end, so that features still tell apart what a merge has put
+    together; at most the components of EM. None: as in the end."""
     start: Literal["inputs", "features", "nothing"] = "inputs"
     """What the clusters of the first round are of: the inputs, the features of the untrained encoder, or none at all.
     Later rounds take those of the learnt features."""
     n_components: int = 80
     """Components of EM on features, before they are merged to `model.n_clusters`."""
-    merge: Merge = "information"
-    """How they are merged."""
     fresh: bool = True
     """Whether every round starts with an untrained encoder, or goes on with that of the round before."""
     distil_epochs: int = 2
@@ -135,7 +132,7 @@ class Rounds:
     """Weight of the squared distance of inputs from what an `autoencoder` makes of their features, per column."""
 
     def __post_init__(self) -> None:
-        _check_counts(self, "count", "first_clusters", "n_components")
+        _check_counts(self, "count", "early_clusters", "n_components")
         names = [
             field.name for field in dataclasses.fields(self) if field.name.endswith(("epochs", "weight", "radius"))
         ]
@@ -342,9 +339,10 @@ class Experiment:
 
     def round_clusters(self, number: int) -> int:
         """Number of clusters in a round, counted from 1; 0 stands for training without rounds."""
-        if number != 1 or self.rounds.count == 1 or self.rounds.first_clusters is None:
+        if number in (0, self.rounds.count) or self.rounds.early_clusters is None:
             return self.n_clusters
-        return min(self.rounds.first_clusters, self.model.n_components)
+        available = self.model.n_components if number == 1 else self.rounds.n_components
+        return min(self.rounds.early_clusters, available)
 
     @property
     def analytic(self) -> AnalyticHMoG:

@@ -42,7 +42,9 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Small convolutional network for images: layers of 5 x 5 kernels that halve the resolution, then a dense one.
+    """Small convolutional network for images: convolutions that halve the resolution, then a dense layer.
+
+    Kernels are 5 x 5 in the first convolution and 3 x 3 in the others.
 
     Attributes:
         features: number of features, the head's D.
@@ -71,8 +73,9 @@ class ConvNet(nn.Module):
             )
         height, width, *channels = self.image_shape
         x = x.reshape(-1, height, width, *(channels or [1]))
-        for count in self.widths:
-            x = nn.Conv(count, (5, 5), strides=(2, 2), dtype=self.dtype)(x)
+        for number, count in enumerate(self.widths):
+            kernel = (3, 3) if number else (5, 5)
+            x = nn.Conv(count, kernel, strides=(2, 2), dtype=self.dtype)(x)
             x = nn.relu(_normalized(x, self.normalization, train))
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(_normalized(nn.Dense(self.hidden, dtype=self.dtype)(x), self.normalization, train))

@@ -1,5 +1,6 @@
 """Data sets: prepared offline, read from files, split, shuffled and batched the same way every time."""
 
+import dataclasses
 import gzip
 import io
 import struct
@@ -102,6 +103,17 @@ def test_arrays_by_path(tmp_path):
     again, other = load(data, 0), load(data, 1)
     np.testing.assert_array_equal(again.train.index, dataset.train.index)
     assert not np.array_equal(other.train.index, dataset.train.index)
+
+
+def test_a_draw_of_training_rows(tmp_path):
+    np.save(tmp_path / "rows.npy", np.arange(60.0).reshape(20, 3))
+    data = Data("file", path=str(tmp_path / "rows.npy"), test_share=0.25)
+    whole, some = load(data, 0), load(dataclasses.replace(data, rows=6), 0)
+    assert len(some.train) == data_shape(dataclasses.replace(data, rows=6))[0] == 6
+    assert set(some.train.index) < set(whole.train.index)
+    np.testing.assert_array_equal(some.test.index, whole.test.index)
+    with pytest.raises(ValueError, match=r"`data\.rows` must be at most the 15 training rows; got 16"):
+        load(dataclasses.replace(data, rows=16), 0)
 
 
 def test_npz_with_images_and_its_own_split(tmp_path):

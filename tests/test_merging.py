@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from flax_hmog import AnalyticHMoG, fit_em, infer
-from flax_hmog.analysis import component_affinity, information_hierarchy, merge_clusters, merge_components
-
-METHODS = ("cut", "information")
+from flax_hmog.analysis import (
+    component_affinity,
+    information_hierarchy,
+    merge_clusters,
+    merge_components,
+    refine_information,
+)
 
 
 def log_responsibilities(count=40, components=5, seed=0):
@@ -22,6 +26,11 @@ def information(table):
     marginal = table.sum(axis=0)
     outside = marginal[:, None] * marginal
     return np.sum(table * np.log(np.where(table > 0, table / outside, 1)))
+
+
+def merged_table(table, labels):
+    share = np.eye(labels.max() + 1)[labels]
+    return share.T @ table @ share
 
 
 def pairs_of(labels):
@@ -53,8 +62,7 @@ def test_information_hierarchy_takes_the_best_pair_every_time():
     whole, members = information(table), [[k] for k in range(7)]
 
     def merged(groups):
-        share = np.array([[float(k in group) for k in range(7)] for group in groups])
-        return share @ table @ share.T
+        return merged_table(table, np.array([[k in group for group in groups].index(True) for k in range(7)]))
 
     for step in range(6):
         options = [
@@ -69,26 +77,56 @@ def test_information_hierarchy_takes_the_best_pair_every_time():
         np.testing.assert_allclose(linkage[step, 2], whole - information(merged(members)), atol=1e-10)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", range(3))
+def test_refined_clusters_gain_by_no_move(seed):
+    """From any start: what is returned is the information, not less than before, and no component is better elsewhere."""
+    table = component_affinity(log_responsibilities(200, 9, seed=seed))
+    start = np.random.default_rng(seed).permutation(np.arange(9) % 3)
+    labels, value = refine_information(table, start)
+    np.testing.assert_allclose(value, information(merged_table(table, labels)), rtol=1e-12)
+    assert value > information(merged_table(table, start))
+    np.testing.assert_array_equal(np.unique(labels), np.arange(3))
+    for component, cluster in itertools.product(range(9), range(3)):
+        moved = np.where(np.arange(9) == component, cluster, labels)
+        if len(np.unique(moved)) == 3:
+            assert information(merged_table(table, moved)) <= value + 1e-12
+
+
+def test_a_merge_tells_most_of_all():
+    """Of all ways to merge eight components to three clusters, where they neighbour each other in three groups."""
+    rng = np.random.default_rng(1)
+    group = np.array([0, 0, 1, 1, 1, 2, 2, 2])
+    closeness = np.where(group[:, None] == group, 0.0, -6.0) + rng.normal(0, 2, (8, 8))
+    rows = 3 * closeness[rng.integers(8, size=400)] + rng.normal(0, 1, (400, 8))
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    table = component_affinity(rows)
+    every = (np.array(labels) for labels in itertools.product(range(3), repeat=8) if len(set(labels)) == 3)
+    best = max(information(merged_table(table, labels)) for labels in every)
+    np.testing.assert_allclose(information(merged_table(table, merge_components(rows, 3))), best, rtol=1e-12)
+
+
+def test_clusters_of_other_components_are_named():
+    with pytest.raises(ValueError, match="`clusters` must be one number for each of 5 components; got 4"):
+        refine_information(component_affinity(log_responsibilities()), [0, 0, 1, 1])
+
+
 @pytest.mark.parametrize("n_clusters", [1, 2, 3, 5])
-def test_every_number_of_clusters_can_be_had(method, n_clusters):
-    labels = merge_components(log_responsibilities(), n_clusters, method=method)
+def test_every_number_of_clusters_can_be_had(n_clusters):
+    labels = merge_components(log_responsibilities(), n_clusters)
     assert labels.shape == (5,)
     np.testing.assert_array_equal(np.unique(labels), np.arange(n_clusters))
     _, first = np.unique(labels, return_index=True)
     assert np.all(np.diff(first) > 0)  # numbered in the order of their first components
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_clusters_do_not_depend_on_the_order_of_components(method):
+def test_clusters_do_not_depend_on_the_order_of_components():
     rows = log_responsibilities(300, 8, seed=3)
     order = np.random.default_rng(0).permutation(8)
-    labels, shuffled = (merge_components(r, 3, method=method) for r in (rows, rows[:, order]))
+    labels, shuffled = (merge_components(r, 3) for r in (rows, rows[:, order]))
     assert pairs_of(labels[order]) == pairs_of(shuffled)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_clusters_that_are_not_gaussian_are_put_together(method):
+def test_clusters_that_are_not_gaussian_are_put_together():
     """Three rings of samples, each covered by several components of one mixture."""
     rng = np.random.default_rng(0)
     truth = rng.integers(3, size=1500)
@@ -99,16 +137,15 @@ def test_clusters_that_are_not_gaussian_are_put_together(method):
     for steps in (3, 100):  # neither early nor late
         natural = fit_em(AnalyticHMoG(2, 24), x, jax.random.key(0), max_steps=steps).natural
         rows = np.asarray(infer(natural, x).log_responsibilities)
-        clusters = merge_components(rows, 3, method=method)[rows.argmax(axis=1)]
+        clusters = merge_components(rows, 3)[rows.argmax(axis=1)]
         together = np.zeros((3, 3), int)
         np.add.at(together, (clusters, truth), 1)
         assert together.max(axis=1).sum() > 0.98 * 1500
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_component_without_samples_changes_nothing(method):
+def test_a_component_without_samples_changes_nothing():
     """The others merge as without it, into one cluster less if it stays alone."""
     rows = log_responsibilities(50, 4)
-    labels = merge_components(np.concatenate([rows, np.full((50, 1), -np.inf)], axis=1), 3, method=method)
+    labels = merge_components(np.concatenate([rows, np.full((50, 1), -np.inf)], axis=1), 3)
     rest = len(np.unique(labels[:4]))
-    assert pairs_of(labels[:4]) == pairs_of(merge_components(rows, rest, method=method))
+    assert pairs_of(labels[:4]) == pairs_of(merge_components(rows, rest))

@@ -28,6 +28,7 @@ from flax_hmog.analysis import (
     clustering_metrics,
     co_assignment,
     component_affinity,
+    information_hierarchy,
     merge_clusters,
     merge_components,
     merged_responsibilities,
@@ -93,14 +94,15 @@ def merges(log_responsibilities: np.ndarray, natural: Natural) -> Iterator[tuple
         linkage = cluster_hierarchy(natural, measure=measure)
         yield f"average linkage of {measure}", merge_clusters(linkage, N_CLUSTERS)
     yield "cut of co-assignment", normalized_cut(responsibilities.T @ responsibilities, N_CLUSTERS)
-    for temperature in (1.0, 2.0, 4.0, 8.0):
-        merged = merge_components(log_responsibilities, N_CLUSTERS, temperature=temperature)
-        yield f"cut of affinity, temperature {temperature:g}", merged
     affinity = component_affinity(log_responsibilities)
+    yield "cut of affinity", normalized_cut(affinity, N_CLUSTERS)
     root = np.sqrt(np.diag(affinity))
     distances = 1 - affinity / root[:, None] / root
     yield "average linkage of affinity", merge_clusters(linked(distances, "average"), N_CLUSTERS)
-    yield "information of affinity", merge_components(log_responsibilities, N_CLUSTERS, method="information")
+    yield "information of affinity, greedy", merge_clusters(information_hierarchy(affinity), N_CLUSTERS)
+    for temperature in (1.0, 4.0, 8.0, 16.0, 32.0):
+        merged = merge_components(log_responsibilities, N_CLUSTERS, temperature=temperature)
+        yield f"information of affinity, refined, temperature {temperature:g}", merged
 
 
 def ward(distances: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,21 @@ def load(data: Data, seed: int) -> Dataset:
     """The data set of an experiment; where it has no split of its own, one that follows from the seed.
 
     Raises:
-        ValueError: for files that are missing or not as they should be.
+        ValueError: for files that are missing or not as they should be, or fewer training rows than asked for.
     """
+    whole = _load_whole(data, seed)
+    if data.rows is None:
+        return whole
+    count = len(whole.train)
+    if data.rows > count:
+        raise ValueError(
+            f"load: `data.rows` must be at most the {count} training rows; got {data.rows}. Lower it or leave it out."
+        )
+    kept = np.sort(np.random.default_rng(seed).choice(count, data.rows, replace=False))
+    return dataclasses.replace(whole, train=dataclasses.replace(whole.train, index=whole.train.index[kept]))
+
+
+def _load_whole(data: Data, seed: int) -> Dataset:
     if data.name == "digits":
         from sklearn.datasets import load_digits
 
@@ -45,7 +59,7 @@ def data_shape(data: Data) -> tuple[int, int, int, tuple[int, ...] | None]:
     """Training rows, test rows, columns and image shape of the raw data; image sets need not be there for it."""
     if data.name in IMAGES:
         images = IMAGES[data.name]
-        return images.n_train, images.n_test, int(np.prod(images.shape)), images.shape
+        return min(data.rows or images.n_train, images.n_train), images.n_test, int(np.prod(images.shape)), images.shape
     dataset = load(data, 0)
     return len(dataset.train), len(dataset.test), dataset.obs_dim, dataset.image_shape
 

@@ -82,7 +82,7 @@ class EMStage:
                 on_step=on_step,
             )
             model = self.run.config.model
-            clusters = merged_clusters(result.natural, x, weights, model.n_clusters, model.merge)
+            clusters = merged_clusters(result.natural, x, weights, model.n_clusters)
             metrics = evaluate(infer(result.natural, self.inputs.test_rows[0]), self.inputs, clusters)
             seconds = time.perf_counter() - started
             log.write(stage, done + 1, converged=result.converged, seconds=round(seconds, 3), **metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from experiments.config import Merge
 from experiments.processes import to_host
 from flax_hmog import Natural, infer
 from flax_hmog.analysis import merge_components
@@ -13,9 +12,7 @@ from flax_hmog.analysis import merge_components
 MERGED_ROWS = 100_000  # of which a merge looks at most
 
 
-def merged_clusters(
-    natural: Natural, x: jax.Array, weights: jax.Array, n_clusters: int | None, method: Merge
-) -> np.ndarray | None:
+def merged_clusters(natural: Natural, x: jax.Array, weights: jax.Array, n_clusters: int | None) -> np.ndarray | None:
     """The cluster of each component (K,), the same on all processes; None where nothing is to be merged.
 
     Args:
@@ -23,10 +20,9 @@ def merged_clusters(
         x: the rows that it was fitted to (N, D).
         weights: their weights (N,); rows of weight 0 do not count.
         n_clusters: number of clusters, or None.
-        method: of `merge_components`.
     """
     if n_clusters in (None, natural.posterior_location.shape[0]):
         return None
     step = -(-x.shape[0] // MERGED_ROWS)
     rows = to_host(infer(natural, x[::step]).log_responsibilities)
-    return merge_components(rows[to_host(weights[::step]) > 0], n_clusters, method=method)
+    return merge_components(rows[to_host(weights[::step]) > 0], n_clusters)

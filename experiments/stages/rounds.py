@@ -83,15 +83,14 @@ class RoundStage:
         x, weights = self.inputs.rows(self.inputs.dataset.train, config.em.rows, self.stage.seed)
         own = self._init_encoder() if previous is None or self._is_fresh else split_module(previous)[0]
         if previous is None and config.rounds.start == "inputs":
-            before, before_variables, head, method = None, {}, config.analytic, config.model.merge
+            before, before_variables, head = None, {}, config.analytic
             rows, mixture = x, linear.natural
         else:
-            before, method = encoder, config.rounds.merge
-            before_variables = own if previous is None else split_module(previous)[0]
+            before, before_variables = encoder, own if previous is None else split_module(previous)[0]
             head = config.feature_head(max(config.rounds.n_components, self.n_clusters))
             rows = features(encoder, before_variables, x)
             mixture = self._fit(head, rows, weights)
-        clusters = merged_clusters(mixture, rows, weights, self.n_clusters, method)
+        clusters = merged_clusters(mixture, rows, weights, self.n_clusters)
         clusters = np.arange(self.n_clusters) if clusters is None else clusters
         assigned = merge_output(infer(mixture, rows), clusters, self.n_clusters).log_responsibilities
         labels = jnp.argmax(assigned, axis=-1).astype(jnp.int32)

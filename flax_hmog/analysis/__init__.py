@@ -15,7 +15,7 @@ from flax_hmog.analysis.clusters import (
     merged_responsibilities,
 )
 from flax_hmog.analysis.loadings import CanonicalLoadings, LatentAxes, canonical_loadings, discriminant_axes
-from flax_hmog.analysis.merging import component_affinity, information_hierarchy, merge_components
+from flax_hmog.analysis.merging import component_affinity, information_hierarchy, merge_components, refine_information
 from flax_hmog.analysis.metrics import clustering_metrics, contingency_table
 from flax_hmog.analysis.plots import plot_latent_space, plot_loadings, plot_objective, plot_prototypes
 from flax_hmog.analysis.relations import plot_co_assignment, plot_contingency, plot_dendrogram
@@ -51,5 +51,6 @@ __all__ = [
     "plot_loadings",
     "plot_objective",
     "plot_prototypes",
+    "refine_information",
     "write_report",
 ]
