@@ -103,9 +103,9 @@ class Encoder:
 class Rounds:
     """Training with an encoder: in every round EM finds clusters, which encoder and head learn and then improve."""
 
-    count: int = 2
+    count: int = 1
     """Number of rounds."""
-    early_clusters: int | None = 40
+    early_clusters: int | None = None
     """Clusters of all rounds but the last: more than in the end, so that features still tell apart what a merge has put
     together; at most the components of EM. None: as in the end."""
     start: Literal["inputs", "features", "nothing"] = "inputs"

@@ -185,7 +185,7 @@ WITH_ENCODER = dataclasses.replace(
     SMALL,
     encoder=Encoder("mlp", features=6, lat_dim=3),
     model=Model(lat_dim=3, n_components=8, n_clusters=4),
-    rounds=Rounds(early_clusters=6, n_components=10, distil_epochs=1),
+    rounds=Rounds(count=2, early_clusters=6, n_components=10, distil_epochs=1),
     gradient=Gradient(epochs=3, batch_size=256),
     augmentation=Augmentation(shift=1.0, rotation=10.0),
     heads=("differentiable",),

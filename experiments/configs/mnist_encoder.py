@@ -14,7 +14,7 @@ CONFIG = dataclasses.replace(
     mnist.CONFIG,
     workdir="runs/mnist_encoder",
     encoder=Encoder("conv"),
-    rounds=Rounds(count=2, distil_epochs=1),
-    gradient=Gradient(epochs=12, batch_size=256),
+    rounds=Rounds(distil_epochs=1),
+    gradient=Gradient(epochs=30, batch_size=256),
     augmentation=Augmentation(shift=3.0, rotation=15.0, scale=0.15),
 )

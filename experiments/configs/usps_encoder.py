@@ -14,7 +14,7 @@ CONFIG = dataclasses.replace(
     usps.CONFIG,
     workdir="runs/usps_encoder",
     encoder=Encoder("conv"),
-    rounds=Rounds(count=3, distil_epochs=4, mixed_epochs=2),
-    gradient=Gradient(epochs=16, batch_size=256),
+    rounds=Rounds(count=2, early_clusters=40, distil_epochs=4, mixed_epochs=2),
+    gradient=Gradient(epochs=40, batch_size=256),
     augmentation=Augmentation(shift=2.0, rotation=12.0, scale=0.12),
 )
