@@ -112,7 +112,7 @@ class Rounds:
     """What the clusters of the first round are of: the inputs, the features of the untrained encoder, or none at all.
     Later rounds take those of the learnt features."""
     n_components: int = 80
-    """Components of EM on features, before they are merged to `model.n_clusters`."""
+    """Components of EM on features, before they are merged to clusters."""
     fresh: bool = True
     """Whether every round starts with an untrained encoder, or goes on with that of the round before."""
     distil_epochs: int = 2
@@ -309,6 +309,11 @@ class Experiment:
             raise ValueError(
                 "Experiment: `rounds.reconstruction_weight` must be 0 without an encoder that can decode; got encoder "
                 f"{self.encoder.name}. Use --encoder.name autoencoder."
+            )
+        if (self.rounds.early_clusters or self.n_clusters) < self.n_clusters:
+            raise ValueError(
+                f"Experiment: `rounds.early_clusters` must be at least the {self.n_clusters} clusters of the end; got "
+                f"{self.rounds.early_clusters}. Raise it or leave it out."
             )
         if self.model.n_clusters is not None and self.model.n_clusters > self.model.n_components:
             raise ValueError(

@@ -6,15 +6,16 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from experiments.config import Experiment
 from flax_hmog.encoders import MLP, Autoencoder, ConvNet, train_argument
 from flax_hmog.rows import map_rows, row_shards
-from flax_hmog.training.describe import CheckpointError, rebuild_module
+from flax_hmog.training.describe import import_path
 
 FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained
-SETTLING_PASSES = 500  # over the same rows, after which averages with flax's momentum of .99 are those of the rows
+SETTLING_PASSES = 500  # over the same rows, enough for averages with flax's momentum of .99
 OURS: dict[str, Any] = {"mlp": MLP, "conv": ConvNet, "autoencoder": Autoencoder}
 
 
@@ -30,18 +31,8 @@ def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] 
     options = config.encoder
     if options.name == "none":
         return None
-    if options.name in OURS:
-        fields = {field.name for field in dataclasses.fields(OURS[options.name])}
-    else:
-        bare = {"class": options.name, "arguments": {"features": options.features}}
-        try:
-            encoder = rebuild_module(bare, allow_import=True)
-        except CheckpointError as error:
-            raise ValueError(
-                "make_encoder: `encoder.name` must name a linen class that can be imported and has a field `features`; "
-                f"got {options.name!r}: {error.__cause__}. Correct the path MODULE:CLASS, or the class."
-            ) from error
-        fields = {field.name for field in dataclasses.fields(encoder)}
+    kind = _encoder_class(options.name)
+    fields = {field.name for field in dataclasses.fields(kind)}
     if "image_shape" in fields and image_shape is None:
         raise ValueError(
             f"make_encoder: `encoder.name` {options.name} must have images; got inputs that are none. Use mlp, or "
@@ -49,12 +40,26 @@ def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] 
         )
     known: dict[str, Any] = {"features": options.features, "obs_dim": obs_dim, "image_shape": image_shape}
     known["normalization"] = options.normalization
-    arguments = {name: value for name, value in known.items() if name in fields}
-    return rebuild_module({"class": _class_name(options.name), "arguments": arguments}, allow_import=True)
+    return kind(**{name: value for name, value in known.items() if name in fields})
 
 
-def _class_name(name: str) -> str:
-    return OURS[name].__name__ if name in OURS else name
+def _encoder_class(name: str) -> Any:
+    """One of ours by name, or a linen class with a field `features` by import path."""
+    if name in OURS:
+        return OURS[name]
+    found: Any = None
+    cause = ""
+    try:
+        found = import_path(name)
+    except (ImportError, AttributeError) as error:
+        cause = f" ({error})"
+    is_linen = isinstance(found, type) and issubclass(found, nn.Module)
+    if not is_linen or "features" not in {field.name for field in dataclasses.fields(found)}:
+        raise ValueError(
+            "make_encoder: `encoder.name` must name a linen class that can be imported and has a field `features`; "
+            f"got {name!r}{cause}. Correct the path MODULE:CLASS, or the class."
+        )
+    return found
 
 
 def init_encoder(encoder: Any, key: jax.Array, x: jax.Array, n_features: int) -> dict[str, Any]:
@@ -64,11 +69,11 @@ def init_encoder(encoder: Any, key: jax.Array, x: jax.Array, n_features: int) ->
         ValueError: for other features.
     """
     inference = train_argument(encoder, False)
-    features, _ = jax.eval_shape(lambda x: encoder.init_with_output(key, x, **inference), x[:1])
-    if features.shape != (1, n_features):
+    output, _ = jax.eval_shape(lambda x: encoder.init_with_output(key, x, **inference), x[:1])
+    if output.shape != (1, n_features):
         raise ValueError(
             f"init_encoder: the encoder must map inputs (B, {x.shape[1]}) to features (B, {n_features}); got features "
-            f"{features.shape} for one input. Flatten its output."
+            f"{output.shape} for one input. Flatten its output."
         )
     variables = dict(jax.jit(lambda x: encoder.init(key, x, **inference))(x[:1]))
     averages = [name for name in variables if name != "params"]

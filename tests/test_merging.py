@@ -106,11 +106,14 @@ def test_a_merge_tells_most_of_all():
 
 
 def test_clusters_of_other_components_are_named():
-    with pytest.raises(ValueError, match="`clusters` must be one number for each of 5 components; got 4"):
-        refine_information(component_affinity(log_responsibilities()), [0, 0, 1, 1])
+    affinity = component_affinity(log_responsibilities())
+    with pytest.raises(ValueError, match=r"refine_information: `labels` must have shape \(5,\); got \(4,\)"):
+        refine_information(affinity, [0, 0, 1, 1])
+    with pytest.raises(ValueError, match="must be integers that number the clusters from 0"):
+        refine_information(affinity, np.linspace(0, 1, 5))
 
 
-@pytest.mark.parametrize("n_clusters", [1, 2, 3, 5])
+@pytest.mark.parametrize("n_clusters", [1, 2, 3, 4, 5])
 def test_every_number_of_clusters_can_be_had(n_clusters):
     labels = merge_components(log_responsibilities(), n_clusters)
     assert labels.shape == (5,)
@@ -143,9 +146,16 @@ def test_clusters_that_are_not_gaussian_are_put_together():
         assert together.max(axis=1).sum() > 0.98 * 1500
 
 
-def test_a_component_without_samples_changes_nothing():
-    """The others merge as without it, into one cluster less if it stays alone."""
+@pytest.mark.parametrize("empty", [1, 3])
+def test_components_without_samples_change_nothing(empty):
+    """The others merge as without them, into as many clusters."""
     rows = log_responsibilities(50, 4)
-    labels = merge_components(np.concatenate([rows, np.full((50, 1), -np.inf)], axis=1), 3)
-    rest = len(np.unique(labels[:4]))
-    assert pairs_of(labels[:4]) == pairs_of(merge_components(rows, rest))
+    labels = merge_components(np.concatenate([rows, np.full((50, empty), -np.inf)], axis=1), 3)
+    assert pairs_of(labels[:4]) == pairs_of(merge_components(rows, 3))
+
+
+def test_half_precision_will_do():
+    rows = log_responsibilities(50, 4)
+    rows[:, 0] = -np.inf
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    np.testing.assert_array_equal(merge_components(rows.astype(np.float16), 2), merge_components(rows, 2))

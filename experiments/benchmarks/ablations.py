@@ -1,9 +1,10 @@
-"""What each part of the recipe for encoders brings: an experiment with one part changed at a time, scored by labels.
+"""What the parts of the recipe for encoders bring: an experiment, poorer and richer ones, and other heads.
 
     python -m experiments.benchmarks.ablations usps_encoder --data.path usps_9298.npz
-    python -m experiments.benchmarks.ablations mnist_encoder --data.rows 10000 --gradient.epochs 20
+    python -m experiments.benchmarks.ablations mnist_encoder --data.rows 10000 --gradient.epochs 40
 
-Options are those of the experiment. Every variant is a run of its own in a folder of the workdir, and is resumed there.
+Options are those of the experiment; its data must have labels. Every variant is a run in a folder of the workdir, and
+what has been stopped goes on there.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from experiments.config import Augmentation, Encoder, Experiment, Gradient
 from experiments.configs import EXPERIMENTS
 from experiments.data import Batches, Inputs, load, prepare_inputs
 from experiments.encoders import apply_encoder, features, init_encoder, join_module, split_module
-from experiments.models import Extra, Teacher, Trainable
-from experiments.processes import StopRequest
+from experiments.models import Teacher, Trainable
+from experiments.processes import STOPPED, Stopped, StopRequest
+from experiments.stages import Start
 from experiments.stages.rounds import INIT_ROWS
 from experiments.stages.scores import evaluate
 from flax_hmog import HMoGOutput
@@ -46,53 +48,62 @@ Scores = dict[str, float]
 
 
 def main(name: str, config: Experiment) -> None:
-    """All variants, and a table of them on the test split.
+    """All variants, and a table of them.
 
     Args:
         name: of the experiment.
         config: the experiment; it must have an encoder.
+
+    Raises:
+        Stopped: when the process was told to stop.
+        ValueError: for a dry run, or a variant that cannot be built.
     """
-    console, folder = Console(width=120), Path(config.workdir)
+    if config.dry_run:
+        raise ValueError("ablations: `dry_run` must be off; got on. Plan a variant by experiments.train.")
+    console, folder, stop = Console(width=120), Path(config.workdir), StopRequest()
+    # all of them first, so that one that cannot be built does not end hours of work
+    every = [
+        (variant, dataclasses.replace(changed, workdir=str(folder / variant.replace(" ", "-").replace(",", ""))))
+        for variant, changed in variants(config)
+    ]
     scores: dict[str, list[Scores]] = {}
-    for variant, changed in variants(config):
-        workdir = folder / variant.replace(" ", "-").replace(",", "")
-        train.run(dataclasses.replace(changed, workdir=str(workdir)), console, StopRequest())
-        by_stage = final_scores(workdir)
-        if variant == "as configured":
-            scores["linear model (EM)"] = by_stage["em"]
+    for variant, changed in every:
+        train.run(changed, console, stop)
+        by_stage = final_scores(Path(changed.workdir))
+        scores.setdefault("linear model, EM", by_stage["em"])
         scores[variant] = by_stage[list(by_stage)[-1]]
-    scores["k-means for EM and head"] = [kmeans_rounds(config, seed) for seed in range(config.n_seeds)]
+    scores["k-means in place of EM and head"] = kmeans_scores(config, folder / "k-means.json", stop)
     title = f"{name}: mean ± sd over seeds; the objective on training rows, the rest on the test split"
     table = Table("variant", "objective", "ACC", "NMI", "ACC by seed", title=title)
     for variant, by_seed in scores.items():
-        cells = [spread([seed[k] for seed in by_seed if k in seed]) for k in ("objective", "accuracy", "nmi")]
+        cells = [spread([seed.get(k, np.nan) for seed in by_seed]) for k in ("objective", "accuracy", "nmi")]
         table.add_row(variant, *cells, " ".join(f"{seed['accuracy']:.3f}" for seed in by_seed))
     console.print(table)
-    (folder / "ablations.json").write_text(json.dumps(scores, indent=2) + "\n")
 
 
 def variants(config: Experiment) -> Iterator[tuple[str, Experiment]]:
-    """The experiment, and others that differ from it in one part; epochs in all stay the same."""
-    total = config.gradient.epochs * config.rounds.count
+    """The experiment as a ladder, from a random start to all parts of the recipe, and with other heads.
 
-    def rounds(count: int, **changes: Any) -> Experiment:
+    Epochs in all are those of the experiment. Of two that would be the same only the first is made.
+    """
+    total = config.gradient.epochs * config.rounds.count
+    many = config.rounds.early_clusters or OVER_CLUSTERED
+
+    def rounds(count: int, early_clusters: int | None, **changes: Any) -> Experiment:
         return dataclasses.replace(
             config,
-            rounds=dataclasses.replace(config.rounds, count=count, **changes),
+            rounds=dataclasses.replace(config.rounds, count=count, early_clusters=early_clusters, **changes),
             gradient=dataclasses.replace(config.gradient, epochs=total // count),
         )
 
-    yield "as configured", config
-    yield (
-        "head alone, no encoder",
-        dataclasses.replace(config, encoder=Encoder(), augmentation=Augmentation(), gradient=FINE_TUNING),
-    )
-    yield "random start, no EM", rounds(1, start="nothing")
-    yield "random start, EM on features", rounds(2, start="nothing", early_clusters=OVER_CLUSTERED)
-    yield "EM on inputs, one round", rounds(1)
-    yield "and EM on features", rounds(2, early_clusters=None)
-    yield "and many clusters before", rounds(2, early_clusters=OVER_CLUSTERED)
-    yield "the same, encoder goes on", rounds(2, early_clusters=OVER_CLUSTERED, fresh=False)
+    alone = dataclasses.replace(config, encoder=Encoder(), augmentation=Augmentation(), gradient=FINE_TUNING)
+    yield "head alone, no encoder", alone
+    yield "random start, one round", rounds(1, None, start="nothing")
+    yield f"random start, two rounds, {many} clusters first", rounds(2, many, start="nothing")
+    yield "one round", rounds(1, None)
+    yield "two rounds", rounds(2, None)
+    yield f"two rounds, {many} clusters first", rounds(2, many)
+    yield f"two rounds, {many} clusters first, one encoder", rounds(2, many, fresh=False)
     yield "symmetric head", dataclasses.replace(config, heads=("symmetric",))
     yield "analytic head, EM in the network", dataclasses.replace(config, heads=("analytic",))
 
@@ -103,17 +114,17 @@ def final_scores(workdir: Path) -> dict[str, list[Scores]]:
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "accuracy" in record:
-            last.setdefault(record["stage"], {})[record["seed"]] = {
-                k: record[k] for k in ("accuracy", "nmi", "ari", "objective") if record.get(k) is not None
-            }
+            # the density of a head alone is nothing to compare with information
+            names = ("accuracy", "nmi", "objective")[: 3 if record["stage"][-1].isdigit() else 2]
+            last.setdefault(record["stage"], {})[record["seed"]] = {name: record[name] for name in names}
     return {stage: [by_seed[seed] for seed in sorted(by_seed)] for stage, by_seed in last.items()}
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation; nothing where there are no values."""
-    if len(values) < 2:
-        return "".join(f"{value:.3f}" for value in values)
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    """Mean and standard deviation; nothing where values are NaN."""
+    if np.isnan(values).any():
+        return ""
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 class KMeansHead(nn.Module):
@@ -157,25 +168,37 @@ class KMeansTrainable(Trainable):
         return jax.nn.one_hot(jnp.argmin(squares, axis=-1), self.n_clusters)
 
 
-def kmeans_rounds(config: Experiment, seed: int) -> Scores:
-    """The rounds of the experiment with scikit-learn's k-means in place of EM and merge: scores on the test part."""
+def kmeans_scores(config: Experiment, path: Path, stop: StopRequest) -> list[Scores]:
+    """Of rounds with scikit-learn's k-means in place of EM and merge, by seed; those that are done are kept."""
+    done: list[Scores] = json.loads(path.read_text()) if path.exists() else []
+    for seed in range(len(done), config.n_seeds):
+        done.append(kmeans_rounds(config, seed, stop))
+        path.write_text(json.dumps(done) + "\n")
+    return done
+
+
+def kmeans_rounds(config: Experiment, seed: int, stop: StopRequest) -> Scores:
+    """Scores of one seed on the test part."""
     mesh, key = make_mesh(), jax.random.key(seed)
     inputs = prepare_inputs(config.data, load(config.data, seed), mesh)
-    x = inputs.rows(inputs.dataset.train)[0]
+    x, weights = inputs.rows(inputs.dataset.train)
+    is_real = np.asarray(weights) > 0
     before: dict[str, Any] = {}
     for number in range(1, config.rounds.count + 1):
         model = KMeansTrainable(config, config.round_clusters(number), inputs)
-        rows = np.asarray(features(model.encoder, before, x) if before else x)
+        rows = np.asarray(features(model.encoder, before, x) if before else x)[is_real]
         labels = KMeans(model.n_clusters, n_init=10, random_state=seed).fit_predict(rows)
         teacher = Teacher(before, cast(Any, centres_of(rows, labels)), None)
-        own = init_encoder(model.encoder, jax.random.fold_in(key, number), x[:INIT_ROWS], config.encoder.features)
-        untrained = np.asarray(features(model.encoder, own, x))
+        key = jax.random.fold_in(key, number)
+        own = init_encoder(model.encoder, key, x[:INIT_ROWS], config.encoder.features)
+        untrained = np.asarray(features(model.encoder, own, x))[is_real]
         centres = centres_of(untrained, labels)
         spheres = {"centres": centres, "log_variance": np.log(np.mean((untrained - centres[labels]) ** 2))}
-        variables = train_round(model, join_module(own, {"params": spheres}), teacher, inputs, seed)
-        before, head_variables = split_module(variables)
+        start = Start(join_module(own, {"params": spheres}), teacher, config.rounds.distil_epochs)
+        before, head_variables = split_module(train_round(model, start, inputs, seed, key, stop))
     test = features(model.encoder, before, inputs.test_rows[0])
-    return evaluate(model.head.apply(head_variables, test), inputs)
+    output = cast(nn.Module, model.head).apply(head_variables, test)
+    return evaluate(cast(HMoGOutput, output), inputs)
 
 
 def centres_of(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -183,20 +206,24 @@ def centres_of(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack([rows[labels == label].mean(axis=0) for label in np.unique(labels)])
 
 
-def train_round(model: KMeansTrainable, start: Any, teacher: Teacher, inputs: Inputs, seed: int) -> Any:
-    """Variables at the end of a round."""
+def train_round(
+    model: KMeansTrainable, start: Start, inputs: Inputs, seed: int, key: jax.Array, stop: StopRequest
+) -> dict[str, Any]:
+    """Variables at the end of a round.
+
+    Raises:
+        Stopped: when the process was told to stop; the seed is begun anew then.
+    """
     config = model.config
     batches = Batches(inputs, seed, config.gradient.batch_size, config.gradient.epochs)
     rows = jax.ShapeDtypeStruct((config.gradient.batch_size, inputs.obs_dim), jnp.float32)
-    state = create_state(model.module, start, model.optimizer(len(batches)), rows, inputs.mesh)
+    state = create_state(model.module, start.variables, model.optimizer(len(batches)), rows, inputs.mesh)
     step = model.step(state, inputs.mesh)
-    ends = config.rounds.distil_epochs, config.rounds.distil_epochs + config.rounds.mixed_epochs
-    phases = np.asarray(ends, np.uint32) * batches.per_epoch
-    key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
     for done, batch in enumerate(batches.iterate()):
-        extra = Extra(None, np.float32(1), teacher, phases, key_data, np.uint32(done))
-        state, loss = step(state, batch, extra)
+        state, loss = step(state, batch, start.extra(config, key, batches.per_epoch, done))
         jax.block_until_ready(loss)
+        if stop.received:
+            raise Stopped
     return jax.tree.map(np.asarray, state.variables)
 
 
@@ -205,4 +232,9 @@ if __name__ == "__main__":
         names = ", ".join(known for known, config in EXPERIMENTS.items() if config.has_encoder)
         sys.exit(f"experiments.benchmarks.ablations: name an experiment with an encoder: {names}.")
     default = dataclasses.replace(EXPERIMENTS[sys.argv[1]], workdir=f"runs/ablations/{sys.argv[1]}", n_seeds=3)
-    main(sys.argv[1], tyro.cli(Experiment, default=default, args=sys.argv[2:]))
+    try:
+        main(sys.argv[1], tyro.cli(Experiment, default=default, args=sys.argv[2:]))
+    except Stopped:
+        sys.exit(STOPPED)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -24,13 +24,17 @@ def load(data: Data, seed: int) -> Dataset:
     whole = _load_whole(data, seed)
     if data.rows is None:
         return whole
-    count = len(whole.train)
-    if data.rows > count:
+    drawn = np.random.default_rng(seed).choice(len(whole.train), _kept_rows(data, len(whole.train)), replace=False)
+    return dataclasses.replace(whole, train=dataclasses.replace(whole.train, index=whole.train.index[np.sort(drawn)]))
+
+
+def _kept_rows(data: Data, count: int) -> int:
+    """How many of the training rows are kept."""
+    if data.rows is not None and data.rows > count:
         raise ValueError(
             f"load: `data.rows` must be at most the {count} training rows; got {data.rows}. Lower it or leave it out."
         )
-    kept = np.sort(np.random.default_rng(seed).choice(count, data.rows, replace=False))
-    return dataclasses.replace(whole, train=dataclasses.replace(whole.train, index=whole.train.index[kept]))
+    return data.rows or count
 
 
 def _load_whole(data: Data, seed: int) -> Dataset:
@@ -59,7 +63,7 @@ def data_shape(data: Data) -> tuple[int, int, int, tuple[int, ...] | None]:
     """Training rows, test rows, columns and image shape of the raw data; image sets need not be there for it."""
     if data.name in IMAGES:
         images = IMAGES[data.name]
-        return min(data.rows or images.n_train, images.n_train), images.n_test, int(np.prod(images.shape)), images.shape
+        return _kept_rows(data, images.n_train), images.n_test, int(np.prod(images.shape)), images.shape
     dataset = load(data, 0)
     return len(dataset.train), len(dataset.test), dataset.obs_dim, dataset.image_shape
 

@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.data import Batches, Inputs
 from experiments.encoders import features, split_module
 from experiments.logs import Stage
-from experiments.models import Extra, Teacher
 from experiments.processes import Stopped, to_host
 from experiments.stages.run import Run, Start
 from experiments.stages.scores import evaluate
@@ -77,14 +76,14 @@ class GradientStage:
         at = self._first_position(start) if restored is None else self._restored_position(restored)
         step = self.model.step(at.state, run.mesh)
         replicated = NamedSharding(run.mesh, PartitionSpec())
-        teacher = jax.tree.map(lambda leaf: place(leaf, replicated), start.teacher)
+        start = dataclasses.replace(start, teacher=jax.tree.map(lambda leaf: place(leaf, replicated), start.teacher))
         iterator = self.batches.iterate(restored.progress["position"] if restored else None)
         if not at.history:
             self._record(at, start, None, time.perf_counter())
         epoch_start = time.perf_counter()
         with run.writer(self.stage, self.model.head, self.model.encoder, self.inputs) as writer:
             while at.done < total:
-                at.state, loss = step(at.state, next(iterator), self._extra(start, teacher, at.done))
+                at.state, loss = step(at.state, next(iterator), start.extra(run.config, self.key, per_epoch, at.done))
                 # one step ahead of the device keeps it busy; devices of one CPU share a pool of threads, in which steps
                 # that wait for each other can wait for ever
                 jax.block_until_ready(loss if jax.default_backend() == "cpu" else at.loss_sum)
@@ -163,13 +162,6 @@ class GradientStage:
         if per_epoch > between:
             return done % between == 0 or done % per_epoch == 0
         return done % (per_epoch * -(-between // per_epoch)) == 0
-
-    def _extra(self, start: Start, teacher: Teacher | None, done: int) -> Extra:
-        """What the loss of a step needs besides its batch: the teacher on the devices, the rest on the host."""
-        key_data = np.asarray(jax.random.key_data(self.key))
-        ends = start.distil_epochs, start.distil_epochs + self.run.config.rounds.mixed_epochs
-        phases = np.asarray(ends, np.uint32) * self.batches.per_epoch
-        return Extra(start.regularizer, np.float32(1 / start.rows), teacher, phases, key_data, np.uint32(done))
 
     def _record(self, at: Position, start: Start, objective: float | None, started: float) -> None:
         """Evaluate and log where training stands."""

@@ -6,13 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from experiments.config import Experiment
 from experiments.data import Inputs
 from experiments.logs import Log, Stage
-from experiments.models import Teacher, Trainable
+from experiments.models import Extra, Teacher, Trainable
 from experiments.processes import StopRequest
 from flax_hmog import Natural, Regularizer
 from flax_hmog.training import CheckpointWriter
@@ -94,3 +95,10 @@ class Start:
     regularizer: Regularizer | None = None
     rows: int = 1
     clusters: np.ndarray | None = None
+
+    def extra(self, config: Experiment, key: jax.Array, steps_per_epoch: int, done: int) -> Extra:
+        """What the loss of a step needs besides its batch, on the host."""
+        key_data = np.asarray(jax.random.key_data(key))
+        ends = self.distil_epochs, self.distil_epochs + config.rounds.mixed_epochs
+        phases = np.asarray(ends, np.uint32) * steps_per_epoch
+        return Extra(self.regularizer, np.float32(1 / self.rows), self.teacher, phases, key_data, np.uint32(done))

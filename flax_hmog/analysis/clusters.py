@@ -190,7 +190,7 @@ def merged_responsibilities(responsibilities: Any, labels: Any) -> np.ndarray:
     """
     caller = "merged_responsibilities"
     r = as_responsibilities(caller, responsibilities)
-    return (r @ _membership(caller, labels, r.shape[1])).reshape(*np.shape(responsibilities)[:-1], -1)
+    return (r @ as_membership(caller, labels, r.shape[1])).reshape(*np.shape(responsibilities)[:-1], -1)
 
 
 def cluster_prototypes(natural: Natural, *, labels: Any = None) -> np.ndarray:
@@ -210,7 +210,7 @@ def cluster_prototypes(natural: Natural, *, labels: Any = None) -> np.ndarray:
     model = geometry("cluster_prototypes", natural)
     means = model.means
     if labels is not None:
-        share = model.weights[:, None] * _membership("cluster_prototypes", labels, len(means))
+        share = model.weights[:, None] * as_membership("cluster_prototypes", labels, len(means))
         means = (share / share.sum(axis=0, keepdims=True)).T @ means
     return means @ model.loadings.T + model.bias
 
@@ -284,7 +284,7 @@ def _squares(rows: np.ndarray, precision: np.ndarray) -> np.ndarray:
     return np.sum((rows @ precision) * rows, axis=1)
 
 
-def _membership(caller: str, labels: Any, n_components: int) -> np.ndarray:
+def as_membership(caller: str, labels: Any, n_components: int) -> np.ndarray:
     """Indicators (K, n_clusters) of labels (K,)."""
     labels = as_labels(caller, "labels", labels, n_components)
     if labels.dtype.kind not in "iu" or not np.array_equal(np.unique(labels), np.arange(labels.max() + 1)):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_hmog.analysis.clusters import merge_clusters
+from flax_hmog.analysis.clusters import as_membership, merge_clusters
 from flax_hmog.analysis.inputs import as_array, require
 from flax_hmog.checks import check_positive, check_size
 
@@ -125,8 +125,8 @@ def information_hierarchy(affinity: Any) -> np.ndarray:
     falls least.
 
     Args:
-        affinity: (K, K), symmetric, at least 0: from `component_affinity`, or the table sum_n r_n r'_n of samples and
-            their augmentations.
+        affinity: (K, K), symmetric, at least 0: from `component_affinity`, or T + T' of the table T = sum_n r_n r'_n of
+            the responsibilities of samples and of their augmentations.
 
     Returns:
         Linkage matrix (K - 1, 4) as `cluster_hierarchy` gives it; its distances are the information lost so far, nats.
@@ -163,14 +163,14 @@ def information_hierarchy(affinity: Any) -> np.ndarray:
     return linkage
 
 
-def refine_information(affinity: Any, clusters: Any) -> tuple[np.ndarray, float]:
+def refine_information(affinity: Any, labels: Any) -> tuple[np.ndarray, float]:
     """Clusters after single components have moved to where they tell most, until none gains by a move.
 
     Moves raise the information of `information_hierarchy` on the merged table; no cluster loses its last component.
 
     Args:
         affinity: (K, K), as `information_hierarchy` takes it.
-        clusters: cluster of each component (K,), from 0 on.
+        labels: the cluster of each component (K,), integers from 0: where the moves start.
 
     Returns:
         The cluster of each component (K,), numbered in the order of their first components, and the information
@@ -178,21 +178,16 @@ def refine_information(affinity: Any, clusters: Any) -> tuple[np.ndarray, float]
 
     Raises:
         TypeError: if an argument holds no real numbers.
-        ValueError: as `information_hierarchy`, or unless `clusters` are K numbers of clusters.
+        ValueError: as `information_hierarchy`, or unless `labels` number the clusters of K components from 0.
 
     Source: Slonim, Friedman and Tishby 2002.
     """
     caller = "refine_information"
     table = _joint_table(caller, affinity)
-    labels = _in_order(as_array(caller, "clusters", clusters, 1, "(K,)"))
-    if len(labels) != len(table):
-        raise ValueError(
-            f"{caller}: `clusters` must be one number for each of {len(table)} components; got {len(labels)}. "
-            "Use merge_clusters or normalized_cut."
-        )
-    each = np.arange(labels.max() + 1)
-    linked = table @ (labels[:, None] == each)  # of components with clusters (K, C)
-    merged = (labels[:, None] == each).T @ linked
+    membership = as_membership(caller, labels, len(table))
+    labels, each = membership.argmax(axis=1), np.arange(membership.shape[1])
+    linked = table @ membership  # of components with clusters (K, C)
+    merged = membership.T @ linked
     has_moved = True
     while has_moved:
         has_moved = False
@@ -232,7 +227,9 @@ def _joint_table(caller: str, affinity: Any) -> np.ndarray:
     """Affinities as a joint distribution of two components (K, K)."""
     table = as_array(caller, "affinity", affinity, 2, "(K, K)")
     count = len(table)
-    if table.shape != (count, count) or table.min() < 0 or not np.allclose(table, table.T) or not table.any():
+    scale = float(np.abs(table).max())
+    is_symmetric = table.shape == (count, count) and np.allclose(table, table.T, atol=1e-9 * scale)
+    if not is_symmetric or table.min() < 0 or scale == 0:
         raise ValueError(
             f"{caller}: `affinity` must be symmetric, (K, K), at least 0 and not all 0; got shape {table.shape}. "
             "Use component_affinity."
@@ -273,7 +270,9 @@ def _log_responsibilities(caller: str, value: Any) -> np.ndarray:
     """Log-responsibilities (N, K) in float64, from (..., K)."""
     array = np.asarray(value)
     array = array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
-    array = as_array(caller, "log_responsibilities", np.maximum(array, -1e30), 2, "(..., K)")
+    if array.dtype.kind == "f":
+        array = np.maximum(array, -1e30, dtype=np.float64)
+    array = as_array(caller, "log_responsibilities", array, 2, "(..., K)")
     total = np.exp(array).sum(axis=1)
     worst = int(np.abs(total - 1).argmax())
     if abs(total[worst] - 1) > 1e-3:

@@ -77,7 +77,7 @@ def rebuild_module(description: dict[str, Any], *, allow_import: bool = False) -
     if ":" in name and not allow_import:
         return None
     try:
-        return (MODULES[name] if name in MODULES else _import(name))(**arguments)
+        return (MODULES[name] if name in MODULES else import_path(name))(**arguments)
     except (ImportError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"restore: `{name}` must be importable and take {sorted(arguments)}; got {type(error).__name__}: {error}. "
@@ -85,7 +85,13 @@ def rebuild_module(description: dict[str, Any], *, allow_import: bool = False) -
         ) from error
 
 
-def _import(name: str) -> Any:
+def import_path(name: str) -> Any:
+    """What a path MODULE:NAME leads to.
+
+    Raises:
+        ImportError: for a module that is not there.
+        AttributeError: for a name that is not in it.
+    """
     module, _, attribute = name.partition(":")
     found: Any = importlib.import_module(module)
     for part in attribute.split("."):

@@ -1,0 +1,60 @@
+"""The ablations of encoder experiments: what is compared, and the head by k-means that stands beside ours."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
+
+from experiments.benchmarks.ablations import KMeansHead, final_scores, spread, variants
+from experiments.configs import EXPERIMENTS
+
+
+def test_a_kmeans_head_is_a_mixture_of_equal_spheres():
+    rng = np.random.default_rng(0)
+    x, centres, variance = rng.standard_normal((6, 3)), rng.standard_normal((4, 3)), 0.7
+    variables = {"params": {"centres": centres, "log_variance": np.log(variance)}}
+    output = KMeansHead(4).apply(variables, x.astype(np.float32))
+    joint = np.stack([multivariate_normal.logpdf(x, mean, variance) for mean in centres], axis=1) - np.log(4)
+    np.testing.assert_allclose(output.log_density, logsumexp(joint, axis=1), rtol=1e-5)
+    want = joint - logsumexp(joint, axis=1, keepdims=True)
+    np.testing.assert_allclose(output.log_responsibilities, want, rtol=1e-4, atol=1e-5)
+    nearest = np.argmin(((x[:, None] - centres) ** 2).sum(axis=-1), axis=1)
+    np.testing.assert_array_equal(np.argmax(output.log_responsibilities, axis=1), nearest)
+    assert jax.tree.map(np.shape, KMeansHead(4).init(jax.random.key(0), x)["params"]) == {
+        "centres": (4, 3),
+        "log_variance": (),
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, config in EXPERIMENTS.items() if config.has_encoder])
+def test_variants_differ_and_train_equally_long(name):
+    config = EXPERIMENTS[name]
+    found = [changed for _, changed in variants(config)]
+    assert (
+        len({json.dumps([changed.result_options(), changed.heads], default=str) for changed in found}) >= len(found) - 1
+    )
+    total = config.rounds.count * config.gradient.epochs
+    for changed in found:
+        if changed.has_encoder:
+            assert changed.rounds.count * changed.gradient.epochs == total
+
+
+def test_final_scores_are_the_last_of_each_stage(tmp_path):
+    lines = [
+        {"seed": seed, "stage": stage, "accuracy": seed + epoch / 10, "nmi": 0.5, "objective": epoch}
+        for seed in (0, 1)
+        for stage in ("em", "symmetric-1")
+        for epoch in (0, 1, 2)
+    ]
+    lines.insert(0, {"seed": 0, "stage": "em", "step": 1})  # a step of EM
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = final_scores(tmp_path)
+    assert scores == {
+        "em": [{"accuracy": 0.2, "nmi": 0.5}, {"accuracy": 1.2, "nmi": 0.5}],
+        "symmetric-1": [{"accuracy": seed + 0.2, "nmi": 0.5, "objective": 2} for seed in (0, 1)],
+    }
+    assert spread([0.5, 0.7]) == "0.600 ± 0.141"
+    assert spread([np.nan, 1.0]) == ""
