@@ -141,7 +141,7 @@ class KMeansHead(nn.Module):
         """What an HMoG head returns: here of K spheres of one size and weight, with x as its own latent mean."""
         centres = self.param("centres", nn.initializers.normal(), (self.n_clusters, x.shape[-1]))
         log_variance = self.param("log_variance", nn.initializers.zeros, ())
-        squares = jnp.sum((x[:, None] - centres) ** 2, axis=-1)
+        squares = jnp.sum((x[:, None] - centres[None]) ** 2, axis=-1)
         normalizer = x.shape[-1] * (jnp.log(2 * jnp.pi) + log_variance) / 2 + jnp.log(self.n_clusters)
         joint = -squares * jnp.exp(-log_variance) / 2 - normalizer
         return HMoGOutput(jax.nn.logsumexp(joint, axis=-1), jax.nn.log_softmax(joint, axis=-1), x)
@@ -164,7 +164,7 @@ class KMeansTrainable(Trainable):
     def _taught(self, teacher: Teacher, x: jax.Array) -> jax.Array:
         """The nearest centre of x (B, K), one-hot."""
         rows = apply_encoder(self.encoder, teacher.encoder_variables, x) if teacher.encoder_variables else x
-        squares = jnp.sum((rows[:, None] - cast(jax.Array, teacher.factors)) ** 2, axis=-1)
+        squares = jnp.sum((rows[:, None] - cast(jax.Array, teacher.factors)[None]) ** 2, axis=-1)
         return jax.nn.one_hot(jnp.argmin(squares, axis=-1), self.n_clusters)
 
 

@@ -12,9 +12,9 @@ CONFIG = Experiment(
     data=Data("digits", scale="range"),
     model=Model(lat_dim=15, n_components=40, n_clusters=10),
     encoder=Encoder("conv", features=32, lat_dim=8),
-    rounds=Rounds(count=2, early_clusters=20, n_components=40, distil_epochs=8, mixed_epochs=4),
+    rounds=Rounds(distil_epochs=8, mixed_epochs=4),
     em=EM(max_steps=30, tolerance=0.01, noise_pseudo_share=0.01),
-    gradient=Gradient(epochs=40, batch_size=128, learning_rate=2e-3),
+    gradient=Gradient(epochs=80, batch_size=128, learning_rate=2e-3),
     augmentation=Augmentation(shift=0.5, rotation=10.0, scale=0.1),
     checkpoints=Checkpoints(gradient_steps=5000),
 )
