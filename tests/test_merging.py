@@ -12,6 +12,7 @@ from flax_hmog.analysis import (
     information_hierarchy,
     merge_clusters,
     merge_components,
+    merging,
     refine_information,
 )
 
@@ -152,6 +153,11 @@ def test_components_without_samples_change_nothing(empty):
     rows = log_responsibilities(50, 4)
     labels = merge_components(np.concatenate([rows, np.full((50, empty), -np.inf)], axis=1), 3)
     assert pairs_of(labels[:4]) == pairs_of(merge_components(rows, 3))
+
+
+def test_a_cut_of_fewer_clusters_is_left_out(monkeypatch):
+    monkeypatch.setattr(merging, "normalized_cut", lambda affinity, n_clusters: np.zeros(len(affinity), int))
+    np.testing.assert_array_equal(np.unique(merge_components(log_responsibilities(), 3)), np.arange(3))
 
 
 def test_half_precision_will_do():

@@ -88,7 +88,9 @@ def merge_components(log_responsibilities: Any, n_clusters: int, *, temperature:
         return np.arange(count) if n_clusters > 1 else np.zeros(count, int)
     affinity = component_affinity(rows, temperature=temperature)
     starts = normalized_cut(affinity, n_clusters), merge_clusters(information_hierarchy(affinity), n_clusters)
-    best, _ = max((refine_information(affinity, start) for start in starts), key=lambda found: found[1])
+    # a cut may leave a cluster without nodes, greedy merges never do
+    refined = [refine_information(affinity, start) for start in starts if start.max() + 1 == n_clusters]
+    best, _ = max(refined, key=lambda found: found[1])
     return best
 
 
