@@ -84,7 +84,7 @@ def main(name: str, config: Experiment) -> None:
 def variants(config: Experiment) -> Iterator[tuple[str, Experiment]]:
     """The experiment as a ladder, from a random start to all parts of the recipe, and with other heads.
 
-    Epochs in all are those of the experiment. Of two that would be the same only the first is made.
+    Epochs in all are those of the experiment, which is itself one step of the ladder.
     """
     total = config.gradient.epochs * config.rounds.count
     many = config.rounds.early_clusters or OVER_CLUSTERED
