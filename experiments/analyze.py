@@ -262,7 +262,7 @@ def objective_section(run: Run, seed: int) -> Section:
                 "On an encoder it is that of its features",
                 "Curves of the held-out log-density over epochs for each head")
         )  # fmt: skip
-    text = "Exact EM never decreases its penalised log-likelihood. Heads start from its model; on an encoder, from its clusters."
+    text = "Exact EM never decreases its penalised log-likelihood. Heads start from its model or its clusters."
     return Section("Fit", text, pictures=pictures)
 
 
