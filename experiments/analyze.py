@@ -14,15 +14,16 @@ from typing import Any
 import experiments  # noqa: F401  sets the environment before jax is imported
 
 # isort: split
+import jax
 import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from experiments.config import Data, flat_options
-from experiments.data import Dataset, load
+from experiments.data import Dataset, Part, load
 from experiments.logs import Stage
-from flax_hmog import infer
+from flax_hmog import HMoGOutput, infer
 from flax_hmog.analysis import (
     Picture,
     Section,
@@ -187,18 +188,20 @@ def is_finished(restored: Restored) -> bool:
 
 def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
     """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part if it has labels."""
-    natural = restored.head.apply(restored.variables, method="natural")
-    clusters = restored.progress.get("clusters")
-    scores = {}
-    for name, part in (("train", dataset.train), ("test", dataset.test)):
-        outputs = [infer(natural, restored.features(block)) for block in part.blocks(slice(None))]
-        scores[f"{name}_log_density"] = float(np.mean(np.concatenate([out.log_density for out in outputs])))
+    outputs = {name: merged_output(restored, part) for name, part in (("train", dataset.train), ("test", dataset.test))}
+    scores = {f"{name}_log_density": float(np.mean(output.log_density)) for name, output in outputs.items()}
     if dataset.test.part_labels is None:
         return scores
-    if clusters is not None:
-        outputs = [merge_output(out, np.asarray(clusters), max(clusters) + 1) for out in outputs]
-    assignments = np.concatenate([np.asarray(out.log_responsibilities).argmax(axis=-1) for out in outputs])
-    return scores | clustering_metrics(dataset.test.part_labels, assignments)
+    return scores | clustering_metrics(dataset.test.part_labels, outputs["test"].log_responsibilities.argmax(axis=-1))
+
+
+def merged_output(restored: Restored, part: Part) -> HMoGOutput:
+    """What a model says of all rows of a part, in numpy: of its clusters, where components have been merged."""
+    natural = restored.head.apply(restored.variables, method="natural")
+    blocks = [infer(natural, restored.features(block)) for block in part.blocks(slice(None))]
+    output = jax.tree.map(lambda *arrays: np.concatenate(arrays), *blocks)
+    clusters = restored.progress.get("clusters")
+    return output if clusters is None else merge_output(output, np.asarray(clusters), max(clusters) + 1)
 
 
 def table_rows(scores: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:

@@ -286,8 +286,10 @@ class Experiment:
     augmentation: Augmentation = Augmentation()
     heads: tuple[HeadName, ...] = ("differentiable",)
     """Heads that are trained; the first is the one that a report describes."""
+    first_seed: int = 0
+    """The first seed."""
     n_seeds: int = 1
-    """Seeds 0 .. n_seeds-1, each with its own initialisation and batches, and its own split where there is none."""
+    """How many seeds in a row, each with its own initialisation and batches, and its own split where there is none."""
     baselines: bool = False
     """Also score two-stage baselines from scikit-learn."""
     devices: Devices = Devices()
@@ -299,6 +301,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _check_counts(self, "n_seeds")
+        if self.first_seed < 0:
+            raise ValueError(f"Experiment: `first_seed` must be at least 0; got {self.first_seed}. Raise it.")
         if not self.heads:
             raise ValueError("Experiment: `heads` must name at least one; got none. Give --heads differentiable.")
         if self.encoder.name == "none" and "analytic" in self.heads:
@@ -342,6 +346,11 @@ class Experiment:
         """Number of clusters in the end."""
         return self.model.n_clusters or self.model.n_components
 
+    @property
+    def seeds(self) -> range:
+        """All seeds."""
+        return range(self.first_seed, self.first_seed + self.n_seeds)
+
     def round_clusters(self, number: int) -> int:
         """Number of clusters in a round, counted from 1; 0 stands for training without rounds."""
         if number in (0, self.rounds.count) or self.rounds.early_clusters is None:
@@ -371,7 +380,7 @@ class Experiment:
 
     def result_options(self) -> dict[str, Any]:
         """The options that a result follows from: what a resumed run must agree in."""
-        free = ("workdir", "heads", "n_seeds", "devices", "processes", "checkpoints", "logs", "dry_run")
+        free = ("workdir", "heads", "first_seed", "n_seeds", "devices", "processes", "checkpoints", "logs", "dry_run")
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         return options | {"data": {k: v for k, v in options["data"].items() if k not in ("folder", "downloads")}}
 

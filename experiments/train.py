@@ -98,7 +98,7 @@ def run(config: Experiment, console: Console, stop: StopRequest) -> None:
         console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
     with Log(workdir, config, console) as log:
         stages = Run(config, mesh, log, stop, models)
-        for seed in range(config.n_seeds):
+        for seed in config.seeds:
             inputs = prepare_inputs(config.data, load(config.data, seed), mesh)
             linear = EMStage(stages, seed, inputs).result()
             for name in config.heads:

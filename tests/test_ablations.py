@@ -43,16 +43,16 @@ def test_variants_differ_and_train_equally_long(name):
 def test_final_scores_are_the_last_of_each_stage(tmp_path):
     lines = [
         {"seed": seed, "stage": stage, "accuracy": seed + epoch / 10, "nmi": 0.5, "objective": epoch}
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
         for stage in ("em", "symmetric-1")
         for epoch in (0, 1, 2)
     ]
     lines.insert(0, {"seed": 0, "stage": "em", "step": 1})  # a step of EM
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    scores = final_scores(tmp_path)
+    scores = final_scores(tmp_path, range(1, 3))
     assert scores == {
-        "em": [{"accuracy": 0.2, "nmi": 0.5}, {"accuracy": 1.2, "nmi": 0.5}],
-        "symmetric-1": [{"accuracy": seed + 0.2, "nmi": 0.5, "objective": 2} for seed in (0, 1)],
+        "em": [{"accuracy": 1.2, "nmi": 0.5}, {"accuracy": 2.2, "nmi": 0.5}],
+        "symmetric-1": [{"accuracy": seed + 0.2, "nmi": 0.5, "objective": 2} for seed in (1, 2)],
     }
     assert spread([0.5, 0.7]) == "0.600 ± 0.141"
     assert spread([np.nan, 1.0]) == ""

@@ -4,7 +4,7 @@
     python -m experiments.benchmarks.ablations mnist_encoder --data.rows 10000 --gradient.epochs 40
 
 Options are those of the experiment; its data must have labels. Every variant is a run in a folder of the workdir, and
-what has been stopped goes on there.
+what has been stopped goes on there. The agreement of seeds needs no labels, and may choose among variants.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,12 +28,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
 
 from experiments import train
+from experiments.analyze import merged_output
 from experiments.config import Augmentation, Encoder, Experiment, Gradient
 from experiments.configs import EXPERIMENTS
-from experiments.data import Batches, Inputs, load, prepare_inputs
+from experiments.data import Batches, Dataset, Inputs, load, prepare_inputs
 from experiments.encoders import apply_encoder, features, init_encoder, join_module, split_module
+from experiments.logs import Stage
 from experiments.models import Teacher, Trainable
 from experiments.processes import STOPPED, Stopped, StopRequest
 from experiments.stages import Start
@@ -40,7 +44,7 @@ from experiments.stages.rounds import INIT_ROWS
 from experiments.stages.scores import evaluate
 from flax_hmog import HMoGOutput
 from flax_hmog.encoders import Clusterer
-from flax_hmog.training import create_state, make_mesh
+from flax_hmog.training import create_state, make_mesh, restore
 
 FINE_TUNING = Gradient(epochs=5, batch_size=512)  # of a head alone
 OVER_CLUSTERED = 40
@@ -67,17 +71,23 @@ def main(name: str, config: Experiment) -> None:
         for variant, changed in variants(config)
     ]
     scores: dict[str, list[Scores]] = {}
+    agreements: dict[str, str] = {}
+    dataset = load(config.data, config.first_seed)
     for variant, changed in every:
         train.run(changed, console, stop)
-        by_stage = final_scores(Path(changed.workdir))
-        scores.setdefault("linear model, EM", by_stage["em"])
-        scores[variant] = by_stage[list(by_stage)[-1]]
+        workdir = Path(changed.workdir)
+        by_stage = final_scores(workdir, config.seeds)
+        for row, stage in (("linear model, EM", "em"), (variant, list(by_stage)[-1])):
+            if row not in scores:
+                scores[row], agreements[row] = by_stage[stage], agreement(workdir, stage, config.seeds, dataset)
     scores["k-means in place of EM and head"] = kmeans_scores(config, folder / "k-means.json", stop)
-    title = f"{name}: mean ± sd over seeds; the objective on training rows, the rest on the test split"
-    table = Table("variant", "objective", "ACC", "NMI", "ACC by seed", title=title)
+    title = f"{name}: mean ± sd; agreement and objective on training rows, without labels; the rest on the test split"
+    table = Table("variant", "agreement", "objective", "ACC", "NMI", "ACC by seed", title=title)
     for variant, by_seed in scores.items():
         cells = [spread([seed.get(k, np.nan) for seed in by_seed]) for k in ("objective", "accuracy", "nmi")]
-        table.add_row(variant, *cells, " ".join(f"{seed['accuracy']:.3f}" for seed in by_seed))
+        table.add_row(
+            variant, agreements.get(variant, ""), *cells, " ".join(f"{seed['accuracy']:.3f}" for seed in by_seed)
+        )
     console.print(table)
 
 
@@ -108,16 +118,24 @@ def variants(config: Experiment) -> Iterator[tuple[str, Experiment]]:
     yield "analytic head, EM in the network", dataclasses.replace(config, heads=("analytic",))
 
 
-def final_scores(workdir: Path) -> dict[str, list[Scores]]:
-    """The last scores of each stage, in the order of stages: one entry for each seed."""
+def final_scores(workdir: Path, seeds: range) -> dict[str, list[Scores]]:
+    """The last scores of each stage, in the order of stages: one entry for each of the seeds."""
     last: dict[str, dict[int, Scores]] = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if "accuracy" in record:
+        if "accuracy" in record and record["seed"] in seeds:
             # the density of a head alone is nothing to compare with information
             names = ("accuracy", "nmi", "objective")[: 3 if record["stage"][-1].isdigit() else 2]
             last.setdefault(record["stage"], {})[record["seed"]] = {name: record[name] for name in names}
-    return {stage: [by_seed[seed] for seed in sorted(by_seed)] for stage, by_seed in last.items()}
+    return {stage: [by_seed[seed] for seed in seeds] for stage, by_seed in last.items()}
+
+
+def agreement(workdir: Path, stage: str, seeds: range, dataset: Dataset) -> str:
+    """Mean ± sd of the adjusted Rand index between two seeds' clusters of the same rows, over all pairs of seeds."""
+    models = [restore(workdir / Stage(seed, stage).folder) for seed in seeds]
+    clusters = [merged_output(model, dataset.train).log_responsibilities.argmax(axis=-1) for model in models]
+    pairs = [adjusted_rand_score(*pair) for pair in combinations(clusters, 2)]
+    return spread(pairs) if pairs else ""
 
 
 def spread(values: list[float]) -> str:
@@ -170,11 +188,12 @@ class KMeansTrainable(Trainable):
 
 def kmeans_scores(config: Experiment, path: Path, stop: StopRequest) -> list[Scores]:
     """Of rounds with scikit-learn's k-means in place of EM and merge, by seed; those that are done are kept."""
-    done: list[Scores] = json.loads(path.read_text()) if path.exists() else []
-    for seed in range(len(done), config.n_seeds):
-        done.append(kmeans_rounds(config, seed, stop))
-        path.write_text(json.dumps(done) + "\n")
-    return done
+    done: dict[str, Scores] = json.loads(path.read_text()) if path.exists() else {}
+    for seed in map(str, config.seeds):
+        if seed not in done:
+            done[seed] = kmeans_rounds(config, int(seed), stop)
+            path.write_text(json.dumps(done) + "\n")
+    return [done[str(seed)] for seed in config.seeds]
 
 
 def kmeans_rounds(config: Experiment, seed: int, stop: StopRequest) -> Scores:
