@@ -196,6 +196,21 @@ def component_logits(factors: Factors, features: Array) -> Array:
     return factors.constant[None] + matmul(features, coefficients.T)
 
 
+def normalize_logits(logits: Array) -> tuple[Array, Array, Array]:
+    """Of logits (B, K): log sum_k exp (B,), the logits less it (B, K), and the exponentials of these.
+
+    The largest is subtracted first: the logits of rows far from the model are so large that what is lost in
+    rounding their logsumexp would show in the responsibilities, which sum to 1 here.
+    """
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    shifted = logits - top
+    exponentials = jnp.exp(shifted)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    log_total = jnp.log(total)
+    return (top + log_total)[:, 0], shifted - log_total, exponentials / total
+
+
 def shared_log_density(factors: Factors, centered: Array, t: Array) -> Array:
     """The term of log p(x, z = k) that all components share (B,): offset - (|r - U t|^2 + |V t|^2) / 2."""
     unexplained = factors.root.rows_times(centered) - matmul(t, factors.projection.T)

@@ -22,6 +22,7 @@ from flax_hmog.factors import (
     factorise,
     floats_per_row,
     latent_features,
+    normalize_logits,
     posterior_gain,
     project_rows,
     shared_log_density,
@@ -214,12 +215,11 @@ def infer_rows(factors: Factors, x: Array) -> HMoGOutput:
     centered = x - factors.bias[None]
     t = project_rows(factors, centered)
     logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
-    evidence = jax.nn.logsumexp(logits, axis=-1)
-    log_responsibilities = logits - evidence[:, None]
+    evidence, log_responsibilities, responsibilities = normalize_logits(logits)
     return HMoGOutput(
         shared_log_density(factors, centered, t) + evidence,
         log_responsibilities,
-        matmul(t + posterior_gain(factors, jnp.exp(log_responsibilities), t), factors.inverse_basis.T),
+        matmul(t + posterior_gain(factors, responsibilities, t), factors.inverse_basis.T),
     )
 
 

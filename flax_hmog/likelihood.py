@@ -17,6 +17,7 @@ from flax_hmog.factors import (
     factorise,
     floats_per_row,
     latent_features,
+    normalize_logits,
     posterior_gain,
     project_rows,
     quadratic_coefficients,
@@ -111,7 +112,7 @@ def _density_and_score(operands: Any, x: Array) -> tuple[Array, Array]:
     centered = x - factors.bias[None]
     t = project_rows(factors, centered)
     logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
-    evidence = jax.nn.logsumexp(logits, axis=-1)
-    w = t + posterior_gain(factors, jnp.exp(logits - evidence[:, None]), t)
+    evidence, _, responsibilities = normalize_logits(logits)
+    w = t + posterior_gain(factors, responsibilities, t)
     unexplained = centered - matmul(w, loadings.T)
     return shared_log_density(factors, centered, t) + evidence, -factors.precision.rows_times(unexplained)

@@ -34,6 +34,7 @@ from flax_hmog.factors import (
     factorise,
     floats_per_row,
     latent_features,
+    normalize_logits,
     posterior_gain,
     project_rows,
     symmetric_matrices,
@@ -169,8 +170,7 @@ def _block_sums(operands: Any, block: Any, is_new: Array) -> Statistics:
     if labels is not None:
         chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
         logits = jnp.where((labels < 0)[:, None] | chosen, logits, -jnp.inf)
-    evidence = jax.nn.logsumexp(logits, axis=-1)
-    responsibilities = jnp.exp(logits - evidence[:, None])
+    evidence, _, responsibilities = normalize_logits(logits)
     gain = posterior_gain(factors, responsibilities, t)
     residual = centered - matmul(t + gain, loadings.T)
     responsibilities = responsibilities * weights[:, None]

@@ -1,16 +1,19 @@
 """Densities, posteriors, expected statistics and draws against K dense Gaussians; batching, blocks and compilation."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import ALL, CASES, FEW, SOME, is_slow, over
+from cases import ALL, CASES, FEW, SOME, Case, is_slow, over, random_moments
 from dense import Dense, assert_close, assert_mean_close, posterior_precisions
 from jax.test_util import check_grads
 
 from flax_hmog import (
+    AnalyticHMoG,
+    PositiveDefinite,
     expected_statistics,
     infer,
     inference,
@@ -18,6 +21,7 @@ from flax_hmog import (
     latent_mean,
     likelihood,
     log_observable_density,
+    moments_to_natural,
     natural_to_mean,
     natural_to_moments,
     posterior_assignments,
@@ -97,6 +101,20 @@ def test_single_functions_are_those_of_dense_gaussians(case, float64, eager):
         assert_close(FUNCTIONS[name](case.natural(), x), want, 1e-9, name)
     assert posterior_hard_assignment(case.natural(), x).dtype == np.int32
     assert_close(np.sum(posterior_soft_assignments(case.natural(), x), -1), np.ones(len(x)), 1e-14)
+
+
+def test_responsibilities_of_rows_far_from_the_model_sum_to_one_in_float32():
+    """Of three components that are alike: their logits are so large that log 3 is lost in rounding beside them."""
+    moments = random_moments(Case(AnalyticHMoG, "diagonal", "full", n_components=1))
+    three = dataclasses.replace(
+        moments,
+        weights=np.full(3, 1 / 3),
+        means=np.repeat(moments.means, 3, axis=0),
+        covariances=PositiveDefinite(np.repeat(moments.covariances.entries, 3, axis=0)),
+    )
+    natural = moments_to_natural(jax.tree.map(np.float32, three))
+    x = 1e3 * np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
+    np.testing.assert_allclose(np.exp(infer(natural, x).log_responsibilities), 1 / 3, rtol=1e-6)
 
 
 @BOTH_DTYPES
