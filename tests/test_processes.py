@@ -17,18 +17,15 @@ from flax_hmog.training import restore
 pytestmark = pytest.mark.slow
 # one start of EM: of several that end in the same model, rounding decides whose numbering of the clusters wins
 OPTIONS = [
-    *(
-        "synthetic",
-        "--data.scale",
-        "standard",
-        "--em.n-restarts",
-        "1",
-        "--em.max-steps",
-        "8",
-        "--checkpoints.em-steps",
-        "4",
-    ),
+    *("synthetic", "--data.scale", "standard", "--em.n-restarts", "1"),
+    *("--em.max-steps", "8", "--checkpoints.em-steps", "4"),
     *("--gradient.epochs", "2", "--gradient.batch-size", "128"),
+]
+
+ROUNDS = [
+    *("--model.n-components", "8", "--model.n-clusters", "4", "--encoder.name", "mlp", "--encoder.features", "6"),
+    *("--encoder.lat-dim", "3", "--rounds.count", "2", "--rounds.n-components", "8", "--rounds.distil-epochs", "1"),
+    *("--gradient.epochs", "3"),
 ]
 
 
@@ -68,19 +65,29 @@ def one_process(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
-def test_several_processes_do_what_one_does(count, devices, one_process, tmp_path):
-    assert finish(start(tmp_path, count, devices)) == [0] * count
-    got, want = records(tmp_path), records(one_process)
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
+def assert_same_course(got, want):
+    for a, b in zip(records(got), records(want), strict=True):
         for name in ("objective", "test_log_density", "nmi"):
             if b.get(name) is not None:
                 assert a[name] == pytest.approx(b[name], rel=1e-4), (name, b)
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
+def test_several_processes_do_what_one_does(count, devices, one_process, tmp_path):
+    assert finish(start(tmp_path, count, devices)) == [0] * count
+    assert_same_course(tmp_path, one_process)
     # one process restores what several have saved
     states = [restore(folder / "checkpoints" / "seed0" / "differentiable") for folder in (tmp_path, one_process)]
     for name, leaf in states[1].variables["params"].items():
         np.testing.assert_allclose(states[0].variables["params"][name], leaf, rtol=1e-2, atol=1e-3, err_msg=name)
+
+
+def test_several_processes_train_an_encoder_in_rounds_as_one_does(tmp_path):
+    """Merges and features of rows that lie on two processes included."""
+    for name, count in (("one", 1), ("two", 2)):
+        assert finish(start(tmp_path / name, count, 1, *ROUNDS)) == [0] * count
+    assert_same_course(tmp_path / "two", tmp_path / "one")
+    assert records(tmp_path / "two")[-1]["stage"] == "differentiable-2"
 
 
 def test_a_mistake_that_one_process_finds_stops_all(one_process):

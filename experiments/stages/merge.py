@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from experiments.processes import to_host
+from experiments.processes import gather, to_host
 from flax_hmog import Natural, infer
 from flax_hmog.analysis import merge_components
 
@@ -25,4 +25,5 @@ def merged_clusters(natural: Natural, x: jax.Array, weights: jax.Array, n_cluste
         return None
     step = -(-x.shape[0] // MERGED_ROWS)
     rows = to_host(infer(natural, x[::step]).log_responsibilities)
-    return merge_components(rows[to_host(weights[::step]) > 0], n_clusters)
+    clusters = merge_components(rows[to_host(weights[::step]) > 0], n_clusters)
+    return gather(clusters)[0]  # other machines may round otherwise

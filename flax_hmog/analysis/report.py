@@ -126,8 +126,8 @@ def format_cell(value: Any) -> str:
 
     >>> [format_cell(value) for value in (12345, 0.98765, 123456.7, 1.5e-7, None, True, "a")]
     ['12,345', '0.9877', '123,457', '1.5e-07', '', 'yes', 'a']
-    >>> format_cell((0.85312, 0.0123)), format_cell((1234.5, 56.7))
-    ('0.853 ± 0.012', '1,234 ± 57')
+    >>> format_cell((0.85312, 0.0123)), format_cell((1234.5, 56.7)), format_cell((-59344312, 118568033))
+    ('0.853 ± 0.012', '1,234 ± 57', '-5.934e+07 ± 1.2e+08')
     """
     if value is None:
         return ""
@@ -146,11 +146,11 @@ def format_cell(value: Any) -> str:
 
 
 def _plus_minus(mean: float, sd: float) -> str:
-    """Mean ± sd, both to the second significant digit of the sd."""
+    """Mean ± sd, both to the second significant digit of the sd; as powers of ten where they are very large or small."""
     if not (np.isfinite(mean) and np.isfinite(sd) and sd > 0):
         return f"{format_cell(mean)} ± {format_cell(sd)}"
     decimals = max(0, 1 - int(np.floor(np.log10(sd))))
-    if decimals > 6:
+    if decimals > 6 or max(abs(mean), sd) >= 1e6:
         return f"{mean:.4g} ± {sd:.2g}"
     return f"{mean:,.{decimals}f} ± {sd:,.{decimals}f}"
 
