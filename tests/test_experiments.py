@@ -169,7 +169,12 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
     parts = "PCA + GMM", "DifferentiableHMoG", "Cluster prototypes", "Hierarchy of the clusters", "data:image/png"
     for part in parts:
         assert part in page
-    scores = json.loads((folder / "result.json").read_text())["scores"]
+    result = json.loads((folder / "result.json").read_text())
+    scores = result["scores"]
+    assert {name: len(pairs) for name, pairs in result["agreement"].items()} == dict.fromkeys(
+        ("em", "differentiable", "symmetric"), 1
+    )
+    assert all(0 < pairs[0] < 1 for pairs in result["agreement"].values())
     for seed, score in enumerate(scores["symmetric"]):
         (trained,) = read_metrics(folder, seed=seed, stage="symmetric", epoch=4)
         assert score["test_log_density"] == pytest.approx(trained["test_log_density"], rel=1e-5)

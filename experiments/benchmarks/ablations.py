@@ -13,7 +13,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,10 +27,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score
 
 from experiments import train
-from experiments.analyze import merged_output
+from experiments.analyze import pair_agreement
 from experiments.config import Augmentation, Encoder, Experiment, Gradient
 from experiments.configs import EXPERIMENTS
 from experiments.data import Batches, Dataset, Inputs, load, prepare_inputs
@@ -131,11 +129,9 @@ def final_scores(workdir: Path, seeds: range) -> dict[str, list[Scores]]:
 
 
 def agreement(workdir: Path, stage: str, seeds: range, dataset: Dataset) -> str:
-    """Mean ± sd of the adjusted Rand index between two seeds' clusters of the same rows, over all pairs of seeds."""
-    models = [restore(workdir / Stage(seed, stage).folder) for seed in seeds]
-    clusters = [merged_output(model, dataset.train).log_responsibilities.argmax(axis=-1) for model in models]
-    pairs = [adjusted_rand_score(*pair) for pair in combinations(clusters, 2)]
-    return spread(pairs) if pairs else ""
+    """Mean ± sd of the agreement of two seeds on the training rows, over all pairs of seeds; nothing for one seed."""
+    models = [restore(workdir / Stage(seed, stage).folder, allow_import=True) for seed in seeds]
+    return spread(pair_agreement(models, dataset.train)) if len(models) > 1 else ""
 
 
 def spread(values: list[float]) -> str:

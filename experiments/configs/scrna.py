@@ -2,8 +2,8 @@
 
 Command: `python -m experiments.train scrna --data.path pbmc4k.npz --model.n-clusters 8` (or an .h5ad with --data.labels
 COLUMN; of many thousand genes keep the most variable by --data.columns 2000).
-Data: a file with counts (cells, genes): size factors, log(1 + x), unit variances. One noise variance for all genes, and
-many components, merged to the cell types.
+Data: a file with counts (cells, genes): size factors, log(1 + x), unit variances. Many components are
+merged to cell types.
 Expected on the test split: docs/results.md.
 """
 
@@ -12,7 +12,7 @@ from experiments.config import EM, Data, Experiment, Gradient, Model
 CONFIG = Experiment(
     workdir="runs/scrna",
     data=Data("file", path="pbmc4k.npz", size_factor=True, log1p=True, scale="standard"),
-    model=Model(lat_dim=10, n_components=40, n_clusters=8, obs_rep="scale"),
+    model=Model(lat_dim=10, n_components=40, n_clusters=8),
     em=EM(max_steps=30, tolerance=0.01, component_pseudo_count=10.0, noise_pseudo_share=0.01),
     gradient=Gradient(epochs=10, batch_size=512),
 )

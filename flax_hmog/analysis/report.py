@@ -146,7 +146,7 @@ def format_cell(value: Any) -> str:
 
 
 def _plus_minus(mean: float, sd: float) -> str:
-    """Mean ± sd, both to the second significant digit of the sd; as powers of ten where they are very large or small."""
+    """Mean ± sd, both to the second significant digit of the sd; very large or small ones with powers of ten."""
     if not (np.isfinite(mean) and np.isfinite(sd) and sd > 0):
         return f"{format_cell(mean)} ± {format_cell(sd)}"
     decimals = max(0, 1 - int(np.floor(np.log10(sd))))
