@@ -194,7 +194,7 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
         (["synthetic", "--encoder.name", "conv"], "`encoder.name` conv must have images"),
         (["digits", "--encoder.name", "nowhere:Net"], "`encoder.name` must name a linen class that can be imported"),
         (["digits", "--heads", "analytic"], "`heads` may hold analytic only with an encoder"),
-        (["digits", "--model.n-clusters", "11"], "`model.n_clusters` must be at most the 10 components; got 11"),
+        (["digits", "--model.n-clusters", "41"], "`model.n_clusters` must be at most the 40 components; got 41"),
         (
             ["digits_encoder", "--rounds.early-clusters", "9"],
             "`rounds.early_clusters` must be at least the 10 clusters",
