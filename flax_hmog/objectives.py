@@ -45,7 +45,8 @@ def conditional_entropy(output: HMoGOutput) -> Array:
     Returns:
         The entropy ().
     """
-    return jnp.mean(_entropy(output.log_responsibilities))
+    rows = _rows(output)
+    return -jnp.mean(_expectation(jnp.exp(rows), rows))
 
 
 def marginal_entropy(output: HMoGOutput) -> Array:
@@ -57,8 +58,7 @@ def marginal_entropy(output: HMoGOutput) -> Array:
     Returns:
         The entropy ().
     """
-    rows = _rows(output)
-    return _entropy(jax.nn.logsumexp(rows, axis=0) - jnp.log(rows.shape[0]))
+    return -_sum_x_log_x(jnp.mean(jnp.exp(_rows(output)), axis=0))
 
 
 def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
@@ -110,8 +110,7 @@ def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
         The loss (), in nats.
     """
     target = jax.lax.stop_gradient(output.log_responsibilities)
-    gap = target - perturbed.log_responsibilities
-    return jnp.mean(jnp.sum(jnp.exp(target) * gap, axis=-1))
+    return jnp.mean(_expectation(jnp.exp(target), target - perturbed.log_responsibilities))
 
 
 def virtual_adversarial(
@@ -160,7 +159,7 @@ def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
     Returns:
         The loss (), in nats.
     """
-    return -jnp.mean(jnp.sum(responsibilities * output.log_responsibilities, axis=-1))
+    return -jnp.mean(_expectation(responsibilities, output.log_responsibilities))
 
 
 def reconstruction(decoded: Array, x: Array) -> Array:
@@ -250,7 +249,8 @@ def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput
     # the log of a sum of exponentials within each cluster, relative to its largest term
     top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
     top = jnp.where(jnp.isfinite(top), top, 0)
-    merged = jnp.log(jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)) + top
+    totals = jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)
+    merged = jnp.where(totals > 0, jnp.log(jnp.where(totals > 0, totals, 1)) + top, -jnp.inf)
     return dataclasses.replace(output, log_responsibilities=jnp.moveaxis(merged, 0, -1))
 
 
@@ -296,5 +296,6 @@ def _sum_x_log_x(p: Array) -> Array:
     return jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)))
 
 
-def _entropy(log_probabilities: Array) -> Array:
-    return -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
+def _expectation(p: Array, values: Array) -> Array:
+    """Sum of p times values over the last axis, with 0 log 0 = 0 and finite gradients."""
+    return jnp.sum(p * jnp.where(p > 0, values, 0), axis=-1)

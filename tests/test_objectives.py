@@ -143,6 +143,24 @@ def test_merged_output_sums_responsibilities(random_output):
     assert np.isfinite(gradient.log_responsibilities).all()
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        negative_mutual_information,
+        lambda o: negative_joint_information(o, o),
+        lambda o: consistency(o, o),
+        lambda o: distillation(o, jnp.exp(o.log_responsibilities)),
+    ],
+)
+def test_a_cluster_without_components_counts_as_one_of_probability_0(random_output, loss):
+    _, out = random_output
+    empty = [0, 2, 2, 0]  # of clusters 0 to 2
+    value, gradient = jax.value_and_grad(lambda o: loss(merge_output(o, empty, 3)))(out)
+    want, want_gradient = jax.value_and_grad(lambda o: loss(merge_output(o, [0, 1, 1, 0], 2)))(out)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(gradient.log_responsibilities, want_gradient.log_responsibilities, rtol=1e-4, atol=1e-8)
+
+
 def test_penalties_of_a_model(float64, eager):
     case = CASES["analytic-diagonal-full-4.2.3"]
     natural = case.natural()
