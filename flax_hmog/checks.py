@@ -46,9 +46,9 @@ def check_interval(caller: str, argument: str, value: Any) -> None:
 
 def check_shape(caller: str, argument: str, value: Any, shape: tuple) -> None:
     """ValueError unless `value` has exactly this shape."""
-    if jnp.shape(value) != shape:
+    if np.shape(value) != shape:
         raise ValueError(
-            f"{caller}: `{argument}` must have shape {shape}; got {jnp.shape(value)}. "
+            f"{caller}: `{argument}` must have shape {shape}; got {np.shape(value)}. "
             "Check the dimensions against those of the model."
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_hmog.checks import check_positive, check_shape, is_concrete
 from flax_hmog.conversions import natural_to_moments, with_prior
@@ -238,13 +239,16 @@ def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput
     Raises:
         ValueError: unless there is one label for each component, below `n_clusters`.
     """
-    labels = jnp.asarray(labels)
     check_shape("merge_output", "labels", labels, output.log_responsibilities.shape[-1:])
-    if is_concrete(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < n_clusters):
-        raise ValueError(
-            f"merge_output: `labels` must be integers from 0 to {n_clusters - 1}; got {int(labels.min())} to "
-            f"{int(labels.max())}. Give the number of clusters that the labels have."
-        )
+    if is_concrete(labels):
+        host = np.asarray(labels)
+        smallest, largest = host.min(), host.max()
+        if not 0 <= smallest <= largest < n_clusters:
+            raise ValueError(
+                f"merge_output: `labels` must be integers from 0 to {n_clusters - 1}; got {smallest} to {largest}. "
+                "Give the number of clusters that the labels have."
+            )
+    labels = jnp.asarray(labels)
     rows = jnp.moveaxis(output.log_responsibilities, -1, 0)  # (K, ...)
     # the log of a sum of exponentials within each cluster, relative to its largest term
     top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))

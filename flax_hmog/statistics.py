@@ -121,8 +121,9 @@ def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any)
     check_shape(caller, "weights", weights, shape)
     weights = jnp.asarray(weights, dtype)
     if is_concrete(weights):
-        # on the devices, since the rows may be spread over processes, all of which must raise
-        smallest, largest = float(jnp.min(weights)), float(jnp.max(weights))
+        with jax.ensure_compile_time_eval():
+            # on the devices, since the rows may be spread over processes, all of which must raise
+            smallest, largest = float(jnp.min(weights)), float(jnp.max(weights))
         if not (smallest >= 0 and 0 < largest < math.inf):
             raise ValueError(
                 f"{caller}: `weights` must be finite, at least 0 and not all 0; got weights from {smallest:.3g} to "

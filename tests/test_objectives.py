@@ -134,6 +134,9 @@ def test_merged_output_sums_responsibilities(random_output):
     np.testing.assert_array_equal(merged.log_density, out.log_density)
     with pytest.raises(ValueError, match="`labels` must be integers from 0 to 1; got 0 to 2"):
         merge_output(out, [0, 1, 2, 0], 2)
+    labels = jnp.array([1, 0, 1, 0])  # a compiled function may close over them
+    compiled = jax.jit(lambda o: merge_output(o, labels, 2))(out)
+    np.testing.assert_allclose(np.exp(compiled.log_responsibilities), want, rtol=1e-5)
     # components far below the rest, or impossible, do no harm
     extreme = HMoGOutput(jnp.zeros(1), jnp.array([[0.0, -500.0, -600.0]]), jnp.zeros((1, 1)))
     np.testing.assert_allclose(merge_output(extreme, [0, 1, 1], 2).log_responsibilities, [[0, -500]])
