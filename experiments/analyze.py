@@ -46,7 +46,6 @@ from flax_hmog.analysis import (
     plot_prototypes,
     write_report,
 )
-from flax_hmog.objectives import merge_output
 from flax_hmog.training import CheckpointError, Restored, restore
 from flax_hmog.training.restoring import saved_steps
 
@@ -76,7 +75,7 @@ class Run:
         dataset: the data, as the first seed splits them.
         models: restored model by seed and name.
         scores: per model or baseline, a dict of metrics for each seed.
-        agreement: per model, how far each pair of seeds agrees on the test rows of the first seed; empty for one seed.
+        agreement: per model, how far each pair of seeds agrees on the training rows of the first; empty for one seed.
         unfinished: stages that are still to be trained.
     """
 
@@ -163,7 +162,7 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
         )
     config = dict(json.loads((folder / "config.json").read_text())["config"])
     of_stage = {stage: [model for (_, name), model in models.items() if name == stage] for _, stage in models}
-    agreement = {stage: pair_agreement(same, datasets[0].test) for stage, same in of_stage.items() if len(same) > 1}
+    agreement = {stage: pair_agreement(same, datasets[0].train) for stage, same in of_stage.items() if len(same) > 1}
     return Run(config, datasets[0], models, scores, agreement, unfinished)
 
 
@@ -197,20 +196,17 @@ def is_finished(restored: Restored) -> bool:
 
 def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
     """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part if it has labels."""
-    outputs = {name: merged_output(restored, part) for name, part in (("train", dataset.train), ("test", dataset.test))}
+    outputs = {name: output_of(restored, part) for name, part in (("train", dataset.train), ("test", dataset.test))}
     scores = {f"{name}_log_density": float(np.mean(output.log_density)) for name, output in outputs.items()}
     if dataset.test.part_labels is None:
         return scores
     return scores | clustering_metrics(dataset.test.part_labels, outputs["test"].log_responsibilities.argmax(axis=-1))
 
 
-def merged_output(restored: Restored, part: Part) -> HMoGOutput:
-    """What a model says of all rows of a part, in numpy: of its clusters, where components have been merged."""
-    natural = restored.head.apply(restored.variables, method="natural")
-    blocks = [infer(natural, restored.features(block)) for block in part.blocks(slice(None))]
-    output = jax.tree.map(lambda *arrays: np.concatenate(arrays), *blocks)
-    clusters = restored.progress.get("clusters")
-    return output if clusters is None else merge_output(output, np.asarray(clusters), max(clusters) + 1)
+def output_of(restored: Restored, part: Part) -> HMoGOutput:
+    """What a model says of all rows of a part, in numpy."""
+    blocks = [restored(block) for block in part.blocks(slice(None))]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *blocks)
 
 
 def pair_agreement(models: list[Restored], part: Part) -> list[float]:
@@ -218,7 +214,7 @@ def pair_agreement(models: list[Restored], part: Part) -> list[float]:
 
     Clusters that another seed finds again are no chance of the initialisation; that needs no labels.
     """
-    clusters = [merged_output(model, part).log_responsibilities.argmax(axis=-1) for model in models]
+    clusters = [output_of(model, part).log_responsibilities.argmax(axis=-1) for model in models]
     return [float(adjusted_rand_score(*pair)) for pair in combinations(clusters, 2)]
 
 
@@ -251,7 +247,7 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
         "Log-densities are in nats per sample and exact for every method, since each two-stage baseline is itself a "
         "model of this family; k-means has none. Those of rounds with an encoder are of its features, and compare with "
         "no other. Labels are used for NMI, ARI and ACC only; agreement is the adjusted Rand index between the "
-        "clusters that two seeds find in the same rows.",
+        "clusters that two seeds find in the training rows of the first.",
         tables=[Table(rows, "Held-out log-density, and clusters beside labels and beside those of other seeds")],
     )
     yield objective_section(run, seed)
@@ -295,10 +291,11 @@ def objective_section(run: Run, seed: int) -> Section:
 def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) -> Iterator[Section]:
     """What the reported head found, on the test split of one seed."""
     natural = restored.head.apply(restored.variables, method="natural")
-    test, labels = np.asarray(restored.features(dataset.test.read(slice(None)))), dataset.test.part_labels
+    labels, clusters = dataset.test.part_labels, restored.clusters
+    test = np.asarray(restored.features(dataset.test.read(slice(None))))
+    assignments = np.argmax(restored.merged(infer(natural, test)).log_responsibilities, axis=-1)
     is_image = restored.encoder_variables is None and natural.interaction.shape[0] == dataset.obs_dim
     image_shape = dataset.image_shape if is_image else None
-    clusters = restored.progress.get("clusters")
     prototypes, linkage = cluster_prototypes(natural), cluster_hierarchy(natural)
     shown = prototypes if clusters is None else cluster_prototypes(natural, labels=clusters)
     pictures = [
@@ -306,9 +303,6 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
                 "The mean of each cluster in the space of the model's inputs"),
     ]  # fmt: skip
     if labels is not None:
-        output = infer(natural, test)
-        output = output if clusters is None else merge_output(output, np.asarray(clusters), max(clusters) + 1)
-        assignments = np.asarray(output.log_responsibilities).argmax(axis=-1)
         pictures.append(
             Picture(plot_contingency(labels, assignments), "Test samples by label and cluster",
                     "Table of counts of labels in each cluster")
@@ -336,7 +330,8 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
         "Posterior means E[y | x] of the test samples, along the directions that separate the clusters best; and the "
         "loadings in a canonical rotation, ordered by the variance they explain.",
         pictures=[
-            Picture(plot_latent_space(natural, test), "Test samples in the latent space, coloured by cluster",
+            Picture(plot_latent_space(natural, test, groups=assignments),
+                    "Test samples in the latent space, coloured by cluster",
                     "Scatter plot of latent means coloured by cluster"),
             Picture(plot_loadings(canonical_loadings(natural), image_shape=loadings_shape), "Loadings",
                     "The loadings of each latent axis"),
@@ -360,7 +355,9 @@ def run_versions(run: Run) -> str:
 
 def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
     """The results on the terminal."""
-    table = ConsoleTable(*rows[-1], title="Test split, mean ± sd over seeds; log p(x) in nats per sample")
+    title = "Test split, mean ± sd over seeds; log p(x) in nats per sample"
+    title += "; agreement on training rows" if "agreement" in rows[-1] else ""
+    table = ConsoleTable(*rows[-1], title=title)
     for row in rows:
         table.add_row(*(format_cell(value) for value in row.values()))
     console.print(table)

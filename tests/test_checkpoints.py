@@ -1,5 +1,6 @@
 """Checkpoints: everything a run needs, from the folder alone, and errors that say what is damaged."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -70,6 +71,23 @@ def test_a_checkpoint_restores_from_its_folder_alone(head, x, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, got, head.apply(variables, x))
     raw = 2 * x + 1
     np.testing.assert_allclose(restored(raw).log_density, got.log_density, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_components_come_back_as_clusters(x, tmp_path):
+    head = HEADS[0]
+    variables = head.init(jax.random.key(0), x)
+    with CheckpointWriter(tmp_path, head=head) as writer:
+        writer.save(1, variables, clusters=np.array([1, 0, 1]))
+        for wrong in ([0, 1], [0.0, 1.0, 1.0], [0, -1, 1]):
+            with pytest.raises(CheckpointError, match=r"`clusters` must be whole numbers from 0 of shape \(3,\); got"):
+                writer.save(2, variables, clusters=wrong)
+    restored = restore(tmp_path)
+    of_components = dataclasses.replace(restored, clusters=None)(x)
+    jax.tree.map(np.testing.assert_array_equal, of_components, head.apply(variables, x))
+    p = np.exp(of_components.log_responsibilities)
+    np.testing.assert_allclose(
+        np.exp(restored(x).log_responsibilities), np.stack([p[:, 1], p[:, 0] + p[:, 2]], axis=1), rtol=1e-5
+    )
 
 
 def test_state_keeps_keys_empty_arrays_and_numbers(x, tmp_path):

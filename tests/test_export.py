@@ -68,29 +68,30 @@ def test_assignments_lower_for_every_platform():
     assert jax.export.export(step, platforms=PLATFORMS)(natural, X).platforms == PLATFORMS
 
 
-def saved(folder, head, encoder=None, preprocessing=None):
+def saved(folder, head, encoder=None, preprocessing=None, clusters=None):
     module = head if encoder is None else Clusterer(encoder, head)
     variables = nn.unbox(module.init(jax.random.key(0), X))
     with CheckpointWriter(folder, head=head, encoder=encoder, preprocessing=preprocessing) as writer:
-        writer.save(1, variables)
+        writer.save(1, variables, clusters=clusters)
     return restore(folder)
 
 
 @pytest.mark.parametrize(
-    ("head", "encoder", "preprocessing"),
+    ("head", "encoder", "preprocessing", "clusters"),
     [
-        (DifferentiableHMoG(L, K), None, Preprocessing((Affine.constant(D, scale=2.0), Log1p()), D)),
-        (SymmetricHMoG(L, K, obs_rep="full"), None, None),
-        (AnalyticHMoG(L, K), None, None),
-        (DifferentiableHMoG(L, K), MLP(4, (8,)), Preprocessing((Log1p(),), D)),
+        (DifferentiableHMoG(L, K), None, Preprocessing((Affine.constant(D, scale=2.0), Log1p()), D), None),
+        (SymmetricHMoG(L, K, obs_rep="full"), None, None, None),
+        (AnalyticHMoG(L, K), None, None, [0, 1, 0]),
+        (DifferentiableHMoG(L, K), MLP(4, (8,)), Preprocessing((Log1p(),), D), None),
     ],
-    ids=["preprocessed", "symmetric", "analytic", "encoder"],
+    ids=["preprocessed", "symmetric", "merged", "encoder"],
 )
-def test_an_exported_model_says_what_the_checkpoint_says(head, encoder, preprocessing, tmp_path):
-    restored = saved(tmp_path, head, encoder, preprocessing)
+def test_an_exported_model_says_what_the_checkpoint_says(head, encoder, preprocessing, clusters, tmp_path):
+    restored = saved(tmp_path, head, encoder, preprocessing, clusters)
     program = jax.export.deserialize(export(restored).serialize())
     assert program.platforms == PLATFORMS
     want = restored(X)
+    assert want.log_responsibilities.shape[1] == (K if clusters is None else 2)
     for rows in (slice(0, 1), slice(0, 7), slice(None)):
         got = program.call(X[rows])
         assert set(got) == {"log_density", "responsibilities", "assignment", "latent_mean"}

@@ -43,10 +43,7 @@ class EMStage:
         state = restore_like({name: template[name] for name in ("natural", "regularizer")}, restored.state, "EM")
         natural, regularizer = (jax.tree.map(np.asarray, state[name]) for name in ("natural", "regularizer"))
         regularizer = dataclasses.replace(regularizer, components=np.zeros((), np.float32))
-        clusters = restored.progress["clusters"]
-        return LinearFit(
-            natural, regularizer, restored.progress["rows"], None if clusters is None else np.asarray(clusters)
-        )
+        return LinearFit(natural, regularizer, restored.progress["rows"], restored.clusters)
 
     def _fit(self, restored: Any) -> None:
         config, log, stage = self.config, self.run.log, self.stage
@@ -89,7 +86,6 @@ class EMStage:
             progress = {
                 "objective": result.objective_history.tolist(),
                 "converged": result.converged,
-                "clusters": None if clusters is None else clusters.tolist(),
                 "baselines": baseline_scores(self.inputs, self.run.config, stage.seed),
             }
             writer.save(
@@ -99,6 +95,7 @@ class EMStage:
                 progress={"done": True, "steps": done + 1, "rows": count} | progress,
                 history=[metrics],
                 metrics={"objective": float(result.objective_history[-1])},
+                clusters=clusters,
             )
 
     def _save(self, writer: CheckpointWriter, done: int, state: EMState, objective: float) -> None:

@@ -149,11 +149,11 @@ class GradientStage:
                 "done": at.done == len(self.batches),
                 "position": position,
                 "first_loss": at.first_loss,
-                "clusters": None if clusters is None else clusters.tolist(),
             },
             history=at.history,
             # the mean over an epoch says something of the model at its end, and of no other
             metrics={"objective": at.history[-1]["objective"]} if is_epoch else None,
+            clusters=clusters,
         )
 
     def _is_due(self, done: int) -> bool:

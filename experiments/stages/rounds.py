@@ -62,7 +62,7 @@ class RoundStage:
             self._make(linear, previous)
         restored = restore(folder, allow_import=True)
         factors = compute_factors(restored.head.apply(restored.variables, method="natural"))
-        teacher = Teacher(restored.encoder_variables or {}, factors, jnp.asarray(restored.progress["clusters"]))
+        teacher = Teacher(restored.encoder_variables or {}, factors, jnp.asarray(restored.clusters))
         started = restore_like(self._abstract_start(), restored.state, "the start of a round")
         head_variables, _ = warm_start(self.model.head, started["head"])
         return Start(
@@ -104,8 +104,9 @@ class RoundStage:
                 1,
                 variables if before is None else join_module(before_variables, variables),
                 state={"encoder": own, "head": started},
-                progress={"done": True, "clusters": clusters.tolist()},
+                progress={"done": True},
                 history=[metrics],
+                clusters=clusters,
             )
 
     def _abstract_start(self) -> dict[str, Any]:

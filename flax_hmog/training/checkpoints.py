@@ -110,6 +110,7 @@ class CheckpointWriter:
         progress: dict[str, Any] | None = None,
         history: list[dict[str, Any]] | None = None,
         metrics: dict[str, float] | None = None,
+        clusters: Any = None,
     ) -> None:
         """Save one step.
 
@@ -120,10 +121,13 @@ class CheckpointWriter:
             progress: JSON values that the run needs to go on.
             history: metrics so far.
             metrics: what the best checkpoint is chosen by; without them this one is not compared.
+            clusters: cluster of each component (K,) as `analysis.merge_components` gives them, where components are
+                merged: what is restored then speaks of clusters.
 
         Raises:
             CheckpointError: for a step that is not above the latest, variables that are not those of head and encoder
-                or are not finite, leaves that are no arrays, or values that JSON cannot hold.
+                or are not finite, clusters that are not one whole number from 0 for each component, leaves that are no
+                arrays, or values that JSON cannot hold.
         """
         self._check_step(step)
         tracked = self._tracked(metrics)
@@ -133,8 +137,9 @@ class CheckpointWriter:
         arrays = {name: _storable(name, leaf) for name, leaf in arrays.items()}
         _check_variables(self.head, self.has_encoder, arrays)
         described = {"progress": progress or {}, "history": history or [], "metrics": metrics or {}}
+        labels = None if clusters is None else self._checked_clusters(clusters)
         try:
-            description = json.loads(json.dumps(self.description | described))
+            description = json.loads(json.dumps(self.description | described | {"clusters": labels}))
         except TypeError as error:
             raise CheckpointError(
                 f"CheckpointWriter.save: config, progress, history and metrics must be plain JSON values; got {error}. "
@@ -156,6 +161,16 @@ class CheckpointWriter:
                 f"CheckpointWriter.save: `step` must be a whole number above the latest, {latest}; got {step!r}. "
                 "Go on from the latest step, or use another folder."
             )
+
+    def _checked_clusters(self, clusters: Any) -> list[int]:
+        labels = np.asarray(clusters)
+        shape = (self.head.n_components,)
+        if labels.shape != shape or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            raise CheckpointError(
+                f"CheckpointWriter.save: `clusters` must be whole numbers from 0 of shape {shape}; got {labels.dtype} "
+                f"of shape {labels.shape}. Give what merge_components returns for this head."
+            )
+        return labels.tolist()
 
     def _tracked(self, metrics: dict[str, float] | None) -> dict[str, float] | None:
         """What orbax compares checkpoints by."""

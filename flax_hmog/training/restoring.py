@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from flax_hmog.covariances import Array
 from flax_hmog.encoders import train_argument
 from flax_hmog.inference import HMoGOutput
+from flax_hmog.objectives import merge_output
 from flax_hmog.training.describe import CheckpointError, rebuild_module
 from flax_hmog.training.mesh import place
 from flax_hmog.training.named import FORMAT, abstract_variables, describe_array, named_arrays, split_variables
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint holds; called with raw data it gives the head's output.
+    """What a checkpoint holds; called with raw data it says their clusters.
 
     Attributes:
         step: the step it was saved at.
@@ -36,6 +37,7 @@ class Restored:
         encoder: the unbound encoder; None if there is none, or if its code was not to be imported.
         encoder_variables: for `encoder.apply`, or None.
         preprocessing: from raw data to the inputs of encoder or head, or None.
+        clusters: cluster of each component (K,) where components are merged, or None.
         state: all other arrays by name, as "opt_state/0/mu/params/means"; see `restore_like`.
         progress: where the run stood, as it was saved.
         history: metrics so far, one dict for each record.
@@ -50,6 +52,7 @@ class Restored:
     encoder: Any
     encoder_variables: dict[str, Any] | None
     preprocessing: Preprocessing | None
+    clusters: np.ndarray | None
     state: dict[str, np.ndarray]
     progress: dict[str, Any]
     history: list[dict[str, Any]]
@@ -58,12 +61,20 @@ class Restored:
     versions: dict[str, str]
 
     def __call__(self, raw: Any) -> HMoGOutput:
-        """The head's output for raw data (..., D), numpy or jax: preprocessing, encoder, head.
+        """The head's output for raw data (..., D), numpy or jax: preprocessing, encoder, head, merge of components.
+
+        For components that are not merged, `dataclasses.replace(restored, clusters=None)`.
 
         Raises:
             ValueError: for another number of columns, or an encoder that was not imported.
         """
-        return self.head.apply(self.variables, self.features(raw))
+        return self.merged(self.head.apply(self.variables, self.features(raw)))
+
+    def merged(self, output: HMoGOutput) -> HMoGOutput:
+        """The head's output with its components merged to clusters, where they are."""
+        if self.clusters is None:
+            return output
+        return merge_output(output, self.clusters, int(self.clusters.max()) + 1)
 
     def features(self, raw: Any) -> Array:
         """The inputs of the head for raw data (..., D): numpy, jax or a scipy sparse matrix."""
@@ -122,6 +133,7 @@ def restore(path: str | Path, *, step: int | Literal["best"] | None = None, allo
         preprocessing=None
         if description["preprocessing"] is None
         else rebuild_preprocessing(description["preprocessing"], groups["preprocessing"]),
+        clusters=None if description["clusters"] is None else np.asarray(description["clusters"]),
         state=groups["state"],
         **{name: description[name] for name in ("progress", "history", "metrics", "config", "versions")},
     )

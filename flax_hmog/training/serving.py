@@ -20,6 +20,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[str] = PLATFORMS) -> jax_export.Exported:
     """The program from raw data to clusters, for any batch size and several platforms at once.
 
+    Where components are merged, responsibilities and assignments are of clusters, as those of the checkpoint.
+
     Preprocessing, encoder and the model's factorisation are part of it; nothing is factorised when it runs, and a call
     needs memory for its whole batch.
 
@@ -52,7 +54,7 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
 
     @jax.jit
     def assign(raw: Array) -> dict[str, Array]:
-        output = infer_rows(factors, model.features(raw))
+        output = model.merged(infer_rows(factors, model.features(raw)))
         return {
             "log_density": output.log_density,
             "responsibilities": jnp.exp(output.log_responsibilities),
