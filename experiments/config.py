@@ -133,12 +133,22 @@ class Rounds:
 
     def __post_init__(self) -> None:
         _check_counts(self, "count", "early_clusters", "n_components")
+        if self.early_clusters is not None and self.count == 1:
+            raise ValueError(
+                "Rounds: `early_clusters` must be None for one round, which has the clusters of the end; got "
+                f"{self.early_clusters}. Add --rounds.early-clusters None, or raise --rounds.count."
+            )
         names = [
             field.name for field in dataclasses.fields(self) if field.name.endswith(("epochs", "weight", "radius"))
         ]
         for name in names:
             if getattr(self, name) < 0:
                 raise ValueError(f"Rounds: `{name}` must be at least 0; got {getattr(self, name)}. Raise it.")
+
+    @property
+    def clusters_features(self) -> bool:
+        """Whether any round has clusters of features."""
+        return self.count > 1 or self.start == "features"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +334,11 @@ class Experiment:
                 f"Experiment: `model.n_clusters` must be at most the {self.model.n_components} components; got "
                 f"{self.model.n_clusters}. Raise --model.n-components."
             )
+        if self.has_encoder and self.rounds.clusters_features and self.rounds.n_components < self.n_clusters:
+            raise ValueError(
+                f"Experiment: `rounds.n_components` must be at least the {self.n_clusters} clusters of the end; got "
+                f"{self.rounds.n_components}. Raise it."
+            )
         if self.has_encoder and self.rounds.distil_epochs + self.rounds.mixed_epochs >= self.gradient.epochs:
             raise ValueError(
                 "Experiment: `gradient.epochs` must be above rounds.distil_epochs + rounds.mixed_epochs, "
@@ -355,7 +370,8 @@ class Experiment:
         """Number of clusters in a round, counted from 1; 0 stands for training without rounds."""
         if number in (0, self.rounds.count) or self.rounds.early_clusters is None:
             return self.n_clusters
-        available = self.model.n_components if number == 1 else self.rounds.n_components
+        of_inputs = number == 1 and self.rounds.start == "inputs"
+        available = self.model.n_components if of_inputs else self.rounds.n_components
         return min(self.rounds.early_clusters, available)
 
     @property

@@ -38,12 +38,12 @@ class Teacher(NamedTuple):
     """A mixture fitted by EM, to inputs or to the features of an encoder, whose merged clusters are taught.
 
     Attributes:
-        encoder_variables: of the encoder before the mixture; {} where it is of the inputs.
+        encoder_variables: of the encoder before the mixture; None where it is of the inputs.
         factors: of the mixture.
         clusters: cluster of each component (K,).
     """
 
-    encoder_variables: dict[str, Any]
+    encoder_variables: dict[str, Any] | None
     factors: Factors
     clusters: Any
 
@@ -157,9 +157,13 @@ class Trainable:
 
     def _taught(self, teacher: Teacher, x: jax.Array) -> jax.Array:
         """The teacher's clusters of x (B, n_clusters)."""
-        rows = apply_encoder(self.encoder, teacher.encoder_variables, x) if teacher.encoder_variables else x
-        output = merge_output(infer_rows(teacher.factors, rows), teacher.clusters, self.n_clusters)
-        return jnp.exp(output.log_responsibilities)
+        output = infer_rows(teacher.factors, self.teacher_rows(teacher, x))
+        return jnp.exp(merge_output(output, teacher.clusters, self.n_clusters).log_responsibilities)
+
+    def teacher_rows(self, teacher: Teacher, x: jax.Array) -> jax.Array:
+        """The inputs, or the features of them, that the teacher's mixture is of."""
+        variables = teacher.encoder_variables
+        return x if variables is None else apply_encoder(self.encoder, variables, x)
 
     def _nothing(self, teacher: Teacher, x: jax.Array) -> jax.Array:
         return jnp.zeros((x.shape[0], self.n_clusters))

@@ -117,8 +117,8 @@ class Autoencoder(nn.Module):
 class Clusterer(nn.Module):
     """A head on an encoder's features; their variables lie under `encoder` and `head`.
 
-    `train` is handed to an encoder whose `__call__` has an argument of that name, as one with batch normalisation or
-    dropout needs it, and to an `AnalyticHMoG`.
+    Encoder and head are told whether they are trained, as batch normalisation, dropout and an `AnalyticHMoG` need it,
+    by an argument of their `__call__`: `train`, or `deterministic`, its contrary; `**kwargs` are given `train`.
 
     Attributes:
         encoder: any linen module from inputs (B, ...) to features (B, D).
@@ -154,8 +154,11 @@ class Clusterer(nn.Module):
 
 
 def train_argument(module: nn.Module, train: bool) -> dict[str, bool]:
-    """`train` for a module whose `__call__` has an argument of that name; nothing for others."""
-    return {"train": train} if "train" in inspect.signature(type(module).__call__).parameters else {}
+    """What tells a module that it is trained, if its `__call__` has an argument for that; nothing for others."""
+    parameters = inspect.signature(type(module).__call__).parameters
+    if "train" in parameters or any(kind.kind is kind.VAR_KEYWORD for kind in parameters.values()):
+        return {"train": train}
+    return {"deterministic": not train} if "deterministic" in parameters else {}
 
 
 def _normalized(x: Array, normalization: Normalization, train: bool) -> Array:

@@ -241,6 +241,31 @@ def test_normalization_of_encoders(normalization, key):
         ConvNet(F, (4, 3), normalization="group").init(key, X)
 
 
+class Deterministic(nn.Module):
+    """Says whether it is trained as flax's own layers do."""
+
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        return nn.Dense(F)(nn.Dropout(0.5)(x, deterministic=deterministic))
+
+
+class Wrapped(nn.Module):
+    """Hands on what it is told."""
+
+    inner: nn.Module
+
+    def __call__(self, x, **options):
+        return self.inner(x, **options)
+
+
+@pytest.mark.parametrize("encoder", [Deterministic(), Wrapped(ConvNet(F, (4, 3)))], ids=["deterministic", "kwargs"])
+def test_an_encoder_is_told_that_it_is_trained(encoder, key):
+    module = Clusterer(encoder, DifferentiableHMoG(L, K))
+    variables = nn.unbox(module.init(key, X))
+    trained, _ = module.apply(variables, X, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+    assert not np.allclose(trained.log_density, module.apply(variables, X).log_density)
+
+
 def test_a_network_for_images_takes_rows_or_images(key):
     images = X.reshape(B, 4, 3, 1)
     net = ConvNet(F, (4, 3, 1), normalization="layer")

@@ -196,8 +196,13 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
         (["digits", "--heads", "analytic"], "`heads` may hold analytic only with an encoder"),
         (["digits", "--model.n-clusters", "41"], "`model.n_clusters` must be at most the 40 components; got 41"),
         (
-            ["digits_encoder", "--rounds.early-clusters", "9"],
+            ["digits_encoder", "--rounds.count", "2", "--rounds.early-clusters", "9"],
             "`rounds.early_clusters` must be at least the 10 clusters",
+        ),
+        (["usps_encoder", "--rounds.count", "1"], "`early_clusters` must be None for one round"),
+        (
+            ["digits_encoder", "--rounds.count", "2", "--rounds.n-components", "9"],
+            "`rounds.n_components` must be at least the 10 clusters",
         ),
         (["digits", "--rounds.reconstruction-weight", "1"], "must be 0 without an encoder that can decode"),
         (

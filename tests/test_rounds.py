@@ -1,10 +1,12 @@
 """Training with an encoder, small: rounds of EM and gradients, resumed, with encoders of our own and of users."""
 
 import dataclasses
+import functools
 import shutil
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import SMALL, read_metrics, run, without_times
@@ -14,8 +16,12 @@ from experiments.config import EM, Augmentation, Encoder, Gradient, Model, Round
 from experiments.configs import EXPERIMENTS
 from experiments.data import load
 from experiments.encoders import make_encoder
+from experiments.models import Extra, Teacher, Trainable
+from flax_hmog import AnalyticHMoG, fit_em
+from flax_hmog.em import compute_factors
 from flax_hmog.encoders import ConvNet
 from flax_hmog.training import restore
+from flax_hmog.training.named import named_arrays
 
 
 class Dropped(nn.Module):
@@ -70,6 +76,54 @@ def test_a_class_of_ours_by_import_path_is_given_what_it_has_fields_for():
 
 
 ONE_ROUND = Rounds(distil_epochs=1)
+STEP = 5  # some step of training
+
+
+@pytest.fixture(scope="module")
+def loss_at():
+    """Loss of an encoder with a head, and its gradient, after `passed` of the two phases; of a config with changes."""
+    x = load(WITH_ENCODER.data, 0).train.read(slice(0, 64)) / np.float32(16)
+    factors = compute_factors(fit_em(AnalyticHMoG(3, 8), x, jax.random.key(0), max_steps=2).natural)
+
+    @functools.cache
+    def of_config(**weights):
+        config = dataclasses.replace(WITH_ENCODER, rounds=dataclasses.replace(ONE_ROUND, **weights))
+        model = Trainable(config, "differentiable", 4, 64, (8, 8))
+        variables = nn.unbox(jax.jit(model.module.init)(jax.random.key(1), x))
+        loss = lambda params, extra: model.encoder_loss(variables | {"params": params}, x, extra)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, has_aux=True)), variables["params"]
+
+    def run(passed, clusters=(0, 1, 2, 3) * 2, **weights):
+        phases = np.array([STEP + (passed < 1), STEP + (passed < 2)], np.uint32)
+        key_data = jax.random.key_data(jax.random.key(2))
+        extra = Extra(
+            None, np.float32(1), Teacher(None, factors, jnp.array(clusters)), phases, key_data, np.uint32(STEP)
+        )
+        function, params = of_config(**weights)
+        (loss, _), gradient = function(params, extra)
+        return float(loss), gradient
+
+    return run
+
+
+def test_distillation_gives_way_to_information(loss_at):
+    (first, _), (mixed, _), (last, _) = (loss_at(passed) for passed in (0, 1, 2))
+    assert mixed == pytest.approx((first + last) / 2, rel=1e-5)  # the views are the same
+    others = {"clusters": (1, 0, 0, 2, 3, 3, 1, 2)}
+    assert abs(loss_at(0, **others)[0] - first) > 1e-2
+    assert loss_at(2, **others)[0] == last
+    assert loss_at(0, information_weight=2.0)[0] == first
+    assert abs(loss_at(2, information_weight=2.0)[0] - last) > 1e-3
+
+
+def test_an_encoder_does_not_see_the_likelihood(loss_at):
+    _, gradient = loss_at(2, information_weight=0.0)
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradient["encoder"]))
+    assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient["head"]))
+    _, informed = loss_at(2)
+    assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(informed["encoder"]))
+
+
 OF_FEATURES = Rounds(start="features", n_components=10, distil_epochs=1)
 RECONSTRUCTING = dataclasses.replace(
     ONE_ROUND, start="nothing", distil_epochs=0, reconstruction_weight=1.0, adversarial_radius=0.1
@@ -113,6 +167,8 @@ def test_training_with_an_encoder_ends_in_a_model_of_raw_data(options, tmp_path)
     assert float(output.log_density.mean()) == pytest.approx(records[-1]["test_log_density"], rel=1e-4)
     assert [record["epoch"] for record in records] == [0, 1, 2, 3]
     assert records[-1]["nmi"] > 0.2  # no collapse: one cluster would have 0
+    if config.rounds.start != "features":  # clusters of untrained features are nothing to improve in fifteen steps
+        assert records[-1]["nmi"] > records[0]["nmi"] + 0.04
 
 
 @pytest.mark.slow
@@ -148,6 +204,21 @@ def test_interrupted_rounds_end_as_uninterrupted_ones(steps, rounds_folder, tmp_
         got, want = (restore(path / "checkpoints" / "seed0" / name) for path in (tmp_path, rounds_folder))
         for tree in ("variables", "encoder_variables", "state"):
             jax.tree.map(np.testing.assert_array_equal, getattr(got, tree), getattr(want, tree))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_round_has_a_fresh_encoder_or_that_of_the_round_before(fresh, rounds_folder, tmp_path):
+    folder = rounds_folder
+    if not fresh:
+        folder, rounds = tmp_path, dataclasses.replace(WITH_ENCODER.rounds, fresh=False)
+        run(folder, WITH_ENCODER, em=EM(max_steps=4, tolerance=1e-9), rounds=rounds)
+    before = restore(folder / "checkpoints/seed0/differentiable-1").encoder_variables
+    clustered = restore(folder / "checkpoints/seed0/differentiable-2-em")
+    jax.tree.map(np.testing.assert_array_equal, clustered.encoder_variables, before)  # whose features EM has seen
+    start = {name: clustered.state[f"encoder/{name}"] for name in named_arrays(before)}
+    same = [np.array_equal(start[name], leaf) for name, leaf in named_arrays(before).items()]
+    assert all(same) != fresh
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from flax_hmog import DifferentiableHMoG
 from flax_hmog.objectives import negative_log_likelihood
-from flax_hmog.training import create_state, make_mesh, make_train_step, tree_shardings
+from flax_hmog.training import TrainState, create_state, make_mesh, make_train_step, tree_shardings
 
 D, L, K = 6, 2, 3
 HEADS = [DifferentiableHMoG(L, K, D, noise_bounds=(1e-4, 1e4))]
@@ -67,6 +68,12 @@ def test_the_step_compiles_once(x):
         losses.append(float(value))
     assert len(traces) == 1
     assert losses[4] < losses[1]
+
+
+def test_a_state_of_parameters_alone_has_no_collections(x):
+    variables = nn.unbox(HEADS[0].init(jax.random.key(0), x))
+    state = TrainState.create(apply_fn=HEADS[0].apply, params=variables["params"], tx=optax.adam(1e-2))
+    assert state.variables == variables
 
 
 def test_a_loss_that_returns_something_else_is_named(x):

@@ -33,7 +33,7 @@ from experiments.analyze import pair_agreement
 from experiments.config import Augmentation, Encoder, Experiment, Gradient
 from experiments.configs import EXPERIMENTS
 from experiments.data import Batches, Dataset, Inputs, load, prepare_inputs
-from experiments.encoders import apply_encoder, features, init_encoder, join_module, split_module
+from experiments.encoders import features, init_encoder, join_module, split_module
 from experiments.logs import Stage
 from experiments.models import Teacher, Trainable
 from experiments.processes import STOPPED, Stopped, StopRequest
@@ -177,7 +177,7 @@ class KMeansTrainable(Trainable):
 
     def _taught(self, teacher: Teacher, x: jax.Array) -> jax.Array:
         """The nearest centre of x (B, K), one-hot."""
-        rows = apply_encoder(self.encoder, teacher.encoder_variables, x) if teacher.encoder_variables else x
+        rows = self.teacher_rows(teacher, x)
         squares = jnp.sum((rows[:, None] - cast(jax.Array, teacher.factors)[None]) ** 2, axis=-1)
         return jax.nn.one_hot(jnp.argmin(squares, axis=-1), self.n_clusters)
 
@@ -201,9 +201,9 @@ def kmeans_rounds(config: Experiment, seed: int, stop: StopRequest) -> Scores:
     before: dict[str, Any] = {}
     for number in range(1, config.rounds.count + 1):
         model = KMeansTrainable(config, config.round_clusters(number), inputs)
-        rows = np.asarray(features(model.encoder, before, x) if before else x)[is_real]
+        rows = np.asarray(features(model.encoder if number > 1 else None, before, x))[is_real]
         labels = KMeans(model.n_clusters, n_init=10, random_state=seed).fit_predict(rows)
-        teacher = Teacher(before, cast(Any, centres_of(rows, labels)), None)
+        teacher = Teacher(before if number > 1 else None, cast(Any, centres_of(rows, labels)), None)
         key = jax.random.fold_in(key, number)
         own = init_encoder(model.encoder, key, x[:INIT_ROWS], config.encoder.features)
         untrained = np.asarray(features(model.encoder, own, x))[is_real]

@@ -1,4 +1,4 @@
-"""Fashion-MNIST with an encoder: as mnist_encoder, then EM on the learnt features and a second round.
+"""Fashion-MNIST with an encoder, as mnist_encoder.
 
 Command: `python -m experiments.train fashion_mnist_encoder`; with the files in a folder `--data.downloads FOLDER`.
 Data: as in the experiment fashion_mnist, as is the linear model. Images are shifted and scaled a little, and mirrored.
@@ -14,7 +14,7 @@ CONFIG = dataclasses.replace(
     fashion_mnist.CONFIG,
     workdir="runs/fashion_mnist_encoder",
     encoder=Encoder("conv"),
-    rounds=Rounds(count=2, distil_epochs=1),
-    gradient=Gradient(epochs=12, batch_size=256),
+    rounds=Rounds(distil_epochs=1),
+    gradient=Gradient(epochs=24, batch_size=256),
     augmentation=Augmentation(shift=2.0, rotation=5.0, scale=0.1, mirror=True),
 )

@@ -2,7 +2,7 @@
 
 Command: `python -m experiments.train usps --data.path usps_9298.npz`.
 Data: a file with `X` (9298, 16, 16) in [0, 1], `y` and `n_train`.
-Expected: clusters of the digits; figures over seeds are not reported yet.
+Expected on the test split: docs/results.md.
 """
 
 from experiments.config import EM, Data, Experiment, Gradient, Model

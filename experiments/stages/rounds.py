@@ -62,7 +62,7 @@ class RoundStage:
             self._make(linear, previous)
         restored = restore(folder, allow_import=True)
         factors = compute_factors(restored.head.apply(restored.variables, method="natural"))
-        teacher = Teacher(restored.encoder_variables or {}, factors, jnp.asarray(restored.clusters))
+        teacher = Teacher(restored.encoder_variables, factors, jnp.asarray(restored.clusters))
         started = restore_like(self._abstract_start(), restored.state, "the start of a round")
         head_variables, _ = warm_start(self.model.head, started["head"])
         return Start(
@@ -87,7 +87,7 @@ class RoundStage:
             rows, mixture = x, linear.natural
         else:
             before, before_variables = encoder, own if previous is None else split_module(previous)[0]
-            head = config.feature_head(max(config.rounds.n_components, self.n_clusters))
+            head = config.feature_head(config.rounds.n_components)
             rows = features(encoder, before_variables, x)
             mixture = self._fit(head, rows, weights)
         clusters = merged_clusters(mixture, rows, weights, self.n_clusters)

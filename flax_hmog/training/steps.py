@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax import struct
 from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +25,7 @@ class TrainState(train_state.TrainState):
         collections: all variables beside `params`, as `batch_stats` of an encoder and `em` of an `AnalyticHMoG`.
     """
 
-    collections: Any = None
+    collections: Any = struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
