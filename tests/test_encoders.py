@@ -241,6 +241,15 @@ def test_normalization_of_encoders(normalization, key):
         ConvNet(F, (4, 3), normalization="group").init(key, X)
 
 
+def test_in_network_em_starts_at_the_scale_of_training(key):
+    module = Clusterer(MLP(F, (8,), "batch"), AnalyticHMoG(L, K))
+    variables = nn.unbox(module.init(key, X, train=True))
+    features, _ = module.apply(variables, X, train=True, method="features", mutable=["batch_stats"])
+    moments = variables["em"]["head"]["moments"]
+    np.testing.assert_allclose(moments.noise.entries, np.var(features, axis=0), rtol=1e-3)
+    np.testing.assert_allclose(moments.bias, np.mean(features, axis=0), atol=1e-5)
+
+
 class Deterministic(nn.Module):
     """Says whether it is trained as flax's own layers do."""
 
