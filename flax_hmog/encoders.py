@@ -118,7 +118,7 @@ class Clusterer(nn.Module):
     """A head on an encoder's features; their variables lie under `encoder` and `head`.
 
     Encoder and head are told whether they are trained, as batch normalisation, dropout and an `AnalyticHMoG` need it,
-    by an argument of their `__call__`: `train`, or `deterministic`, its contrary; `**kwargs` are given `train`.
+    by an argument of their `__call__` that is named `train`, or `deterministic`, its contrary.
 
     Attributes:
         encoder: any linen module from inputs (B, ...) to features (B, D).
@@ -156,7 +156,7 @@ class Clusterer(nn.Module):
 def train_argument(module: nn.Module, train: bool) -> dict[str, bool]:
     """What tells a module that it is trained, if its `__call__` has an argument for that; nothing for others."""
     parameters = inspect.signature(type(module).__call__).parameters
-    if "train" in parameters or any(kind.kind is kind.VAR_KEYWORD for kind in parameters.values()):
+    if "train" in parameters:
         return {"train": train}
     return {"deterministic": not train} if "deterministic" in parameters else {}
 

@@ -119,16 +119,17 @@ def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any)
     if weights is None:
         return jnp.ones(shape, dtype)
     check_shape(caller, "weights", weights, shape)
-    weights = jnp.asarray(weights, dtype)
-    if is_concrete(weights):
-        with jax.ensure_compile_time_eval():
-            # on the devices, since the rows may be spread over processes, all of which must raise
-            smallest, largest = float(jnp.min(weights)), float(jnp.max(weights))
-        if not (smallest >= 0 and 0 < largest < math.inf):
-            raise ValueError(
-                f"{caller}: `weights` must be finite, at least 0 and not all 0; got weights from {smallest:.3g} to "
-                f"{largest:.3g}. Use 0 to leave a sample out."
-            )
+    if not is_concrete(weights):
+        return jnp.asarray(weights, dtype)
+    with jax.ensure_compile_time_eval():
+        weights = jnp.asarray(weights, dtype)
+        # on the devices, since the rows may be spread over processes, all of which must raise
+        smallest, largest = float(jnp.min(weights)), float(jnp.max(weights))
+    if not (smallest >= 0 and 0 < largest < math.inf):
+        raise ValueError(
+            f"{caller}: `weights` must be finite, at least 0 and not all 0; got weights from {smallest:.3g} to "
+            f"{largest:.3g}. Use 0 to leave a sample out."
+        )
     return weights
 
 

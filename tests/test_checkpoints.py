@@ -78,9 +78,17 @@ def test_merged_components_come_back_as_clusters(x, tmp_path):
     variables = head.init(jax.random.key(0), x)
     with CheckpointWriter(tmp_path, head=head) as writer:
         writer.save(1, variables, clusters=np.array([1, 0, 1]))
-        for wrong in ([0, 1], [0.0, 1.0, 1.0], [0, -1, 1]):
-            with pytest.raises(CheckpointError, match=r"`clusters` must be whole numbers from 0 of shape \(3,\); got"):
-                writer.save(2, variables, clusters=wrong)
+        wrong = [
+            (r"\(2,\)", [0, 1]),
+            ("float64", [0.0, 1.0, 1.0]),
+            (r"\[-1  0  1\]", [0, -1, 1]),
+            (r"\[0 2\]", [0, 2, 2]),
+        ]
+        for said, labels in wrong:
+            with pytest.raises(
+                CheckpointError, match=r"`clusters` must be whole numbers of shape \(3,\).*got.*" + said
+            ):
+                writer.save(2, variables, clusters=labels)
     restored = restore(tmp_path)
     of_components = dataclasses.replace(restored, clusters=None)(x)
     jax.tree.map(np.testing.assert_array_equal, of_components, head.apply(variables, x))

@@ -51,11 +51,12 @@ def test_vmap_over_models_agrees_with_a_loop(float64):
         jax.tree.map(lambda got, want: assert_close(got, want, 1e-12), one, infer(model, case.x()))
 
 
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray, list], ids=["numpy", "jax", "list"])
 @pytest.mark.parametrize("name", ["em_step", "expected_statistics", "mean_log_density"])
-def test_a_compiled_function_may_close_over_rows_and_weights(name):
-    """Their values are known while it is traced, and are checked."""
+def test_a_compiled_function_may_close_over_rows_and_weights(name, kind):
+    """The values of weights are known while it is traced, and are checked."""
     function, natural, x = getattr(flax_hmog, name), CASE.natural("float32"), jnp.asarray(CASE.x(), jnp.float32)
-    weights, negative = jnp.ones(len(x)), -jnp.ones(len(x))
+    weights, negative = kind(np.ones(len(x))), kind(-np.ones(len(x)))
     got = jax.jit(lambda natural: function(natural, x, weights=weights))(natural)
     jax.tree.map(lambda got, want: assert_close(got, want, 1e-5), got, function(natural, x))
     with pytest.raises(ValueError, match="`weights` must be finite, at least 0"):

@@ -163,6 +163,9 @@ def test_training_with_an_encoder_ends_in_a_model_of_raw_data(options, tmp_path)
     test = load(config.data, 0).test
     output = restored(test.read(slice(None)))
     assert output.log_responsibilities.shape == (360, 4)
+    linear = restore(tmp_path / "checkpoints/seed0/em")
+    assert linear(test.read(slice(None))).log_responsibilities.shape == (360, 4)
+    assert linear.head.n_components == 8
     records = read_metrics(tmp_path, stage=f"{head}-{last}")
     assert float(output.log_density.mean()) == pytest.approx(records[-1]["test_log_density"], rel=1e-4)
     assert [record["epoch"] for record in records] == [0, 1, 2, 3]

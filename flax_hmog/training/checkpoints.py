@@ -126,7 +126,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: for a step that is not above the latest, variables that are not those of head and encoder
-                or are not finite, clusters that are not one whole number from 0 for each component, leaves that are no
+                or are not finite, clusters that do not have a component each, leaves that are no
                 arrays, or values that JSON cannot hold.
         """
         self._check_step(step)
@@ -165,10 +165,12 @@ class CheckpointWriter:
     def _checked_clusters(self, clusters: Any) -> list[int]:
         labels = np.asarray(clusters)
         shape = (self.head.n_components,)
-        if labels.shape != shape or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        is_whole = labels.shape == shape and np.issubdtype(labels.dtype, np.integer)
+        if not is_whole or set(labels) != set(range(labels.max() + 1)):
             raise CheckpointError(
-                f"CheckpointWriter.save: `clusters` must be whole numbers from 0 of shape {shape}; got {labels.dtype} "
-                f"of shape {labels.shape}. Give what merge_components returns for this head."
+                f"CheckpointWriter.save: `clusters` must be whole numbers of shape {shape}, with no gap from 0 to the "
+                f"largest; got {labels.dtype} of shape {labels.shape}, {np.unique(labels)}. Give what merge_components "
+                "returns for this head."
             )
         return labels.tolist()
 

@@ -20,7 +20,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[str] = PLATFORMS) -> jax_export.Exported:
     """The program from raw data to clusters, for any batch size and several platforms at once.
 
-    Where components are merged, responsibilities and assignments are of clusters, as those of the checkpoint.
+    Where components are merged, as the checkpoint says, K is the number of clusters.
 
     Preprocessing, encoder and the model's factorisation are part of it; nothing is factorised when it runs, and a call
     needs memory for its whole batch.
