@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -248,14 +249,8 @@ def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput
                 f"merge_output: `labels` must be integers from 0 to {n_clusters - 1}; got {smallest} to {largest}. "
                 "Give the number of clusters that the labels have."
             )
-    labels = jnp.asarray(labels)
-    rows = jnp.moveaxis(output.log_responsibilities, -1, 0)  # (K, ...)
-    # the log of a sum of exponentials within each cluster, relative to its largest term
-    top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    totals = jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)
-    merged = jnp.where(totals > 0, jnp.log(jnp.where(totals > 0, totals, 1)) + top, -jnp.inf)
-    return dataclasses.replace(output, log_responsibilities=jnp.moveaxis(merged, 0, -1))
+    merged = _log_sums(output.log_responsibilities, jnp.asarray(labels), n_clusters)
+    return dataclasses.replace(output, log_responsibilities=merged)
 
 
 def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: Any) -> Array:
@@ -279,6 +274,17 @@ def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: Any) -
         )
     values = {name: weight(step) if callable(weight) else weight for name, weight in weights.items()}
     return sum((values[name] * term for name, term in terms.items()), start=jnp.zeros(()))
+
+
+@partial(jax.jit, static_argnames="n_clusters")
+def _log_sums(log_responsibilities: Array, labels: Array, n_clusters: int) -> Array:
+    """The log of the sum of exponentials within each cluster (..., n_clusters), relative to its largest term."""
+    rows = jnp.moveaxis(log_responsibilities, -1, 0)  # (K, ...)
+    top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    totals = jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)
+    merged = jnp.where(totals > 0, jnp.log(jnp.where(totals > 0, totals, 1)) + top, -jnp.inf)
+    return jnp.moveaxis(merged, 0, -1)
 
 
 def _rows(output: HMoGOutput) -> Array:
