@@ -76,6 +76,7 @@ class Run:
         models: restored model by seed and name.
         scores: per model or baseline, a dict of metrics for each seed.
         agreement: per model, how far each pair of seeds agrees on the training rows of the first; empty for one seed.
+        in_use: per model, how many clusters each seed uses for these rows; empty for one seed.
         unfinished: stages that are still to be trained.
     """
 
@@ -84,6 +85,7 @@ class Run:
     models: dict[tuple[int, str], Restored]
     scores: dict[str, list[dict[str, float]]]
     agreement: dict[str, list[float]]
+    in_use: dict[str, list[float]]
     unfinished: list[str]
 
 
@@ -119,6 +121,7 @@ def main(folder: Path, /, allow_import: bool = False) -> None:
     result = {
         "scores": run.scores,
         "agreement": run.agreement,
+        "clusters_in_use": run.in_use,
         "config": run.config,
         "data_sha256": run.dataset.digest,
         "versions": run_versions(run),
@@ -162,8 +165,10 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
         )
     config = dict(json.loads((folder / "config.json").read_text())["config"])
     of_stage = {stage: [model for (_, name), model in models.items() if name == stage] for _, stage in models}
-    agreement = {stage: pair_agreement(same, datasets[0].train) for stage, same in of_stage.items() if len(same) > 1}
-    return Run(config, datasets[0], models, scores, agreement, unfinished)
+    compared = {stage: clusters_of(same, datasets[0].train) for stage, same in of_stage.items() if len(same) > 1}
+    agreement = {stage: pair_agreement(clusters) for stage, clusters in compared.items()}
+    in_use = {stage: clusters_in_use(clusters) for stage, clusters in compared.items()}
+    return Run(config, datasets[0], models, scores, agreement, in_use, unfinished)
 
 
 def _order(name: str) -> tuple[bool, str, bool]:
@@ -209,13 +214,25 @@ def output_of(restored: Restored, part: Part) -> HMoGOutput:
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *blocks)
 
 
-def pair_agreement(models: list[Restored], part: Part) -> list[float]:
+def clusters_of(models: list[Restored], part: Part) -> list[np.ndarray]:
+    """Every model's clusters (N,) of the same rows."""
+    return [np.argmax(output_of(model, part).log_responsibilities, axis=-1) for model in models]
+
+
+def pair_agreement(clusters: list[np.ndarray]) -> list[float]:
     """The adjusted Rand index between every two models' clusters of the same rows: 1 where they say the same.
 
-    Clusters that another seed finds again are no chance of the initialisation; that needs no labels.
+    Clusters that another seed finds again are no chance of the initialisation; that needs no labels. Two models that
+    put all rows in one cluster agree on nothing: 0.
     """
-    clusters = [output_of(model, part).log_responsibilities.argmax(axis=-1) for model in models]
-    return [float(adjusted_rand_score(*pair)) for pair in combinations(clusters, 2)]
+    pairs = combinations(clusters, 2)
+    return [float(adjusted_rand_score(*pair)) if all(map(np.ptp, pair)) else 0.0 for pair in pairs]
+
+
+def clusters_in_use(clusters: list[np.ndarray]) -> list[float]:
+    """How many clusters each model uses, exp of their entropy: as many as there are where all are of one size."""
+    shares = [np.unique(found, return_counts=True)[1] / len(found) for found in clusters]
+    return [float(np.exp(-np.sum(share * np.log(share)))) for share in shares]
 
 
 def table_rows(run: Run) -> list[dict[str, Any]]:
@@ -227,6 +244,7 @@ def table_rows(run: Run) -> list[dict[str, Any]]:
         row |= {title: _summary([seed[key] for seed in seeds]) for key, title in columns.items()}
         if run.agreement:
             row["agreement"] = _summary(run.agreement[name]) if name in run.agreement else None
+            row["clusters in use"] = _summary(run.in_use[name]) if name in run.in_use else None
         rows.append(row)
     return rows
 
@@ -247,7 +265,8 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
         "Log-densities are in nats per sample and exact for every method, since each two-stage baseline is itself a "
         "model of this family; k-means has none. Those of rounds with an encoder are of its features, and compare with "
         "no other. Labels are used for NMI, ARI and ACC only; agreement is the adjusted Rand index between the "
-        "clusters that two seeds find in the training rows of the first.",
+        "clusters that two seeds find in the training rows of the first, and clusters in use is exp of the entropy of "
+        "their sizes there.",
         tables=[Table(rows, "Held-out log-density, and clusters beside labels and beside those of other seeds")],
     )
     yield objective_section(run, seed)

@@ -113,6 +113,8 @@ class Rounds:
     Later rounds take those of the learnt features."""
     n_components: int = 80
     """Components of EM on features, before they are merged to clusters."""
+    refit: bool = True
+    """Whether later rounds find clusters by EM on the learnt features, or merge those of the head as they are."""
     fresh: bool = True
     """Whether every round starts with an untrained encoder, or goes on with that of the round before."""
     distil_epochs: int = 2
@@ -122,7 +124,7 @@ class Rounds:
     information_weight: float = 1.0
     """Weight of the mutual information of the assignments of two views."""
     marginal_weight: float = 1.0
-    """Weight of the balance of clusters in it; below 1 for clusters of unequal size."""
+    """Weight of the balance of clusters in it, above 1/2; below 1 for clusters of unequal size."""
     likelihood_weight: float = 0.05
     """Weight of the head's likelihood of the features, in nats per feature; the encoder does not see it."""
     adversarial_radius: float = 0.0
@@ -144,11 +146,16 @@ class Rounds:
         for name in names:
             if getattr(self, name) < 0:
                 raise ValueError(f"Rounds: `{name}` must be at least 0; got {getattr(self, name)}. Raise it.")
+        if not self.marginal_weight > 0.5:
+            raise ValueError(
+                "Rounds: `marginal_weight` must be above 1/2, below which a single cluster is best; got "
+                f"{self.marginal_weight}. Raise it."
+            )
 
     @property
     def clusters_features(self) -> bool:
         """Whether any round has clusters of features."""
-        return self.count > 1 or self.start == "features"
+        return (self.count > 1 and self.refit) or self.start == "features"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,10 +326,11 @@ class Experiment:
             raise ValueError(
                 "Experiment: `heads` may hold analytic only with an encoder; got none. EM is the first stage as it is."
             )
-        if self.encoder.name != "autoencoder" and ":" not in self.encoder.name and self.rounds.reconstruction_weight:
+        if not self.has_encoder and self.rounds != Rounds():
+            changed = [f.name for f in dataclasses.fields(Rounds) if getattr(self.rounds, f.name) != f.default]
             raise ValueError(
-                "Experiment: `rounds.reconstruction_weight` must be 0 without an encoder that can decode; got encoder "
-                f"{self.encoder.name}. Use --encoder.name autoencoder."
+                f"Experiment: `rounds` must be left out without an encoder; got {', '.join(changed)}. Add "
+                "--encoder.name, or leave them out."
             )
         if (self.rounds.early_clusters or self.n_clusters) < self.n_clusters:
             raise ValueError(
@@ -339,10 +347,12 @@ class Experiment:
                 f"Experiment: `rounds.n_components` must be at least the {self.n_clusters} clusters of the end; got "
                 f"{self.rounds.n_components}. Raise it."
             )
-        if self.has_encoder and self.rounds.distil_epochs + self.rounds.mixed_epochs >= self.gradient.epochs:
+        is_taught = self.rounds.start != "nothing" or self.rounds.count > 1
+        taught_epochs = self.rounds.distil_epochs + self.rounds.mixed_epochs
+        if self.has_encoder and is_taught and taught_epochs >= self.gradient.epochs:
             raise ValueError(
                 "Experiment: `gradient.epochs` must be above rounds.distil_epochs + rounds.mixed_epochs, "
-                f"{self.rounds.distil_epochs + self.rounds.mixed_epochs}; got {self.gradient.epochs}. Raise it."
+                f"{taught_epochs}; got {self.gradient.epochs}. Raise it."
             )
         if self.has_encoder and self.encoder.lat_dim > self.encoder.features:
             raise ValueError(

@@ -8,14 +8,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from experiments.config import Experiment
-from flax_hmog.encoders import MLP, Autoencoder, ConvNet, train_argument
+from flax_hmog.encoders import MLP, Autoencoder, ConvNet, train_arguments
 from flax_hmog.rows import map_rows, row_shards
 from flax_hmog.training.describe import import_path
 
 FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained
-SETTLING_PASSES = 500  # over the same rows, enough for averages with flax's momentum of .99
+SETTLING_PASSES = 500  # over the same rows at most, until running averages change by no more than
+SETTLED = 1e-4  # of their largest entry
 OURS: dict[str, Any] = {"mlp": MLP, "conv": ConvNet, "autoencoder": Autoencoder}
 
 
@@ -25,8 +27,8 @@ def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] 
     A class is given `features`, and whichever of `obs_dim`, `image_shape` and `normalization` it has a field for.
 
     Raises:
-        ValueError: for a class that cannot be imported or does not take `features`, or a network for images without
-            images.
+        ValueError: for a class that cannot be imported, does not take `features` or asks for more, a network for images
+            without images, other features than asked for, or an encoder that has to decode and cannot.
     """
     options = config.encoder
     if options.name == "none":
@@ -40,7 +42,26 @@ def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] 
         )
     known: dict[str, Any] = {"features": options.features, "obs_dim": obs_dim, "image_shape": image_shape}
     known["normalization"] = options.normalization
-    return kind(**{name: value for name, value in known.items() if name in fields})
+    try:
+        encoder = kind(**{name: value for name, value in known.items() if name in fields})
+    except TypeError as error:
+        raise ValueError(
+            f"make_encoder: `encoder.name` must name a class with a default for each field but {', '.join(known)}; got "
+            f"{options.name}: {error}. Give its fields defaults."
+        ) from error
+    x = jax.ShapeDtypeStruct((2, obs_dim), jnp.float32)
+    made = jax.eval_shape(lambda x: apply_encoder(encoder, untrained_variables(encoder, jax.random.key(0), x), x), x)
+    if made.shape != (2, options.features):
+        raise ValueError(
+            f"make_encoder: the encoder must map inputs (B, {obs_dim}) to features (B, {options.features}); got "
+            f"features {made.shape} for two inputs. Flatten its output, or set --encoder.features."
+        )
+    if config.rounds.reconstruction_weight and not hasattr(kind, "decode"):
+        raise ValueError(
+            f"make_encoder: the encoder must have a method `decode` for `rounds.reconstruction_weight`; got "
+            f"{options.name}. Use autoencoder, or leave out the weight."
+        )
+    return encoder
 
 
 def _encoder_class(name: str) -> Any:
@@ -51,8 +72,8 @@ def _encoder_class(name: str) -> Any:
     cause = ""
     try:
         found = import_path(name)
-    except (ImportError, AttributeError) as error:
-        cause = f" ({error})"
+    except Exception as error:  # whatever the user's module raises
+        cause = f" ({type(error).__name__}: {error})"
     is_linen = isinstance(found, type) and issubclass(found, nn.Module)
     if not is_linen or "features" not in {field.name for field in dataclasses.fields(found)}:
         raise ValueError(
@@ -62,32 +83,35 @@ def _encoder_class(name: str) -> Any:
     return found
 
 
-def init_encoder(encoder: Any, key: jax.Array, x: jax.Array, n_features: int) -> dict[str, Any]:
-    """Variables of an encoder from inputs (B, D) to features (B, n_features), running averages those of x.
-
-    Raises:
-        ValueError: for other features.
-    """
-    inference = train_argument(encoder, False)
-    output, _ = jax.eval_shape(lambda x: encoder.init_with_output(key, x, **inference), x[:1])
-    if output.shape != (1, n_features):
-        raise ValueError(
-            f"init_encoder: the encoder must map inputs (B, {x.shape[1]}) to features (B, {n_features}); got features "
-            f"{output.shape} for one input. Flatten its output."
-        )
-    variables = dict(jax.jit(lambda x: encoder.init(key, x, **inference))(x[:1]))
+def init_encoder(encoder: Any, key: jax.Array, x: jax.Array) -> dict[str, Any]:
+    """Variables of an encoder for inputs (B, D), running averages those of x."""
+    variables = jax.jit(lambda x: untrained_variables(encoder, key, x))(x[:1])
     averages = [name for name in variables if name != "params"]
-    training = train_argument(encoder, True)
-    if averages and training:
+    positional, named = train_arguments(encoder, True)
+    if not averages or not (positional or named):
+        return variables
 
-        @jax.jit
-        def settle(variables: dict[str, Any], x: jax.Array) -> dict[str, Any]:
-            """The averages after another pass."""
-            return encoder.apply(variables, x, **training, mutable=averages, rngs={"dropout": key})[1]
+    @jax.jit
+    def settle(variables: dict[str, Any], x: jax.Array) -> tuple[dict[str, Any], jax.Array]:
+        """The averages after another pass, and their largest change, as a share of the largest entry of a leaf."""
+        rngs = {"dropout": key}
+        _, after = encoder.apply(variables, x, *positional, **named, mutable=averages, rngs=rngs)
+        before = {name: variables[name] for name in averages}
+        change = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)) / (jnp.max(jnp.abs(b)) + SETTLED), before, after)
+        return after, jnp.max(jnp.stack(jax.tree.leaves(change)))
 
-        for _ in range(SETTLING_PASSES):
-            variables |= settle(variables, x)
+    for _ in range(SETTLING_PASSES):
+        after, change = settle(variables, x)
+        variables |= after
+        if change <= SETTLED:
+            break
     return variables
+
+
+def untrained_variables(encoder: Any, key: jax.Array, x: jax.Array) -> dict[str, Any]:
+    """Variables of an encoder for inputs (B, D), before any training."""
+    positional, named = train_arguments(encoder, False)
+    return dict(encoder.init(key, x, *positional, **named))
 
 
 def features(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array:
@@ -104,7 +128,8 @@ def _features(encoder: Any, variables: dict[str, Any], x: jax.Array, shards: Any
 
 def apply_encoder(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array:
     """Features of rows, as after training."""
-    return encoder.apply(variables, x, **train_argument(encoder, False))
+    positional, named = train_arguments(encoder, False)
+    return encoder.apply(variables, x, *positional, **named)
 
 
 def split_module(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

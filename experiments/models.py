@@ -140,7 +140,7 @@ class Trainable:
         information: Any = rounds.information_weight
         if extra.teacher is not None:
             share = jnp.sum(extra.step >= extra.phases) / 2  # 0, 1/2, 1
-            targets = jax.lax.cond(share < 1, self._taught, self._nothing, extra.teacher, x)
+            targets = jax.lax.cond(share < 1, self.taught, self._nothing, extra.teacher, x)
             terms["distillation"] = (distillation(one, targets) + distillation(twin, targets)) / 2
             weights["distillation"], information = 1 - share, information * share
         terms["information"] = negative_joint_information(one, twin, marginal_weight=rounds.marginal_weight)
@@ -155,15 +155,12 @@ class Trainable:
             weights["reconstruction"] = rounds.reconstruction_weight
         return combine(terms, weights, extra.step), collections
 
-    def _taught(self, teacher: Teacher, x: jax.Array) -> jax.Array:
+    def taught(self, teacher: Teacher, x: jax.Array) -> jax.Array:
         """The teacher's clusters of x (B, n_clusters)."""
-        output = infer_rows(teacher.factors, self.teacher_rows(teacher, x))
-        return jnp.exp(merge_output(output, teacher.clusters, self.n_clusters).log_responsibilities)
-
-    def teacher_rows(self, teacher: Teacher, x: jax.Array) -> jax.Array:
-        """The inputs, or the features of them, that the teacher's mixture is of."""
         variables = teacher.encoder_variables
-        return x if variables is None else apply_encoder(self.encoder, variables, x)
+        rows = x if variables is None else apply_encoder(self.encoder, variables, x)
+        output = infer_rows(teacher.factors, rows)
+        return jnp.exp(merge_output(output, teacher.clusters, self.n_clusters).log_responsibilities)
 
     def _nothing(self, teacher: Teacher, x: jax.Array) -> jax.Array:
         return jnp.zeros((x.shape[0], self.n_clusters))

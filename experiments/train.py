@@ -86,12 +86,7 @@ def run(config: Experiment, console: Console, stop: StopRequest) -> None:
     dataset = load(config.data, 0)
     image_shape = input_image_shape(config.data, dataset.image_shape)
     obs_dim = input_dim(config.data, dataset.obs_dim)
-    counts = {config.round_clusters(number) for number in range(1, config.rounds.count + 1)}
-    models: dict[tuple[str, int], Trainable] = {
-        (name, count): Trainable(config, name, count, obs_dim, image_shape)
-        for name in config.heads
-        for count in (counts if config.has_encoder else {config.n_clusters})
-    }
+    models = make_models(config, obs_dim, image_shape)
     workdir = Path(config.workdir)
     on_first_process(lambda: _claim(workdir, config, dataset.fingerprint))
     if is_first():
@@ -103,6 +98,16 @@ def run(config: Experiment, console: Console, stop: StopRequest) -> None:
             linear = EMStage(stages, seed, inputs).result()
             for name in config.heads:
                 _train_head(stages, seed, name, inputs, linear)
+
+
+def make_models(
+    config: Experiment, obs_dim: int, image_shape: tuple[int, ...] | None
+) -> dict[tuple[str, int], Trainable]:
+    """The trainable heads of all rounds, by name and number of clusters."""
+    counts = {config.round_clusters(number) for number in range(config.rounds.count + 1)}
+    return {
+        (name, count): Trainable(config, name, count, obs_dim, image_shape) for name in config.heads for count in counts
+    }
 
 
 def _train_head(stages: Run, seed: int, name: str, inputs: Inputs, linear: LinearFit) -> None:
@@ -127,8 +132,10 @@ def _claim(workdir: Path, config: Experiment, data: str) -> None:
     wanted = json.loads(json.dumps(config.result_options() | {"contents of the data": data}))
     path = workdir / "config.json"
     if path.exists():
-        found = flat_options(_read_config(path).get("result_options", {}))
-        changed = [name for name, value in flat_options(wanted).items() if found.get(name, "nothing") != value]
+        # an option that the run did not know had the value that it has by default
+        found = flat_options(json.loads(json.dumps(Experiment("").result_options())))
+        found |= flat_options(_read_config(path).get("result_options", {}))
+        changed = [name for name, value in flat_options(wanted).items() if found.get(name) != value]
         if changed:
             raise ValueError(
                 f"run: `workdir` must hold a run of the same config; got {workdir} with another {', '.join(changed)}. "

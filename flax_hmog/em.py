@@ -111,9 +111,7 @@ class PseudoCounts:
             components=jnp.asarray(self.components, dtype),
             noise=jnp.asarray(self.noise, dtype),
             component_mean=matmul(moments.weights, moments.means),
-            component_covariance=PositiveDefinite(
-                jnp.sum(moments.covariances.weighted(moments.weights).entries, axis=0)
-            ),
+            component_covariance=within_covariance(moments),
             noise_covariance=noise,
         )
 
@@ -289,9 +287,13 @@ def prior_moments(moments: Moments) -> tuple[Array, PositiveDefinite]:
     """E[y] (L,) and Cov(y) of the mixture."""
     center = matmul(moments.weights, moments.means)
     gap = moments.means - center[None]
-    within = moments.covariances.weighted(moments.weights).entries
-    covariance = jnp.sum(within + outer(moments.weights[:, None] * gap, gap), axis=0)
-    return center, PositiveDefinite(symmetrize(covariance))
+    between = jnp.sum(outer(moments.weights[:, None] * gap, gap), axis=0)
+    return center, PositiveDefinite(symmetrize(within_covariance(moments).entries + between))
+
+
+def within_covariance(moments: Moments) -> PositiveDefinite:
+    """The pooled covariance within components, sum_k w_k S_k (L, L)."""
+    return PositiveDefinite(jnp.sum(moments.covariances.weighted(moments.weights).entries, axis=0))
 
 
 def _change_basis(

@@ -250,7 +250,7 @@ class AnalyticHMoG(HMoGHead):
     step_delay: float = 2.0
     step_decay: float = 0.7
     min_rate: float = 0.0
-    pseudo_share: float = 1e-3
+    pseudo_share: float = 1e-4
     axis_name: str | None = None
     param_dtype: Any = jnp.float32
     projection_dtype: Any = None
@@ -284,7 +284,7 @@ class AnalyticHMoG(HMoGHead):
             return None
         return self.get_variable("em", "moments").bias.shape[-1]
 
-    def __call__(self, x: Array, *, train: bool = False) -> HMoGOutput:
+    def __call__(self, x: Array, train: bool = False) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D); with `train` also a step of stepwise EM."""
         natural = self._natural("__call__", x)
         if train and not self.is_initializing():

@@ -20,7 +20,7 @@ from flax_hmog.checks import check_positive, check_shape, is_concrete
 from flax_hmog.conversions import natural_to_moments, with_prior
 from flax_hmog.coordinates import Natural
 from flax_hmog.covariances import Array, einsum, matmul
-from flax_hmog.em import prior_moments
+from flax_hmog.em import prior_moments, within_covariance
 from flax_hmog.inference import HMoGOutput
 
 PERTURBATION_STEP = 1e-2  # length of the step that asks for the most sensitive direction, relative to `radius`
@@ -68,11 +68,15 @@ def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 
 
     Args:
         output: of a head, for a batch (..., D).
-        marginal_weight: weight of the balance.
+        marginal_weight: weight of the balance, positive.
 
     Returns:
         The loss (), in nats.
+
+    Raises:
+        ValueError: for a weight that is not positive: a single cluster would be best.
     """
+    check_positive("negative_mutual_information", "marginal_weight", marginal_weight, "1 gives the information.")
     return conditional_entropy(output) - marginal_weight * marginal_entropy(output)
 
 
@@ -83,18 +87,28 @@ def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal
 
         I = sum_jk P_jk log P_jk - 2 marginal_weight sum_j P_j log P_j
 
-    It is at most log K, for certain, equal and balanced assignments; no view can win by a collapse to one cluster.
+    It is at most log K, for certain, equal and balanced assignments; no view can win by a collapse to one cluster. With
+    a weight the best are worth (2 marginal_weight - 1) log K, against 0 for a collapse.
 
     Args:
         output: of a head, for a batch (..., D).
         twin: of the head, for other views of the same samples in the same order.
-        marginal_weight: weight of the balance; below 1 for clusters of unequal size.
+        marginal_weight: weight of the balance, above 1/2; below 1 for clusters of unequal size.
 
     Returns:
         The loss (), in nats.
 
+    Raises:
+        ValueError: for outputs of different shapes, or a weight of at most 1/2: a single cluster would be best.
+
     Source: Ji, Henriques and Vedaldi 2019.
     """
+    _check_like("negative_joint_information", "twin", twin.log_responsibilities, output.log_responsibilities)
+    if is_concrete(marginal_weight) and not marginal_weight > 0.5:
+        raise ValueError(
+            "negative_joint_information: `marginal_weight` must be above 1/2, below which a single cluster is best; "
+            f"got {marginal_weight}. 1 gives the information."
+        )
     first, second = jnp.exp(_rows(output)), jnp.exp(_rows(twin))
     table = matmul(first.T, second) / first.shape[0]
     table = (table + table.T) / 2
@@ -110,7 +124,11 @@ def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
 
     Returns:
         The loss (), in nats.
+
+    Raises:
+        ValueError: for outputs of different shapes.
     """
+    _check_like("consistency", "perturbed", perturbed.log_responsibilities, output.log_responsibilities)
     target = jax.lax.stop_gradient(output.log_responsibilities)
     return jnp.mean(_expectation(jnp.exp(target), target - perturbed.log_responsibilities))
 
@@ -160,7 +178,11 @@ def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
 
     Returns:
         The loss (), in nats.
+
+    Raises:
+        ValueError: unless there is a probability for each sample and cluster; `jax.nn.one_hot` makes them of labels.
     """
+    _check_like("distillation", "responsibilities", responsibilities, output.log_responsibilities)
     return -jnp.mean(_expectation(responsibilities, output.log_responsibilities))
 
 
@@ -173,7 +195,11 @@ def reconstruction(decoded: Array, x: Array) -> Array:
 
     Returns:
         The loss (): squared units of x, summed over an input and averaged over the batch.
+
+    Raises:
+        ValueError: unless both have one shape.
     """
+    _check_like("reconstruction", "decoded", decoded, x)
     return jnp.mean(jnp.sum(jnp.square(decoded - x).reshape(x.shape[0], -1), axis=-1))
 
 
@@ -190,10 +216,10 @@ def negative_weight_entropy(natural: Natural) -> Array:
 
 
 def precision_penalty(natural: Natural) -> Array:
-    """How unlike the whole prior its components are: 1/2 mean_k [tr(P_k C) - log|P_k C| - L], C the prior's covariance.
+    """How unlike each other components are in width: 1/2 mean_k [tr(P_k C) - log|P_k C| - L], C = sum_k w_k S_k.
 
-    It is 0 where every component is as wide as the prior, and grows as one becomes narrow or flat. The latent basis and
-    the units of x do not matter.
+    It is 0 where all components have one covariance, whatever their means, and grows as one becomes narrower or flatter
+    than the average. The latent basis and the units of x do not matter.
 
     Args:
         natural: the model.
@@ -203,9 +229,9 @@ def precision_penalty(natural: Natural) -> Array:
     """
     natural = with_prior(natural, "precision_penalty")
     lat_dim = natural.interaction.shape[1]
-    _, covariance = prior_moments(natural_to_moments(natural))
-    traces = einsum("kij,ij->k", natural.prior_precision.entries, covariance.entries)
-    log_dets = natural.prior_precision.log_det(lat_dim) + covariance.log_det(lat_dim)
+    within = within_covariance(natural_to_moments(natural))
+    traces = einsum("kij,ij->k", natural.prior_precision.entries, within.entries)
+    log_dets = natural.prior_precision.log_det(lat_dim) + within.log_det(lat_dim)
     return jnp.mean(traces - log_dets - lat_dim) / 2
 
 
@@ -244,10 +270,10 @@ def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput
     if is_concrete(labels):
         host = np.asarray(labels)
         smallest, largest = host.min(), host.max()
-        if not 0 <= smallest <= largest < n_clusters:
+        if host.dtype.kind not in "iu" or not 0 <= smallest <= largest < n_clusters:
             raise ValueError(
-                f"merge_output: `labels` must be integers from 0 to {n_clusters - 1}; got {smallest} to {largest}. "
-                "Give the number of clusters that the labels have."
+                f"merge_output: `labels` must be integers from 0 to {n_clusters - 1}; got {smallest} to {largest} in "
+                f"{host.dtype}. Give the number of clusters that the labels have."
             )
     merged = _log_sums(output.log_responsibilities, jnp.asarray(labels), n_clusters)
     return dataclasses.replace(output, log_responsibilities=merged)
@@ -285,6 +311,15 @@ def _log_sums(log_responsibilities: Array, labels: Array, n_clusters: int) -> Ar
     totals = jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)
     merged = jnp.where(totals > 0, jnp.log(jnp.where(totals > 0, totals, 1)) + top, -jnp.inf)
     return jnp.moveaxis(merged, 0, -1)
+
+
+def _check_like(caller: str, argument: str, value: Any, like: Array) -> None:
+    """ValueError unless both have one shape: others would broadcast to a loss that means nothing."""
+    if jnp.shape(value) != jnp.shape(like):
+        raise ValueError(
+            f"{caller}: `{argument}` must have shape {jnp.shape(like)}, as what it is compared with; got "
+            f"{jnp.shape(value)}. Give both for the same samples."
+        )
 
 
 def _rows(output: HMoGOutput) -> Array:

@@ -17,7 +17,7 @@ from flax_hmog.checks import check_observations
 from flax_hmog.conversions import moments_to_natural
 from flax_hmog.coordinates import Mean, Moments, outer
 from flax_hmog.covariances import Array, PositiveDefinite, Rep, matmul
-from flax_hmog.em import Regularizer, compute_factors, maximize, prior_moments
+from flax_hmog.em import Regularizer, compute_factors, maximize, prior_moments, within_covariance
 from flax_hmog.initialize import random_moments
 from flax_hmog.rows import row_shards
 from flax_hmog.statistics import accumulate, check_samples, residual_mean
@@ -82,8 +82,8 @@ def stepwise_update(
         running: its average statistics of (x - b - W y, y, z).
         x: the batch (..., D); no gradient flows through it.
         rate: step size ().
-        pseudo_share: pseudo-samples per sample: for each component, of the mean and covariance of the whole prior; of
-            the noise, with a tenth of the mean variance of x in every column.
+        pseudo_share: pseudo-samples per sample: spread over the components, with the mean of the whole prior and the
+            pooled within-component covariance; of the noise, with a tenth of the mean variance of x in every column.
         axis_name: axis of `shard_map` or `vmap` over which the batch is spread, or None.
 
     Returns:
@@ -145,16 +145,17 @@ def about(mean: Mean, *, turn: Array, shift: Array) -> Mean:
 def _pseudo_samples(moments: Moments, share: float) -> Regularizer:
     """Pseudo-samples that follow the model: the scale of features that are being learnt is not known beforehand."""
     obs_dim, _ = moments.loadings.shape
+    count = moments.weights.shape[0]
     center, covariance = prior_moments(moments)
     signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
     variance = jnp.mean(signal + moments.noise.diagonal(obs_dim))
     noise = type(moments.noise).project(NOISE_SHARE * variance * jnp.eye(obs_dim, dtype=signal.dtype))
     strength = jnp.asarray(share, signal.dtype)
     return Regularizer(
-        weights=strength / moments.weights.shape[0],
-        components=strength,
+        weights=strength / count,
+        components=strength / count,
         noise=strength,
         component_mean=center,
-        component_covariance=covariance,
+        component_covariance=within_covariance(moments),
         noise_covariance=noise,
     )

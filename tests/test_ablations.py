@@ -1,5 +1,6 @@
 """The ablations of encoder experiments: what is compared, and the head by k-means that stands beside ours."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,10 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
+from experiments.analyze import clusters_in_use, pair_agreement
+from experiments.benchmarks import ablations
 from experiments.benchmarks.ablations import KMeansHead, final_scores, spread, variants
+from experiments.config import EM, Encoder, Gradient, Model, Rounds
 from experiments.configs import EXPERIMENTS
 
 
@@ -38,6 +42,44 @@ def test_variants_differ_and_train_equally_long(name):
     for changed in found:
         if changed.has_encoder:
             assert changed.rounds.count * changed.gradient.epochs == total
+
+
+@pytest.mark.slow
+def test_a_ladder_ends_in_a_table(tmp_path, capsys, monkeypatch):
+    """Its last step, with the k-means head: trained, and read the second time."""
+    config = dataclasses.replace(
+        EXPERIMENTS["digits_encoder"],
+        workdir=str(tmp_path),
+        encoder=Encoder("mlp", 6, lat_dim=3),
+        model=Model(lat_dim=3, n_components=8, n_clusters=4),
+        em=EM(max_steps=4),
+        rounds=Rounds(distil_epochs=1),
+        gradient=Gradient(epochs=6, batch_size=256),
+        n_seeds=2,
+    )
+    last = [variant for variant in variants(config) if variant[0] == "symmetric head"]
+    monkeypatch.setattr(ablations, "variants", lambda config: iter(last))
+    ablations.main("digits_encoder", config)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(ablations, "train_round", None)  # nothing is trained again
+    ablations.main("digits_encoder", config)
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in first.splitlines() if line.startswith("│")}
+    assert list(rows) == ["linear model, EM", "symmetric head", "k-means head"]
+    agreement, in_use, objective, accuracy, _, by_seed = (cell.strip() for cell in rows["symmetric head"])
+    assert 0 < float(agreement) < 1  # of a single pair of seeds
+    assert all("±" in cell for cell in (in_use, objective, accuracy))
+    assert 2 < float(in_use.split()[0]) <= 4
+    kmeans = [float(value) for value in rows["k-means head"][-1].split()]
+    assert len(kmeans) == len(by_seed.split()) == 2
+    assert min(kmeans) > 0.2  # four clusters hold four of ten digits at most, .4, and a single one holds .1
+
+
+def test_agreement_and_clusters_in_use():
+    halves, collapsed = np.repeat([0, 1], 50), np.zeros(100, int)
+    assert pair_agreement([halves, 1 - halves]) == [1]
+    assert pair_agreement([collapsed, collapsed]) == [0]
+    assert pair_agreement([halves, collapsed, halves]) == [0, 1, 0]
+    np.testing.assert_allclose(clusters_in_use([halves, collapsed, np.arange(100)]), [2, 1, 100])
 
 
 def test_final_scores_are_the_last_of_each_stage(tmp_path):

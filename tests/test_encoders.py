@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from flax_hmog import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
-from flax_hmog.encoders import MLP, Autoencoder, Clusterer, ConvNet
+from flax_hmog.encoders import MLP, Autoencoder, Clusterer, ConvNet, train_arguments
 from flax_hmog.objectives import negative_joint_information, negative_log_likelihood, negative_mutual_information
 
 D, F, L, K, B = 12, 5, 2, 3, 32
@@ -117,15 +117,41 @@ def test_parts_have_their_own_rates_and_can_be_frozen(head, key):
 
 
 @EACH_HEAD
-def test_under_jit_remat_and_vmap(head, key):
+def test_under_jit_and_vmap(head, key):
     module = Compact(head)
     variables = module.init(key, X)
     want = module.apply(variables, X)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-    for lifted in (nn.jit(Compact), nn.remat(Compact)):
-        jax.tree.map(close, lifted(head).apply(variables, X), want)
+    jax.tree.map(close, nn.jit(Compact)(head).apply(variables, X), want)
     jax.tree.map(close, jax.vmap(lambda row: module.apply(variables, row))(X), want)
     jax.tree.map(close, jax.jit(module.apply)(variables, X), want)
+
+
+LIFTS = {"remat": functools.partial(nn.remat, static_argnums=2), "jit": functools.partial(nn.jit, static_argnums=2)}
+
+
+@pytest.mark.parametrize("lift", LIFTS)
+@EACH_HEAD
+def test_training_under_remat_and_jit(head, lift, key):
+    """Of the whole, or of the encoder alone: the same collections and gradients as without."""
+    plain = Clusterer(MLP(F, (8,), "batch"), head)
+    lifted = LIFTS[lift]
+    variables = nn.unbox(plain.init(key, X))
+    mutable = [name for name in variables if name != "params"]
+
+    def loss(module, params):
+        output, updates = module.apply(variables | {"params": params}, X, True, mutable=mutable)
+        return negative_mutual_information(output), updates
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    gradient, updates = jax.grad(lambda p: loss(plain, p), has_aux=True)(variables["params"])
+    assert "batch_stats" in updates
+    for module in (lifted(Clusterer)(plain.encoder, head), Clusterer(lifted(MLP)(F, (8,), "batch"), head)):
+        assert jax.tree.structure(nn.unbox(module.init(key, X, False))) == jax.tree.structure(variables)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p, m=module: loss(m, p)[0]))(variables["params"])
+        assert lift in str(jaxpr)
+        got = jax.grad(lambda p, m=module: loss(m, p), has_aux=True)(variables["params"])
+        jax.tree.map(close, got, (gradient, updates))
 
 
 @EACH_HEAD
@@ -164,7 +190,7 @@ def test_over_time_by_scan(head, key):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
-def test_in_network_em_under_scan_and_remat(key):
+def test_in_network_em_under_scan(key):
     """Steps of stepwise EM carried through `nn.scan`, as a Python loop takes them."""
     head = AnalyticHMoG(L, K, obs_dim=D)
     scanned = nn.scan(
@@ -184,7 +210,14 @@ def test_in_network_em_under_scan_and_remat(key):
     assert output.log_density.shape == (4, 8)
 
 
-@pytest.mark.parametrize("make", [MLP, functools.partial(ConvNet, image_shape=(4, 3))], ids=["MLP", "ConvNet"])
+ENCODERS = {
+    "MLP": MLP,
+    "ConvNet": functools.partial(ConvNet, image_shape=(4, 3)),
+    "Autoencoder": functools.partial(Autoencoder, obs_dim=D),
+}
+
+
+@pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
 def test_an_encoder_in_bfloat16_under_a_head_in_float32(make, key):
     module = Clusterer(make(F, dtype=jnp.bfloat16), DifferentiableHMoG(L, K))
     variables = nn.unbox(module.init(key, X))
@@ -193,7 +226,9 @@ def test_an_encoder_in_bfloat16_under_a_head_in_float32(make, key):
     assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
     features = module.apply(variables, X, method="features")
     plain = Clusterer(make(F), DifferentiableHMoG(L, K))
-    np.testing.assert_allclose(features, plain.apply(variables, X, method="features"), atol=0.1)
+    exact = plain.apply(variables, X, method="features")
+    np.testing.assert_allclose(features, exact, atol=0.1)
+    assert np.abs(features - exact).max() > 1e-4
 
 
 def test_features_in_bfloat16_are_taken_in_the_dtype_of_the_head(key):
@@ -263,6 +298,56 @@ def test_an_encoder_is_told_that_it_is_trained(key):
     variables = nn.unbox(module.init(key, X))
     trained = module.apply(variables, X, train=True, rngs={"dropout": key})
     assert not np.allclose(trained.log_density, module.apply(variables, X).log_density)
+
+
+class Train(nn.Module):
+    def __call__(self, x, train):
+        """By position, as it comes right after the inputs."""
+
+
+class NamedOnly(nn.Module):
+    def __call__(self, x, *, is_training=False, deterministic=True):
+        """By name, both."""
+
+
+class After(nn.Module):
+    def __call__(self, x, mask=None, training=False):
+        """By name, as something stands between."""
+
+
+@pytest.mark.parametrize(
+    ("module", "trained"),
+    [
+        (Train(), ((True,), {})),
+        (NamedOnly(), ((), {"is_training": True, "deterministic": False})),
+        (After(), ((), {"training": True})),
+        (nn.BatchNorm(), ((False,), {})),
+        (nn.Dense(F), ((), {})),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_arguments_that_say_that_a_module_is_trained(module, trained):
+    assert train_arguments(module, True) == trained
+    positional, named = trained
+    flipped = tuple(not v for v in positional), {name: not v for name, v in named.items()}
+    assert train_arguments(module, False) == flipped
+
+
+@pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
+def test_a_batch_spread_over_an_axis_is_one_batch(make, key):
+    """For the running averages of the encoder and the statistics of EM, as they are without the axis."""
+    whole = Clusterer(make(F, normalization="batch"), AnalyticHMoG(L, K))
+    parts = Clusterer(make(F, normalization="batch", axis_name="batch"), AnalyticHMoG(L, K, axis_name="batch"))
+    variables = nn.unbox(whole.init(key, X, train=True))
+
+    def update(module, x):
+        return module.apply(variables, x, train=True, mutable=["batch_stats", "em"])[1]
+
+    want = update(whole, X)
+    got = jax.vmap(lambda x: update(parts, x), axis_name="batch")(X.reshape(4, B // 4, D))
+    for part in range(4):
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-3)
+        jax.tree.map(lambda a, b, part=part, close=close: close(a[part], b), got, want)
 
 
 def test_an_encoder_that_is_always_the_same_is_told_nothing(key):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.machinery
 import json
+import shutil
 import subprocess
 import sys
 import types
@@ -16,7 +17,7 @@ from small_runs import SMALL, read_metrics, run, without_times
 
 from experiments import analyze, logs, models, processes, train
 from experiments.baselines import fit_baselines
-from experiments.config import EM, Checkpoints, Data, Experiment, Gradient, Logs, Model, flat_options
+from experiments.config import EM, Augmentation, Checkpoints, Data, Experiment, Gradient, Logs, Model, flat_options
 from experiments.configs import EXPERIMENTS
 from experiments.data import load, prepare_inputs
 from flax_hmog.training import make_mesh, restore
@@ -78,6 +79,18 @@ def test_another_config_is_refused(folder):
     with pytest.raises(ValueError, match=r"another em\.max_steps\. Choose another"):
         run(folder, em=EM(n_restarts=2, max_steps=6))
     run(folder, checkpoints=Checkpoints(em_steps=9))  # what changes no result may change
+
+
+def test_a_run_of_before_an_option_had_what_is_its_default(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    del config["result_options"]["augmentation"]["mirror"]
+    path.write_text(json.dumps(config))
+    run(tmp_path / "run")
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"another augmentation\.mirror"):
+        run(tmp_path / "run", augmentation=Augmentation(mirror=True))
 
 
 def test_a_diverging_run_says_what_happened_and_where_to_go_on(tmp_path, monkeypatch):
@@ -208,7 +221,9 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
             ["digits_encoder", "--rounds.count", "2", "--rounds.n-components", "9"],
             "`rounds.n_components` must be at least the 10 clusters",
         ),
-        (["digits", "--rounds.reconstruction-weight", "1"], "must be 0 without an encoder that can decode"),
+        (["digits", "--rounds.count", "3"], "`rounds` must be left out without an encoder; got count"),
+        (["digits_encoder", "--rounds.reconstruction-weight", "1"], "must have a method `decode`"),
+        (["digits_encoder", "--rounds.marginal-weight", "0.5"], "`marginal_weight` must be above 1/2"),
         (
             ["digits", "--encoder.name", "mlp", "--encoder.features", "8"],
             "`encoder.lat_dim` must be at most the 8 features",

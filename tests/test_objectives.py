@@ -1,5 +1,7 @@
 """Losses against their definitions in numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,8 +84,8 @@ def test_joint_information_is_that_of_the_table_of_two_views(random_output):
     np.testing.assert_allclose(-negative_joint_information(out, twin), want, atol=1e-6)
     np.testing.assert_allclose(negative_joint_information(twin, out), -want, atol=1e-6)
     entropy = -np.sum(table.sum(0) * np.log(table.sum(0)))
-    half = negative_joint_information(out, twin, marginal_weight=0.5)
-    np.testing.assert_allclose(half, -want + entropy, rtol=1e-5)
+    less = negative_joint_information(out, twin, marginal_weight=0.75)
+    np.testing.assert_allclose(less, -want + entropy / 2, rtol=1e-5)
 
 
 def test_joint_information_is_largest_for_equal_certain_assignments():
@@ -91,6 +93,14 @@ def test_joint_information_is_largest_for_equal_certain_assignments():
     collapsed = HMoGOutput(jnp.zeros(9), jnp.log(jnp.eye(3)[jnp.zeros(9, int)]), jnp.zeros((9, 1)))
     np.testing.assert_allclose(negative_joint_information(certain, certain), -np.log(3), rtol=1e-6)
     np.testing.assert_allclose(negative_joint_information(collapsed, collapsed), 0, atol=1e-6)
+    barely = negative_joint_information(certain, certain, marginal_weight=0.51)
+    assert barely < negative_joint_information(collapsed, collapsed, marginal_weight=0.51)
+    for loss in (negative_joint_information(certain, certain), negative_mutual_information(certain)):
+        assert np.isfinite(loss)
+    with pytest.raises(ValueError, match=r"`marginal_weight` must be above 1/2, .* got 0\.5"):
+        negative_joint_information(certain, certain, marginal_weight=0.5)
+    with pytest.raises(ValueError, match="`marginal_weight` must be positive; got 0"):
+        negative_mutual_information(certain, marginal_weight=0.0)
     gradient = jax.grad(lambda rows: negative_joint_information(output(rows), output(rows)))(jnp.full((6, 3), 1 / 3))
     assert np.isfinite(gradient).all()
 
@@ -134,6 +144,8 @@ def test_merged_output_sums_responsibilities(random_output):
     np.testing.assert_array_equal(merged.log_density, out.log_density)
     with pytest.raises(ValueError, match="`labels` must be integers from 0 to 1; got 0 to 2"):
         merge_output(out, [0, 1, 2, 0], 2)
+    with pytest.raises(ValueError, match=r"`labels` must be integers from 0 to 1; got 0\.0 to 1\.0 in float64"):
+        merge_output(out, [0.0, 1, 1, 0], 2)
     labels = jnp.array([1, 0, 1, 0])  # a compiled function may close over them
     compiled = jax.jit(lambda o: merge_output(o, labels, 2))(out)
     np.testing.assert_allclose(np.exp(compiled.log_responsibilities), want, rtol=1e-5)
@@ -170,10 +182,9 @@ def test_penalties_of_a_model(float64, eager):
     dense = Dense.of_natural(natural)
     np.testing.assert_allclose(negative_weight_entropy(natural), np.sum(dense.w * np.log(dense.w)), rtol=1e-8)
     center = dense.w @ dense.m
-    spread = np.einsum("k,kij->ij", dense.w, dense.S) + np.einsum(
-        "k,ki,kj->ij", dense.w, dense.m - center, dense.m - center
-    )
-    precisions = [np.linalg.inv(s) @ spread for s in dense.S]
+    within = np.einsum("k,kij->ij", dense.w, dense.S)
+    spread = within + np.einsum("k,ki,kj->ij", dense.w, dense.m - center, dense.m - center)
+    precisions = [np.linalg.inv(s) @ within for s in dense.S]
     want = np.mean([np.trace(p) - np.linalg.slogdet(p)[1] - 2 for p in precisions]) / 2
     np.testing.assert_allclose(precision_penalty(natural), want, rtol=1e-8)
     signal = np.trace(spread @ dense.W.T @ np.linalg.inv(dense.Psi) @ dense.W) / 4
@@ -195,10 +206,37 @@ def test_penalties_of_a_model(float64, eager):
     np.testing.assert_allclose(loading_penalty(other), signal, rtol=1e-8)
 
 
-def test_penalty_of_a_single_component_is_0(float64, eager):
-    """It is the whole prior."""
-    natural = Case(AnalyticHMoG, "diagonal", "full", 4, 2, 1).natural()
-    assert float(precision_penalty(natural)) == pytest.approx(0, abs=1e-10)
+def test_precision_penalty_is_of_widths_alone(float64, eager):
+    """It is 0 for components of one covariance, does not pull their means together, and rises as one narrows."""
+    single = Case(AnalyticHMoG, "diagonal", "full", 4, 2, 1).natural()
+    assert float(precision_penalty(single)) == pytest.approx(0, abs=1e-10)
+    moments = natural_to_moments(CASES["analytic-diagonal-full-4.2.3"].natural())
+    penalty_of = lambda **changes: float(precision_penalty(moments_to_natural(dataclasses.replace(moments, **changes))))  # noqa: E731
+    alike = PositiveDefinite(np.tile(np.array([[2.0, 0.3], [0.3, 1.0]]), (3, 1, 1)))
+    assert penalty_of(covariances=alike) == pytest.approx(0, abs=1e-10)
+    assert penalty_of(means=10 * moments.means) == pytest.approx(penalty_of(), rel=1e-8)
+    narrow = [
+        penalty_of(covariances=PositiveDefinite(alike.entries * np.array([s, 1, 1])[:, None, None])) for s in (0.5, 0.1)
+    ]
+    assert 0.01 < narrow[0] < narrow[1]
+
+
+MISMATCHES = {
+    "labels for responsibilities": (lambda out: distillation(out, jnp.zeros(6, int)), "distillation: `responsibilities`"),
+    "one column": (lambda out: distillation(out, jnp.ones((6, 5, 1))), "distillation: `responsibilities`"),
+    "other rows": (lambda out: consistency(out, output(np.full((1, 5, 4), 0.25))), "consistency: `perturbed`"),
+    "another twin": (lambda out: negative_joint_information(out, output(np.full((3, 4), 0.25))), "`twin`"),
+    "one column decoded": (lambda out: reconstruction(jnp.zeros((4, 1)), jnp.zeros((4, 6))), "reconstruction: `decoded`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISMATCHES)
+def test_what_does_not_belong_together_is_no_loss(mistake, random_output):
+    """It would broadcast to a number that means nothing, also when it is traced."""
+    call, message = MISMATCHES[mistake]
+    for run in (call, jax.jit(call)):
+        with pytest.raises(ValueError, match=f"{message} must have shape"):
+            run(random_output[1])
 
 
 def test_terms_are_combined_by_schedules():

@@ -7,7 +7,19 @@ import pytest
 from cases import CASES, Case
 from dense import Dense, assert_close
 
-from flax_hmog import AnalyticHMoG, em_step, fit_em, natural_to_moments, warm_start
+from flax_hmog import (
+    AnalyticHMoG,
+    Diagonal,
+    Moments,
+    PositiveDefinite,
+    em_step,
+    fit_em,
+    log_observable_density,
+    moments_to_natural,
+    natural_to_moments,
+    sample,
+    warm_start,
+)
 from flax_hmog.stepwise import own_statistics, stepwise_update
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
@@ -94,6 +106,31 @@ def test_statistics_are_those_of_the_model_without_data(float64, eager):
     moments = natural_to_moments(CASE.natural())
     got, _ = stepwise_update(moments, own_statistics(moments), jnp.asarray(CASE.x(5)), jnp.zeros(()), 0.0)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-10), got, moments)
+
+
+def test_many_tight_clusters_stay_as_they_are(key):
+    """Pseudo-samples do not widen them, however many there are: what an encoder learns is just that."""
+    n_components, rng = 50, np.random.default_rng(0)
+    truth = moments_to_natural(
+        Moments(
+            loadings=rng.standard_normal((8, 3)).astype(np.float32),
+            bias=np.zeros(8, np.float32),
+            noise=Diagonal(np.full(8, 0.01, np.float32)),
+            weights=np.full(n_components, 1 / n_components, np.float32),
+            means=rng.standard_normal((n_components, 3)).astype(np.float32),
+            covariances=PositiveDefinite(np.tile(0.003 * np.eye(3, dtype=np.float32), (n_components, 1, 1))),
+        )
+    )
+    train_key, test_key = jax.random.split(key)
+    batches = sample(truth, train_key, 40 * 512)[0].reshape(40, 512, 8)
+    test = sample(truth, test_key, 4000)[0]
+    head = AnalyticHMoG(3, n_components, step_delay=100.0, min_rate=0.01)
+    variables = warm_start(head, truth)[0]
+    step = jax.jit(lambda variables, x: train_step(head, variables, x)[1])
+    for number in range(200):
+        variables = step(variables, batches[number % 40])
+    lost = log_observable_density(truth, test) - head.apply(variables, test).log_density
+    assert float(jnp.mean(lost)) < 0.1
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])

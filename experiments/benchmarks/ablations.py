@@ -26,19 +26,17 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
-from sklearn.cluster import KMeans
 
 from experiments import train
-from experiments.analyze import pair_agreement
-from experiments.config import Augmentation, Encoder, Experiment, Gradient
+from experiments.analyze import clusters_in_use, clusters_of, pair_agreement
+from experiments.config import Augmentation, Encoder, Experiment, Gradient, Rounds
 from experiments.configs import EXPERIMENTS
 from experiments.data import Batches, Dataset, Inputs, load, prepare_inputs
-from experiments.encoders import features, init_encoder, join_module, split_module
-from experiments.logs import Stage
+from experiments.encoders import features, join_module, split_module
+from experiments.logs import Log, Stage
 from experiments.models import Teacher, Trainable
 from experiments.processes import STOPPED, Stopped, StopRequest
-from experiments.stages import Start
-from experiments.stages.rounds import INIT_ROWS
+from experiments.stages import EMStage, RoundStage, Run, Start
 from experiments.stages.scores import evaluate
 from flax_hmog import HMoGOutput
 from flax_hmog.encoders import Clusterer
@@ -69,7 +67,7 @@ def main(name: str, config: Experiment) -> None:
         for variant, changed in variants(config)
     ]
     scores: dict[str, list[Scores]] = {}
-    agreements: dict[str, str] = {}
+    without_labels: dict[str, list[str]] = {}
     dataset = load(config.data, config.first_seed)
     for variant, changed in every:
         train.run(changed, console, stop)
@@ -77,14 +75,18 @@ def main(name: str, config: Experiment) -> None:
         by_stage = final_scores(workdir, config.seeds)
         for row, stage in (("linear model, EM", "em"), (variant, list(by_stage)[-1])):
             if row not in scores:
-                scores[row], agreements[row] = by_stage[stage], agreement(workdir, stage, config.seeds, dataset)
-    scores["k-means in place of EM and head"] = kmeans_scores(config, folder / "k-means.json", stop)
-    title = f"{name}: mean ± sd; agreement and objective on training rows, without labels; the rest on the test split"
-    table = Table("variant", "agreement", "objective", "ACC", "NMI", "ACC by seed", title=title)
+                scores[row] = by_stage[stage]
+                without_labels[row] = agreement(workdir, stage, config.seeds, dataset)
+    scores["k-means head"] = kmeans_scores(config, folder / "k-means-head", console, stop)
+    title = f"{name}: mean ± sd; the first three on training rows, without labels; the rest on the test split"
+    table = Table("variant", "agreement", "in use", "objective", "ACC", "NMI", "ACC by seed", title=title)
     for variant, by_seed in scores.items():
         cells = [spread([seed.get(k, np.nan) for seed in by_seed]) for k in ("objective", "accuracy", "nmi")]
         table.add_row(
-            variant, agreements.get(variant, ""), *cells, " ".join(f"{seed['accuracy']:.3f}" for seed in by_seed)
+            variant,
+            *without_labels.get(variant, ["", ""]),
+            *cells,
+            " ".join(f"{seed['accuracy']:.3f}" for seed in by_seed),
         )
     console.print(table)
 
@@ -104,13 +106,15 @@ def variants(config: Experiment) -> Iterator[tuple[str, Experiment]]:
             gradient=dataclasses.replace(config.gradient, epochs=total // count),
         )
 
-    alone = dataclasses.replace(config, encoder=Encoder(), augmentation=Augmentation(), gradient=FINE_TUNING)
+    no_encoder = dataclasses.replace(config, encoder=Encoder(), rounds=Rounds())
+    alone = dataclasses.replace(no_encoder, augmentation=Augmentation(), gradient=FINE_TUNING)
     yield "head alone, no encoder", alone
     yield "random start, one round", rounds(1, None, start="nothing")
     yield f"random start, two rounds, {many} clusters first", rounds(2, many, start="nothing")
     yield "one round", rounds(1, None)
     yield "two rounds", rounds(2, None)
     yield f"two rounds, {many} clusters first", rounds(2, many)
+    yield f"two rounds, {many} clusters first, no EM between", rounds(2, many, refit=False)
     yield f"two rounds, {many} clusters first, one encoder", rounds(2, many, fresh=False)
     yield "symmetric head", dataclasses.replace(config, heads=("symmetric",))
     yield "analytic head, EM in the network", dataclasses.replace(config, heads=("analytic",))
@@ -128,10 +132,11 @@ def final_scores(workdir: Path, seeds: range) -> dict[str, list[Scores]]:
     return {stage: [by_seed[seed] for seed in seeds] for stage, by_seed in last.items()}
 
 
-def agreement(workdir: Path, stage: str, seeds: range, dataset: Dataset) -> str:
-    """Mean ± sd of the agreement of two seeds on the training rows, over all pairs of seeds; nothing for one seed."""
+def agreement(workdir: Path, stage: str, seeds: range, dataset: Dataset) -> list[str]:
+    """Mean ± sd of the agreement of pairs of seeds on the training rows, and of how many clusters they use there."""
     models = [restore(workdir / Stage(seed, stage).folder, allow_import=True) for seed in seeds]
-    return spread(pair_agreement(models, dataset.train)) if len(models) > 1 else ""
+    clusters = clusters_of(models, dataset.train)
+    return [spread(pair_agreement(clusters)) if len(models) > 1 else "", spread(clusters_in_use(clusters))]
 
 
 def spread(values: list[float]) -> str:
@@ -162,7 +167,7 @@ class KMeansHead(nn.Module):
 
 
 class KMeansTrainable(Trainable):
-    """An encoder under a `KMeansHead`, with the objectives and the optimiser of the experiment.
+    """An encoder under a `KMeansHead`, with the clusters, the objectives and the optimiser of the experiment.
 
     Args:
         config: the experiment.
@@ -175,60 +180,60 @@ class KMeansTrainable(Trainable):
         self.head = KMeansHead(n_clusters)
         self.module = Clusterer(cast(nn.Module, self.encoder), cast(Any, self.head))
 
-    def _taught(self, teacher: Teacher, x: jax.Array) -> jax.Array:
-        """The nearest centre of x (B, K), one-hot."""
-        rows = self.teacher_rows(teacher, x)
-        squares = jnp.sum((rows[:, None] - cast(jax.Array, teacher.factors)[None]) ** 2, axis=-1)
-        return jax.nn.one_hot(jnp.argmin(squares, axis=-1), self.n_clusters)
+    def started(self, start: Start, x: jax.Array, weights: jax.Array) -> Start:
+        """The same start with centres in place of an HMoG: the means of the clusters that are taught."""
+        encoder_variables, _ = split_module(start.variables)
+        rows = features(self.encoder, encoder_variables, x)
+        members = jax.nn.one_hot(jnp.argmax(self.taught(cast(Teacher, start.teacher), x), axis=-1), self.n_clusters)
+        members = members * weights[:, None]
+        centres = members.T @ rows / jnp.sum(members, axis=0)[:, None]
+        variance = jnp.sum(members[..., None] * (rows[:, None] - centres[None]) ** 2) / jnp.sum(weights) / rows.shape[1]
+        spheres = {"params": {"centres": centres, "log_variance": jnp.log(variance)}}
+        return dataclasses.replace(start, variables=join_module(encoder_variables, spheres))
 
 
-def kmeans_scores(config: Experiment, path: Path, stop: StopRequest) -> list[Scores]:
-    """Of rounds with scikit-learn's k-means in place of EM and merge, by seed; those that are done are kept."""
+def kmeans_scores(config: Experiment, workdir: Path, console: Console, stop: StopRequest) -> list[Scores]:
+    """Of the experiment with k-means' spheres as head, by seed; those that are done are kept."""
+    config = dataclasses.replace(config, heads=("differentiable",), workdir=str(workdir))
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "scores.json"
     done: dict[str, Scores] = json.loads(path.read_text()) if path.exists() else {}
-    for seed in map(str, config.seeds):
-        if seed not in done:
-            done[seed] = kmeans_rounds(config, int(seed), stop)
-            path.write_text(json.dumps(done) + "\n")
+    with Log(workdir, config, console) as log:
+        for seed in map(str, config.seeds):
+            if seed not in done:
+                done[seed] = kmeans_rounds(config, int(seed), log, stop)
+                path.write_text(json.dumps(done) + "\n")
     return [done[str(seed)] for seed in config.seeds]
 
 
-def kmeans_rounds(config: Experiment, seed: int, stop: StopRequest) -> Scores:
-    """Scores of one seed on the test part."""
-    mesh, key = make_mesh(), jax.random.key(seed)
+def kmeans_rounds(config: Experiment, seed: int, log: Log, stop: StopRequest) -> Scores:
+    """Scores of one seed on the test part.
+
+    Raises:
+        Stopped: when the process was told to stop; a round is begun anew then.
+    """
+    mesh = make_mesh()
     inputs = prepare_inputs(config.data, load(config.data, seed), mesh)
+    models = train.make_models(config, inputs.obs_dim, inputs.dataset.image_shape)
+    run = Run(config, mesh, log, stop, models)
+    linear = EMStage(run, seed, inputs).result()
     x, weights = inputs.rows(inputs.dataset.train)
-    is_real = np.asarray(weights) > 0
-    before: dict[str, Any] = {}
+    variables: dict[str, Any] | None = None
     for number in range(1, config.rounds.count + 1):
+        start = RoundStage(run, seed, "differentiable", number, inputs).result(linear, variables)
         model = KMeansTrainable(config, config.round_clusters(number), inputs)
-        rows = np.asarray(features(model.encoder if number > 1 else None, before, x))[is_real]
-        labels = KMeans(model.n_clusters, n_init=10, random_state=seed).fit_predict(rows)
-        teacher = Teacher(before if number > 1 else None, cast(Any, centres_of(rows, labels)), None)
-        key = jax.random.fold_in(key, number)
-        own = init_encoder(model.encoder, key, x[:INIT_ROWS], config.encoder.features)
-        untrained = np.asarray(features(model.encoder, own, x))[is_real]
-        centres = centres_of(untrained, labels)
-        spheres = {"centres": centres, "log_variance": np.log(np.mean((untrained - centres[labels]) ** 2))}
-        start = Start(join_module(own, {"params": spheres}), teacher, config.rounds.distil_epochs)
-        before, head_variables = split_module(train_round(model, start, inputs, seed, key, stop))
-    test = features(model.encoder, before, inputs.test_rows[0])
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        variables = train_round(model, model.started(start, x, weights), inputs, seed, key, stop)
+    encoder_variables, head_variables = split_module(cast(dict[str, Any], variables))
+    test = features(model.encoder, encoder_variables, inputs.test_rows[0])
     output = cast(nn.Module, model.head).apply(head_variables, test)
     return evaluate(cast(HMoGOutput, output), inputs)
-
-
-def centres_of(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Means of the rows of each label."""
-    return np.stack([rows[labels == label].mean(axis=0) for label in np.unique(labels)])
 
 
 def train_round(
     model: KMeansTrainable, start: Start, inputs: Inputs, seed: int, key: jax.Array, stop: StopRequest
 ) -> dict[str, Any]:
-    """Variables at the end of a round.
-
-    Raises:
-        Stopped: when the process was told to stop; the seed is begun anew then.
-    """
+    """Variables at the end of a round."""
     config = model.config
     batches = Batches(inputs, seed, config.gradient.batch_size, config.gradient.epochs)
     rows = jax.ShapeDtypeStruct((config.gradient.batch_size, inputs.obs_dim), jnp.float32)

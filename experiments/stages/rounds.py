@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import Inputs
-from experiments.encoders import features, init_encoder, join_module, split_module
+from experiments.encoders import features, init_encoder, join_module, split_module, untrained_variables
 from experiments.logs import Stage
 from experiments.models import Teacher, abstract_fit
 from experiments.stages.merge import merged_clusters
@@ -22,11 +22,11 @@ from flax_hmog import (
     PseudoCounts,
     fit_em,
     infer,
+    moments_to_natural,
     natural_to_moments,
     warm_start,
 )
 from flax_hmog.em import compute_factors
-from flax_hmog.encoders import train_argument
 from flax_hmog.objectives import merge_output
 from flax_hmog.stepwise import stepwise_start
 from flax_hmog.training import restore, restore_like
@@ -44,7 +44,7 @@ class RoundStage:
     def __init__(self, run: Run, seed: int, name: str, number: int, inputs: Inputs) -> None:
         self.run, self.inputs, self.number = run, inputs, number
         self.stage = Stage(seed, f"{name}-{number}-em")
-        self.model, self.config = run.model(name, number), run.config
+        self.model, self.before, self.config = run.model(name, number), run.model(name, number - 1), run.config
         self.n_clusters = self.model.n_clusters
         self.key = jax.random.fold_in(jax.random.key(seed), number)
 
@@ -81,15 +81,17 @@ class RoundStage:
         config, encoder = self.config, self.model.encoder
         self.run.log.begin(self.stage, f"seed {self.stage.seed}: clusters of round {self.number}", 1, 0)
         x, weights = self.inputs.rows(self.inputs.dataset.train, config.em.rows, self.stage.seed)
-        own = self._init_encoder() if previous is None or self._is_fresh else split_module(previous)[0]
-        if previous is None and config.rounds.start == "inputs":
-            before, before_variables, head = None, {}, config.analytic
-            rows, mixture = x, linear.natural
+        trained, trained_head = split_module(previous) if previous else (None, None)
+        own = trained if trained is not None and not self._is_fresh else self._init_encoder()
+        if trained is None and config.rounds.start == "inputs":
+            before, before_variables, rows, mixture = None, {}, x, linear.natural
         else:
-            before, before_variables = encoder, own if previous is None else split_module(previous)[0]
-            head = config.feature_head(config.rounds.n_components)
+            before, before_variables = encoder, own if trained is None else trained
             rows = features(encoder, before_variables, x)
-            mixture = self._fit(head, rows, weights)
+            if trained is None or config.rounds.refit:
+                mixture = self._fit(config.feature_head(config.rounds.n_components), rows, weights)
+            else:
+                mixture = moments_to_natural(natural_to_moments(self.before.natural(trained_head)))
         clusters = merged_clusters(mixture, rows, weights, self.n_clusters)
         clusters = np.arange(self.n_clusters) if clusters is None else clusters
         assigned = merge_output(infer(mixture, rows), clusters, self.n_clusters).log_responsibilities
@@ -99,6 +101,8 @@ class RoundStage:
         metrics = evaluate(test, self.inputs, clusters)
         self.run.log.write(self.stage, 1, **metrics)
         variables: dict[str, Any] = {"em": stepwise_start(natural_to_moments(mixture))}
+        n_components = mixture.log_weights.shape[0]
+        head = config.analytic if before is None else config.feature_head(n_components)
         with self.run.writer(self.stage, head, before, self.inputs) as writer:
             writer.save(
                 1,
@@ -113,8 +117,7 @@ class RoundStage:
         """Encoder and head that the round starts from, without values."""
         local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         x = jax.ShapeDtypeStruct((1, self.inputs.obs_dim), jnp.float32)
-        inference = train_argument(self.model.encoder, False)
-        encoder = nn.unbox(jax.eval_shape(lambda x: self.model.encoder.init(self.key, x, **inference), x))
+        encoder = nn.unbox(jax.eval_shape(lambda x: untrained_variables(self.model.encoder, self.key, x), x))
         head = self.config.feature_head(self.n_clusters)
         natural, _, _ = abstract_fit(head, self.config, self.config.encoder.features, local)
         return {"encoder": encoder, "head": natural}
@@ -127,7 +130,7 @@ class RoundStage:
         return join_module(encoder_variables, head_variables)
 
     def _init_encoder(self) -> dict[str, Any]:
-        return init_encoder(self.model.encoder, self.key, self._first_rows(), self.config.encoder.features)
+        return init_encoder(self.model.encoder, self.key, self._first_rows())
 
     def _first_rows(self) -> jax.Array:
         train = self.inputs.dataset.train

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_hmog.covariances import Array
-from flax_hmog.encoders import train_argument
+from flax_hmog.encoders import train_arguments
 from flax_hmog.inference import HMoGOutput
 from flax_hmog.objectives import merge_output
 from flax_hmog.training.describe import CheckpointError, rebuild_module
@@ -89,7 +89,8 @@ class Restored:
                 "Restored: `encoder` must be imported to take raw data; got a checkpoint with a class that is not of "
                 "flax_hmog. Restore with allow_import=True if you trust it."
             )
-        return self.encoder.apply(self.encoder_variables, x, **train_argument(self.encoder, False))
+        positional, named = train_arguments(self.encoder, False)
+        return self.encoder.apply(self.encoder_variables, x, *positional, **named)
 
 
 def restore(path: str | Path, *, step: int | Literal["best"] | None = None, allow_import: bool = False) -> Restored:
