@@ -19,6 +19,7 @@ from flax_hmog.coordinates import (
     Precision,
     categorical_logits,
     check_full,
+    check_natural,
     gaussian_log_partition,
     natural_bias,
     outer,
@@ -88,7 +89,7 @@ def natural_to_moments(natural: Natural) -> Moments:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
     """
-    check_type("natural_to_moments", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural("natural_to_moments", natural)
     return _natural_to_moments(with_prior(natural, "natural_to_moments"))
 
 

@@ -100,6 +100,18 @@ class Natural:
     projection_dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 
+def check_natural(caller: str, value: Any) -> None:
+    """TypeError, with the way to a `Natural`, unless `value` is one."""
+    if isinstance(value, Natural):
+        return
+    remedy = "Convert with moments_to_natural or mean_to_natural."
+    if isinstance(value, dict) or callable(getattr(value, "natural", None)):
+        remedy = 'A head\'s model is head.apply(variables, method="natural").'
+    elif hasattr(value, "natural"):
+        remedy = "Give its `natural`."
+    raise TypeError(f"{caller}: `natural` must be Natural; got {type(value).__name__}. {remedy}")
+
+
 @pytree
 class Mean:
     """Expected statistics of the family.

@@ -16,7 +16,7 @@ from flax_hmog.conversions import (
     regress_observed,
     with_prior,
 )
-from flax_hmog.coordinates import Mean, Moments, Natural, check_full, outer
+from flax_hmog.coordinates import Mean, Moments, Natural, check_full, check_natural, outer
 from flax_hmog.covariances import (
     Array,
     Covariance,
@@ -156,7 +156,7 @@ def em_step(
         TypeError: if `natural` is of another coordinate type or its component matrices are restricted.
         ValueError: for unusable data, or if the likelihood has no maximum (a component or a column without spread).
     """
-    check_type("em_step", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural("em_step", natural)
     check_full("em_step", "natural", natural.posterior_precision)
     if regularizer is not None:
         remedy = "Take one from PseudoCounts.regularizer(moments)."
@@ -238,7 +238,7 @@ def penalty(natural: Natural, regularizer: Regularizer) -> Array:
     Returns:
         The penalty () in nats.
     """
-    check_type("penalty", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural("penalty", natural)
     natural = with_prior(natural, "penalty")
     r, precision = regularizer, natural.observable_precision
     obs_dim, lat_dim = natural.interaction.shape

@@ -135,7 +135,8 @@ class Clusterer(nn.Module):
     """A head on an encoder's features; their variables lie under `encoder` and `head`.
 
     Encoder and head are told whether they are trained, as batch normalisation, dropout and an `AnalyticHMoG` need it,
-    by the arguments of their `__call__` that are named in `train_arguments`.
+    by the arguments of their `__call__` that are named in `train_arguments`. Of the head's other methods ask by
+    `module.apply(variables, x, method=lambda m, x: m.head.posterior_categorical(m.features(x)))`.
 
     Attributes:
         encoder: any linen module from inputs (B, ...) to features (B, D).
@@ -144,6 +145,13 @@ class Clusterer(nn.Module):
 
     encoder: nn.Module
     head: Any
+
+    def __post_init__(self) -> None:
+        if hasattr(self.encoder, "component_structure"):
+            raise TypeError(
+                f"Clusterer: `encoder` must come before `head`; got {type(self.encoder).__name__}. Swap the two."
+            )
+        super().__post_init__()
 
     def __call__(self, x: Array, train: bool = False) -> HMoGOutput:
         """The head's output on the features of x."""

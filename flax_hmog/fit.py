@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flax_hmog.checks import check_size, check_type
+from flax_hmog.checks import check_head_and_key, check_size, check_type
 from flax_hmog.conversions import moments_to_natural, natural_to_moments, with_prior
 from flax_hmog.coordinates import Moments, Natural, check_full
 from flax_hmog.covariances import Array, as_rep, rep_name
@@ -121,6 +121,7 @@ def fit_em(
         ValueError: for unusable data or arguments, or if the objective stops being finite.
     """
     caller = "fit_em"
+    check_head_and_key(caller, head, key)
     check_size(caller, "n_restarts", n_restarts)
     check_size(caller, "max_steps", max_steps)
     source = source_of(caller, head, data, weights, labels, init, regularizer)
@@ -131,11 +132,10 @@ def fit_em(
     state = EMState() if state is None else state
     keys = jax.random.split(key, n_restarts)
     with ProgressBar("EM", progress, n_restarts * (max_steps + 1)) as report:
-        while len(state.finals) < n_restarts:
+        while (start := len(state.finals)) < n_restarts:
             if state.natural is None:
-                moments, strength = first_model(caller, head, source, keys[len(state.finals)], init, regularizer)
+                moments, strength = first_model(caller, head, source, keys[start], init, regularizer)
                 state = dataclasses.replace(state, natural=moments_to_natural(moments), regularizer=strength)
-            start = len(state.finals)
             state, objective = _step(state, source, max_steps, tolerance, head.projection_dtype)
             report(start * (max_steps + 1) + max(len(state.history) - 1, 0), start + 1, objective)
             if on_step is not None:

@@ -20,7 +20,7 @@ from flax_hmog.inference import HMoGOutput, Posterior
 from flax_hmog.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.likelihood import mean_log_density
 from flax_hmog.statistics import whiten_prior
-from flax_hmog.stepwise import first_moments, own_statistics, stepwise_update
+from flax_hmog.stepwise import first_moments, keep_finite, own_statistics, stepwise_update
 
 
 class HMoGHead(nn.Module):
@@ -223,7 +223,8 @@ class AnalyticHMoG(HMoGHead):
 
     The collection `em` holds the model, running statistics about it and a step count, as BatchNorm keeps its averages;
     `init` on a batch takes location and scale from it. With `train=True` and `mutable=["em"]` a call takes a step of
-    stepwise EM at the rate `max(min_rate, (step + step_delay) ** -step_decay)`; gradients flow to x only. Under `jit`
+    stepwise EM at the rate `max(min_rate, (step + step_delay) ** -step_decay)`; gradients flow to x only. A batch with
+    entries that are not finite leaves the collection as it is, and shows in what the call returns. Under `jit`
     over a mesh a batch is taken as a whole. Whole data sets: `fit_em`, then `warm_start`.
 
     Attributes:
@@ -291,7 +292,8 @@ class AnalyticHMoG(HMoGHead):
             em: Any = {name: self.get_variable("em", name) for name in ("moments", "running", "step")}
             rate = jnp.maximum((em["step"] + self.step_delay) ** -self.step_decay, self.min_rate)
             after = stepwise_update(em["moments"], em["running"], x, rate, self.pseudo_share, self.axis_name)
-            for name, value in zip(em, (*after, em["step"] + 1), strict=True):
+            new = dict(zip(em, (*after, em["step"] + 1), strict=True))
+            for name, value in keep_finite(new, em).items():
                 self.put_variable("em", name, value)
         return inference.infer(natural, x)
 
@@ -349,8 +351,11 @@ def _check_head(head: Any, *reps: str) -> None:
         check_interval(caller, "precision_bounds", head.precision_bounds)
         check_positive(caller, "signal_bound", head.signal_bound, "Say how far axes may spread, as 1e3.")
         check_positive(caller, "relative_floor", head.relative_floor, "Use a small share, as 1e-3.")
-    if not jnp.issubdtype(head.param_dtype, jnp.floating):
-        raise ValueError(f"{caller}: `param_dtype` must be a float dtype; got {head.param_dtype}. Use jnp.float32.")
+    if jnp.dtype(head.param_dtype) not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{caller}: `param_dtype` must be float32 or float64, in which matrices can be factorised; got "
+            f"{jnp.dtype(head.param_dtype).name}. Use jnp.float32, and projection_dtype or an encoder in bfloat16."
+        )
     if head.projection_dtype is not None:
         try:
             is_float = jnp.issubdtype(jnp.dtype(head.projection_dtype), jnp.floating)

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.checks import check_observations, check_size, check_type
+from flax_hmog.checks import check_observations, check_size
 from flax_hmog.conversions import natural_to_moments, with_prior
-from flax_hmog.coordinates import Natural, Precision
+from flax_hmog.coordinates import Natural, Precision, check_natural
 from flax_hmog.covariances import Array, PositiveDefinite, matmul, pytree
 from flax_hmog.factors import (
     Factors,
@@ -179,14 +179,14 @@ def sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if `n` is no positive whole number.
     """
-    check_type("sample", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural("sample", natural)
     check_size("sample", "n", n)
     return _sample(with_prior(natural, "sample"), key, n)
 
 
 def _enter(caller: str, natural: Any, x: Any) -> tuple[Natural, Array, Shards]:
     """The checks of every function of (natural, x), and where the rows of x lie."""
-    check_type(caller, "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural(caller, natural)
     interaction = natural.interaction
     x = check_observations(caller, x, interaction.shape[0], interaction.dtype)
     return with_prior(natural, caller), x, row_shards(x)

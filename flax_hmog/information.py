@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from flax_hmog.checks import check_type
 from flax_hmog.conversions import mean_to_moments, natural_to_moments, with_prior
-from flax_hmog.coordinates import Mean, Natural, categorical_logits, gaussian_log_partition
+from flax_hmog.coordinates import Mean, Natural, categorical_logits, check_natural, gaussian_log_partition
 from flax_hmog.covariances import Array, Covariance, einsum, matmul, trace_product
 
 
@@ -24,7 +24,7 @@ def log_partition(natural: Natural) -> Array:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
     """
-    check_type("log_partition", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural("log_partition", natural)
     natural = with_prior(natural, "log_partition")
     log_partitions, *_ = gaussian_log_partition(natural.prior_location, natural.prior_precision)
     latent = jax.nn.logsumexp(categorical_logits(natural.categorical_bias) + log_partitions)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.checks import check_observations
+from flax_hmog.checks import check_head_and_key, check_observations
 from flax_hmog.coordinates import Moments, outer
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, matmul, symmetrize
 from flax_hmog.factors import latent_features, symmetric_matrices
@@ -49,6 +49,7 @@ def initialize_moments(head: Any, data: Any, key: Array, *, weights: Any = None,
         ValueError: for an unknown method, fewer samples than components, or unusable data.
     """
     caller = "initialize_moments"
+    check_head_and_key(caller, head, key)
     if method not in METHODS:
         raise ValueError(f"{caller}: `method` must be one of {METHODS}; got {method!r}. Choose one of them.")
     x = check_observations(caller, data, head.obs_dim, head.param_dtype, argument="data")

@@ -17,7 +17,7 @@ import numpy as np
 
 from flax_hmog.checks import check_finite, check_type
 from flax_hmog.conversions import with_prior
-from flax_hmog.coordinates import Mean, Natural, Precision, SharedBase
+from flax_hmog.coordinates import Mean, Natural, Precision, SharedBase, check_natural
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep
 
 
@@ -35,7 +35,7 @@ def ravel_natural(natural: Natural, head: Any) -> Array:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if the head leaves `obs_dim` open or its structure is another.
     """
-    check_type("ravel_natural", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural("ravel_natural", natural)
     obs_dim, lat_dim, _, obs_rep, rep, shared_base = _read_head("ravel_natural", head)
     _check_structure("ravel_natural", natural.observable_precision, obs_rep)
     precision: Any = natural.posterior_precision

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_positive, check_shape, is_concrete
+from flax_hmog.checks import check_positive, check_shape, check_type, is_concrete
 from flax_hmog.conversions import natural_to_moments, with_prior
 from flax_hmog.coordinates import Natural
 from flax_hmog.covariances import Array, einsum, matmul
 from flax_hmog.em import prior_moments, within_covariance
 from flax_hmog.inference import HMoGOutput
 
+ONE_OUTPUT = "Give what a head returns; joint_and_head_outputs returns two of them."
 PERTURBATION_STEP = 1e-2  # length of the step that asks for the most sensitive direction, relative to `radius`
 
 
@@ -35,6 +36,7 @@ def negative_log_likelihood(output: HMoGOutput) -> Array:
     Returns:
         The loss ().
     """
+    check_type("negative_log_likelihood", "output", output, HMoGOutput, ONE_OUTPUT)
     return -jnp.mean(output.log_density)
 
 
@@ -47,7 +49,7 @@ def conditional_entropy(output: HMoGOutput) -> Array:
     Returns:
         The entropy ().
     """
-    rows = _rows(output)
+    rows = _rows("conditional_entropy", output)
     return -jnp.mean(_expectation(jnp.exp(rows), rows))
 
 
@@ -60,7 +62,7 @@ def marginal_entropy(output: HMoGOutput) -> Array:
     Returns:
         The entropy ().
     """
-    return -_sum_x_log_x(jnp.mean(jnp.exp(_rows(output)), axis=0))
+    return -_sum_x_log_x(jnp.mean(jnp.exp(_rows("marginal_entropy", output)), axis=0))
 
 
 def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
@@ -103,13 +105,14 @@ def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal
 
     Source: Ji, Henriques and Vedaldi 2019.
     """
-    _check_like("negative_joint_information", "twin", twin.log_responsibilities, output.log_responsibilities)
+    caller = "negative_joint_information"
+    first, second = jnp.exp(_rows(caller, output)), jnp.exp(_rows(caller, twin, "twin"))
+    _check_like(caller, "twin", twin.log_responsibilities, output.log_responsibilities)
     if is_concrete(marginal_weight) and not marginal_weight > 0.5:
         raise ValueError(
-            "negative_joint_information: `marginal_weight` must be above 1/2, below which a single cluster is best; "
+            f"{caller}: `marginal_weight` must be above 1/2, below which a single cluster is best; "
             f"got {marginal_weight}. 1 gives the information."
         )
-    first, second = jnp.exp(_rows(output)), jnp.exp(_rows(twin))
     table = matmul(first.T, second) / first.shape[0]
     table = (table + table.T) / 2
     return marginal_weight * 2 * _sum_x_log_x(jnp.sum(table, axis=0)) - _sum_x_log_x(table)
@@ -182,6 +185,10 @@ def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
     Raises:
         ValueError: unless there is a probability for each sample and cluster; `jax.nn.one_hot` makes them of labels.
     """
+    if is_concrete(responsibilities) and np.any(np.asarray(responsibilities) < 0):
+        raise ValueError(
+            "distillation: `responsibilities` must be probabilities; got negative ones. Take exp of logarithms."
+        )
     _check_like("distillation", "responsibilities", responsibilities, output.log_responsibilities)
     return -jnp.mean(_expectation(responsibilities, output.log_responsibilities))
 
@@ -322,8 +329,9 @@ def _check_like(caller: str, argument: str, value: Any, like: Array) -> None:
         )
 
 
-def _rows(output: HMoGOutput) -> Array:
+def _rows(caller: str, output: HMoGOutput, argument: str = "output") -> Array:
     """Log-responsibilities (N, K), from (..., K)."""
+    check_type(caller, argument, output, HMoGOutput, ONE_OUTPUT)
     return output.log_responsibilities.reshape(-1, output.log_responsibilities.shape[-1])
 
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_observations, check_shape, check_type
+from flax_hmog.checks import check_observations, check_shape
 from flax_hmog.conversions import with_prior
-from flax_hmog.coordinates import Natural
+from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import Array
 from flax_hmog.inference import HMoGOutput, infer
 from flax_hmog.rows import row_shards
@@ -49,7 +49,7 @@ def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
         TypeError, ValueError: as `infer`.
     """
     caller = "infer_blocks"
-    check_type(caller, "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural(caller, natural)
     rows = data if is_on_disk_or_sparse(data) else np.asarray(data)
     natural = with_prior(natural, caller)
     source = RowsInBlocks(caller, rows, natural.interaction.shape[0], natural.interaction.dtype, None, None)

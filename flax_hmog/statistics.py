@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from flax_hmog.checks import check_observations, check_shape, check_type, is_concrete
 from flax_hmog.conversions import with_prior
-from flax_hmog.coordinates import Mean, Natural, outer, structure
+from flax_hmog.coordinates import Mean, Natural, check_natural, outer, structure
 from flax_hmog.covariances import (
     Array,
     Covariance,
@@ -101,7 +101,7 @@ def expected_statistics(natural: Natural, x: Any, weights: Any = None) -> Mean:
 
 def check_samples(caller: str, natural: Any, x: Any, weights: Any) -> tuple[Natural, Array, Array]:
     """The model with its prior, samples as rows (N, D) and their weights (N,)."""
-    check_type(caller, "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural(caller, natural)
     interaction = natural.interaction
     x = check_observations(caller, x, interaction.shape[0], interaction.dtype)
     if x.size == 0:

@@ -101,6 +101,12 @@ def stepwise_update(
     return new, about(mixed, turn=new.loadings - moments.loadings, shift=new.bias - moments.bias)
 
 
+def keep_finite(new: Any, old: Any) -> Any:
+    """The new tree, or the old one if the new has an entry that is not finite."""
+    is_finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
+    return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
+
+
 def mix(old: Mean, new: Mean, rate: Array | float) -> Mean:
     """(1 - rate) old + rate new."""
     return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, old, new)

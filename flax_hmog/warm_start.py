@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_observations, check_type
+from flax_hmog.checks import check_head, check_observations
 from flax_hmog.conversions import moments_to_natural, natural_to_moments, with_prior
-from flax_hmog.coordinates import Moments, Natural
+from flax_hmog.coordinates import Moments, Natural, check_natural
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, pytree
 from flax_hmog.em import whiten_moments
 from flax_hmog.heads import AnalyticHMoG, head_bounds
@@ -59,7 +59,8 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
         TypeError: if `natural` is of another coordinate type.
         ValueError: if the dimensions of head and model differ.
     """
-    check_type("warm_start", "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_head("warm_start", head, "(head, natural, x); a `Clusterer` has its `head`")
+    check_natural("warm_start", natural)
     natural = with_prior(natural, "warm_start")
     _check_dimensions(head, natural)
     obs_dim = natural.interaction.shape[0]

@@ -52,6 +52,15 @@ def eager():
         yield
 
 
+@pytest.fixture
+def optimized():
+    """Of programs that run long, which are worth the compiler's time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def shared():
     if not (SHARED / "fixtures").is_dir():

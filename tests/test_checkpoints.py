@@ -30,7 +30,7 @@ from flax_hmog.training import (
     restore,
     restore_like,
 )
-from flax_hmog.training.restoring import restored_variables, saved_steps
+from flax_hmog.training.restoring import saved_steps
 
 D, L, K = 6, 2, 3
 HEADS = [
@@ -118,7 +118,47 @@ def test_an_encoder_of_the_library_comes_with_the_head(x, tmp_path):
     restored = restore(tmp_path)
     assert restored.encoder == module.encoder
     jax.tree.map(np.testing.assert_array_equal, restored(x), module.apply(variables, x))
-    jax.tree.map(np.testing.assert_array_equal, restored_variables(restored), nn.unbox(variables))
+    jax.tree.map(np.testing.assert_array_equal, restored.module_variables, nn.unbox(variables))
+    assert restored.module == module
+
+
+def test_training_goes_on_with_what_was_restored(x, tmp_path):
+    """An encoder with running averages: both collections are there, and a state without one is named."""
+    module = Clusterer(MLP(4, (8,), "batch"), DifferentiableHMoG(L, K))
+    variables = module.init(jax.random.key(0), x)
+    writer = CheckpointWriter(tmp_path, head=module.head, encoder=module.encoder)
+    writer.save(1, variables)
+    writer.wait()
+    restored = restore(tmp_path)
+    state = create_state(restored.module, restored.module_variables, optax.adam(1e-3), x, make_mesh())
+    jax.tree.map(np.testing.assert_array_equal, state.variables, nn.unbox(variables))
+    writer.save(2, state.variables)
+    writer.close()
+    assert saved_steps(tmp_path) == [1, 2]
+    with pytest.raises(ValueError, match=r"'batch_stats/encoder/BatchNorm_0/mean' is missing\. Give what"):
+        create_state(module, {"params": variables["params"]}, optax.adam(1e-3), x, make_mesh())
+
+
+class Nested(nn.Module):
+    """An encoder with another module as a field."""
+
+    inner: nn.Module
+
+    def __call__(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        (nn.remat(MLP, static_argnums=2)(4), "apply transformations as nn.remat within"),
+        (Nested(nn.Dense(4)), "`inner` of .*Nested must be a plain JSON value or a dtype; got Dense"),
+    ],
+    ids=["transformed", "nested"],
+)
+def test_encoders_that_could_not_be_read_again_are_refused(encoder, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointWriter(tmp_path, head=HEADS[0], encoder=encoder)
 
 
 def test_code_of_others_is_imported_only_if_allowed(x, tmp_path):

@@ -39,8 +39,10 @@ from flax_hmog import (
     split_conjugated,
     unravel_mean,
     unravel_natural,
+    warm_start,
     whiten_prior,
 )
+from flax_hmog.encoders import MLP, Clusterer
 from flax_hmog.heads import HMoGHead
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
@@ -93,6 +95,9 @@ OBSERVATIONS = {
 }  # fmt: skip
 
 COORDINATES = {
+    "a fit for Natural": (lambda: infer(fit(), X), TypeError, r"`natural` must be Natural; got EMResult\. Give its `natural`"),
+    "variables for Natural": (lambda: infer({"params": {}}, X), TypeError, r"`natural` must be Natural; got dict\. A head's model is head\.apply"),
+    "a head for Natural": (lambda: infer(HEAD, X), TypeError, "`natural` must be Natural; got AnalyticHMoG. A head's model"),
     "Mean for Natural": (lambda: log_observable_density(MEAN, X), TypeError, "`natural` must be Natural; got Mean. Convert with"),
     "Moments for Natural": (lambda: natural_to_mean(MOMENTS), TypeError, "`natural` must be Natural; got Moments"),
     "Natural for Mean": (lambda: mean_to_natural(NATURAL), TypeError, "`mean` must be Mean; got Natural"),
@@ -154,11 +159,16 @@ HEADS = {
     "a rate above 1": (lambda: AnalyticHMoG(2, 3, min_rate=2.0), ValueError, "`min_rate` must be from 0 to 1; got 2"),
     "negative pseudo-samples": (lambda: AnalyticHMoG(2, 3, pseudo_share=-1), ValueError, "`pseudo_share` must be at least 0"),
     "first batch of other columns": (lambda: AnalyticHMoG(2, 3, 4).init(KEY, np.ones((5, 6))), ValueError, r"`x` must have shape \(..., 4\); got \(5, 6\)"),
-    "integer leaves": (lambda: AnalyticHMoG(2, 3, 4, param_dtype=jnp.int32), ValueError, "`param_dtype` must be a float dtype"),
+    "half precision": (lambda: SymmetricHMoG(2, 3, 4, param_dtype="bfloat16"), ValueError, r"`param_dtype` must be float32 or float64, .* got bfloat16"),
+    "integer leaves": (lambda: AnalyticHMoG(2, 3, 4, param_dtype=jnp.int32), ValueError, "`param_dtype` must be float32 or float64"),
     "abstract head": (lambda: HMoGHead().init(KEY, X), TypeError, "must be DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG"),
 }  # fmt: skip
 
 FITS = {
+    "data for head": (lambda: fit_em(X, HEAD, KEY), TypeError, r"fit_em: `head` must be .* got ndarray\. Call fit_em\(head, data, key\)"),
+    "a number for key": (lambda: fit_em(HEAD, X, 0), TypeError, r"fit_em: `key` must be a PRNG key; got int\. Use jax\.random\.key\(0\)"),
+    "head and model swapped": (lambda: warm_start(NATURAL, HEAD), TypeError, r"warm_start: `head` must be .* got Natural\. Call warm_start\(head, natural, x\)"),
+    "head and encoder swapped": (lambda: Clusterer(HEAD, MLP(4)), TypeError, "`encoder` must come before `head`; got AnalyticHMoG"),
     "fewer samples than components": (lambda: fit(X[:2]), ValueError, "at least as many samples as components; got 2 samples for n_components=3"),
     "fewer samples to start from": (lambda: initialize_moments(HEAD, X[:2], KEY), ValueError, "initialize_moments: .* got 2 samples"),
     "unknown method": (lambda: initialize_moments(HEAD, X, KEY, method="ica"), ValueError, r"`method` must be one of \('pca', 'fa'\); got 'ica'"),

@@ -239,6 +239,17 @@ def test_what_does_not_belong_together_is_no_loss(mistake, random_output):
             run(random_output[1])
 
 
+def test_what_is_no_output_or_no_probability_is_named(random_output):
+    _, out = random_output
+    for loss in (negative_log_likelihood, conditional_entropy, marginal_entropy):
+        with pytest.raises(TypeError, match=r"must be HMoGOutput; got tuple.* joint_and_head_outputs returns two"):
+            loss((out, out))
+    with pytest.raises(TypeError, match="`twin` must be HMoGOutput; got tuple"):
+        negative_joint_information(out, (out, out))
+    with pytest.raises(ValueError, match="must be probabilities; got negative ones"):
+        distillation(out, out.log_responsibilities)
+
+
 def test_terms_are_combined_by_schedules():
     terms = {"a": jnp.asarray(2.0), "b": jnp.asarray(3.0)}
     weights = {"a": 0.5, "b": optax.linear_schedule(0.0, 1.0, 10)}

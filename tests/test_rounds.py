@@ -213,14 +213,6 @@ def test_training_with_an_encoder_ends_in_a_model_of_raw_data(options, tmp_path)
         assert records[-1]["nmi"] > records[0]["nmi"] + 0.04
 
 
-@pytest.fixture
-def optimized():
-    """Programs that run long are worth the compiler's time."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 DIGITS = dataclasses.replace(EXPERIMENTS["digits_encoder"], gradient=Gradient(40, 128, 2e-3))
 TWO_ROUNDS = {
     "rounds": dataclasses.replace(DIGITS.rounds, count=2, distil_epochs=5),

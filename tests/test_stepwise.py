@@ -173,6 +173,18 @@ def test_a_dead_feature_does_no_harm(key):
         jax.tree.map(lambda leaf: np.testing.assert_array_equal(np.isfinite(leaf), True), (output, variables))
 
 
+def test_a_batch_that_is_not_finite_leaves_the_statistics_as_they_are(key):
+    """Compiled, where values cannot be looked at; what the call returns shows it."""
+    head, variables, x = CASE.head("float32"), CASE.variables("float32"), CASE.x(40).astype(np.float32)
+    step = jax.jit(lambda variables, x: train_step(head, variables, x))
+    bad = x.copy()
+    bad[3, 1] = np.nan
+    output, after = step(variables, bad)
+    jax.tree.map(np.testing.assert_array_equal, after, variables)
+    np.testing.assert_array_equal(np.isnan(output.log_density), np.arange(40) == 3)
+    assert int(step(after, x)[1]["em"]["step"]) == 1
+
+
 def test_a_batch_over_an_axis_is_one_batch(key):
     """The statistics of all parts of a `vmap` or `shard_map` make one step."""
     case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)

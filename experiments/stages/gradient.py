@@ -22,7 +22,7 @@ from flax_hmog import HMoGOutput, infer
 from flax_hmog.training import CheckpointWriter, Restored, create_state, restore, restore_like
 from flax_hmog.training.mesh import place
 from flax_hmog.training.named import named_arrays
-from flax_hmog.training.restoring import restored_variables, saved_steps
+from flax_hmog.training.restoring import saved_steps
 from flax_hmog.training.steps import TrainState
 
 
@@ -72,7 +72,7 @@ class GradientStage:
         done = restored.step if restored else 0
         run.log.begin(self.stage, f"seed {self.stage.seed}: {self.stage.name} head", total, done)
         if restored is not None and done == total:
-            return restored_variables(restored)
+            return restored.module_variables
         at = self._first_position(start) if restored is None else self._restored_position(restored)
         step = self.model.step(at.state, run.mesh)
         replicated = NamedSharding(run.mesh, PartitionSpec())
@@ -109,7 +109,7 @@ class GradientStage:
 
     def _restored_position(self, restored: Restored) -> Position:
         position = Position(
-            self._train_state(restored_variables(restored)),
+            self._train_state(restored.module_variables),
             restored.step,
             self._zero(),
             restored.progress["first_loss"],

@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from flax_hmog.checks import check_type
 from flax_hmog.conversions import with_prior
-from flax_hmog.coordinates import Natural
+from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import PositiveDefinite
 
 
@@ -62,7 +61,7 @@ def geometry(caller: str, natural: Any) -> Geometry:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
     """
-    check_type(caller, "natural", natural, Natural, "Convert with moments_to_natural or mean_to_natural.")
+    check_natural(caller, natural)
     natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(natural, caller))
     theta, precision = natural.interaction, natural.observable_precision
     if isinstance(precision, PositiveDefinite):

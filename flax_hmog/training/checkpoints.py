@@ -99,7 +99,15 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait until all is written, and end; `with` does it."""
         self.manager.close()
+
+    def wait(self) -> None:
+        """Wait until what has been saved so far is written."""
+        self.manager.wait_until_finished()
 
     def save(
         self,
@@ -226,5 +234,5 @@ def _check_variables(head: Any, has_encoder: bool, arrays: dict[str, Any]) -> No
     if wrong:
         raise CheckpointError(
             f"CheckpointWriter.save: `variables` must be those {wanted}, with their collections; leaf {wrong[0]!r} is "
-            f"not as in {head!r}. Give what `init` returned, or {{'params': state.params}}."
+            f"not as in {type(head).__name__}. Give `state.variables`, or what `init` returned, with all collections."
         )

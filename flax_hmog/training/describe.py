@@ -36,7 +36,7 @@ def describe_head(head: Any) -> dict[str, Any]:
     if not isinstance(head, heads.HMoGHead) or MODULES.get(type(head).__name__) is not type(head):
         raise CheckpointError(
             "CheckpointWriter: `head` must be a DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG, not a subclass; got "
-            f"{head!r}. Give the head by itself, and what comes before it as `encoder`."
+            f"{type(head).__name__}. Give the head by itself, and what comes before it as `encoder`."
         )
     return describe_module(head)
 
@@ -49,10 +49,10 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
     """
     cls = type(module)
     name = cls.__name__ if MODULES.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__qualname__}"
-    if "<locals>" in name or name.startswith("__main__:"):
+    if ":" in name and not _leads_to(name, cls):
         raise CheckpointError(
             f"CheckpointWriter: `encoder` must be of a class at the top of a module that can be imported; got {name}. "
-            "Move it into a module of its own."
+            "Move it into a module of its own; apply transformations as nn.remat within its `__call__`."
         )
     arguments = {
         field.name: _as_json(name, field.name, getattr(module, field.name))
@@ -99,10 +99,18 @@ def import_path(name: str) -> Any:
     return found
 
 
+def _leads_to(name: str, cls: type) -> bool:
+    """Whether another process finds the class under its import path."""
+    try:
+        return not name.startswith("__main__:") and import_path(name) is cls
+    except (ImportError, AttributeError):
+        return False
+
+
 def _as_json(module: str, argument: str, value: Any) -> Any:
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return {"dtype": jnp.dtype(value).name}
-    if hasattr(value, "dtype") and callable(value):  # jnp.float32 and its like
+    if hasattr(value, "dtype") and callable(value) and not isinstance(value, nn.Module):  # jnp.float32 and its like
         return {"dtype": jnp.dtype(value).name}
     try:
         return json.loads(json.dumps(value))

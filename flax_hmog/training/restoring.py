@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from flax_hmog.covariances import Array
-from flax_hmog.encoders import train_arguments
+from flax_hmog.encoders import Clusterer, train_arguments
 from flax_hmog.inference import HMoGOutput
 from flax_hmog.objectives import merge_output
 from flax_hmog.training.describe import CheckpointError, rebuild_module
@@ -60,6 +60,24 @@ class Restored:
     config: dict[str, Any]
     versions: dict[str, str]
 
+    @property
+    def module(self) -> Any:
+        """The unbound module that was trained: the head, or a `Clusterer` of encoder and head.
+
+        Raises:
+            ValueError: for an encoder that was not imported.
+        """
+        return self.head if self.encoder_variables is None else Clusterer(self._imported_encoder(), self.head)
+
+    @property
+    def module_variables(self) -> dict[str, Any]:
+        """The variables of `module`."""
+        if self.encoder_variables is None:
+            return self.variables
+        parts = {"head": self.variables, "encoder": self.encoder_variables}
+        collections = sorted({name for part in parts.values() for name in part})
+        return {name: {key: part[name] for key, part in parts.items() if name in part} for name in collections}
+
     def __call__(self, raw: Any) -> HMoGOutput:
         """The head's output for raw data (..., D), numpy or jax: preprocessing, encoder, head, merge of components.
 
@@ -84,13 +102,17 @@ class Restored:
             x = raw.toarray() if hasattr(raw, "toarray") else raw
         if self.encoder_variables is None:
             return jnp.asarray(x)
+        encoder = self._imported_encoder()
+        positional, named = train_arguments(encoder, False)
+        return encoder.apply(self.encoder_variables, x, *positional, **named)
+
+    def _imported_encoder(self) -> Any:
         if self.encoder is None:
             raise ValueError(
                 "Restored: `encoder` must be imported to take raw data; got a checkpoint with a class that is not of "
                 "flax_hmog. Restore with allow_import=True if you trust it."
             )
-        positional, named = train_arguments(self.encoder, False)
-        return self.encoder.apply(self.encoder_variables, x, *positional, **named)
+        return self.encoder
 
 
 def restore(path: str | Path, *, step: int | Literal["best"] | None = None, allow_import: bool = False) -> Restored:
@@ -138,15 +160,6 @@ def restore(path: str | Path, *, step: int | Literal["best"] | None = None, allo
         state=groups["state"],
         **{name: description[name] for name in ("progress", "history", "metrics", "config", "versions")},
     )
-
-
-def restored_variables(restored: Restored) -> dict[str, Any]:
-    """The variables of the module that was trained: of the head, or of `Clusterer`."""
-    if restored.encoder_variables is None:
-        return restored.variables
-    parts = {"head": restored.variables, "encoder": restored.encoder_variables}
-    collections = sorted({name for part in parts.values() for name in part})
-    return {name: {key: part[name] for key, part in parts.items() if name in part} for name in collections}
 
 
 def saved_steps(folder: str | Path) -> list[int]:
@@ -256,7 +269,9 @@ def _where_else(folder: Path) -> str:
         return "is no folder. Check the path"
     if folder.name.isdigit() and saved_steps(folder.parent):
         return f"is one step. Give {folder.parent} and step={folder.name}"
-    found = sorted({str(entry.parent.parent) for entry in folder.glob("**/_CHECKPOINT_METADATA")})
+    if any(folder.glob("*.orbax-checkpoint-tmp")):
+        return "holds a save that is not finished. Close the writer, or wait for it, before"
+    found = sorted({str(entry.parent.parent) for entry in folder.glob("**/_CHECKPOINT_METADATA")} - {str(folder)})
     return f"has none itself. Choose one of {', '.join(found)}" if found else "has none. Check the path"
 
 
@@ -266,6 +281,8 @@ def _best_step(folder: Path, steps: list[int]) -> int:
     for step in steps:
         try:
             description = _read(folder, step, arrays=False)[1]
+            if description["best"] is None:
+                continue
             name, mode = description["best"]
             scores[step] = description["metrics"][name] * (1 if mode == "max" else -1)
         except Exception as error:  # orbax raises bare exceptions for damaged files

@@ -56,9 +56,19 @@ def create_state(
 
     Returns:
         `TrainState`; parameters and the optimiser's copies of them lie where the rules say.
+
+    Raises:
+        ValueError: for variables of another module, or without a collection.
     """
     abstract = abstract_state(module, optimizer, x, mesh, min_sharded=min_sharded)
     state = _state(module, nn.unbox(variables), optimizer)
+    got, wanted = named_arrays(state.variables), named_arrays(abstract.variables)
+    for name in sorted(got.keys() ^ wanted.keys()):
+        where = "is missing" if name in wanted else "is none of the module's"
+        raise ValueError(
+            f"create_state: `variables` must be those of the module, with all collections; {name!r} {where}. Give what "
+            "`module.init` returns, or `Restored.module_variables`."
+        )
     shardings = [leaf.sharding for leaf in jax.tree.leaves(abstract)]
     # copies, since the step donates its state and the variables stay the caller's
     leaves, tree = jax.tree.flatten(state)
