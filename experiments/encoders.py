@@ -17,7 +17,7 @@ from flax_hmog.training.describe import import_path
 
 FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained
 SETTLING_PASSES = 500  # over the same rows at most, until running averages change by no more than
-SETTLED = 1e-4  # of their largest entry
+SETTLED = 1e-6  # of their largest entry in a pass
 OURS: dict[str, Any] = {"mlp": MLP, "conv": ConvNet, "autoencoder": Autoencoder}
 
 

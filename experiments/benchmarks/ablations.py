@@ -56,10 +56,12 @@ def main(name: str, config: Experiment) -> None:
 
     Raises:
         Stopped: when the process was told to stop.
-        ValueError: for a dry run, or a variant that cannot be built.
+        ValueError: for a dry run, an experiment that starts from nothing, or a variant that cannot be built.
     """
     if config.dry_run:
         raise ValueError("ablations: `dry_run` must be off; got on. Plan a variant by experiments.train.")
+    if config.rounds.start == "nothing":
+        raise ValueError('ablations: `rounds.start` must not be "nothing", which is a variant itself. Leave it out.')
     console, folder, stop = Console(width=120), Path(config.workdir), StopRequest()
     # all of them first, so that one that cannot be built does not end hours of work
     every = [
@@ -187,7 +189,8 @@ class KMeansTrainable(Trainable):
         members = jax.nn.one_hot(jnp.argmax(self.taught(cast(Teacher, start.teacher), x), axis=-1), self.n_clusters)
         members = members * weights[:, None]
         centres = members.T @ rows / jnp.sum(members, axis=0)[:, None]
-        variance = jnp.sum(members[..., None] * (rows[:, None] - centres[None]) ** 2) / jnp.sum(weights) / rows.shape[1]
+        squares = weights[:, None] * (rows - members @ centres) ** 2
+        variance = jnp.sum(squares) / jnp.sum(weights) / rows.shape[1]
         spheres = {"params": {"centres": centres, "log_variance": jnp.log(variance)}}
         return dataclasses.replace(start, variables=join_module(encoder_variables, spheres))
 

@@ -44,7 +44,7 @@ class RoundStage:
     def __init__(self, run: Run, seed: int, name: str, number: int, inputs: Inputs) -> None:
         self.run, self.inputs, self.number = run, inputs, number
         self.stage = Stage(seed, f"{name}-{number}-em")
-        self.model, self.before, self.config = run.model(name, number), run.model(name, number - 1), run.config
+        self.model, self.model_before, self.config = run.model(name, number), run.model(name, number - 1), run.config
         self.n_clusters = self.model.n_clusters
         self.key = jax.random.fold_in(jax.random.key(seed), number)
 
@@ -91,7 +91,7 @@ class RoundStage:
             if trained is None or config.rounds.refit:
                 mixture = self._fit(config.feature_head(config.rounds.n_components), rows, weights)
             else:
-                mixture = moments_to_natural(natural_to_moments(self.before.natural(trained_head)))
+                mixture = moments_to_natural(natural_to_moments(self.model_before.natural(trained_head)))
         clusters = merged_clusters(mixture, rows, weights, self.n_clusters)
         clusters = np.arange(self.n_clusters) if clusters is None else clusters
         assigned = merge_output(infer(mixture, rows), clusters, self.n_clusters).log_responsibilities

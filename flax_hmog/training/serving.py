@@ -46,11 +46,13 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
     factors = compute_factors(natural)
     known = natural.interaction.shape[0] if model.encoder_variables is None else obs_dim
     known = known if model.preprocessing is None else model.preprocessing.obs_dim
-    if known is None or obs_dim not in (None, known):
+    if known is None:
         raise ValueError(
-            "export: `obs_dim` must be given for an encoder without preprocessing, and be that of the model elsewhere, "
-            f"{known}; got {obs_dim}. Give the columns of the raw data."
+            "export: `obs_dim` must be given for an encoder without preprocessing; got None. Give the number of "
+            "columns of the raw data."
         )
+    if obs_dim not in (None, known):
+        raise ValueError(f"export: `obs_dim` must be that of the model, {known}; got {obs_dim}. Leave it out.")
 
     @jax.jit
     def assign(raw: Array) -> dict[str, Array]:
