@@ -287,8 +287,9 @@ def prior_moments(moments: Moments) -> tuple[Array, PositiveDefinite]:
     """E[y] (L,) and Cov(y) of the mixture."""
     center = matmul(moments.weights, moments.means)
     gap = moments.means - center[None]
-    between = jnp.sum(outer(moments.weights[:, None] * gap, gap), axis=0)
-    return center, PositiveDefinite(symmetrize(within_covariance(moments).entries + between))
+    within = moments.covariances.weighted(moments.weights).entries
+    covariance = jnp.sum(within + outer(moments.weights[:, None] * gap, gap), axis=0)
+    return center, PositiveDefinite(symmetrize(covariance))
 
 
 def within_covariance(moments: Moments) -> PositiveDefinite:

@@ -65,11 +65,12 @@ def one_process(tmp_path_factory):
     return workdir
 
 
-def assert_same_course(got, want):
+def assert_same_course(got, want, nats=0.0):
+    """To a share of 1e-4, or so many nats where a log-density is near 0."""
     for a, b in zip(records(got), records(want), strict=True):
-        for name in ("objective", "test_log_density", "nmi"):
+        for name, least in (("objective", nats), ("test_log_density", nats), ("nmi", 0.0)):
             if b.get(name) is not None:
-                assert a[name] == pytest.approx(b[name], rel=1e-4), (name, b)
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=least), (name, b)
 
 
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
@@ -86,7 +87,7 @@ def test_several_processes_train_an_encoder_in_rounds_as_one_does(tmp_path):
     """Merges and features of rows that lie on two processes included."""
     for name, count in (("one", 1), ("two", 2)):
         assert finish(start(tmp_path / name, count, 1, *ROUNDS)) == [0] * count
-    assert_same_course(tmp_path / "two", tmp_path / "one")
+    assert_same_course(tmp_path / "two", tmp_path / "one", nats=1e-3)
     assert records(tmp_path / "two")[-1]["stage"] == "differentiable-2"
 
 
