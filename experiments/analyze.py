@@ -56,7 +56,7 @@ COLUMNS = {
     "ari": "ARI",
     "accuracy": "ACC",
 }
-FILE_WIDTH = 120  # of output that goes to no terminal
+FILE_WIDTH = 132  # of output that goes to no terminal
 MAX_ROWS = 30  # clusters that the table lists
 MODELS = {
     "em": "HMoG by exact EM",
@@ -244,7 +244,7 @@ def table_rows(run: Run) -> list[dict[str, Any]]:
         row |= {title: _summary([seed[key] for seed in seeds]) for key, title in columns.items()}
         if run.agreement:
             row["agreement"] = _summary(run.agreement[name]) if name in run.agreement else None
-            row["clusters in use"] = _summary(run.in_use[name]) if name in run.in_use else None
+            row["in use"] = float(np.mean(run.in_use[name])) if name in run.in_use else None
         rows.append(row)
     return rows
 
@@ -265,8 +265,8 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
         "Log-densities are in nats per sample and exact for every method, since each two-stage baseline is itself a "
         "model of this family; k-means has none. Those of rounds with an encoder are of its features, and compare with "
         "no other. Labels are used for NMI, ARI and ACC only; agreement is the adjusted Rand index between the "
-        "clusters that two seeds find in the training rows of the first, and clusters in use is exp of the entropy of "
-        "their sizes there.",
+        "clusters that two seeds find in the training rows of the first, and in use are as many clusters there as exp "
+        "of the entropy of their sizes says.",
         tables=[Table(rows, "Held-out log-density, and clusters beside labels and beside those of other seeds")],
     )
     yield objective_section(run, seed)
