@@ -161,6 +161,7 @@ def _loadings(
         return loadings, residual(loadings)
 
     def factors(noise: Array, axes: Array) -> tuple[Array, Array]:
+        """Loadings that maximise the likelihood for this noise, and the axes to go on from."""
         scale = jnp.sqrt(noise)
         values, axes = leading(scale, axes, 1)
         strength = jnp.sqrt(jnp.maximum(values[:lat_dim] - 1, 1e-6))
@@ -185,6 +186,7 @@ def k_means(points: Array, share: Array, key: Array, n_clusters: int, shards: Sh
     limit = block_rows(points.shape[1] + 3 * n_clusters)
 
     def add_center(index: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        """One more centre, and the squared distances to the nearest one."""
         centers, nearest = state
         # where every point is a centre already, any point will do
         log_odds = jnp.where(jnp.any(nearest > 0), jnp.log(nearest), 0) + log_share
@@ -197,6 +199,7 @@ def k_means(points: Array, share: Array, key: Array, n_clusters: int, shards: Sh
         return centers.at[index].set(candidates[best]), shrunk[:, best]
 
     def cluster_sums(centers: Array, block: tuple[Array, Array], is_new: Array) -> tuple[Array, Array]:
+        """Weight and weighted sum of the points of a block that are nearest to each centre."""
         points, share = block
         member = jax.nn.one_hot(jnp.argmin(_distances(centers, points), axis=-1), n_clusters, dtype=points.dtype)
         member = member * jnp.where(is_new, share, 0)[:, None]

@@ -319,6 +319,7 @@ def whiten_prior(mean: Mean) -> Mean:
     inverse = inverse_lower(covariance.cholesky().dense(lat_dim))
 
     def whiten(square: Covariance, weights: Array, means: Array) -> Covariance:
+        """Weighted second moments about the centre, in the new basis."""
         # w E[(y-c)(y-c)'] = w E[y y'] - w E[y] c' - c w E[y]' + w c c'
         mixed = outer(means - outer(weights, center) / 2, jnp.broadcast_to(center[None], means.shape))
         kind = type(square)

@@ -98,6 +98,7 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES, min_size: int 
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
 
     def of_leaf(path: Any, leaf: Any, sharding: NamedSharding) -> NamedSharding:
+        """As the rules say, or replicated if the leaf is small or cannot be divided."""
         sizes = [
             math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
             for axes in sharding.spec

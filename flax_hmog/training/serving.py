@@ -56,6 +56,7 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
 
     @jax.jit
     def assign(raw: Array) -> dict[str, Array]:
+        """What the program returns."""
         output = model.merged(infer_rows(factors, model.features(raw)))
         return {
             "log_density": output.log_density,

@@ -124,6 +124,7 @@ def make_train_step(
         return _checked(loss(state.replace(params=params).variables, x, extra), state.collections)
 
     def step(state: TrainState, x: Array, extra: Any) -> tuple[TrainState, Array]:
+        """The state after one step, and the loss before it."""
         # passes over rows then know over which axis x lies
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             (value, collections), gradients = jax.value_and_grad(of_params, has_aux=True)(state.params, state, x, extra)
