@@ -108,7 +108,7 @@ def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal
     caller = "negative_joint_information"
     first, second = jnp.exp(_rows(caller, output)), jnp.exp(_rows(caller, twin, "twin"))
     _check_like(caller, "twin", twin.log_responsibilities, output.log_responsibilities)
-    if is_concrete(marginal_weight) and not marginal_weight > 0.5:
+    if is_concrete(marginal_weight) and not np.asarray(marginal_weight) > 0.5:
         raise ValueError(
             f"{caller}: `marginal_weight` must be above 1/2, below which a single cluster is best; "
             f"got {marginal_weight}. 1 gives the information."

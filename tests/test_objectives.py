@@ -99,6 +99,9 @@ def test_joint_information_is_largest_for_equal_certain_assignments():
         assert np.isfinite(loss)
     with pytest.raises(ValueError, match=r"`marginal_weight` must be above 1/2, .* got 0\.5"):
         negative_joint_information(certain, certain, marginal_weight=0.5)
+    weight = jnp.asarray(0.75)  # a compiled function may close over it
+    compiled = jax.jit(lambda o: negative_joint_information(o, o, marginal_weight=weight))(certain)
+    np.testing.assert_allclose(compiled, -0.5 * np.log(3), rtol=1e-6)
     with pytest.raises(ValueError, match="`marginal_weight` must be positive; got 0"):
         negative_mutual_information(certain, marginal_weight=0.0)
     gradient = jax.grad(lambda rows: negative_joint_information(output(rows), output(rows)))(jnp.full((6, 3), 1 / 3))

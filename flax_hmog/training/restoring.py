@@ -270,7 +270,7 @@ def _where_else(folder: Path) -> str:
     if folder.name.isdigit() and saved_steps(folder.parent):
         return f"is one step. Give {folder.parent} and step={folder.name}"
     if any(folder.glob("*.orbax-checkpoint-tmp")):
-        return "holds a save that is not finished. Close the writer, or wait for it, before"
+        return "holds nothing but a save that is not finished. Wait for its writer, or save again"
     found = sorted({str(entry.parent.parent) for entry in folder.glob("**/_CHECKPOINT_METADATA")} - {str(folder)})
     return f"has none itself. Choose one of {', '.join(found)}" if found else "has none. Check the path"
 
