@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from flax_hmog.checks import check_type
-from flax_hmog.conversions import conjugation, with_prior
+from flax_hmog.conversions import conjugation, in_units_of_x, with_prior
 from flax_hmog.coordinates import FULL_ONLY, Natural, Precision, SharedBase, categorical_logits, gaussian_log_partition
 from flax_hmog.covariances import Array, Covariance, PositiveDefinite, pytree
 
@@ -56,7 +56,7 @@ def split_conjugated(natural: Natural) -> tuple[LinearGaussian, Mixture]:
         ValueError: if a prior precision is not positive definite.
     """
     check_type("split_conjugated", "natural", natural, Natural, "Convert with moments_to_natural.")
-    natural = with_prior(natural, "split_conjugated")
+    natural = with_prior(in_units_of_x(natural), "split_conjugated")
     precision = natural.posterior_precision
     if isinstance(precision, SharedBase):
         base = PositiveDefinite(natural.prior_precision.entries[0])

@@ -22,6 +22,7 @@ from flax_hmog.coordinates import (
     check_natural,
     gaussian_log_partition,
     natural_bias,
+    observable_bias,
     outer,
     restrict_precision,
     structure,
@@ -37,6 +38,7 @@ from flax_hmog.covariances import (
     matmul,
     symmetrize,
 )
+from flax_hmog.frames import Frame
 
 
 def conjugation(natural: Natural) -> tuple[Array, Array]:
@@ -90,7 +92,84 @@ def natural_to_moments(natural: Natural) -> Moments:
         ValueError: if a prior precision is not positive definite.
     """
     check_natural("natural_to_moments", natural)
-    return _natural_to_moments(with_prior(natural, "natural_to_moments"))
+    moments = own_moments(natural, "natural_to_moments")
+    return moments if natural.frame is None else reframe(moments, natural.frame, None)
+
+
+def own_moments(natural: Natural, caller: str = "own_moments") -> Moments:
+    """Standard form in the units of the model's own parameters: those of its frame, if it has one."""
+    return _natural_to_moments(with_prior(natural, caller))
+
+
+@jax.jit
+def reframe(moments: Moments, old: Frame | None, new: Frame | None) -> Moments:
+    """The same model of x, its parameters in another frame; None stands for the units of x."""
+    zero, one = jnp.zeros_like(moments.bias), jnp.ones_like(moments.bias)
+    old_origin, old_rest, old_unit = (zero, zero, one) if old is None else (old.origin, old.rest, old.unit)
+    origin, rest, unit = (zero, zero, one) if new is None else (new.origin, new.rest, new.unit)
+    ratio = old_unit / unit
+    return dataclasses.replace(
+        moments,
+        loadings=moments.loadings * ratio[:, None],
+        # the large parts first: what is left of them is exact
+        bias=moments.bias * ratio + ((old_origin - origin) + (old_rest - rest)) / unit,
+        noise=moments.noise.scaled(ratio),
+    )
+
+
+def in_units_of_x(natural: Natural) -> Natural:
+    """The same model, its parameters those of x; as it is if it has no frame.
+
+    Args:
+        natural: the model.
+
+    Returns:
+        `Natural` without a frame.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type.
+        ValueError: if the dtype cannot hold its parameters in units of x.
+    """
+    check_natural("in_units_of_x", natural)
+    if natural.frame is None:
+        return natural
+    plain = _in_units_of_x(with_prior(natural, "in_units_of_x"))
+    if is_concrete(plain) and not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(plain)):
+        raise ValueError(
+            f"in_units_of_x: the parameters must be finite in {plain.interaction.dtype} in units of x; got units from "
+            f"{float(jnp.min(natural.frame.unit)):.3g} to {float(jnp.max(natural.frame.unit)):.3g}. Rescale the data, "
+            "or use float64."
+        )
+    return plain
+
+
+@jax.jit
+def _in_units_of_x(natural: Natural) -> Natural:
+    frame: Any = natural.frame
+    precision = natural.observable_precision.scaled(1 / frame.unit)
+    interaction = natural.interaction / frame.unit[:, None]
+    bias = (frame.origin + frame.rest) + frame.unit * observable_bias(natural)
+    return dataclasses.replace(
+        natural,
+        observable_location=precision.times(bias[:, None])[:, 0],
+        observable_precision=precision,
+        interaction=interaction,
+        posterior_location=natural.prior_location - matmul(bias, interaction)[None],
+        frame=None,
+    )
+
+
+def fits_units_of_x(natural: Natural) -> bool:
+    """Whether the dtype holds the model in units of x as well as in its frame: b to a thousandth of the noise."""
+    if natural.frame is None:
+        return True
+    frame, kind = natural.frame, jnp.finfo(natural.interaction.dtype)
+    origin, unit = frame.exact()
+    noise = np.sqrt(np.asarray(natural.observable_precision.inverse().diagonal(unit.size), np.float64)) * unit
+    bias = origin + unit * np.asarray(observable_bias(natural), np.float64)
+    safe = float(kind.max) ** 0.25  # squares and their products stay in range
+    digits = kind.eps * np.abs(bias) / noise
+    return bool((digits < 1e-3).all() and (noise < safe).all() and (noise > 1 / safe).all())
 
 
 @jax.jit
@@ -167,7 +246,7 @@ def natural_to_mean(natural: Natural) -> Mean:
         ValueError: if a prior precision is not positive definite.
     """
     check_type("natural_to_mean", "natural", natural, Natural, "Convert with moments_to_natural.")
-    return _natural_to_mean(with_prior(natural, "natural_to_mean"))
+    return _natural_to_mean(with_prior(in_units_of_x(natural), "natural_to_mean"))
 
 
 @jax.jit

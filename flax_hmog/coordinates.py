@@ -20,6 +20,7 @@ from flax_hmog.covariances import (
     inverse_and_log_det,
     pytree,
 )
+from flax_hmog.frames import Frame
 
 FULL_ONLY = "Only models with full component covariances have this form; `warm_start` carries one to a restricted head."
 
@@ -84,6 +85,8 @@ class Natural:
         prior_location: h (K, L) or None.
         prior_precision: P, `PositiveDefinite` (K, L, L) or None.
         log_weights: log w (K,) or None.
+        frame: the parameters are those of x' = (x - origin) / unit, where the dtype could not hold those of x; None:
+            of x. Densities are always those of x; `in_units_of_x` gives the parameters of x.
         projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for that of the
             parameters. Not a parameter: a policy that inference follows (docs/performance.md).
     """
@@ -97,6 +100,7 @@ class Natural:
     prior_location: Array = None  # type: ignore[assignment]
     prior_precision: PositiveDefinite = None  # type: ignore[assignment]
     log_weights: Array = None  # type: ignore[assignment]
+    frame: Frame | None = None
     projection_dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
 
 

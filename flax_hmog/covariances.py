@@ -166,6 +166,10 @@ class Scale:
         """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
         return columns / self.entries
 
+    def scaled(self, columns: Array) -> Scale:
+        """A M A for A = diag(columns), whose entries (n,) are all equal."""
+        return Scale(self.entries * columns[0] * columns[0])
+
     def product(self, other: Scale) -> Scale:
         """Matrix product with another of the same kind; it need not be symmetric."""
         return Scale(self.entries * other.entries)
@@ -244,6 +248,10 @@ class Diagonal:
     def upper_solve(self, columns: Array) -> Array:
         """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
         return columns / self.entries[..., None]
+
+    def scaled(self, columns: Array) -> Diagonal:
+        """A M A for A = diag(columns) (n,)."""
+        return Diagonal(self.entries * columns * columns)
 
     def product(self, other: Diagonal) -> Diagonal:
         """Matrix product with another of the same kind; it need not be symmetric."""
@@ -324,6 +332,10 @@ class PositiveDefinite:
     def upper_solve(self, columns: Array) -> Array:
         """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
         return solve_triangular(self.entries, columns, trans="T", lower=True)
+
+    def scaled(self, columns: Array) -> PositiveDefinite:
+        """A M A for A = diag(columns) (n,)."""
+        return PositiveDefinite(self.entries * columns[:, None] * columns[None])
 
     def product(self, other: PositiveDefinite) -> PositiveDefinite:
         """Matrix product with another of the same kind; it need not be symmetric."""

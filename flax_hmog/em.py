@@ -31,6 +31,7 @@ from flax_hmog.covariances import (
     trace_product,
 )
 from flax_hmog.factors import Factors, factorise
+from flax_hmog.frames import Frame
 from flax_hmog.rows import row_shards
 from flax_hmog.statistics import (
     Statistics,
@@ -59,7 +60,7 @@ class Regularizer:
         noise: pseudo-samples added to the noise ().
         component_mean: (L,), in the latent basis of the model.
         component_covariance: `PositiveDefinite` (L, L), in the latent basis of the model.
-        noise_covariance: of kind `obs_rep`, in squared units of x.
+        noise_covariance: of kind `obs_rep`, in squared units of x; of a model with a frame, in those of its frame.
     """
 
     weights: Array
@@ -165,7 +166,7 @@ def em_step(
     factors = compute_factors(natural)
     statistics = accumulate(factors, x, weights, shards=row_shards(x))
     info = em_info(natural, factors, statistics, regularizer)
-    updated, exists = next_natural(factors, statistics, regularizer)
+    updated, exists = next_natural(factors, statistics, regularizer, natural.frame)
     if is_concrete(exists) and not exists:
         moments_to_natural(next_moments(factors, statistics, regularizer))  # says what is wrong
     return dataclasses.replace(updated, projection_dtype=natural.projection_dtype), info
@@ -184,9 +185,12 @@ def next_moments(factors: Factors, statistics: Statistics, regularizer: Regulari
 
 
 @jax.jit
-def next_natural(factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> tuple[Natural, Array]:
-    """The model of `next_moments` in natural coordinates, and whether there is such a model ()."""
+def next_natural(
+    factors: Factors, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None = None
+) -> tuple[Natural, Array]:
+    """The model of `next_moments` in natural coordinates, in this frame, and whether there is such a model ()."""
     natural = moments_to_natural(next_moments(factors, statistics, regularizer))
+    natural = dataclasses.replace(natural, frame=frame)
     # Cholesky factors of what is not positive definite are NaN
     signs = (natural.observable_precision.log_det(natural.interaction.shape[0]), natural.prior_precision.entries)
     exists = [jnp.all(jnp.isfinite(values)) for values in (*signs, natural.log_weights)]
@@ -249,6 +253,8 @@ def penalty(natural: Natural, regularizer: Regularizer) -> Array:
     # E[log N(y; m, S)] = -1/2 (L log 2 pi + log|S| + tr S^-1 E[(y - m)(y - m)'])
     component = lat_dim * log_2pi - log_det + jnp.sum(natural.prior_precision.entries * spread, axis=(-1, -2))
     noise = obs_dim * log_2pi - precision.log_det(obs_dim) + trace_product(precision, r.noise_covariance, obs_dim)
+    if natural.frame is not None:
+        noise = noise + 2 * natural.frame.log_volume
     weights = r.weights * jnp.sum(natural.log_weights)
     return weights - (r.components * jnp.sum(component) + r.noise * noise) / 2
 
@@ -313,6 +319,8 @@ def em_info(natural: Natural, factors: Factors, statistics: Statistics, regulari
     value = log_likelihood(factors, statistics)
     objective = value if regularizer is None else value + penalty(natural, regularizer)
     noise = natural.observable_precision.inverse().diagonal(obs_dim)
+    if natural.frame is not None:
+        noise = noise * natural.frame.unit**2
     return EMInfo(
         log_likelihood=value / statistics.count,
         objective=objective / statistics.count,

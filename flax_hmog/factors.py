@@ -29,6 +29,7 @@ from flax_hmog.covariances import (
     pytree,
     symmetrize,
 )
+from flax_hmog.frames import Frame
 
 
 @pytree
@@ -55,7 +56,8 @@ class Factors:
         curvature: I - C_k, the part of the quadratic that components do not share.
         covariance: C_k.
         location: h~_k = T^-T h_k (K, L).
-        offset: log|Psi^-1| / 2 - D log(2 pi) / 2 ().
+        offset: log|Psi^-1| / 2 - D log(2 pi) / 2 (), less the log-volume of the frame.
+        frame: what turns x into the rows that all the above are of, or None.
     """
 
     bias: Array
@@ -72,6 +74,7 @@ class Factors:
     covariance: Array
     location: Array
     offset: Array
+    frame: Frame | None = None
 
     @property
     def is_diagonal(self) -> bool:
@@ -90,6 +93,8 @@ def factorise(natural: Natural) -> Factors:
     pooled_root = jnp.linalg.cholesky(jnp.mean(natural.prior_precision.entries, axis=0)).T
     basis = _full_basis if isinstance(natural.posterior_precision, PositiveDefinite | SharedBase) else _diagonal_basis
     t, t_inverse, projection, prior_root, curvature, covariance, log_det = basis(natural, whitened, pooled_root)
+    frame = jax.lax.stop_gradient(natural.frame)
+    offset = natural.observable_precision.log_det(obs_dim) / 2 - obs_dim * math.log(2 * math.pi) / 2
     location = matmul(natural.prior_location, t_inverse)
     linear = component_product(covariance, location)
     # Q_k = P_k + G, so  h'C h - h'P^-1 h = -h' C G P^-1 h
@@ -109,7 +114,8 @@ def factorise(natural: Natural) -> Factors:
         curvature=curvature,
         covariance=covariance,
         location=location,
-        offset=natural.observable_precision.log_det(obs_dim) / 2 - obs_dim * math.log(2 * math.pi) / 2,
+        offset=offset if frame is None else offset - frame.log_volume,
+        frame=frame,
     )
 
 
@@ -182,6 +188,12 @@ def _entry_index(dim: int) -> np.ndarray:
     index = np.zeros((dim, dim), np.int32)
     index[i, j] = index[j, i] = np.arange(i.size)
     return index
+
+
+def center_rows(factors: Factors, x: Array) -> Array:
+    """Rows x - b (B, D), in the frame of the model."""
+    rows = x if factors.frame is None else factors.frame.inward(x)
+    return rows - factors.bias[None]
 
 
 def project_rows(factors: Factors, centered: Array) -> Array:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flax_hmog.checks import check_head_and_key, check_size, check_type
-from flax_hmog.conversions import moments_to_natural, natural_to_moments, with_prior
+from flax_hmog.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
 from flax_hmog.coordinates import Moments, Natural, check_full
 from flax_hmog.covariances import Array, as_rep, rep_name
 from flax_hmog.em import (
@@ -27,10 +28,15 @@ from flax_hmog.em import (
     whiten_regularizer,
 )
 from flax_hmog.factors import Factors
-from flax_hmog.initialize import METHODS, check_counts, initialize_moments
+from flax_hmog.frames import Frame, has_more_digits
+from flax_hmog.initialize import METHODS, check_counts, frame_of, starts
 from flax_hmog.rows import row_shards
-from flax_hmog.sources import Source, as_source
+from flax_hmog.sources import Block, Framing, Source, as_source
 from flax_hmog.statistics import Statistics, accumulate
+
+FOLLOWED_STEPS = 3  # of EM, after which starts are compared
+MAX_DISTANCE = 1e3  # of a row from the median, in typical distances
+ROUNDING = 100  # units in the last place of objective and dimension that an objective may fall by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,7 @@ class EMResult:
     Attributes:
         natural: the fitted model, its prior whitened (y has mean 0 and covariance I).
         objective_history: penalised log-likelihood per sample before the first step and after each (steps + 1,), nats.
-        converged: whether the last gain was below the tolerance.
+        converged: whether the last gain was below the tolerance, and no fall beyond rounding.
         info: `EMInfo` of the fitted model.
         restart_objectives: final objective of every start (n_restarts,); the best one is returned.
         regularizer: the pseudo-statistics in the latent basis of `natural`, or None.
@@ -60,6 +66,7 @@ class EMState:
 
     Attributes:
         natural: the model of the present start, in its first latent basis; None before the start's first step.
+        top: that of its models so far with the best objective.
         regularizer: its pseudo-statistics.
         history: objectives of the start's models so far.
         finals: final objectives of the starts that have ended.
@@ -67,6 +74,7 @@ class EMState:
     """
 
     natural: Any = None
+    top: Any = None
     regularizer: Regularizer | None = None
     history: tuple[float, ...] = ()
     finals: tuple[float, ...] = ()
@@ -85,6 +93,8 @@ def fit_em(
     n_restarts: int = 1,
     max_steps: int = 200,
     tolerance: float = 1e-3,
+    column_units: str = "auto",
+    max_distance: float = MAX_DISTANCE,
     progress: bool = False,
     state: EMState | None = None,
     on_step: Callable[[EMState], None] | None = None,
@@ -109,6 +119,13 @@ def fit_em(
         n_restarts: starts from different keys, each run to its end; the best objective wins.
         max_steps: steps per start at most.
         tolerance: a gain in nats per sample below which a start has converged.
+        column_units: with diagonal noise, whether columns have units of their own ("own": a fit is the same in any
+            units) or one for all ("common", as pixels: a column that hardly varies then counts little); "auto" takes
+            them for common if most columns reach the same smallest and the same largest value.
+        max_distance: rows with an entry farther than this from the median of its column are left out, with a warning;
+            in units of its typical distance (the third quartile of the distances that are not 0; with noise that is not
+            diagonal of the whole row). `inf` keeps all: one such row takes a component or a factor for itself, and in
+            float32 hides the others.
         progress: show a progress bar.
         state: what `on_step` was given: goes on from there, with all other arguments as before, to the same result.
         on_step: called after every step, for example to save its `EMState`.
@@ -131,18 +148,22 @@ def fit_em(
         )
     state = EMState() if state is None else state
     keys = jax.random.split(key, n_restarts)
+    frame = use_robust_frame(caller, head, source, column_units, max_distance)
     with ProgressBar("EM", progress, n_restarts * (max_steps + 1)) as report:
         while (start := len(state.finals)) < n_restarts:
             if state.natural is None:
-                moments, strength = first_model(caller, head, source, keys[start], init, regularizer)
-                state = dataclasses.replace(state, natural=moments_to_natural(moments), regularizer=strength)
+                moments, strength = first_model(caller, head, source, keys[start], init, regularizer, frame)
+                natural = dataclasses.replace(moments_to_natural(moments), frame=frame)
+                state = dataclasses.replace(state, natural=natural, regularizer=strength)
             state, objective = _step(state, source, max_steps, tolerance, head.projection_dtype)
             report(start * (max_steps + 1) + max(len(state.history) - 1, 0), start + 1, objective)
             if on_step is not None:
                 on_step(state)
     if state.best is None:
         raise ValueError(f"{caller}: `state` must be one of these starts; got {state.finals}. Give that of this fit.")
-    return dataclasses.replace(state.best, restart_objectives=np.asarray(state.finals))
+    warn_of_wild_rows(caller, source, max_distance)
+    warn_of_fall(state.best)
+    return result_in_units_of_x(dataclasses.replace(state.best, restart_objectives=np.asarray(state.finals)))
 
 
 def _step(
@@ -151,46 +172,150 @@ def _step(
     """One pass: the next model of the start, or the end of the start; and the objective of the model before."""
     natural, regularizer = state.natural, state.regularizer
     # the penalty refers to the first latent basis, so that whitening waits for the end
-    factors = compute_factors(dataclasses.replace(natural, projection_dtype=projection_dtype))
-    statistics = expectations(source, factors)
-    info = em_info(natural, factors, statistics, regularizer)
-    objective = float(info.objective)
+    at = evaluate(source.blocks(), source, natural, regularizer, projection_dtype)
+    info, objective = at.info, at.objective
     if not math.isfinite(objective):
         raise ValueError(
             f"fit_em: `regularizer` must keep the likelihood bounded on these data; got objective {objective} "
             f"after {len(state.history)} steps. Use PseudoCounts() or raise its counts."
         )
     history = (*state.history, objective)
-    converged = len(history) > 1 and history[-1] - history[-2] < tolerance
-    if not converged and len(history) <= max_steps:
-        natural, _ = next_natural(factors, statistics, regularizer)
-        return dataclasses.replace(state, natural=natural, history=history), objective
+    top = natural if objective >= max(history) else state.top
+    small_gain = len(history) > 1 and history[-1] - history[-2] < tolerance
+    if not small_gain and len(history) <= max_steps:
+        natural, _ = next_natural(at.factors, at.statistics, regularizer, natural.frame)
+        return dataclasses.replace(state, natural=natural, top=top, history=history), objective
+    if fell(history, natural):
+        natural, objective = top, max(history)
+        info = evaluate(source.blocks(), source, natural, regularizer, projection_dtype).info
     best = state.best
     if best is None or objective > max(state.finals):
+        converged = small_gain and not fell(history, natural)
         natural, info, regularizer = in_whitened_basis(natural, info, regularizer, projection_dtype)
-        best = EMResult(natural, np.asarray(history), converged, info, np.asarray(history[-1:]), regularizer)
+        best = EMResult(natural, np.asarray(history), converged, info, np.asarray([objective]), regularizer)
     return EMState(best=best, finals=(*state.finals, objective)), objective
+
+
+def fell(history: Sequence[float], natural: Natural) -> bool:
+    """Whether the last objective is below the best one by more than rounding explains."""
+    dtype = natural.interaction.dtype
+    rounding = ROUNDING * float(jnp.finfo(dtype).eps) * (abs(history[-1]) + natural.interaction.shape[0])
+    if natural.projection_dtype is not None:
+        rounding += float(jnp.finfo(natural.projection_dtype).eps) * natural.interaction.shape[0]
+    return max(history) - history[-1] > rounding
+
+
+def warn_of_fall(result: EMResult) -> None:
+    """`ConvergenceWarning` if EM ended below the best model it saw, which rounding alone does not explain."""
+    history = result.objective_history
+    if fell(history.tolist(), result.natural):
+        warnings.warn(
+            f"fit_em: the objective fell from {history.max():.6g} to {history[-1]:.6g} nats per sample after "
+            f"{len(history) - 1} steps, beyond rounding; the best model is returned, `converged` is False. Raise the "
+            "counts of `regularizer`, or fit in float64.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+
+
+class ConvergenceWarning(UserWarning):
+    """EM stopped where its objective fell."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one pass says of a model.
+
+    Attributes:
+        factors: of the model.
+        statistics: sums over the rows.
+        info: diagnostics; densities are those of x.
+        objective: penalised log-likelihood per sample of x, in nats.
+    """
+
+    factors: Factors
+    statistics: Statistics
+    info: EMInfo
+    objective: float
+
+
+def evaluate(
+    blocks: Iterable[Block], source: Source, natural: Natural, regularizer: Regularizer | None, dtype: str | None
+) -> Evaluation:
+    """One pass over blocks of a source, with a model in the frame of the fit."""
+    frame = natural.frame
+    # the log-volume is added in float64 at the end: gains do not hang on the units of x
+    inner = dataclasses.replace(source.framing.frame, log_volume=jnp.zeros_like(frame.log_volume))
+    factors = compute_factors(dataclasses.replace(natural, frame=inner, projection_dtype=dtype))
+    statistics = expectations(blocks, factors)
+    same_units = dataclasses.replace(frame, log_volume=inner.log_volume)
+    info = em_info(dataclasses.replace(natural, frame=same_units), factors, statistics, regularizer)
+    volume = float(np.log(np.asarray(frame.unit, np.float64)).sum())
+    penalised = 0.0 if regularizer is None else float(regularizer.noise) / float(statistics.count)
+    objective = float(info.objective) - volume * (1 + penalised)
+    of_x = {"log_likelihood": info.log_likelihood - volume, "objective": jnp.asarray(objective, info.objective.dtype)}
+    return Evaluation(factors, statistics, dataclasses.replace(info, **of_x), objective)
 
 
 def in_whitened_basis(
     natural: Natural, info: EMInfo, regularizer: Regularizer | None, projection_dtype: str | None
 ) -> tuple[Natural, EMInfo, Any]:
     """Model, diagnostics and regulariser in the latent basis in which y has mean 0 and covariance I."""
-    moments = natural_to_moments(natural)
-    natural = moments_to_natural(whiten_moments(moments))
-    natural = dataclasses.replace(natural, projection_dtype=projection_dtype)
+    moments = own_moments(natural)
+    whitened = moments_to_natural(whiten_moments(moments))
+    natural = dataclasses.replace(whitened, frame=natural.frame, projection_dtype=projection_dtype)
     smallest = 1 / jnp.max(natural.prior_precision.diagonal(natural.interaction.shape[-1]))
     info = dataclasses.replace(info, smallest_latent_variance=smallest)
     return natural, info, None if regularizer is None else whiten_regularizer(regularizer, moments)
 
 
-def expectations(source: Source, factors: Factors) -> Statistics:
+def result_in_units_of_x(result: EMResult) -> EMResult:
+    """The result with model and regulariser in units of x, where the dtype can hold them."""
+    natural, regularizer = result.natural, result.regularizer
+    if natural.frame is None or not fits_units_of_x(natural):
+        return result
+    if regularizer is not None:
+        noise = regularizer.noise_covariance.scaled(natural.frame.unit)
+        regularizer = dataclasses.replace(regularizer, noise_covariance=noise)
+    return dataclasses.replace(result, natural=in_units_of_x(natural), regularizer=regularizer)
+
+
+def expectations(blocks: Iterable[Block], factors: Factors) -> Statistics:
     """Statistics of one pass."""
     total: Any = None
-    for x, weights, labels in source.blocks():
+    for x, weights, labels in blocks:
         part = accumulate(factors, x, weights, labels, shards=row_shards(x))
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     return total
+
+
+def use_robust_frame(caller: str, head: Any, source: Source, column_units: str, max_distance: float) -> Frame:
+    """The frame of the samples, in which the fit computes; from now on the source gives rows that go with it."""
+    if not max_distance > 1:
+        raise ValueError(
+            f"{caller}: `max_distance` must be above 1; got {max_distance!r}. Use {MAX_DISTANCE:g}, or inf to keep all rows."
+        )
+    rows, weights = source.host_sample()
+    frame, by_column = frame_of(caller, head, rows, weights, column_units)
+    exact = has_more_digits(rows, head.param_dtype)
+    source.use_frame(Framing(frame, head.param_dtype, max_distance, by_column, exact))
+    return frame
+
+
+def warn_of_wild_rows(caller: str, source: Source, max_distance: float) -> None:
+    """`WildRowsWarning` if rows were left out."""
+    wild = source.framing.wild
+    if wild:
+        warnings.warn(
+            f"{caller}: {len(wild)} rows are left out, as an entry is more than `max_distance` = {max_distance:g} "
+            f"typical distances from the median; the first is row {min(wild)}. Check these rows, or raise max_distance.",
+            WildRowsWarning,
+            stacklevel=3,
+        )
+
+
+class WildRowsWarning(UserWarning):
+    """Rows far from all others took no part in a fit."""
 
 
 def source_of(caller: str, head: Any, data: Any, weights: Any, labels: Any, init: Any, regularizer: Any) -> Source:
@@ -211,20 +336,58 @@ def source_of(caller: str, head: Any, data: Any, weights: Any, labels: Any, init
 
 
 def first_model(
-    caller: str, head: Any, source: Source, key: Array, init: Any, regularizer: Any
+    caller: str, head: Any, source: Source, key: Array, init: Any, regularizer: Any, frame: Frame
 ) -> tuple[Moments, Regularizer | None]:
-    """The initial model, its prior whitened, and the regulariser in its latent basis."""
-    start = _first_moments(caller, head, source, key, init)
-    moments = whiten_moments(start)
+    """The model that EM starts from, in the frame, and the regulariser in its latent basis.
+
+    Of starts that measure distances in several metrics, each followed for some steps on the sample that starts are made
+    from, the one with the best objective.
+    """
+    if not isinstance(init, str):
+        natural = _given_model(caller, head, source, init)
+        moments = reframe(own_moments(natural, caller), natural.frame, frame)
+        return whiten_moments(moments), _strength(regularizer, moments, natural.frame, frame)
+    x, weights, labels = block = source.sample()
+    best: Any = None
+    framing = source.framing
+    for moments in starts(head, x, weights, labels, framing.frame, framing.by_column, key, method=init):
+        strength = _strength(regularizer, moments, None, frame)
+        natural = dataclasses.replace(moments_to_natural(whiten_moments(moments)), frame=frame)
+        for step in range(FOLLOWED_STEPS + 1):
+            at = evaluate([block], source, natural, strength, head.projection_dtype)
+            objective = at.objective
+            if step < FOLLOWED_STEPS:
+                natural, _ = next_natural(at.factors, at.statistics, strength, frame)
+        if math.isfinite(objective) and (best is None or objective > best[0]):
+            best = objective, natural, strength
+    if best is None:
+        raise ValueError(
+            f"{caller}: `regularizer` must keep the likelihood bounded on these data; got no start whose objective is "
+            "finite. Use PseudoCounts() or raise its counts."
+        )
+    return own_moments(best[1]), best[2]
+
+
+def _strength(regularizer: Any, moments: Moments, own: Frame | None, frame: Frame) -> Regularizer | None:
+    """The regulariser for EM that starts from `moments`, in its latent basis once that is whitened.
+
+    Args:
+        regularizer: as `fit_em` takes it.
+        moments: the model in the frame of the fit, before its prior is whitened.
+        own: the frame in whose units a given `Regularizer` holds its noise; None for units of x.
+        frame: that of the fit.
+    """
+    if regularizer is None:
+        return None
     if isinstance(regularizer, PseudoCounts):
-        return moments, regularizer.regularizer(moments)
-    return moments, regularizer and whiten_regularizer(regularizer, start)
+        return regularizer.regularizer(whiten_moments(moments))
+    ratio = (1 if own is None else own.unit) / frame.unit
+    noise = regularizer.noise_covariance.scaled(ratio)
+    return whiten_regularizer(dataclasses.replace(regularizer, noise_covariance=noise), moments)
 
 
-def _first_moments(caller: str, head: Any, source: Source, key: Array, init: str | Moments | Natural) -> Moments:
-    if isinstance(init, str):
-        rows, weights = source.sample()
-        return initialize_moments(head, rows, key, weights=weights, method=init)
+def _given_model(caller: str, head: Any, source: Source, init: Moments | Natural) -> Natural:
+    """The model to start from, once its size is that of head and data."""
     if isinstance(init, Moments):
         init = moments_to_natural(init)
     check_type(caller, "init", init, Natural, 'Give "pca", "fa", Moments or Natural.')
@@ -236,7 +399,7 @@ def _first_moments(caller: str, head: Any, source: Source, key: Array, init: str
         raise ValueError(
             f"{caller}: `init` must have (D, L, K, obs_rep) {wanted}; got {got}. Start from a model of one size."
         )
-    return natural_to_moments(with_prior(init, caller))
+    return init
 
 
 class ProgressBar:

@@ -5,19 +5,22 @@ Every public function checks its arguments, then runs a compiled pass over block
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flax_hmog.checks import check_observations, check_size
-from flax_hmog.conversions import natural_to_moments, with_prior
+from flax_hmog.checks import check_observations, check_size, is_concrete
+from flax_hmog.conversions import in_units_of_x, own_moments, with_prior
 from flax_hmog.coordinates import Natural, Precision, check_natural
 from flax_hmog.covariances import Array, PositiveDefinite, matmul, pytree
 from flax_hmog.factors import (
     Factors,
+    center_rows,
     component_logits,
     factorise,
     floats_per_row,
@@ -27,6 +30,7 @@ from flax_hmog.factors import (
     project_rows,
     shared_log_density,
 )
+from flax_hmog.frames import has_more_digits
 from flax_hmog.rows import Shards, block_rows, map_rows, row_shards
 
 
@@ -157,7 +161,8 @@ def posterior_at(natural: Natural, x: Any) -> Posterior:
     Returns:
         `Posterior` with locations (..., K, L). Raises as `infer`.
     """
-    natural, x, _ = _enter("posterior_at", natural, x)
+    check_natural("posterior_at", natural)
+    natural, x, _ = _enter("posterior_at", in_units_of_x(natural), x)
     shift = matmul(x, natural.interaction)[..., None, :]
     eta = natural.posterior_location
     location = shift + eta.reshape(*(1,) * (x.ndim - 1), *eta.shape)
@@ -186,10 +191,22 @@ def sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
 
 def _enter(caller: str, natural: Any, x: Any) -> tuple[Natural, Array, Shards]:
     """The checks of every function of (natural, x), and where the rows of x lie."""
+    natural, x = rows_of_model(caller, natural, x)
+    return natural, x, row_shards(x)
+
+
+def rows_of_model(caller: str, natural: Any, x: Any) -> tuple[Natural, Array]:
+    """The model with its prior, and observations (..., D) in its dtype.
+
+    Rows on the host with more digits than the dtype has are moved to the model's frame before any is lost.
+    """
     check_natural(caller, natural)
-    interaction = natural.interaction
-    x = check_observations(caller, x, interaction.shape[0], interaction.dtype)
-    return with_prior(natural, caller), x, row_shards(x)
+    interaction, frame = natural.interaction, natural.frame
+    rows = check_observations(caller, x, interaction.shape[0], interaction.dtype)
+    if frame is not None and is_concrete(frame) and has_more_digits(x, interaction.dtype):
+        rows = jnp.asarray(frame.inward_on_host(np.asarray(x)), interaction.dtype)
+        natural = dataclasses.replace(natural, frame=frame.applied())
+    return with_prior(natural, caller), rows
 
 
 @partial(jax.jit, static_argnames=("of_rows", "shards", "field"))
@@ -212,7 +229,7 @@ def _by_blocks(
 
 def infer_rows(factors: Factors, x: Array) -> HMoGOutput:
     """`infer` of a block of rows (B, D) by a model that is factorised already."""
-    centered = x - factors.bias[None]
+    centered = center_rows(factors, x)
     t = project_rows(factors, centered)
     logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
     evidence, log_responsibilities, responsibilities = normalize_logits(logits)
@@ -225,7 +242,7 @@ def infer_rows(factors: Factors, x: Array) -> HMoGOutput:
 
 @partial(jax.jit, static_argnames="n")
 def _sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
-    moments = natural_to_moments(natural)
+    moments = own_moments(natural)
     dtype = moments.bias.dtype
     obs_dim, lat_dim = moments.loadings.shape
     component_key, latent_key, noise_key = jax.random.split(key, 3)
@@ -239,4 +256,6 @@ def _sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
     noise = jax.random.normal(noise_key, (n, obs_dim), dtype)
     root = moments.noise.cholesky()
     scaled = matmul(noise, root.entries.T) if isinstance(root, PositiveDefinite) else root.rows_times(noise)
-    return matmul(y, moments.loadings.T) + moments.bias[None] + scaled, y, z.astype(jnp.int32)
+    x = matmul(y, moments.loadings.T) + moments.bias[None] + scaled
+    frame = natural.frame
+    return x if frame is None else frame.outward(x), y, z.astype(jnp.int32)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.checks import check_type
-from flax_hmog.conversions import mean_to_moments, natural_to_moments, with_prior
+from flax_hmog.conversions import in_units_of_x, mean_to_moments, natural_to_moments, with_prior
 from flax_hmog.coordinates import Mean, Natural, categorical_logits, check_natural, gaussian_log_partition
 from flax_hmog.covariances import Array, Covariance, einsum, matmul, trace_product
 
@@ -25,7 +25,7 @@ def log_partition(natural: Natural) -> Array:
         ValueError: if a prior precision is not positive definite.
     """
     check_natural("log_partition", natural)
-    natural = with_prior(natural, "log_partition")
+    natural = with_prior(in_units_of_x(natural), "log_partition")
     log_partitions, *_ = gaussian_log_partition(natural.prior_location, natural.prior_precision)
     latent = jax.nn.logsumexp(categorical_logits(natural.categorical_bias) + log_partitions)
     location, precision = natural.observable_location, natural.observable_precision
@@ -79,7 +79,8 @@ def kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
             f"{natural_q.interaction.shape}, {natural_q.posterior_location.shape} for {natural_p.interaction.shape}, "
             f"{natural_p.posterior_location.shape}. Compare models of one size."
         )
-    return _kl_divergence(with_prior(natural_p, "kl_divergence"), with_prior(natural_q, "kl_divergence"))
+    p, q = in_units_of_x(natural_p), in_units_of_x(natural_q)
+    return _kl_divergence(with_prior(p, "kl_divergence"), with_prior(q, "kl_divergence"))
 
 
 @jax.jit

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.checks import check_finite, check_type
-from flax_hmog.conversions import with_prior
+from flax_hmog.conversions import in_units_of_x, with_prior
 from flax_hmog.coordinates import Mean, Natural, Precision, SharedBase, check_natural
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep
 
@@ -36,6 +36,7 @@ def ravel_natural(natural: Natural, head: Any) -> Array:
         ValueError: if the head leaves `obs_dim` open or its structure is another.
     """
     check_natural("ravel_natural", natural)
+    natural = in_units_of_x(natural)
     obs_dim, lat_dim, _, obs_rep, rep, shared_base = _read_head("ravel_natural", head)
     _check_structure("ravel_natural", natural.observable_precision, obs_rep)
     precision: Any = natural.posterior_precision

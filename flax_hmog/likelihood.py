@@ -13,6 +13,7 @@ from flax_hmog.coordinates import Natural
 from flax_hmog.covariances import Array, matmul, trace_product
 from flax_hmog.factors import (
     Factors,
+    center_rows,
     component_logits,
     factorise,
     floats_per_row,
@@ -109,10 +110,12 @@ def _tangent(factors: Factors, statistics: Statistics, d: Factors) -> Array:
 def _density_and_score(operands: Any, x: Array) -> tuple[Array, Array]:
     """Log p(x) (B,) and its derivative in x, -Psi^-1 (x - b - W E[y | x]) (B, D)."""
     factors, loadings = operands
-    centered = x - factors.bias[None]
+    centered = center_rows(factors, x)
     t = project_rows(factors, centered)
     logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
     evidence, _, responsibilities = normalize_logits(logits)
     w = t + posterior_gain(factors, responsibilities, t)
     unexplained = centered - matmul(w, loadings.T)
-    return shared_log_density(factors, centered, t) + evidence, -factors.precision.rows_times(unexplained)
+    score = -factors.precision.rows_times(unexplained)
+    density = shared_log_density(factors, centered, t) + evidence
+    return density, score if factors.frame is None else score / factors.frame.unit[None]

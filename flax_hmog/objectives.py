@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.checks import check_positive, check_shape, check_type, is_concrete
-from flax_hmog.conversions import natural_to_moments, with_prior
+from flax_hmog.conversions import natural_to_moments, own_moments, with_prior
 from flax_hmog.coordinates import Natural
 from flax_hmog.covariances import Array, einsum, matmul
 from flax_hmog.em import prior_moments, within_covariance
@@ -236,7 +236,7 @@ def precision_penalty(natural: Natural) -> Array:
     """
     natural = with_prior(natural, "precision_penalty")
     lat_dim = natural.interaction.shape[1]
-    within = within_covariance(natural_to_moments(natural))
+    within = within_covariance(own_moments(natural))
     traces = einsum("kij,ij->k", natural.prior_precision.entries, within.entries)
     log_dets = natural.prior_precision.log_det(lat_dim) + within.log_det(lat_dim)
     return jnp.mean(traces - log_dets - lat_dim) / 2
@@ -253,7 +253,7 @@ def loading_penalty(natural: Natural) -> Array:
     Returns:
         The loss ().
     """
-    moments = natural_to_moments(natural)
+    moments = own_moments(natural)
     gram = matmul(moments.loadings.T, natural.interaction)  # W' Psi^-1 W
     _, covariance = prior_moments(moments)
     return einsum("ij,ij->", covariance.entries, gram) / natural.interaction.shape[0]

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flax_hmog.covariances import Array
@@ -56,6 +57,15 @@ def _with_free_axes(mesh: Mesh | AbstractMesh, names: tuple[str, ...], count: in
         if size > 1 and count % size == 0 and all(kinds[name] == AxisType.Auto for name in axes):
             return mesh, axes
     return None
+
+
+def on_host(rows: Any) -> np.ndarray:
+    """An array as numpy's, wherever its parts lie; all processes take part where they hold different ones."""
+    if not isinstance(rows, jax.Array) or rows.is_fully_addressable:
+        return np.asarray(rows)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
 def block_rows(per_row: int) -> int:

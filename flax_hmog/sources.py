@@ -6,6 +6,7 @@ A source gives the same blocks at every pass, all of one shape, so that nothing 
 from __future__ import annotations
 
 import math
+from functools import partial
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -18,8 +19,9 @@ from flax_hmog.conversions import with_prior
 from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import Array
 from flax_hmog.inference import HMoGOutput, infer
-from flax_hmog.rows import row_shards
-from flax_hmog.statistics import check_weights
+from flax_hmog.frames import Frame, has_more_digits
+from flax_hmog.rows import on_host, row_shards
+from flax_hmog.statistics import check_weights, effective_weights
 
 BLOCK_BYTES = 2**26  # of the rows that are brought to the device at once
 SAMPLE_FLOATS = 2**27  # of the rows that an initialisation looks at, where not all are in memory
@@ -57,6 +59,55 @@ def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: source.count], *parts)
 
 
+class Framing:
+    """How rows enter a fit: in the frame that it computes in, and without those that are far from all others.
+
+    Attributes:
+        frame: what a model must have to take the rows for rows of x.
+        wild: numbers of the rows left out so far.
+    """
+
+    def __init__(self, frame: Frame, dtype: Any, max_distance: float, by_column: bool, exact: bool) -> None:
+        self.full, self.exact = frame, exact
+        self.frame = frame.applied() if exact else frame
+        self.dtype, self.max_distance, self.by_column = dtype, max_distance, by_column
+        self.wild: set[int] = set()
+
+    def rows(self, raw: Any, x: Array, weights: Array, numbers: np.ndarray) -> tuple[Array, Array]:
+        """Rows (B, D) and their weights (B,), those of wild rows 0.
+
+        Args:
+            raw: the rows as they came.
+            x: the rows in the working dtype.
+            weights: their weights.
+            numbers: their numbers among all rows (B,).
+        """
+        if self.exact:
+            x = jnp.asarray(self.full.inward_on_host(raw), self.dtype)
+        wild = _wild_rows(self.frame, x, weights, self.max_distance, self.by_column)
+        if bool(jnp.any(wild)):
+            self.wild.update(numbers[on_host(wild)].tolist())
+            x, weights = _without_rows(self.frame, x, weights, wild)
+        return x, weights
+
+
+@partial(jax.jit, static_argnames="by_column")
+def _wild_rows(frame: Frame, x: Array, weights: Array, max_distance: Array | float, by_column: bool) -> Array:
+    """Whether rows (B, D) count, but have an entry (or, with one unit, are as a whole) too far from the origin (B,)."""
+    rows = jnp.abs(frame.inward(x))
+    distance = jnp.max(rows, axis=-1)
+    if not by_column:
+        top = jnp.maximum(distance, 1)
+        distance = top * jnp.sqrt(jnp.mean((rows / top[:, None]) ** 2, axis=-1))
+    return (distance > max_distance) & (weights > 0)
+
+
+@jax.jit
+def _without_rows(frame: Frame, x: Array, weights: Array, wild: Array) -> tuple[Array, Array]:
+    """The rows that are left out lie at the origin, as a weight of 0 alone would not hide a square that overflows."""
+    return jnp.where(wild[:, None], frame.origin[None], x), jnp.where(wild, 0, weights)
+
+
 class RowsOnDevice:
     """An array, with weights and labels: one block, sharded or not."""
 
@@ -66,17 +117,31 @@ class RowsOnDevice:
         self.x = check_observations(caller, data, obs_dim, dtype, argument="data")
         check_rows(caller, self.x)
         self.count, self.obs_dim = self.x.shape
-        self.weights = check_weights(caller, weights, (self.count,), self.x.dtype)
+        self.data: Any = data
+        self.weights = _effective(caller, weights, self.count, self.x.dtype)
         self.labels = check_labels(caller, labels, (self.count,), n_components)
         self.total_weight = float(jnp.sum(self.weights))
+
+    def use_frame(self, framing: Framing) -> None:
+        """Give rows that a model with `framing.frame` takes for rows of x; those too far count nothing."""
+        self.framing = framing
+        self.x, weights = framing.rows(self.data, self.x, self.weights, np.arange(self.count))
+        if framing.wild:
+            self.weights = effective_weights(weights)
+            self.total_weight = float(jnp.sum(self.weights))
+
+    def host_sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows and weights as they came, on the host."""
+        rows = self.data if has_more_digits(self.data, self.x.dtype) else self.x
+        return on_host(rows), on_host(self.weights)
 
     def blocks(self) -> Iterator[Block]:
         """The blocks of one pass."""
         yield self.x, self.weights, self.labels
 
-    def sample(self) -> tuple[Array, Array]:
-        """Rows and weights that the initialisation looks at."""
-        return self.x, self.weights
+    def sample(self) -> Block:
+        """Rows, weights and labels that the initialisation looks at: all."""
+        return self.x, self.weights, self.labels
 
     def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
         """Batches of `size` rows in this order; the last one is filled up with rows of weight 0."""
@@ -99,21 +164,34 @@ class RowsInBlocks:
         if obs_dim not in (None, data.shape[1]):
             check_observations(caller, np.empty((0, data.shape[1]), dtype), obs_dim, dtype, argument="data")
         self.count, self.obs_dim = data.shape
-        self.weights: Any = np.asarray(check_weights(caller, weights, (self.count,), dtype))
+        self.framing: Framing | None = None
+        self.weights: Any = np.asarray(_effective(caller, weights, self.count, dtype))
         self.labels = check_labels(caller, labels, (self.count,), n_components)
         self.total_weight = float(np.sum(self.weights))
         self.size = min(self.count, max(1, BLOCK_BYTES // (jnp.dtype(dtype).itemsize * max(1, self.obs_dim))))
+
+    def use_frame(self, framing: Framing) -> None:
+        """Give rows that a model with `framing.frame` takes for rows of x; those too far count nothing."""
+        self.framing = framing
+
+    def host_sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and weights that the initialisation looks at as they came, on the host."""
+        index = self._sampled()
+        return self._dense(index), self.weights[index]
 
     def blocks(self) -> Iterator[Block]:
         """The blocks of one pass; the last one is filled up with rows of weight 0."""
         for start in range(0, self.count, self.size):
             yield self._block(slice(start, start + self.size), self.size)
 
-    def sample(self) -> tuple[Array, Array]:
-        """Rows and weights that the initialisation looks at: evenly spaced ones."""
+    def sample(self) -> Block:
+        """Rows, weights and labels that the initialisation looks at: evenly spaced ones."""
+        index = self._sampled()
+        return self._block(index, len(index))
+
+    def _sampled(self) -> np.ndarray:
         count = min(self.count, SAMPLE_ROWS, max(1, SAMPLE_FLOATS // self.obs_dim))
-        x, weights, _ = self._block(np.linspace(0, self.count - 1, count).astype(int), count)
-        return x, weights
+        return np.linspace(0, self.count - 1, count).astype(int)
 
     def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
         """Batches of `size` rows in this order; the last one is filled up with rows of weight 0."""
@@ -121,13 +199,18 @@ class RowsInBlocks:
             yield self._block(np.sort(order[start : start + size]), size)
 
     def _block(self, index: Any, size: int) -> Block:
-        rows = self.rows[index]
-        dense = np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows)
-        numbers = np.arange(self.count)[index]
+        dense, numbers = self._dense(index), np.arange(self.count)[index]
         x = check_observations(self.caller, dense, self.obs_dim, self.dtype, argument="data", row_numbers=numbers)
+        weights = self.weights[index]
+        if self.framing is not None:
+            x, weights = self.framing.rows(dense, x, jnp.asarray(weights), numbers)
         pad = lambda a: jnp.pad(jnp.asarray(a), [(0, size - x.shape[0])] + [(0, 0)] * (np.ndim(a) - 1))  # noqa: E731
         labels = None if self.labels is None else pad(self.labels[index])
-        return pad(x), pad(self.weights[index]), labels
+        return pad(x), pad(weights), labels
+
+    def _dense(self, index: Any) -> np.ndarray:
+        rows = self.rows[index]
+        return np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows)
 
 
 class Stream:
@@ -138,15 +221,25 @@ class Stream:
 
     def __init__(self, caller: str, batches: Iterable, obs_dim: int | None, dtype: Any) -> None:
         self.caller, self.data, self.dtype, self.width = caller, batches, dtype, obs_dim
+        self.framing: Framing | None = None
 
     @property
     def obs_dim(self) -> int:
         """D of the data."""
         return self.width or self.sample()[0].shape[1]
 
+    def use_frame(self, framing: Framing) -> None:
+        """Give rows that a model with `framing.frame` takes for rows of x; those too far count nothing."""
+        self.framing = framing
+
+    def host_sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and weights that the initialisation looks at, on the host."""
+        x, weights, _ = self.sample()
+        return np.asarray(x), np.asarray(weights)
+
     def blocks(self) -> Iterator[Block]:
         """The batches of one pass; those shorter than the longest so far are filled up with rows of weight 0."""
-        rows, width = 0, self.width
+        rows, seen, width = 0, 0, self.width
         for batch in self.data:
             dense = batch.toarray() if hasattr(batch, "toarray") else batch
             x = check_observations(self.caller, dense, width, self.dtype, argument="data")
@@ -155,13 +248,16 @@ class Stream:
                     f"{self.caller}: `data` must hold batches (B, D); got {x.shape}. Give whole batches of rows."
                 )
             width = x.shape[1]
-            rows = max(rows, x.shape[0])
+            weights = jnp.ones(x.shape[0], x.dtype)
+            if self.framing is not None:
+                x, weights = self.framing.rows(dense, x, weights, np.arange(seen, seen + x.shape[0]))
+            rows, seen = max(rows, x.shape[0]), seen + x.shape[0]
             missing = rows - x.shape[0]
-            yield jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(jnp.ones(x.shape[0], x.dtype), (0, missing)), None
+            yield jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(weights, (0, missing)), None
         if not rows:
             raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
 
-    def sample(self) -> tuple[Array, Array]:
+    def sample(self) -> Block:
         """Rows and weights that the initialisation looks at: the first ones."""
         parts, count = [], 0
         for x, weights, _ in self.blocks():
@@ -169,7 +265,7 @@ class Stream:
             count += x.shape[0]
             if count >= min(SAMPLE_ROWS, SAMPLE_FLOATS // x.shape[1]):
                 break
-        return jnp.concatenate([x for x, _ in parts]), jnp.concatenate([w for _, w in parts])
+        return jnp.concatenate([x for x, _ in parts]), jnp.concatenate([w for _, w in parts]), None
 
     def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
         """The batches as they come."""
@@ -200,6 +296,12 @@ def as_source(caller: str, head: Any, data: Any, weights: Any, labels: Any) -> S
             f"{caller}: `weights` and `labels` must come with an array or a file; got a stream of batches. Give one."
         )
     return Stream(caller, data, head.obs_dim, head.param_dtype)
+
+
+def _effective(caller: str, weights: Any, count: int, dtype: Any) -> Array:
+    """Sample weights (N,) that sum to the number of samples; ones if None."""
+    checked = check_weights(caller, weights, (count,), dtype)
+    return checked if weights is None else effective_weights(checked)
 
 
 def check_rows(caller: str, x: Any) -> None:

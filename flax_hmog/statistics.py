@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.checks import check_observations, check_shape, check_type, is_concrete
-from flax_hmog.conversions import with_prior
+from flax_hmog.checks import check_shape, check_type, is_concrete
+from flax_hmog.conversions import in_units_of_x
 from flax_hmog.coordinates import Mean, Natural, check_natural, outer, structure
 from flax_hmog.covariances import (
     Array,
@@ -29,6 +29,7 @@ from flax_hmog.covariances import (
 )
 from flax_hmog.factors import (
     Factors,
+    center_rows,
     component_logits,
     component_product,
     factorise,
@@ -39,7 +40,11 @@ from flax_hmog.factors import (
     project_rows,
     symmetric_matrices,
 )
+from flax_hmog.inference import rows_of_model
 from flax_hmog.rows import Shards, block_rows, row_shards, sum_rows
+
+
+MOST_REPEATS, WHOLE = 1000, 1e-3  # of weights that are counts: the largest, and how far from a whole number
 
 
 @pytree
@@ -94,20 +99,19 @@ def expected_statistics(natural: Natural, x: Any, weights: Any = None) -> Mean:
         TypeError: if `natural` is of another coordinate type.
         ValueError: for wrong shapes, entries that are not finite, negative weights or a weight sum of 0.
     """
-    natural, x, weights = check_samples("expected_statistics", natural, x, weights)
+    check_natural("expected_statistics", natural)
+    natural, x, weights = check_samples("expected_statistics", in_units_of_x(natural), x, weights)
     factors = factorise(natural)
     return _statistics_to_mean(natural, factors, accumulate(factors, x, weights, shards=row_shards(x)))
 
 
 def check_samples(caller: str, natural: Any, x: Any, weights: Any) -> tuple[Natural, Array, Array]:
     """The model with its prior, samples as rows (N, D) and their weights (N,)."""
-    check_natural(caller, natural)
-    interaction = natural.interaction
-    x = check_observations(caller, x, interaction.shape[0], interaction.dtype)
+    natural, x = rows_of_model(caller, natural, x)
     if x.size == 0:
         raise ValueError(f"{caller}: `x` must hold at least one sample (N, D); got shape {x.shape}. Give more samples.")
-    weights = check_weights(caller, weights, x.shape[:-1], interaction.dtype)
-    return with_prior(natural, caller), x.reshape(-1, x.shape[-1]), weights.reshape(-1)
+    weights = check_weights(caller, weights, x.shape[:-1], x.dtype)
+    return natural, x.reshape(-1, x.shape[-1]), weights.reshape(-1)
 
 
 def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -131,6 +135,29 @@ def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any)
             f"{largest:.3g}. Use 0 to leave a sample out."
         )
     return weights
+
+
+def effective_weights(weights: Array) -> Array:
+    """Weights (N,) that sum to the number of samples that they stand for: a common factor changes nothing.
+
+    Weights that are all whole multiples of the smallest one (up to `MOST_REPEATS`) are counts of equal samples. Others
+    stand for (sum v)^2 / sum v^2 samples (Kish 1965). Rows of weight 0 are none. Tracers are left as they are.
+    """
+    if not is_concrete(weights):
+        return weights
+    with jax.ensure_compile_time_eval():
+        return _effective_weights(weights)
+
+
+@jax.jit
+def _effective_weights(weights: Array) -> Array:
+    weights = weights / jnp.max(weights)
+    repeats = weights / jnp.min(jnp.where(weights > 0, weights, 1))
+    is_whole = jnp.max(jnp.abs(repeats - jnp.round(repeats))) <= WHOLE
+    total = jnp.sum(weights)
+    kish = total**2 / jnp.sum(weights**2)
+    count = jnp.where(is_whole & (jnp.max(repeats) <= MOST_REPEATS), jnp.sum(jnp.round(repeats)), kish)
+    return weights * (count / total)
 
 
 @partial(jax.jit, static_argnames="shards")
@@ -164,7 +191,7 @@ def _block_sums(operands: Any, block: Any, is_new: Array) -> Statistics:
     factors, loadings = operands
     x, weights, labels = block
     weights = jnp.where(is_new, weights, 0)
-    centered = x - factors.bias[None]
+    centered = center_rows(factors, x)
     t = project_rows(factors, centered)
     lat_dim = t.shape[1]
     features = latent_features(t, squares_only=factors.is_diagonal)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from flax_hmog.conversions import with_prior
+from flax_hmog.conversions import in_units_of_x, with_prior
 from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import PositiveDefinite
 
@@ -62,7 +62,7 @@ def geometry(caller: str, natural: Any) -> Geometry:
         ValueError: if a prior precision is not positive definite.
     """
     check_natural(caller, natural)
-    natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(natural, caller))
+    natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(in_units_of_x(natural), caller))
     theta, precision = natural.interaction, natural.observable_precision
     if isinstance(precision, PositiveDefinite):
         noise = np.linalg.inv(precision.entries)

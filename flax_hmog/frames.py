@@ -1,0 +1,162 @@
+"""The units in which a fit computes: an origin and a unit for every column, so that nothing depends on those of x.
+
+A fit of x and one of any other origin and unit of x are then the same computation. Origin and unit are robust: a few
+wild rows or entries leave them as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.covariances import Array, pytree
+
+UNIT_QUANTILE = 0.75  # of the distances from the median; entries that equal it do not count, as in sparse data
+MOST = 0.5  # of the columns that vary
+COLUMNS_AT_ONCE = 32  # that are sorted together
+MEDIAN_STEPS, MEDIAN_TOLERANCE = 50, 1e-9  # of the geometric median; in its unit
+
+
+@pytree
+class Frame:
+    """x' = (x - origin) / unit, column by column.
+
+    The origin is held as a sum of two numbers, so that in float32 it has the digits of a float64.
+
+    Attributes:
+        origin: (D,), in units of x.
+        rest: what `origin` lacks of the exact one (D,).
+        unit: (D,), positive, in units of x.
+        log_volume: sum over columns of log unit (): log p(x) = log p(x') - log_volume.
+    """
+
+    origin: Array
+    rest: Array
+    unit: Array
+    log_volume: Array
+
+    @classmethod
+    def of(cls, origin: np.ndarray, unit: np.ndarray, dtype: Any) -> Frame:
+        """The frame with this origin and unit (D,), given in float64."""
+        unit = np.asarray(unit, dtype)
+        high = np.asarray(origin, dtype)
+        rest = np.asarray(origin - high.astype(np.float64), dtype)
+        volume = np.asarray(np.log(unit.astype(np.float64)).sum(), dtype)
+        return cls(*(jnp.asarray(part) for part in (high, rest, unit, volume)))
+
+    def inward(self, x: Array) -> Array:
+        """Rows x' (B, D) of rows x (B, D)."""
+        return ((x - self.origin[None]) - self.rest[None]) / self.unit[None]
+
+    def outward(self, rows: Array) -> Array:
+        """Rows x (B, D) of rows x' (B, D)."""
+        return self.origin[None] + (self.rest[None] + rows * self.unit[None])
+
+    def exact(self) -> tuple[np.ndarray, np.ndarray]:
+        """Origin and unit (D,) in float64, on the host."""
+        return np.asarray(self.origin, np.float64) + np.asarray(self.rest, np.float64), np.asarray(self.unit, np.float64)
+
+    def applied(self) -> Frame:
+        """What is left of the frame for rows x' themselves: their density is still one of x."""
+        zero = jnp.zeros_like(self.origin)
+        return Frame(zero, zero, jnp.ones_like(self.unit), self.log_volume)
+
+    def inward_on_host(self, x: np.ndarray) -> np.ndarray:
+        """Rows x' (B, D) float64 of rows x (B, D): digits that x has beyond the working precision are not lost."""
+        origin, unit = self.exact()
+        return (np.asarray(x, np.float64) - origin) / unit
+
+
+def has_more_digits(x: Any, dtype: Any) -> bool:
+    """Whether `x` lies on the host in a dtype whose values the working precision would round."""
+    if isinstance(x, jax.Array):
+        return False
+    kind = np.dtype(getattr(x, "dtype", np.float64))
+    return kind.kind in "iuf" and not np.can_cast(kind, np.dtype(dtype))
+
+
+def share_bounds(x: np.ndarray) -> bool:
+    """Whether columns have one unit for all to see, as pixels do: most reach the same least and the same largest value.
+
+    Args:
+        x: rows (N, D), on the host.
+    """
+    lower, upper = x.min(axis=0), x.max(axis=0)
+    varies = lower < upper
+    if varies.sum() < 2:
+        return False
+    return all(np.mean(bound[varies] == bound.flat[pick]) > MOST for bound, pick in ((lower, lower.argmin()), (upper, upper.argmax())))
+
+
+def robust_frame(x: np.ndarray, weights: np.ndarray, by_column: bool, dtype: Any) -> Frame:
+    """The frame of rows: medians, and typical distances from them.
+
+    Args:
+        x: rows (N, D), on the host.
+        weights: sample weights (N,); only their ratios count.
+        by_column: a unit for each column, which diagonal noise allows; else one for all, which with origin the
+            geometric median follows every rotation.
+        dtype: of the frame.
+
+    Returns:
+        `Frame`. The unit of a column that does not vary is the typical one of the others, or 1.
+    """
+    rows, share = x[weights > 0], np.asarray(weights[weights > 0], np.float64)
+    uniform = share.size == 0 or bool((share == share[0]).all())
+    origin, unit = np.empty(x.shape[1]), np.empty(x.shape[1])
+    for start in range(0, x.shape[1], COLUMNS_AT_ONCE):
+        part = slice(start, start + COLUMNS_AT_ONCE)
+        columns = np.ascontiguousarray(rows[:, part].T, np.float64)
+        origin[part] = _quantiles(columns, share, uniform, 0.5)
+        if by_column:
+            unit[part] = _typical(np.abs(columns - origin[part, None]), share, uniform)
+    if not by_column:
+        origin = _geometric_median(rows, share, origin)
+        distance = np.sqrt(np.mean((rows - origin) ** 2, axis=1, dtype=np.float64))
+        unit[:] = _typical(distance[None], share, uniform)
+    varies = unit > 0
+    unit[~varies] = np.exp(np.log(unit[varies]).mean()) if varies.any() else 1
+    return Frame.of(origin, unit, dtype)
+
+
+def _typical(distances: np.ndarray, share: np.ndarray, uniform: bool) -> np.ndarray:
+    """`UNIT_QUANTILE` of those distances (C, N) that are not 0; 0 where all are."""
+    missing = np.array([share[row == 0].sum() for row in distances]) / share.sum()
+    return _quantiles(distances, share, uniform, missing + UNIT_QUANTILE * (1 - missing))
+
+
+def _quantiles(columns: np.ndarray, share: np.ndarray, uniform: bool, level: Any) -> np.ndarray:
+    """The smallest entry of each row (C, N) up to which `level` of the weights lie."""
+    count = columns.shape[1]
+    level = np.broadcast_to(level, columns.shape[:1]) - 1e-9  # what adds up to a level reaches it, whatever is rounded
+    if uniform:
+        index = np.clip(np.ceil(level * count).astype(int) - 1, 0, count - 1)
+        return np.sort(columns, axis=1)[np.arange(len(columns)), index]
+    order = np.argsort(columns, axis=1, kind="stable")
+    mass = np.cumsum(share[order], axis=1)
+    index = np.argmax(mass >= level[:, None] * mass[:, -1:], axis=1)
+    return columns[np.arange(len(columns)), order[np.arange(len(columns)), index]]
+
+
+def _geometric_median(rows: np.ndarray, share: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The point (D,) with the least mean distance from the rows (N, D), by Weiszfeld's steps from `start`."""
+    center = start
+    for _ in range(MEDIAN_STEPS):
+        distance = np.sqrt(((rows - center) ** 2).sum(axis=1, dtype=np.float64))
+        pull = np.divide(share, distance, out=np.zeros_like(distance), where=distance > 0)
+        if not pull.sum() > 0:
+            break
+        moved = (pull @ rows) / pull.sum()
+        done = np.abs(moved - center).max() <= MEDIAN_TOLERANCE * np.median(distance)
+        center = moved
+        if done:
+            break
+    # the nearest row itself, if it is the median (Kuhn 1973): steps only approach it
+    nearest = rows[np.argmin(((rows - center) ** 2).sum(axis=1, dtype=np.float64))].astype(np.float64)
+    gap = rows - nearest
+    distance = np.sqrt((gap**2).sum(axis=1, dtype=np.float64))
+    pull = np.divide(share, distance, out=np.zeros_like(distance), where=distance > 0) @ gap
+    return nearest if np.linalg.norm(pull) <= share[distance == 0].sum() else center
