@@ -1,11 +1,11 @@
 """Hierarchical mixtures of Gaussians as Flax modules: exact likelihood, inference and EM."""
 
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
-from flax_hmog.conversions import mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
+from flax_hmog.conversions import in_units_of_x, mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.coordinates import Mean, Moments, Natural, SharedBase
 from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
 from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_step, penalty
-from flax_hmog.fit import EMResult, EMState, fit_em
+from flax_hmog.fit import ConvergenceWarning, EMResult, EMState, WildRowsWarning, fit_em
 from flax_hmog.heads import (
     AnalyticHMoG,
     DifferentiableHMoG,
@@ -14,6 +14,7 @@ from flax_hmog.heads import (
     differentiable_hmog,
     symmetric_hmog,
 )
+from flax_hmog.frames import Frame
 from flax_hmog.inference import (
     HMoGOutput,
     Posterior,
@@ -34,9 +35,11 @@ from flax_hmog.likelihood import mean_log_density
 from flax_hmog.online import fit_online_em
 from flax_hmog.sources import infer_blocks
 from flax_hmog.statistics import Statistics, expected_statistics, whiten_prior
-from flax_hmog.warm_start import WarmStartInfo, warm_start
+from flax_hmog.warm_start import WarmStartInfo, WarmStartWarning, warm_start
 
 __all__ = [
+    "ConvergenceWarning",
+    "Frame",
     "AnalyticHMoG",
     "Diagonal",
     "DifferentiableHMoG",
@@ -58,12 +61,15 @@ __all__ = [
     "Statistics",
     "SymmetricHMoG",
     "WarmStartInfo",
+    "WarmStartWarning",
+    "WildRowsWarning",
     "analytic_hmog",
     "differentiable_hmog",
     "em_step",
     "expected_statistics",
     "fit_em",
     "fit_online_em",
+    "in_units_of_x",
     "infer",
     "infer_blocks",
     "initialize_moments",

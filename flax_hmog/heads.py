@@ -20,7 +20,7 @@ from flax_hmog.inference import HMoGOutput, Posterior
 from flax_hmog.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.likelihood import mean_log_density
 from flax_hmog.statistics import whiten_prior
-from flax_hmog.stepwise import first_moments, keep_finite, own_statistics, stepwise_update
+from flax_hmog.stepwise import accepted_update, first_moments, own_statistics
 
 
 class HMoGHead(nn.Module):
@@ -224,7 +224,8 @@ class AnalyticHMoG(HMoGHead):
     The collection `em` holds the model, running statistics about it and a step count, as BatchNorm keeps its averages;
     `init` on a batch takes location and scale from it. With `train=True` and `mutable=["em"]` a call takes a step of
     stepwise EM at the rate `max(min_rate, (step + step_delay) ** -step_decay)`; gradients flow to x only. A batch with
-    entries that are not finite leaves the collection as it is, and shows in what the call returns. Under `jit`
+    entries that are not finite leaves the collection as it is, and shows in what the call returns; where features jump
+    too far for a step, the model moves to their location and scale. Under `jit`
     over a mesh a batch is taken as a whole. Whole data sets: `fit_em`, then `warm_start`.
 
     Attributes:
@@ -291,9 +292,7 @@ class AnalyticHMoG(HMoGHead):
         if train and not self.is_initializing():
             em: Any = {name: self.get_variable("em", name) for name in ("moments", "running", "step")}
             rate = jnp.maximum((em["step"] + self.step_delay) ** -self.step_decay, self.min_rate)
-            after = stepwise_update(em["moments"], em["running"], x, rate, self.pseudo_share, self.axis_name)
-            new = dict(zip(em, (*after, em["step"] + 1), strict=True))
-            for name, value in keep_finite(new, em).items():
+            for name, value in accepted_update(em, x, rate, self.pseudo_share, self.axis_name).items():
                 self.put_variable("em", name, value)
         return inference.infer(natural, x)
 

@@ -43,7 +43,7 @@ class Bounds:
             relative to the average component.
     """
 
-    noise: tuple[float, float] = (1e-6, 1e6)
+    noise: tuple[float, float] = (1e-16, 1e16)
     precision: tuple[float, float] = (1e-4, 1e4)
     signal: float = 1e3
     relative_floor: float = 1e-3

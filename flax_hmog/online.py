@@ -15,9 +15,21 @@ from flax_hmog.checks import check_size
 from flax_hmog.conversions import moments_to_natural
 from flax_hmog.coordinates import Mean, Moments
 from flax_hmog.covariances import Array, pytree
-from flax_hmog.em import PseudoCounts, Regularizer, compute_factors, em_info, maximize, penalty
+from flax_hmog.em import PseudoCounts, Regularizer, maximize, penalty
 from flax_hmog.factors import factorise
-from flax_hmog.fit import EMResult, ProgressBar, expectations, first_model, in_whitened_basis, source_of
+from flax_hmog.fit import (
+    MAX_DISTANCE,
+    EMResult,
+    ProgressBar,
+    evaluate,
+    first_model,
+    in_whitened_basis,
+    result_in_units_of_x,
+    source_of,
+    use_robust_frame,
+    warn_of_wild_rows,
+)
+from flax_hmog.frames import Frame
 from flax_hmog.rows import Shards, row_shards
 from flax_hmog.sources import Source
 from flax_hmog.statistics import accumulate, log_likelihood, residual_mean
@@ -53,6 +65,8 @@ def fit_online_em(
     labels: Any = None,
     init: str | Moments | Any = "pca",
     regularizer: PseudoCounts | Regularizer | None = PseudoCounts(),  # noqa: B008
+    column_units: str = "auto",
+    max_distance: float = MAX_DISTANCE,
     progress: bool = False,
 ) -> EMResult:
     """Fit a HMoG by online (stepwise) EM: an M-step after every batch.
@@ -74,6 +88,8 @@ def fit_online_em(
         init: as in `fit_em`.
         regularizer: as in `fit_em`; its counts are relative to the samples of one pass (over a collection of batches,
             in the first pass, to those seen so far).
+        column_units: as in `fit_em`.
+        max_distance: as in `fit_em`.
         progress: show a progress bar.
 
     Returns:
@@ -92,23 +108,28 @@ def fit_online_em(
     rate = _rate(step_delay, step_decay)
     source = source_of(caller, head, data, weights, labels, init, regularizer)
     init_key, order_key = jax.random.split(key)
-    moments, strength = first_model(caller, head, source, init_key, init, regularizer)
+    frame = use_robust_frame(caller, head, source, column_units, max_distance)
+    moments, strength = first_model(caller, head, source, init_key, init, regularizer, frame)
     state = OnlineState(moments, own_statistics(moments), own_statistics(moments))
     with ProgressBar("online EM", progress, passes + 1) as report:
-        step = partial(_step, regularizer=strength, projection_dtype=head.projection_dtype)
+        step = partial(
+            _step, regularizer=strength, frame=source.framing.frame, projection_dtype=head.projection_dtype
+        )
         state, history, total = _passes(state, source, batch_size, passes, rate, order_key, step, report)
         if average:
             moments = maximize(state.moments.loadings, state.moments.bias, state.average, total, strength)
         else:
             moments = state.moments
         _check_objective(moments.means, passes)
-        natural = dataclasses.replace(moments_to_natural(moments), projection_dtype=head.projection_dtype)
-        factors = compute_factors(natural)
-        info = em_info(natural, factors, expectations(source, factors), strength)
-        history.append(float(info.objective))
+        natural = dataclasses.replace(moments_to_natural(moments), frame=frame)
+        at = evaluate(source.blocks(), source, natural, strength, head.projection_dtype)
+        history.append(at.objective)
         report(passes, 1, history[-1])
-    natural, info, whitened = in_whitened_basis(natural, info, strength, head.projection_dtype)
-    return EMResult(natural, np.asarray(history), False, info, np.asarray(history[-1:]), whitened)
+    warn_of_wild_rows(caller, source, max_distance)
+    natural, info, whitened = in_whitened_basis(natural, at.info, strength, head.projection_dtype)
+    return result_in_units_of_x(
+        EMResult(natural, np.asarray(history), False, info, np.asarray(history[-1:]), whitened)
+    )
 
 
 def _rate(delay: float, decay: float) -> Callable[[int], float]:
@@ -170,6 +191,7 @@ def _step(
     total: Array | float,
     *,
     regularizer: Regularizer | None,
+    frame: Frame,
     shards: Shards,
     projection_dtype: str | None,
 ) -> tuple[OnlineState, Array]:
@@ -183,11 +205,12 @@ def _step(
         rates: of the running statistics per sample of the batch, and of their average.
         total: number of samples of one pass, to which the regulariser is relative.
         regularizer: pseudo-statistics or None.
+        frame: what turns x into the rows of the model.
         shards: where the rows lie.
         projection_dtype: as in a head.
     """
     old = state.moments
-    natural = moments_to_natural(old)
+    natural = dataclasses.replace(moments_to_natural(old), frame=frame)
     factors = factorise(dataclasses.replace(natural, projection_dtype=projection_dtype))
     statistics = accumulate(factors, x, weights, labels, shards=shards)
     value = log_likelihood(factors, statistics)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax_hmog.checks import check_observations
 from flax_hmog.conversions import moments_to_natural
 from flax_hmog.coordinates import Mean, Moments, outer
-from flax_hmog.covariances import Array, PositiveDefinite, Rep, matmul
+from flax_hmog.covariances import Array, PositiveDefinite, Rep, Scale, matmul
 from flax_hmog.em import Regularizer, compute_factors, maximize, prior_moments, within_covariance
 from flax_hmog.initialize import random_moments
 from flax_hmog.rows import row_shards
@@ -101,10 +101,66 @@ def stepwise_update(
     return new, about(mixed, turn=new.loadings - moments.loadings, shift=new.bias - moments.bias)
 
 
-def keep_finite(new: Any, old: Any) -> Any:
-    """The new tree, or the old one if the new has an entry that is not finite."""
-    is_finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
-    return jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
+def accepted_update(
+    em: dict[str, Any], x: Array, rate: Array, pseudo_share: float, axis_name: str | None = None
+) -> dict[str, Any]:
+    """The collection `em` after a batch, of which the model exists in any case.
+
+    Where the statistics make no model (rows that are all equal, features that have jumped too far for the dtype), the
+    model is moved to location and scale of the batch instead, so that it goes on learning from there. A batch that is
+    not finite or does not vary leaves everything as it is.
+
+    Args:
+        em: the collection, as of `stepwise_start`.
+        x: the batch (..., D).
+        rate: step size ().
+        pseudo_share: as in `stepwise_update`.
+        axis_name: as in `stepwise_update`.
+
+    Returns:
+        The new collection.
+    """
+    moments, step = em["moments"], em["step"] + 1
+    learnt = stepwise_update(moments, em["running"], x, rate, pseudo_share, axis_name)
+    moved = _moved_to(moments, x, axis_name)
+    states = [dict(zip(em, (*state, step), strict=True)) for state in (learnt, (moved, own_statistics(moved)))]
+    exists = [_exists(state) for state in states]
+    return jax.tree.map(
+        lambda old, first, second: jnp.where(exists[0], first, jnp.where(exists[1], second, old)), em, *states
+    )
+
+
+def _exists(em: dict[str, Any]) -> Array:
+    """Whether all is finite and the model exists ()."""
+    natural = moments_to_natural(em["moments"])
+    # Cholesky factors of what is not positive definite are NaN
+    obs_dim = em["moments"].bias.shape[0]
+    signs = (natural.observable_precision.log_det(obs_dim), natural.log_weights, natural.prior_precision.log_det(obs_dim))
+    leaves = (*jax.tree.leaves(em), *jax.tree.leaves(natural), *signs)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> Moments:
+    """The model with mean and variances of a batch; NaN if the batch is not finite or does not vary."""
+    rows = jax.lax.stop_gradient(x).reshape(-1, x.shape[-1]).astype(moments.bias.dtype)
+    average = lambda values: values if axis_name is None else jax.lax.pmean(values, axis_name)  # noqa: E731
+    unit = average(jnp.max(jnp.abs(rows)))  # so that no square overflows
+    rows = rows / unit
+    center = average(jnp.mean(rows, axis=0))
+    variances = average(jnp.mean(jnp.square(rows - center[None]), axis=0))
+    variances = jnp.maximum(variances, LEAST_VARIANCE * jnp.mean(variances))
+    _, covariance = prior_moments(moments)
+    signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
+    present = signal + moments.noise.diagonal(moments.bias.shape[0])
+    ratio = unit * jnp.sqrt(jnp.where(variances > 0, variances, jnp.nan)) / jnp.sqrt(present)
+    if isinstance(moments.noise, Scale):
+        ratio = jnp.broadcast_to(jnp.sqrt(jnp.mean(ratio**2)), ratio.shape)
+    return dataclasses.replace(
+        moments,
+        loadings=moments.loadings * ratio[:, None],
+        bias=unit * center - ratio * matmul(moments.loadings, matmul(moments.weights, moments.means)),
+        noise=moments.noise.scaled(ratio),
+    )
 
 
 def mix(old: Mean, new: Mean, rate: Array | float) -> Mean:

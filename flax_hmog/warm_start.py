@@ -6,6 +6,7 @@ Everything here is computed once, in numpy float64.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from flax_hmog.inference import log_observable_density, sample
 from flax_hmog.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.stepwise import stepwise_start
 
+ROUNDING = 1e-5  # of the log-likelihood and of one nat per column, which float32 may lose
 REFERENCE_DRAWS = 4096  # draws of the model on which it is compared when no data are given
 BASE_SHARE = 0.5  # the part of the smallest component precision that goes into the shared base
 
@@ -65,10 +67,10 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     _check_dimensions(head, natural)
     obs_dim = natural.interaction.shape[0]
     x = sample(natural, jax.random.key(0), REFERENCE_DRAWS)[0] if x is None else x
-    x = check_observations("warm_start", x, obs_dim, natural.interaction.dtype)
-    moments = whiten_moments(natural_to_moments(natural))
+    check_observations("warm_start", x, obs_dim, natural.interaction.dtype)
+    whitened = whiten_moments(natural_to_moments(natural))
     obs_rep = as_rep(head.obs_rep, caller="warm_start", argument="head.obs_rep")
-    moments = _as_float64(moments, _restrict_noise(moments.noise, obs_rep, obs_dim))
+    moments = _as_float64(whitened, _restrict_noise(whitened.noise, obs_rep, obs_dim))
     if isinstance(head, AnalyticHMoG):
         own = jax.tree.map(lambda a: jnp.asarray(a, head.param_dtype), moments)
         started = moments_to_natural(own)
@@ -82,7 +84,39 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
         started = leaves_to_natural(params, obs_rep, rep, shared_base, bounds)
         variables = {"params": params}
     info = WarmStartInfo(jnp.mean(log_observable_density(natural, x)), jnp.mean(log_observable_density(started, x)))
+    is_exact = head.component_structure == (PositiveDefinite, False) and (
+        obs_rep in (PositiveDefinite, type(whitened.noise)) or type(whitened.noise) is Scale
+    )
+    _warn_of_loss(head, moments, started, info, is_exact)
     return variables, info
+
+
+class WarmStartWarning(UserWarning):
+    """A head does not hold the model that it was started from."""
+
+
+def _warn_of_loss(head: Any, moments: Moments, started: Natural, info: WarmStartInfo, is_exact: bool) -> None:
+    """`WarmStartWarning` if more is lost than rounding explains, and by no restriction of the head's kinds."""
+    before, after = float(info.log_likelihood_before), float(info.log_likelihood_after)
+    obs_dim = moments.bias.shape[0]
+    lost, rounding = before - after, ROUNDING * (abs(before) + obs_dim)
+    noise, wanted = (np.asarray(kind.diagonal(obs_dim)) for kind in (started.observable_precision.inverse(), moments.noise))
+    outside = not np.allclose(noise, wanted, rtol=1e-2)
+    if np.isfinite(lost) and (lost <= rounding or not (outside or is_exact)):
+        return
+    cause = (
+        f"noise variances from {wanted.min():.3g} to {wanted.max():.3g} are outside `noise_bounds` "
+        f"{head.noise_bounds}. Widen them, or divide x by its spread."
+        if outside and hasattr(head, "noise_bounds")
+        else f"{np.dtype(head.param_dtype).name} or the bounds of the head cannot hold it. Subtract the column means "
+        "from x and divide it by its spread, or widen `precision_bounds` and `relative_floor`."
+    )
+    warnings.warn(
+        f"warm_start: {type(head).__name__} must hold the model; it has {after:.6g} nats per sample instead of "
+        f"{before:.6g}: {cause}",
+        WarmStartWarning,
+        stacklevel=3,
+    )
 
 
 def _leaves(moments: Any, rep: Rep, shared_base: bool, bounds: Bounds) -> dict[str, np.ndarray]:
