@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.checks import check_head_and_key, check_observations
+from flax_hmog.checks import check_head_and_key, check_observations, check_precision
 from flax_hmog.coordinates import Moments, outer
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, matmul, symmetrize
 from flax_hmog.factors import latent_features, symmetric_matrices
@@ -52,6 +52,7 @@ def initialize_moments(head: Any, data: Any, key: Array, *, weights: Any = None,
     check_head_and_key(caller, head, key)
     if method not in METHODS:
         raise ValueError(f"{caller}: `method` must be one of {METHODS}; got {method!r}. Choose one of them.")
+    check_precision(caller, head.param_dtype)
     x = check_observations(caller, data, head.obs_dim, head.param_dtype, argument="data")
     check_counts(caller, x.shape, head)
     weights = check_weights(caller, weights, x.shape[:-1], x.dtype)

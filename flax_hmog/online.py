@@ -90,7 +90,7 @@ def fit_online_em(
     check_size(caller, "batch_size", batch_size)
     check_size(caller, "passes", passes)
     rate = _rate(step_delay, step_decay)
-    source = source_of(caller, head, data, weights, labels, init, regularizer)
+    source = source_of(caller, head, data, key, weights, labels, init, regularizer)
     init_key, order_key = jax.random.split(key)
     moments, strength = first_model(caller, head, source, init_key, init, regularizer)
     state = OnlineState(moments, own_statistics(moments), own_statistics(moments))
@@ -108,7 +108,7 @@ def fit_online_em(
         history.append(float(info.objective))
         report(passes, 1, history[-1])
     natural, info, whitened = in_whitened_basis(natural, info, strength, head.projection_dtype)
-    return EMResult(natural, np.asarray(history), False, info, np.asarray(history[-1:]), whitened)
+    return EMResult(natural, np.asarray(history), False, info, np.asarray(history[-1:]), whitened, source.classes)
 
 
 def _rate(delay: float, decay: float) -> Callable[[int], float]:

@@ -1,4 +1,4 @@
-"""Where samples come from: arrays on devices, files larger than memory, sparse matrices, streams of batches.
+"""Where samples come from: arrays and tables, files larger than memory, sparse matrices, streams of batches.
 
 A source gives the same blocks at every pass, all of one shape, so that nothing is compiled twice.
 """
@@ -6,18 +6,21 @@ A source gives the same blocks at every pass, all of one shape, so that nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from flax_hmog.checks import check_observations, check_shape
+from flax_hmog.checks import as_rows, check_given, check_observations, check_precision, check_shape
+from flax_hmog.containers import is_jax_sparse, is_read_by_blocks, read_rows, unwrapped
 from flax_hmog.conversions import with_prior
 from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import Array
 from flax_hmog.inference import HMoGOutput, infer
+from flax_hmog.labels import as_vector, encode_labels
 from flax_hmog.rows import row_shards
 from flax_hmog.statistics import check_weights
 
@@ -29,18 +32,12 @@ Block: TypeAlias = tuple[Array, Array, Array | None]
 """Rows (B, D), sample weights (B,), labels (B,) or None."""
 
 
-def is_on_disk_or_sparse(data: Any) -> bool:
-    """Whether rows are brought to the device block by block: memory-mapped arrays and scipy's sparse matrices."""
-    return isinstance(data, np.memmap) or hasattr(data, "tocsr")
-
-
 def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
     """`infer` for data larger than memory, or sparse: rows are brought to the device block by block.
 
     Args:
         natural: the model.
-        data: observations (N, D): a memory-mapped array (`numpy.load(path, mmap_mode="r")`), a scipy sparse matrix or
-            an array.
+        data: observations (N, D), as `fit_em` takes them, but for collections of batches.
 
     Returns:
         `HMoGOutput` of numpy arrays.
@@ -50,7 +47,7 @@ def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
     """
     caller = "infer_blocks"
     check_natural(caller, natural)
-    rows = data if is_on_disk_or_sparse(data) else np.asarray(data)
+    rows = data if is_read_by_blocks(data) else np.asarray(check_given(caller, data, None, argument="data"))
     natural = with_prior(natural, caller)
     source = RowsInBlocks(caller, rows, natural.interaction.shape[0], natural.interaction.dtype, None, None)
     parts = [jax.tree.map(np.asarray, infer(natural, x)) for x, _, _ in source.blocks()]
@@ -67,7 +64,7 @@ class RowsOnDevice:
         check_rows(caller, self.x)
         self.count, self.obs_dim = self.x.shape
         self.weights = check_weights(caller, weights, (self.count,), self.x.dtype)
-        self.labels = check_labels(caller, labels, (self.count,), n_components)
+        self.labels, self.classes = check_labels(caller, labels, (self.count,), n_components)
         self.total_weight = float(jnp.sum(self.weights))
 
     def blocks(self) -> Iterator[Block]:
@@ -88,26 +85,29 @@ class RowsOnDevice:
 
 
 class RowsInBlocks:
-    """Rows of a file or of a sparse matrix, with weights and labels; only a block is on the device at a time."""
+    """Rows of a file or of a sparse matrix, with weights and labels; only a block is on the device at a time.
+
+    On the host a block has the dtype of the data; it is converted on its way to the device.
+    """
 
     def __init__(
         self, caller: str, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int = 1
     ) -> None:
         self.caller, self.dtype = caller, dtype
-        self.rows = data.tocsr() if hasattr(data, "tocsr") else data
-        check_rows(caller, self.rows)
-        if obs_dim not in (None, data.shape[1]):
-            check_observations(caller, np.empty((0, data.shape[1]), dtype), obs_dim, dtype, argument="data")
-        self.count, self.obs_dim = data.shape
+        data = unwrapped(data)
+        check_rows(caller, data)
+        check_given(caller, np.empty((0, data.shape[1]), data.dtype), obs_dim, argument="data")
+        self.rows = data.tocsr() if hasattr(type(data), "tocsr") else data
+        self.count, self.obs_dim = map(int, data.shape)
         self.weights: Any = np.asarray(check_weights(caller, weights, (self.count,), dtype))
-        self.labels = check_labels(caller, labels, (self.count,), n_components)
+        self.labels, self.classes = check_labels(caller, labels, (self.count,), n_components)
         self.total_weight = float(np.sum(self.weights))
         self.size = min(self.count, max(1, BLOCK_BYTES // (jnp.dtype(dtype).itemsize * max(1, self.obs_dim))))
 
     def blocks(self) -> Iterator[Block]:
         """The blocks of one pass; the last one is filled up with rows of weight 0."""
         for start in range(0, self.count, self.size):
-            yield self._block(slice(start, start + self.size), self.size)
+            yield self._block(slice(start, min(start + self.size, self.count)), self.size)
 
     def sample(self) -> tuple[Array, Array]:
         """Rows and weights that the initialisation looks at: evenly spaced ones."""
@@ -121,10 +121,9 @@ class RowsInBlocks:
             yield self._block(np.sort(order[start : start + size]), size)
 
     def _block(self, index: Any, size: int) -> Block:
-        rows = self.rows[index]
-        dense = np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows)
+        given = check_given(self.caller, read_rows(self.rows, index), self.obs_dim, argument="data")
         numbers = np.arange(self.count)[index]
-        x = check_observations(self.caller, dense, self.obs_dim, self.dtype, argument="data", row_numbers=numbers)
+        x = as_rows(self.caller, given, self.dtype, argument="data", row_numbers=numbers)
         pad = lambda a: jnp.pad(jnp.asarray(a), [(0, size - x.shape[0])] + [(0, 0)] * (np.ndim(a) - 1))  # noqa: E731
         labels = None if self.labels is None else pad(self.labels[index])
         return pad(x), pad(self.weights[index]), labels
@@ -135,6 +134,7 @@ class Stream:
 
     count = None
     total_weight = 0.0  # not known before the first pass ends
+    classes = None
 
     def __init__(self, caller: str, batches: Iterable, obs_dim: int | None, dtype: Any) -> None:
         self.caller, self.data, self.dtype, self.width = caller, batches, dtype, obs_dim
@@ -142,38 +142,61 @@ class Stream:
     @property
     def obs_dim(self) -> int:
         """D of the data."""
-        return self.width or self.sample()[0].shape[1]
+        if self.width is None:
+            self.width = next(iter(self._given()))[0].shape[1]
+        return self.width
 
     def blocks(self) -> Iterator[Block]:
         """The batches of one pass; those shorter than the longest so far are filled up with rows of weight 0."""
-        rows, width = 0, self.width
-        for batch in self.data:
-            dense = batch.toarray() if hasattr(batch, "toarray") else batch
-            x = check_observations(self.caller, dense, width, self.dtype, argument="data")
-            if x.ndim != 2 or not x.shape[0]:
-                raise ValueError(
-                    f"{self.caller}: `data` must hold batches (B, D); got {x.shape}. Give whole batches of rows."
-                )
-            width = x.shape[1]
+        rows = 0
+        for batch, numbers in self._given():
+            x = as_rows(self.caller, batch, self.dtype, argument="data", row_numbers=numbers)
             rows = max(rows, x.shape[0])
             missing = rows - x.shape[0]
             yield jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(jnp.ones(x.shape[0], x.dtype), (0, missing)), None
-        if not rows:
-            raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
 
     def sample(self) -> tuple[Array, Array]:
-        """Rows and weights that the initialisation looks at: the first ones."""
-        parts, count = [], 0
-        for x, weights, _ in self.blocks():
-            parts.append((x, weights))
-            count += x.shape[0]
-            if count >= min(SAMPLE_ROWS, SAMPLE_FLOATS // x.shape[1]):
-                break
-        return jnp.concatenate([x for x, _ in parts]), jnp.concatenate([w for _, w in parts])
+        """Rows and weights that the initialisation looks at: all, or some of the whole pass, each equally likely.
+
+        Which they are follows from the numbers of the rows alone, and they keep their order.
+        """
+        parts, kept, numbers = [], np.empty(0), np.empty(0, np.int64)
+        rng = np.random.default_rng(0)
+        for batch, index in self._given():
+            limit = max(1, min(SAMPLE_ROWS, SAMPLE_FLOATS // batch.shape[1]))
+            rows = _on_host(batch)
+            new = max(0, min(limit - len(numbers), len(rows)))
+            if new:
+                parts.append(rows[:new].copy())
+                numbers = np.concatenate([numbers, index[:new]])
+            if new == len(rows):
+                continue
+            # row i takes the place of one that is kept with probability limit / (i + 1) (Vitter 1985, algorithm R)
+            place = rng.integers(0, index[new:] + 1)
+            is_taken = place < limit
+            kept = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            kept = kept.astype(np.result_type(kept, rows), copy=False)
+            kept[place[is_taken]], numbers[place[is_taken]] = rows[new:][is_taken], index[new:][is_taken]
+            parts = [kept]
+        kept = np.concatenate(parts)
+        order = np.argsort(numbers)
+        x = as_rows(self.caller, kept[order], self.dtype, argument="data", row_numbers=numbers[order])
+        return x, jnp.ones(x.shape[0], x.dtype)
 
     def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
         """The batches as they come."""
         return self.blocks()
+
+    def _given(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """The batches (B, D) of one pass in their own dtype, and the numbers of their rows (B,)."""
+        width, count = self.width, 0
+        for batch in self.data:
+            x = check_batch(self.caller, batch, width)
+            width = x.shape[1]
+            yield x, np.arange(count, count + x.shape[0])
+            count += x.shape[0]
+        if not count:
+            raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
 
 
 Source: TypeAlias = RowsOnDevice | RowsInBlocks | Stream
@@ -183,14 +206,17 @@ def as_source(caller: str, head: Any, data: Any, weights: Any, labels: Any) -> S
     """The source for what a user gives as data.
 
     Raises:
-        TypeError: for data that cannot be read twice.
+        TypeError: for data that cannot be read twice, or are no arrays of numbers.
         ValueError: for unusable data, or weights or labels of a stream.
     """
-    if is_on_disk_or_sparse(data):
+    check_precision(caller, head.param_dtype)
+    if is_read_by_blocks(data):
         return RowsInBlocks(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
-    if hasattr(data, "shape"):
+    data = unwrapped(data)
+    names = ("shape", "__array__", "__dlpack__", "to_numpy")
+    if is_jax_sparse(data) or any(hasattr(data, name) for name in names):
         return RowsOnDevice(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
-    if isinstance(data, Iterator) or not isinstance(data, Iterable):
+    if isinstance(data, Iterator | Mapping) or not isinstance(data, Iterable):
         raise TypeError(
             f"{caller}: `data` must be an array or a collection of batches that can be iterated repeatedly; got "
             f"{type(data).__name__}. EM reads the data once per step: give a list or an object with __iter__."
@@ -202,30 +228,91 @@ def as_source(caller: str, head: Any, data: Any, weights: Any, labels: Any) -> S
     return Stream(caller, data, head.obs_dim, head.param_dtype)
 
 
+def check_batch(caller: str, batch: Any, obs_dim: int | None) -> Any:
+    """A batch (B, D) of a stream in its own dtype; sparse ones become dense.
+
+    Raises:
+        TypeError: for a pair, a dict or anything else that is no array of numbers.
+        ValueError: for another shape.
+    """
+    has_shape = lambda entry: len(getattr(entry, "shape", ())) > 1  # noqa: E731
+    if isinstance(batch, Mapping) or (isinstance(batch, list | tuple) and any(map(has_shape, batch))):
+        held = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+        shapes = ", ".join(f"{key!r}: {getattr(entry, 'shape', type(entry).__name__)}" for key, entry in held)
+        first = next(iter(batch)) if isinstance(batch, Mapping) else 0
+        raise TypeError(
+            f"{caller}: `data` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. Give an "
+            f"object whose __iter__ yields the rows of each, as `batch[{first!r}]`; labels go with an array, as `labels`."
+        )
+    x = check_given(caller, read_rows(batch, slice(None)) if is_read_by_blocks(batch) else batch, None, argument="data")
+    remedy = "Give whole batches of rows."
+    if x.ndim == 1:
+        remedy = "Join single rows to one array: numpy.stack(data), or numpy.asarray(data) for lists of numbers."
+    elif x.ndim > 2:
+        remedy = "Flatten what a row holds: batch.reshape(len(batch), -1)."
+    if x.ndim != 2 or not x.shape[0]:
+        raise ValueError(f"{caller}: `data` must hold batches (B, D); got {x.shape}. {remedy}")
+    return check_given(caller, x, obs_dim, argument="data")
+
+
 def check_rows(caller: str, x: Any) -> None:
     """ValueError unless x is (N, D) with N > 0."""
     if len(x.shape) != 2 or not x.shape[0]:
         raise ValueError(f"{caller}: `data` must have shape (N, D); got {x.shape}. Reshape it to one row per sample.")
 
 
-def check_labels(caller: str, labels: Any, shape: tuple[int, ...], n_components: int) -> Array | None:
-    """Known components as int32, -1 where unknown; None if none are given.
+def check_labels(
+    caller: str, labels: Any, shape: tuple[int, ...], n_components: int
+) -> tuple[Array | None, tuple[str, ...] | None]:
+    """Known components as int32, -1 where unknown, and the names of classes where labels are no integers.
+
+    Integers are numbers of components, -1 where unknown. Names are numbered as they sort: class k is component k.
+    Unknown beside them are None, NaN, NA of pandas, empty text and masked entries.
+
+    Args:
+        caller: public function, for messages.
+        labels: (N,) as `encode_labels` takes them; None if none are known.
+        shape: (N,).
+        n_components: K.
+
+    Returns:
+        Codes (N,) or None; names or None.
 
     Raises:
-        ValueError: for another shape, or anything but integers from -1 to K - 1.
+        ValueError: for another shape, integers that are not from -1 to K - 1, or more than K names.
     """
     if labels is None:
-        return None
-    check_shape(caller, "labels", labels, shape)
-    values = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+        return None, None
+    classes: tuple[str, ...] | None = None
+    if isinstance(labels, jax.Array):
+        values, kind = labels, labels.dtype
+        check_shape(caller, "labels", labels, shape)
+    else:
+        vector = as_vector(labels)
+        check_shape(caller, "labels", vector, shape)
+        values, known, classes = encode_labels(caller, vector)
+        kind = vector.dtype if vector.dtype.kind == "b" or (vector.dtype.kind == "f" and known.all()) else values.dtype
+    if classes is not None and kind.kind == "i" and len(classes) > n_components:
+        shown = ", ".join(map(repr, classes[:3]))
+        raise ValueError(
+            f"{caller}: `labels` must name at most {n_components} classes, a component each; got {len(classes)}: {shown} "
+            "and so on. Raise n_components, or give None for rows whose class is not sought."
+        )
     # on the devices, since the rows may be spread over processes, all of which must raise
     least, largest = values.min().item(), values.max().item()
-    if values.dtype.kind not in "iu" or least < -1 or largest >= n_components:
+    if kind.kind not in "iu" or least < -1 or largest >= n_components:
         raise ValueError(
-            f"{caller}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {values.dtype} from "
-            f"{least} to {largest}. Number the known components from 0."
+            f"{caller}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {kind} from "
+            f"{least} to {largest}. Number the known components from 0, or name them."
         )
-    return jnp.asarray(values, jnp.int32)
+    return jnp.asarray(values, jnp.int32), classes
+
+
+def _on_host(batch: Any) -> np.ndarray:
+    """A batch as numpy, on every process."""
+    if isinstance(batch, jax.Array) and not batch.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(batch, tiled=True))
+    return np.asarray(batch)
 
 
 def _batches(order: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -16,7 +16,7 @@ import flax_hmog
 PACKAGE = Path(flax_hmog.__file__).parent
 # a file imports only from those before it; the packages at the end import freely within themselves
 ORDER = (
-    "covariances", "checks", "coordinates", "conversions", "layout", "rows", "factors", "inference", "information",
+    "covariances", "containers", "checks", "labels", "coordinates", "conversions", "layout", "rows", "factors", "inference", "information",
     "conjugation", "statistics", "likelihood", "initialize", "em", "stepwise", "sources", "fit", "online", "leaves", "heads", "warm_start", "objectives", "encoders",
     "training", "analysis",
 )  # fmt: skip
