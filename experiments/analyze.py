@@ -34,7 +34,6 @@ from flax_hmog.analysis import (
     canonical_loadings,
     cluster_hierarchy,
     cluster_prototypes,
-    clustering_metrics,
     component_summary,
     format_cell,
     mean_and_sd,
@@ -55,6 +54,7 @@ COLUMNS = {
     "nmi": "NMI",
     "ari": "ARI",
     "accuracy": "ACC",
+    "labelled": "labelled rows",
 }
 FILE_WIDTH = 132  # of output that goes to no terminal
 MAX_ROWS = 30  # clusters that the table lists
@@ -123,6 +123,7 @@ def main(folder: Path, /, allow_import: bool = False) -> None:
         "agreement": run.agreement,
         "clusters_in_use": run.in_use,
         "config": run.config,
+        "class_names": run.dataset.test.class_names,
         "data_sha256": run.dataset.digest,
         "versions": run_versions(run),
     }
@@ -203,9 +204,7 @@ def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
     """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part if it has labels."""
     outputs = {name: output_of(restored, part) for name, part in (("train", dataset.train), ("test", dataset.test))}
     scores = {f"{name}_log_density": float(np.mean(output.log_density)) for name, output in outputs.items()}
-    if dataset.test.part_labels is None:
-        return scores
-    return scores | clustering_metrics(dataset.test.part_labels, outputs["test"].log_responsibilities.argmax(axis=-1))
+    return scores | dataset.test.agreement(outputs["test"].log_responsibilities.argmax(axis=-1))
 
 
 def output_of(restored: Restored, part: Part) -> HMoGOutput:
@@ -264,7 +263,7 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
         "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "
         "Log-densities are in nats per sample and exact for every method, since each two-stage baseline is itself a "
         "model of this family; k-means has none. Those of rounds with an encoder are of its features, and compare with "
-        "no other. Labels are used for NMI, ARI and ACC only; agreement is the adjusted Rand index between the "
+        "no other. Labels are used for NMI, ARI and ACC only, over the test rows that have one; agreement is the adjusted Rand index between the "
         "clusters that two seeds find in the training rows of the first, and in use are as many clusters there as exp "
         "of the entropy of their sizes says.",
         tables=[Table(rows, "Held-out log-density, and clusters beside labels and beside those of other seeds")],
@@ -310,7 +309,7 @@ def objective_section(run: Run, seed: int) -> Section:
 def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) -> Iterator[Section]:
     """What the reported head found, on the test split of one seed."""
     natural = restored.head.apply(restored.variables, method="natural")
-    labels, clusters = dataset.test.part_labels, restored.clusters
+    labels, clusters, is_labelled = dataset.test.part_labels, restored.clusters, dataset.test.is_labelled
     test = np.asarray(restored.features(dataset.test.read(slice(None))))
     assignments = np.argmax(restored.merged(infer(natural, test)).log_responsibilities, axis=-1)
     is_image = restored.encoder_variables is None and natural.interaction.shape[0] == dataset.obs_dim
@@ -321,9 +320,12 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
         Picture(plot_prototypes(shown, image_shape=image_shape), "Cluster prototypes E[x | z]",
                 "The mean of each cluster in the space of the model's inputs"),
     ]  # fmt: skip
-    if labels is not None:
+    if labels is not None and is_labelled.any():
+        table = plot_contingency(
+            labels[is_labelled], assignments[is_labelled], label_names=dataset.test.occurring_names
+        )
         pictures.append(
-            Picture(plot_contingency(labels, assignments), "Test samples by label and cluster",
+            Picture(table, "Test samples by label and cluster",
                     "Table of counts of labels in each cluster")
         )  # fmt: skip
     yield Section(

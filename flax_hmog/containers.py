@@ -130,6 +130,11 @@ def in_memory(caller: str, argument: str, value: Any) -> Any:
     return array if array.dtype != object else _numbers(caller, argument, array)
 
 
+def dense(caller: str, argument: str, value: Any) -> Any:
+    """`in_memory`, or all rows of what is read by blocks: for batches and raw data that are small."""
+    return read_rows(unwrapped(value), slice(None)) if is_read_by_blocks(value) else in_memory(caller, argument, value)
+
+
 def is_missing(entry: Any) -> bool:
     """Whether an entry of an object array stands for no value: None, NaN, NA of pandas, NaT, numpy's masked."""
     if entry is None or entry is np.ma.masked or type(entry).__name__ in ("NAType", "NaTType"):

@@ -28,17 +28,15 @@ def encode_labels(caller: str, labels: Any, *, argument: str = "labels") -> tupl
         ValueError: for numbers and names among each other.
     """
     array = as_vector(labels)
-    known = _known(array)
+    known = is_known(array)
     codes = np.full(array.shape, -1, np.int64)
-    entries = array[known]
-    if entries.dtype == object:
-        entries = _of_one_kind(caller, argument, entries)
+    entries = of_one_kind(caller, argument, array[known])
     if entries.dtype.kind == "f" and np.all(entries == np.trunc(entries)) and np.all(np.abs(entries) < 2**53):
         entries = entries.astype(np.int64)
     if entries.dtype.kind in "biu" or not entries.size:
         codes[known] = entries.astype(np.int64)
         return codes, known, None
-    names, codes[known] = np.unique(_as_text(entries), return_inverse=True)
+    names, codes[known] = np.unique(entries.astype(str), return_inverse=True)
     return codes, known, tuple(names.tolist())
 
 
@@ -55,8 +53,8 @@ def _holds_numbers(labels: Any) -> bool:
     return all(isinstance(entry, int | float | np.number) and not isinstance(entry, bool) for entry in labels)
 
 
-def _known(array: np.ndarray) -> np.ndarray:
-    """Which entries stand for a label."""
+def is_known(array: np.ndarray) -> np.ndarray:
+    """Which entries of a vector stand for a label (N,)."""
     if array.dtype.kind == "f":
         return ~np.isnan(array)
     if array.dtype.kind in "mM":
@@ -69,10 +67,16 @@ def _known(array: np.ndarray) -> np.ndarray:
     return np.ones(array.shape, bool)
 
 
-def _of_one_kind(caller: str, argument: str, entries: np.ndarray) -> np.ndarray:
-    """Objects as integers, floats or text."""
+def of_one_kind(caller: str, argument: str, entries: np.ndarray) -> np.ndarray:
+    """Labels that are known as an array that sorts: objects become integers, floats or text.
+
+    Raises:
+        ValueError: for numbers and names among each other.
+    """
+    if entries.dtype.kind not in "OS":
+        return entries
     is_number = [isinstance(entry, int | float | np.number | np.bool_) for entry in entries.flat]
-    if all(is_number):
+    if is_number and all(is_number):
         return np.array(entries.tolist())
     if any(is_number):
         kinds = sorted({type(entry).__name__ for entry in entries.flat})
@@ -80,9 +84,5 @@ def _of_one_kind(caller: str, argument: str, entries: np.ndarray) -> np.ndarray:
             f"{caller}: `{argument}` must be all numbers or all names; got {' and '.join(kinds)}. "
             "Convert all of them to text."
         )
-    return entries
-
-
-def _as_text(entries: np.ndarray) -> np.ndarray:
     decode = lambda entry: entry.decode() if isinstance(entry, bytes) else str(entry)  # noqa: E731
-    return np.array([decode(entry) for entry in entries.tolist()])
+    return np.array([decode(entry) for entry in entries.tolist()], str)

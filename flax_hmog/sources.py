@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flax_hmog.checks import as_rows, check_given, check_observations, check_precision, check_shape
-from flax_hmog.containers import is_jax_sparse, is_read_by_blocks, read_rows, unwrapped
+from flax_hmog.containers import dense, is_jax_sparse, is_read_by_blocks, read_rows, unwrapped
 from flax_hmog.conversions import with_prior
 from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import Array
@@ -244,7 +244,7 @@ def check_batch(caller: str, batch: Any, obs_dim: int | None) -> Any:
             f"{caller}: `data` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. Give an "
             f"object whose __iter__ yields the rows of each, as `batch[{first!r}]`; labels go with an array, as `labels`."
         )
-    x = check_given(caller, read_rows(batch, slice(None)) if is_read_by_blocks(batch) else batch, None, argument="data")
+    x = check_given(caller, dense(caller, "data", batch), None, argument="data")
     remedy = "Give whole batches of rows."
     if x.ndim == 1:
         remedy = "Join single rows to one array: numpy.stack(data), or numpy.asarray(data) for lists of numbers."

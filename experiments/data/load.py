@@ -54,9 +54,10 @@ def _load_whole(data: Data, seed: int) -> Dataset:
         parts = split_parts(rows, labels, n_train, data.test_share, seed)
         return Dataset(IMAGES[data.name].title, **parts, image_shape=IMAGES[data.name].shape)
     path = find_file(data.path, Path(data.folder))
-    file = read_file(path, data.labels)
-    parts = split_parts(file.rows, file.labels, file.n_train, data.test_share, seed)
-    return Dataset(data.title or path.name, **parts, image_shape=file.image_shape)
+    file = read_file(path, data.labels, layer=data.layer, obsm=data.obsm)
+    parts = split_parts(file.rows, file.labels, file.n_train, data.test_share, seed, file.class_names)
+    title = data.title or path.name
+    return Dataset(title, **parts, image_shape=file.image_shape, column_names=file.column_names)
 
 
 def data_shape(data: Data) -> tuple[int, int, int, tuple[int, ...] | None]:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from scipy.linalg import solve_triangular
 
+from flax_hmog.containers import in_memory
 from flax_hmog.conversions import with_prior
 from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import PositiveDefinite
@@ -90,7 +91,7 @@ def as_array(caller: str, argument: str, value: Any, ndim: int, shape: str) -> n
         TypeError: if it holds no real numbers.
         ValueError: for another rank, no entries, or entries that are not finite.
     """
-    array = np.asarray(value)
+    array = np.asarray(in_memory(caller, argument, value))
     if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(array.dtype, np.floating):
         raise TypeError(f"{caller}: `{argument}` must hold real numbers; got {array.dtype}. Convert it first.")
     if array.ndim != ndim or array.size == 0:
@@ -111,7 +112,7 @@ def as_responsibilities(caller: str, value: Any) -> np.ndarray:
         TypeError: if `value` holds no real numbers.
         ValueError: unless the rows are probabilities.
     """
-    array = np.asarray(value)
+    array = np.asarray(in_memory(caller, "responsibilities", value))
     array = array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
     array = as_array(caller, "responsibilities", array, 2, "(..., K)")
     worst = int(np.abs(array.sum(axis=1) - 1).argmax())

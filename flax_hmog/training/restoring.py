@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flax_hmog.containers import dense
 from flax_hmog.covariances import Array
 from flax_hmog.encoders import Clusterer, train_arguments
 from flax_hmog.inference import HMoGOutput
@@ -99,7 +100,7 @@ class Restored:
         if self.preprocessing is not None:
             x = self.preprocessing(raw)
         else:
-            x = raw.toarray() if hasattr(raw, "toarray") else raw
+            x = dense("Restored", "raw", raw)
         if self.encoder_variables is None:
             return jnp.asarray(x)
         encoder = self._imported_encoder()
