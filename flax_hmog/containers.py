@@ -79,7 +79,7 @@ def read_rows(rows: Any, index: slice | np.ndarray) -> np.ndarray:
         parts = [_dense(by_number[index[start : start + INDEX_ROWS]]) for start in starts]
     else:
         parts = [_dense(rows[piece[0] : piece[-1] + 1])[piece - piece[0]] for piece in _near(index)]
-    return np.concatenate(parts) if parts else _dense(rows[:0])
+    return np.concatenate(parts) if parts else _dense(rows[0:0])
 
 
 def _near(index: np.ndarray) -> Iterator[np.ndarray]:

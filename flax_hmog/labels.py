@@ -43,10 +43,13 @@ def encode_labels(caller: str, labels: Any, *, argument: str = "labels") -> tupl
 def as_vector(labels: Any) -> np.ndarray:
     """Labels as a numpy array, nothing of them changed: in a list text and NaN stay apart, and masked is None."""
     if isinstance(labels, np.ma.MaskedArray):
-        return labels if not np.ma.getmaskarray(labels).any() else labels.astype(object).filled(None)
+        vector = labels.data.astype(object)
+        vector[np.ma.getmaskarray(labels)] = None  # `filled(None)` would fill in numpy's own values, as 999999
+        return vector if np.ma.getmaskarray(labels).any() else labels.data
     if isinstance(labels, list | tuple):
         return np.array(labels, object) if not _holds_numbers(labels) else np.asarray(labels)
-    return np.asarray(labels.to_numpy() if hasattr(type(labels), "to_numpy") else labels)
+    has_array = hasattr(type(labels), "__array__")  # `to_numpy` of pyarrow refuses to copy, which text needs
+    return np.asarray(labels.to_numpy() if hasattr(type(labels), "to_numpy") and not has_array else labels)
 
 
 def _holds_numbers(labels: Any) -> bool:
