@@ -143,7 +143,7 @@ def _read_npz(path: Path, labels: str | None) -> File:
         names = set(parts.files)
         rows_name = next((name for name in ROWS if name in names), None)
         if SPARSE <= names:  # the formats share names: without `format` a CSC matrix would pass for its transpose in CSR
-            rows: Any = load_npz(path).tocsr()
+            rows: Any = _load_sparse(path)
         elif names >= CSR:
             index = parts["indices"].astype(np.int32)
             rows = csr_matrix((parts["data"], index, parts["indptr"]), shape=tuple(parts["shape"]))
@@ -190,6 +190,14 @@ def _read_h5ad(layer: str | None, obsm: str | None, path: Path, labels: str | No
             )
         found = table.obs[labels]
     return File(rows, found, column_names=None if names is None else tuple(map(str, names)))
+
+
+def _load_sparse(path: Path) -> Any:
+    """What scipy saved, in any of its formats, as CSR."""
+    try:
+        return load_npz(path).tocsr()
+    except (ValueError, NotImplementedError) as error:
+        raise OSError(f"it is no sparse matrix of scipy's ({error})") from error
 
 
 def _load(path: str | Path, **options: Any) -> Any:
