@@ -263,9 +263,9 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
         "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "
         "Log-densities are in nats per sample and exact for every method, since each two-stage baseline is itself a "
         "model of this family; k-means has none. Those of rounds with an encoder are of its features, and compare with "
-        "no other. Labels are used for NMI, ARI and ACC only, over the test rows that have one; agreement is the adjusted Rand index between the "
-        "clusters that two seeds find in the training rows of the first, and in use are as many clusters there as exp "
-        "of the entropy of their sizes says.",
+        "no other. Labels are used for NMI, ARI and ACC only, over the test rows that have one; agreement is "
+        "the adjusted Rand index between the clusters that two seeds find in the training rows of the first, and in "
+        "use are as many clusters there as exp of the entropy of their sizes says.",
         tables=[Table(rows, "Held-out log-density, and clusters beside labels and beside those of other seeds")],
     )
     yield objective_section(run, seed)
@@ -309,7 +309,7 @@ def objective_section(run: Run, seed: int) -> Section:
 def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) -> Iterator[Section]:
     """What the reported head found, on the test split of one seed."""
     natural = restored.head.apply(restored.variables, method="natural")
-    labels, clusters, is_labelled = dataset.test.part_labels, restored.clusters, dataset.test.is_labelled
+    clusters = restored.clusters
     test = np.asarray(restored.features(dataset.test.read(slice(None))))
     assignments = np.argmax(restored.merged(infer(natural, test)).log_responsibilities, axis=-1)
     is_image = restored.encoder_variables is None and natural.interaction.shape[0] == dataset.obs_dim
@@ -320,14 +320,8 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
         Picture(plot_prototypes(shown, image_shape=image_shape), "Cluster prototypes E[x | z]",
                 "The mean of each cluster in the space of the model's inputs"),
     ]  # fmt: skip
-    if labels is not None and is_labelled.any():
-        table = plot_contingency(
-            labels[is_labelled], assignments[is_labelled], label_names=dataset.test.occurring_names
-        )
-        pictures.append(
-            Picture(table, "Test samples by label and cluster",
-                    "Table of counts of labels in each cluster")
-        )  # fmt: skip
+    if dataset.test.is_labelled.any():
+        pictures.append(contingency_picture(dataset.test, assignments))
     yield Section(
         "Clusters",
         f"{title}, seed {seed}. A prototype is the mean of its cluster in the space of the model's inputs.",
@@ -358,6 +352,18 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
                     "The loadings of each latent axis"),
         ],
     )  # fmt: skip
+
+
+def contingency_picture(part: Part, assignments: np.ndarray) -> Picture:
+    """Labels beside clusters, for the rows that have a label; classes by their names."""
+    is_labelled, names = part.is_labelled, part.occurring_names
+    labels: Any = part.part_labels
+    shown = "" if is_labelled.all() else f", {is_labelled.sum():,} of {len(part):,} that have a label"
+    called = f" ({', '.join(names[:MAX_ROWS])})" if names else ""
+    figure = plot_contingency(labels[is_labelled], assignments[is_labelled], label_names=names)
+    return Picture(
+        figure, f"Test samples by label and cluster{shown}", f"Table of counts of labels{called} in each cluster"
+    )
 
 
 def summary_table(rows: list[dict[str, Any]]) -> Table:

@@ -22,7 +22,7 @@ def is_concrete(*trees: Any) -> bool:
 
 def check_precision(caller: str, dtype: Any) -> None:
     """ValueError for a head in float64 where JAX makes float32 of it without a word."""
-    if dtype is not None and jnp.dtype(dtype) == np.float64 and not jax.config.jax_enable_x64:
+    if dtype is not None and jnp.dtype(dtype) == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
         raise ValueError(
             f"{caller}: `param_dtype` must be float32 while JAX computes in 32 bits; got float64. Switch 64 bits on at "
             'the start of the program: jax.config.update("jax_enable_x64", True).'

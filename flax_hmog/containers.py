@@ -212,8 +212,8 @@ def _from_table(caller: str, argument: str, table: Any) -> np.ndarray:
         values = in_memory(caller, f"{argument}[{str(name)!r}]", column)
         if values.dtype.kind not in "biuf" or values.ndim != 1:
             raise TypeError(
-                f"{caller}: `{argument}` must hold real numbers in every column; got {values.dtype} in column {name!r}. "
-                "Leave this column out, or encode it as numbers."
+                f"{caller}: `{argument}` must hold real numbers in every column; got {values.dtype} in column "
+                f"{name!r}. Leave this column out, or encode it as numbers."
             )
         if values.dtype.kind == "f" and np.isnan(values).any():
             _refuse_missing(caller, f"{argument}[{str(name)!r}]", np.isnan(values), "that are (NaN or null)")

@@ -11,8 +11,8 @@ from flax.core import meta
 
 from flax_hmog import inference
 from flax_hmog.checks import check_interval, check_positive, check_precision, check_size
-from flax_hmog.containers import in_memory
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
+from flax_hmog.containers import in_memory
 from flax_hmog.conversions import moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.coordinates import Mean, Moments, Natural
 from flax_hmog.covariances import Array, PositiveDefinite, Rep, as_rep, rep_name

@@ -64,7 +64,7 @@ def _empty(cls: type, name: str) -> Any:
             f"from_state_dict: `{name}` of the target must not be None where the state has one; got None. "
             f"Give a {cls.__name__} with this field."
         )
-    blank = object.__new__(kinds[0])
+    blank: Any = object.__new__(kinds[0])
     for field in dataclasses.fields(kinds[0]):  # type: ignore[arg-type]
         object.__setattr__(blank, field.name, None)
     return blank

@@ -241,8 +241,9 @@ def check_batch(caller: str, batch: Any, obs_dim: int | None) -> Any:
         shapes = ", ".join(f"{key!r}: {getattr(entry, 'shape', type(entry).__name__)}" for key, entry in held)
         first = next(iter(batch)) if isinstance(batch, Mapping) else 0
         raise TypeError(
-            f"{caller}: `data` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. Give an "
-            f"object whose __iter__ yields the rows of each, as `batch[{first!r}]`; labels go with an array, as `labels`."
+            f"{caller}: `data` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. Give "
+            f"an object whose __iter__ yields the rows of each, as `batch[{first!r}]`; labels go with an array, as "
+            "`labels`."
         )
     x = check_given(caller, dense(caller, "data", batch), None, argument="data")
     remedy = "Give whole batches of rows."
@@ -284,6 +285,7 @@ def check_labels(
     if labels is None:
         return None, None
     classes: tuple[str, ...] | None = None
+    values: Any
     if isinstance(labels, jax.Array):
         values, kind = labels, labels.dtype
         check_shape(caller, "labels", labels, shape)
@@ -295,8 +297,8 @@ def check_labels(
     if classes is not None and kind.kind == "i" and len(classes) > n_components:
         shown = ", ".join(map(repr, classes[:3]))
         raise ValueError(
-            f"{caller}: `labels` must name at most {n_components} classes, a component each; got {len(classes)}: {shown} "
-            "and so on. Raise n_components, or give None for rows whose class is not sought."
+            f"{caller}: `labels` must name at most {n_components} classes, a component each; got {len(classes)}: "
+            f"{shown} and so on. Raise n_components, or give None for rows whose class is not sought."
         )
     # on the devices, since the rows may be spread over processes, all of which must raise
     least, largest = values.min().item(), values.max().item()

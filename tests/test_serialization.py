@@ -42,7 +42,9 @@ def same(tree, other):
 
 TREES = {
     "Natural": NATURAL,
-    "Natural without its prior": dataclasses.replace(NATURAL, prior_location=None, prior_precision=None, log_weights=None),
+    "Natural without its prior": dataclasses.replace(
+        NATURAL, prior_location=None, prior_precision=None, log_weights=None
+    ),
     "Natural of a shared base": SHARED_BASE.natural("float32"),
     "Natural with a projection": dataclasses.replace(NATURAL, projection_dtype="bfloat16"),
     "Moments": random_moments(CASE),
@@ -84,14 +86,19 @@ def test_none_stays_none_and_is_filled_by_the_type_of_a_field():
     assert isinstance(filled.prior_precision, PositiveDefinite)
     same(filled, NATURAL)
     # static fields are the target's, as in flax's own dataclasses
-    assert serialization.from_state_dict(TREES["Natural with a projection"], serialization.to_state_dict(NATURAL)) is not None
+    assert (
+        serialization.from_state_dict(TREES["Natural with a projection"], serialization.to_state_dict(NATURAL))
+        is not None
+    )
     got = serialization.from_state_dict(TREES["Natural with a projection"], serialization.to_state_dict(NATURAL))
     assert got.projection_dtype == "bfloat16"
 
 
 def test_states_of_other_classes_are_named():
     state = serialization.to_state_dict(NATURAL)
-    with pytest.raises(ValueError, match="`state` must have the fields of Moments, loadings, .*; got observable_location"):
+    with pytest.raises(
+        ValueError, match=r"`state` must have the fields of Moments, loadings, .*; got observable_location"
+    ):
         serialization.from_state_dict(random_moments(CASE), state)
     state.pop("interaction")
     with pytest.raises(ValueError, match="must have the fields of Natural"):

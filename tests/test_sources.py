@@ -270,7 +270,9 @@ def test_a_bad_row_of_a_file_is_named_by_its_number(small_blocks):
     bad = X.copy()
     bad[77, 1] = np.nan
     for rows in (OnDisk(bad), sp.csr_matrix(bad), [bad[:40], bad[40:]]):
-        with pytest.raises(ValueError, match="must be finite in float32; got 1 entries that are not, the first in row 77"):
+        with pytest.raises(
+            ValueError, match="must be finite in float32; got 1 entries that are not, the first in row 77"
+        ):
             fit(rows)
     with pytest.raises(ValueError, match=r"`data` must have shape \(..., 4\); got \(0, 5\)"):
         fit(OnDisk(np.ones((9, 5))), AnalyticHMoG(2, 3, 4))
@@ -301,7 +303,9 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_sparse_matrices_are_refused_with_the_way_to_take_them(name):
     for matrix in (COUNTS, COUNTS.tocoo(), sp.csc_array(COUNTS)):
-        with pytest.raises(TypeError, match=r"must be an array in memory; got \w+ of shape \(90, 4\)\. Use infer_blocks"):
+        with pytest.raises(
+            TypeError, match=r"must be an array in memory; got \w+ of shape \(90, 4\)\. Use infer_blocks"
+        ):
             FUNCTIONS[name](NATURAL, matrix)
     with pytest.raises(TypeError, match=r"must be an array, or a scipy sparse matrix .*; got BCOO of shape \(90, 4\)"):
         FUNCTIONS[name](NATURAL, jax_sparse.BCOO.fromdense(COUNTS.toarray()))
@@ -322,10 +326,22 @@ def test_every_sparse_format_is_read_by_its_rows(form):
 
 PAIR = (X[:45], Y[:45])
 STREAMS = {
-    "pairs": ([PAIR], TypeError, r"batches \(B, D\) of rows alone; got tuple with 0: \(45, 4\), 1: \(45,\).*batch\[0\]"),
+    "pairs": (
+        [PAIR],
+        TypeError,
+        r"batches \(B, D\) of rows alone; got tuple with 0: \(45, 4\), 1: \(45,\).*batch\[0\]",
+    ),
     "lists of tensors": ([[X[:45], Y[:45]]], TypeError, "rows alone; got list with 0"),
-    "dicts": ([{"image": X, "label": Y}], TypeError, r"rows alone; got dict with 'image': \(90, 4\), .*batch\['image'\]"),
-    "list of rows": (list(X), ValueError, r"batches \(B, D\); got \(4,\)\. Join single rows to one array: numpy\.stack"),
+    "dicts": (
+        [{"image": X, "label": Y}],
+        TypeError,
+        r"rows alone; got dict with 'image': \(90, 4\), .*batch\['image'\]",
+    ),
+    "list of rows": (
+        list(X),
+        ValueError,
+        r"batches \(B, D\); got \(4,\)\. Join single rows to one array: numpy\.stack",
+    ),
     "list of lists": (X.tolist(), ValueError, r"got \(4,\)\. Join .* numpy\.asarray\(data\)"),
     "images": ([X.reshape(-1, 2, 2)], ValueError, r"got \(90, 2, 2\)\. Flatten .*reshape\(len\(batch\), -1\)"),
     "a dict": ({"image": X}, TypeError, "array or a collection of batches .*; got dict"),

@@ -48,7 +48,9 @@ def find_file(path: str | None, folder: Path) -> Path:
         ValueError: if there is none.
     """
     if path is None:
-        raise ValueError("load: `data.path` must name a file; got None. Give --data.path FILE.npy, .npz, .h5ad, .csv or .parquet.")
+        raise ValueError(
+            "load: `data.path` must name a file; got None. Give --data.path FILE.npy, .npz, .h5ad, .csv or .parquet."
+        )
     for candidate in (Path(path), folder / path):
         if candidate.is_file():
             return candidate
@@ -76,10 +78,14 @@ def read_file(path: Path, labels: str | None = None, *, layer: str | None = None
         raise ValueError(f"read_file: `data.labels` must be an .npy file; got {labels}, which is not there. Check it.")
     if (layer or obsm) and path.suffix != ".h5ad":
         raise ValueError(
-            f"read_file: `data.layer` and `data.obsm` must be None but for .h5ad; got {layer or obsm!r} for {path.name}. "
-            "Leave them out."
+            f"read_file: `data.layer` and `data.obsm` must be None but for .h5ad; got {layer or obsm!r} for "
+            f"{path.name}. Leave them out."
         )
-    readers: dict[str, Any] = {".npy": _read_npy, ".npz": _read_npz, ".h5ad": functools.partial(_read_h5ad, layer, obsm)}
+    readers: dict[str, Any] = {
+        ".npy": _read_npy,
+        ".npz": _read_npz,
+        ".h5ad": functools.partial(_read_h5ad, layer, obsm),
+    }
     readers |= dict.fromkeys(SUFFIXES, _read_table)
     if path.suffix not in readers:
         raise ValueError(f"read_file: `path` must end in one of {sorted(readers)}; got {path.name}. Convert it.")
@@ -142,7 +148,9 @@ def _read_npz(path: Path, labels: str | None) -> File:
     with _load(path) as parts:
         names = set(parts.files)
         rows_name = next((name for name in ROWS if name in names), None)
-        if SPARSE <= names:  # the formats share names: without `format` a CSC matrix would pass for its transpose in CSR
+        if (
+            names >= SPARSE
+        ):  # the formats share names: without `format` a CSC matrix would pass for its transpose in CSR
             rows: Any = _load_sparse(path)
         elif names >= CSR:
             index = parts["indices"].astype(np.int32)

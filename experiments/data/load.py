@@ -56,8 +56,8 @@ def _load_whole(data: Data, seed: int) -> Dataset:
     path = find_file(data.path, Path(data.folder))
     file = read_file(path, data.labels, layer=data.layer, obsm=data.obsm)
     parts = split_parts(file.rows, file.labels, file.n_train, data.test_share, seed, file.class_names)
-    title = data.title or path.name
-    return Dataset(title, **parts, image_shape=file.image_shape, column_names=file.column_names)
+    about = {"image_shape": file.image_shape, "column_names": file.column_names, "source": str(path)}
+    return Dataset(data.title or path.name, **parts, **about)
 
 
 def data_shape(data: Data) -> tuple[int, int, int, tuple[int, ...] | None]:

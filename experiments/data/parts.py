@@ -95,6 +95,7 @@ class Dataset:
         test: rows to evaluate on.
         image_shape: of a row, where rows are images.
         column_names: of the columns, where they have any.
+        source: the file that holds the rows, if there is one.
     """
 
     title: str
@@ -102,6 +103,7 @@ class Dataset:
     test: Part
     image_shape: tuple[int, ...] | None = None
     column_names: tuple[str, ...] | None = None
+    source: str | None = None
 
     @property
     def obs_dim(self) -> int:

@@ -28,7 +28,8 @@ def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[s
     names = [str(name) for name in table.columns]
     if path.suffix == ".csv" and names and all(_is_number(name) for name in names):
         raise ValueError(
-            f"read_file: the first line of {path} must name the columns; got {', '.join(names[:4])}. Add a line of names."
+            f"read_file: the first line of {path} must name the columns; got {', '.join(names[:4])}. "
+            "Add a line of names."
         )
     found = None
     if labels is not None:
@@ -67,7 +68,8 @@ def _read(path: Path) -> Any:
         ) from None
     except (ValueError, UnicodeDecodeError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
         raise ValueError(
-            f"read_file: {path} must be a readable {path.suffix} file; got {type(error).__name__}: {error}. Copy it again."
+            f"read_file: {path} must be a readable {path.suffix} file; got {type(error).__name__}: {error}. "
+            "Copy it again."
         ) from error
 
 
@@ -87,8 +89,8 @@ def _numbers(path: Path, name: str, column: Any) -> np.ndarray | None:
             return None
         row = int(is_text.argmax())
         raise ValueError(
-            f"read_file: column {name!r} of {path} must hold numbers; got {column.iloc[row]!r} in row {row} (counted from "
-            "0). Correct it, or leave the column out."
+            f"read_file: column {name!r} of {path} must hold numbers; got {column.iloc[row]!r} in row {row} (counted "
+            "from 0). Correct it, or leave the column out."
         )
     return as_numbers if not column.isna().all() else None
 

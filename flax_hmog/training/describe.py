@@ -80,10 +80,11 @@ def rebuild_module(description: dict[str, Any], *, allow_import: bool = False) -
     if ":" in name and not allow_import:
         return None
     asked = arguments.get("param_dtype")
-    if isinstance(asked, str | np.dtype) and jnp.dtype(asked) == np.float64 and not jax.config.jax_enable_x64:
+    is_double = isinstance(asked, str | np.dtype) and jnp.dtype(asked) == np.float64
+    if is_double and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
         warnings.warn(
-            f"restore: {name} was saved in float64 and is restored in float32, as JAX computes in 32 bits here. Switch 64 "
-            'bits on before restoring: jax.config.update("jax_enable_x64", True).',
+            f"restore: {name} was saved in float64 and is restored in float32, as JAX computes in 32 bits here. Switch "
+            '64 bits on before restoring: jax.config.update("jax_enable_x64", True).',
             stacklevel=3,
         )
         arguments["param_dtype"] = jnp.dtype("float32")

@@ -97,10 +97,7 @@ class Restored:
 
     def features(self, raw: Any) -> Array:
         """The inputs of the head for raw data (..., D): numpy, jax or a scipy sparse matrix."""
-        if self.preprocessing is not None:
-            x = self.preprocessing(raw)
-        else:
-            x = dense("Restored", "raw", raw)
+        x = dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw)
         if self.encoder_variables is None:
             return jnp.asarray(x)
         encoder = self._imported_encoder()
