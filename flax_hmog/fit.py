@@ -100,7 +100,7 @@ def fit_em(
         head: unbound head with full component matrices (`AnalyticHMoG`); dimensions, `obs_rep` and `param_dtype` count.
         data: observations (N, D): an array, sharded or not, or a table; a memory map, an array of h5py or zarr, a scipy
             sparse matrix or an AnnData (its `X`, in memory or backed), of which one block at a time is brought to the
-            device; or a collection of batches (B, D) that can be iterated repeatedly. docs/training.md has a table.
+            device; or a collection of batches (B, D) that can be iterated repeatedly. docs/sharp_bits.md has a table.
         key: PRNG key of the initialisation.
         weights: sample weights (N,); not for a collection of batches.
         labels: known components (N,), which clamp responsibilities: integers, -1 where unknown, or names, numbered as

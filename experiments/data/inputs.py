@@ -166,8 +166,8 @@ def _raw_row_message(dataset: Dataset, count: int, row: int, column: int, value:
     rule = "above -1 to take their logarithm (log1p)" if value <= -1 and np.isfinite(np.float32(value)) else "finite"
     return (
         f"prepare_inputs: the data must be {rule}; got {value} in column {column}{name} of row {row} of "
-        f"{dataset.source or dataset.title}, counted from 0, in the {part} part, beside {count - 1} other such entries. "
-        "Drop or impute these rows."
+        f"{dataset.source or dataset.title}, counted from 0, in the {part} part, beside {count - 1} other such "
+        "entries. Drop or impute these rows."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def _load_whole(data: Data, seed: int) -> Dataset:
     path = find_file(data.path, Path(data.folder))
     file = read_file(path, data.labels, layer=data.layer, obsm=data.obsm)
     parts = split_parts(file.rows, file.labels, file.n_train, data.test_share, seed, file.class_names)
-    about = {"image_shape": file.image_shape, "column_names": file.column_names, "source": str(path)}
+    about: dict[str, Any] = {"image_shape": file.image_shape, "column_names": file.column_names, "source": str(path)}
     return Dataset(data.title or path.name, **parts, **about)
 
 
