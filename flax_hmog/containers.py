@@ -27,7 +27,14 @@ INDEX_ROWS = 1000  # rows that a file is asked for at once by their numbers
 
 def unwrapped(value: Any) -> Any:
     """The matrix of an AnnData object, in memory or backed by its file: its `X`. Anything else as it is."""
-    return value.X if hasattr(type(value), "obs_names") and hasattr(type(value), "X") else value
+    if not (hasattr(type(value), "obs_names") and hasattr(type(value), "X")):
+        return value
+    if value.X is None:
+        raise TypeError(
+            f"{type(value).__name__}: `X` must hold rows; got None. Give one of its layers {list(value.layers)} or of "
+            f"its obsm {list(value.obsm)}."
+        )
+    return value.X
 
 
 def is_table(value: Any) -> bool:

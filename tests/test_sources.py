@@ -30,7 +30,8 @@ from flax_hmog import (
     sources,
     warm_start,
 )
-from flax_hmog.analysis import clustering_metrics, component_summary, contingency_table
+from flax_hmog.analysis import clustering_metrics, component_summary, contingency_table, plot_latent_space
+from flax_hmog.analysis.inputs import as_groups
 from flax_hmog.containers import in_memory, read_rows
 from flax_hmog.labels import encode_labels
 from flax_hmog.sources import Stream, check_labels
@@ -264,6 +265,12 @@ def test_annotated_data_in_memory_and_backed(tmp_path, small_blocks):
         np.testing.assert_array_equal(read_rows(backed.X, np.array([2, 50, 89])), dense[[2, 50, 89]])
         fit_online_em(HEAD, backed, KEY, batch_size=30, passes=1)
         backed.file.close()
+
+
+def test_annotated_data_without_a_matrix():
+    anndata = pytest.importorskip("anndata")
+    with pytest.raises(TypeError, match=r"AnnData: `X` must hold rows; got None\. Give one of .*'X_pca'"):
+        fit(anndata.AnnData(obsm={"X_pca": X}))
 
 
 def test_a_bad_row_of_a_file_is_named_by_its_number(small_blocks):
@@ -534,6 +541,14 @@ def test_metrics_leave_unlabelled_samples_out():
     assert clustering_metrics(np.where(gone, -1, Y), found) == pytest.approx({"nmi": 1.0, "ari": 1.0, "accuracy": 1.0})
     with pytest.raises(ValueError, match="clustering_metrics: `labels` must have one that is known; got 2"):
         clustering_metrics([None, ""], [0, 1])
+
+
+def test_samples_without_a_label_are_a_group_of_their_own():
+    names = as_groups("f", "groups", ["b", None, "a", np.nan], 4)
+    assert names.tolist() == ["b", "no label", "a", "no label"]
+    assert as_groups("f", "groups", [3, 1], 2).tolist() == [3, 1]
+    figure = plot_latent_space(NATURAL, X, groups=np.where(Y == 0, None, NAMES))
+    assert "no label" in {text.get_text() for text in figure.axes[0].texts}
 
 
 def test_codes_of_labels_in_general():

@@ -14,6 +14,7 @@ from flax_hmog.containers import in_memory
 from flax_hmog.conversions import with_prior
 from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import PositiveDefinite
+from flax_hmog.labels import as_vector, is_known, of_one_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,21 @@ def as_labels(caller: str, argument: str, value: Any, length: int | None = None,
             f"{caller}: `{argument}` must have shape {wanted}; got {array.shape}. Give one label for each, in order."
         )
     return array
+
+
+def as_groups(caller: str, argument: str, value: Any, length: int) -> np.ndarray:
+    """Labels (N,) of which some may be missing: these are a group of their own, "no label".
+
+    Raises:
+        ValueError: unless they are one vector of this length.
+    """
+    labels = as_labels(caller, argument, as_vector(value), length)
+    known = is_known(labels)
+    if known.all():
+        return of_one_kind(caller, argument, labels)
+    groups = np.full(length, "no label", object)
+    groups[known] = of_one_kind(caller, argument, labels[known]).astype(str)
+    return groups.astype(str)
 
 
 def as_names(caller: str, names: Any, count: int, *, argument: str = "names") -> list[str]:
