@@ -34,7 +34,6 @@ from flax_hmog.analysis import (
     canonical_loadings,
     cluster_hierarchy,
     cluster_prototypes,
-    clustering_metrics,
     component_summary,
     format_cell,
     mean_and_sd,
@@ -55,6 +54,7 @@ COLUMNS = {
     "nmi": "NMI",
     "ari": "ARI",
     "accuracy": "ACC",
+    "labelled": "labelled rows",
 }
 FILE_WIDTH = 132  # of output that goes to no terminal
 MAX_ROWS = 30  # clusters that the table lists
@@ -123,6 +123,7 @@ def main(folder: Path, /, allow_import: bool = False) -> None:
         "agreement": run.agreement,
         "clusters_in_use": run.in_use,
         "config": run.config,
+        "class_names": run.dataset.test.class_names,
         "data_sha256": run.dataset.digest,
         "versions": run_versions(run),
     }
@@ -203,9 +204,7 @@ def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
     """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part if it has labels."""
     outputs = {name: output_of(restored, part) for name, part in (("train", dataset.train), ("test", dataset.test))}
     scores = {f"{name}_log_density": float(np.mean(output.log_density)) for name, output in outputs.items()}
-    if dataset.test.part_labels is None:
-        return scores
-    return scores | clustering_metrics(dataset.test.part_labels, outputs["test"].log_responsibilities.argmax(axis=-1))
+    return scores | dataset.test.agreement(outputs["test"].log_responsibilities.argmax(axis=-1))
 
 
 def output_of(restored: Restored, part: Part) -> HMoGOutput:
@@ -264,9 +263,9 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
         "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "
         "Log-densities are in nats per sample and exact for every method, since each two-stage baseline is itself a "
         "model of this family; k-means has none. Those of rounds with an encoder are of its features, and compare with "
-        "no other. Labels are used for NMI, ARI and ACC only; agreement is the adjusted Rand index between the "
-        "clusters that two seeds find in the training rows of the first, and in use are as many clusters there as exp "
-        "of the entropy of their sizes says.",
+        "no other. Labels are used for NMI, ARI and ACC only, over the test rows that have one; agreement is "
+        "the adjusted Rand index between the clusters that two seeds find in the training rows of the first, and in "
+        "use are as many clusters there as exp of the entropy of their sizes says.",
         tables=[Table(rows, "Held-out log-density, and clusters beside labels and beside those of other seeds")],
     )
     yield objective_section(run, seed)
@@ -310,7 +309,7 @@ def objective_section(run: Run, seed: int) -> Section:
 def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) -> Iterator[Section]:
     """What the reported head found, on the test split of one seed."""
     natural = restored.head.apply(restored.variables, method="natural")
-    labels, clusters = dataset.test.part_labels, restored.clusters
+    clusters = restored.clusters
     test = np.asarray(restored.features(dataset.test.read(slice(None))))
     assignments = np.argmax(restored.merged(infer(natural, test)).log_responsibilities, axis=-1)
     is_image = restored.encoder_variables is None and natural.interaction.shape[0] == dataset.obs_dim
@@ -321,11 +320,8 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
         Picture(plot_prototypes(shown, image_shape=image_shape), "Cluster prototypes E[x | z]",
                 "The mean of each cluster in the space of the model's inputs"),
     ]  # fmt: skip
-    if labels is not None:
-        pictures.append(
-            Picture(plot_contingency(labels, assignments), "Test samples by label and cluster",
-                    "Table of counts of labels in each cluster")
-        )  # fmt: skip
+    if dataset.test.is_labelled.any():
+        pictures.append(contingency_picture(dataset.test, assignments))
     yield Section(
         "Clusters",
         f"{title}, seed {seed}. A prototype is the mean of its cluster in the space of the model's inputs.",
@@ -356,6 +352,18 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
                     "The loadings of each latent axis"),
         ],
     )  # fmt: skip
+
+
+def contingency_picture(part: Part, assignments: np.ndarray) -> Picture:
+    """Labels beside clusters, for the rows that have a label; classes by their names."""
+    is_labelled, names = part.is_labelled, part.occurring_names
+    labels: Any = part.part_labels
+    shown = "" if is_labelled.all() else f", {is_labelled.sum():,} of {len(part):,} that have a label"
+    called = f" ({', '.join(names[:MAX_ROWS])})" if names else ""
+    figure = plot_contingency(labels[is_labelled], assignments[is_labelled], label_names=names)
+    return Picture(
+        figure, f"Test samples by label and cluster{shown}", f"Table of counts of labels{called} in each cluster"
+    )
 
 
 def summary_table(rows: list[dict[str, Any]]) -> Table:

@@ -30,9 +30,14 @@ class Data:
     downloads: str | None = None
     """Folder with the files of an image set as its publisher names them; None downloads them."""
     path: str | None = None
-    """For `file`: .npy (memory-mapped), .npz (`X`, or a CSR matrix; `y` and `n_train` if there are any) or .h5ad."""
+    """For `file`: .npy (memory-mapped), .npz (`X`, or scipy's sparse matrix; `y` and `n_train` if there are any),
+    .h5ad, .csv or .parquet."""
     labels: str | None = None
-    """For `file`: an .npy file of labels, or the column of an .h5ad's obs; for evaluation only."""
+    """For `file`: an .npy file of labels, or the column of an .h5ad's obs or of a table; for evaluation only."""
+    layer: str | None = None
+    """For an .h5ad: take this layer instead of X."""
+    obsm: str | None = None
+    """For an .h5ad: take this entry of obsm instead of X, as X_pca."""
     title: str | None = None
     """For `file`: what a report calls the data."""
     test_share: float = 0.2
@@ -53,6 +58,11 @@ class Data:
     def __post_init__(self) -> None:
         if not 0 < self.test_share < 1:
             raise ValueError(f"Data: `test_share` must lie between 0 and 1; got {self.test_share}. Hold out a part.")
+        if self.layer is not None and self.obsm is not None:
+            raise ValueError(
+                f"Data: `layer` must be None where `obsm` is given; got {self.layer!r} and {self.obsm!r}. "
+                "Give one of them."
+            )
         _check_counts(self, "rows", "columns", "whitened")
 
 

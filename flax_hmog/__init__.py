@@ -1,5 +1,6 @@
 """Hierarchical mixtures of Gaussians as Flax modules: exact likelihood, inference and EM."""
 
+from flax_hmog import serialization as _serialization  # noqa: F401  registers the classes below with flax
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.conversions import in_units_of_x, mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.coordinates import Mean, Moments, Natural, SharedBase

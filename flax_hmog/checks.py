@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,33 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from flax_hmog.containers import MISSING_VALUES, in_memory
 from flax_hmog.covariances import Array
 
 
 def is_concrete(*trees: Any) -> bool:
     """Whether all leaves hold values, so that they can be looked at."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def check_precision(caller: str, dtype: Any) -> None:
+    """ValueError for a head in float64 where JAX makes float32 of it without a word."""
+    if dtype is not None and jnp.dtype(dtype) == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
+        raise ValueError(
+            f"{caller}: `param_dtype` must be float32 while JAX computes in 32 bits; got float64. Switch 64 bits on at "
+            'the start of the program: jax.config.update("jax_enable_x64", True).'
+        )
+
+
+def check_outside_transformations(caller: str, **arguments: Any) -> None:
+    """TypeError unless all arguments hold values: a loop on the host cannot run inside of `jit`, `vmap` or `grad`."""
+    for argument, value in arguments.items():
+        is_tree = isinstance(value, jax.Array | list | tuple) or dataclasses.is_dataclass(value)
+        if is_tree and not is_concrete(value):
+            raise TypeError(
+                f"{caller}: `{argument}` must hold values; got a tracer of jit, vmap or grad. Call {caller} outside of "
+                "them, in a loop over keys or data sets; inside, em_step is a step of EM."
+            )
 
 
 def check_type(caller: str, argument: str, value: Any, expected: type, remedy: str) -> None:
@@ -78,13 +100,22 @@ def check_observations(
 
     Raises:
         TypeError: for something that is no array of real numbers.
-        ValueError: for no dimension, a wrong last dimension, or entries that are not finite once converted.
+        ValueError: for no dimension, a wrong last dimension, missing entries, or such that are not finite once
+            converted.
     """
-    kind = getattr(x, "dtype", None)
-    try:
-        x = x if kind is not None else np.asarray(x)
-    except ValueError as error:
-        raise ValueError(f"{caller}: `{argument}` must be an array; got rows that differ: {error}. Pad them.") from None
+    x = check_given(caller, x, obs_dim, argument=argument)
+    return as_rows(caller, x, dtype, argument=argument, row_numbers=row_numbers)
+
+
+def check_given(caller: str, x: Any, obs_dim: int | None, *, argument: str = "x") -> Any:
+    """Observations (..., D) as an array in the dtype they have, on the host if they are there; values are not seen.
+
+    Raises:
+        TypeError: for something that is no array of real numbers.
+        ValueError: for no dimension, a wrong last dimension, or missing entries.
+    """
+    if type(x) is not np.ndarray or x.dtype == object:
+        x = in_memory(caller, argument, x)
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
         raise TypeError(f"{caller}: `{argument}` must hold real numbers; got dtype {x.dtype}. Convert it first.")
     if x.ndim == 0 or (obs_dim is not None and x.shape[-1] != obs_dim):
@@ -92,25 +123,24 @@ def check_observations(
         raise ValueError(
             f"{caller}: `{argument}` must have shape (..., {wanted}); got {x.shape}. Put the observed dimensions last."
         )
-    with np.errstate(over="ignore"):
-        x = with_auto_axes(jnp.asarray(x, dtype))
-    check_finite(caller, argument, x, row_numbers=row_numbers)
     return x
 
 
-def with_auto_axes(x: Array) -> Array:
-    """An array that lies on a mesh with explicit axes, on the same devices with axes that the compiler may choose."""
+def as_rows(caller: str, x: Any, dtype: Any, *, argument: str = "x", row_numbers: Any = None) -> Array:
+    """What `check_given` returned in the working dtype: the one place where observations are converted.
+
+    Raises:
+        ValueError: for entries that are not finite in this dtype.
+    """
+    with np.errstate(over="ignore"):
+        x = jnp.asarray(x, dtype)
     sharding = None if isinstance(x, jax.core.Tracer) else x.sharding
-    if not isinstance(sharding, NamedSharding) or all(kind == AxisType.Auto for kind in sharding.mesh.axis_types):
-        return x
-    mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
-    return jax.device_put(x, NamedSharding(mesh, sharding.spec))
-
-
-MISSING_VALUES = (
-    "Missing values are not supported by any function here: drop or impute these rows, and rescale entries too large "
-    "for the dtype."
-)
+    if isinstance(sharding, NamedSharding) and any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
+        # on the same devices, with axes that the compiler may choose
+        mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
+        x = jax.device_put(x, NamedSharding(mesh, sharding.spec))
+    check_finite(caller, argument, x, row_numbers=row_numbers)
+    return x
 
 
 def check_finite(

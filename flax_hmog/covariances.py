@@ -24,10 +24,25 @@ matmul = partial(jnp.matmul, precision="highest")
 einsum = partial(jnp.einsum, precision="highest")
 
 
+_PYTREES: list[type] = []
+_TOLD: list[Callable[[type], None]] = []
+
+
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass whose fields are the children of a JAX pytree, but for those marked static."""
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    made = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    _PYTREES.append(made)
+    for function in _TOLD:
+        function(made)
+    return made
+
+
+def for_each_pytree(function: Callable[[type], None]) -> None:
+    """Call `function` with every class that `pytree` has made, and will make."""
+    _TOLD.append(function)
+    for cls in _PYTREES:
+        function(cls)
 
 
 def transpose(matrix: Array) -> Array:

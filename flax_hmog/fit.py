@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flax_hmog.checks import check_head_and_key, check_size, check_type
+from flax_hmog.checks import check_head_and_key, check_outside_transformations, check_size, check_type
 from flax_hmog.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
 from flax_hmog.coordinates import Moments, Natural, check_full
 from flax_hmog.covariances import Array, as_rep, rep_name
@@ -28,10 +28,10 @@ from flax_hmog.em import (
     whiten_regularizer,
 )
 from flax_hmog.factors import Factors
-from flax_hmog.frames import Frame, has_more_digits
+from flax_hmog.frames import Frame, Framing, has_more_digits
 from flax_hmog.initialize import METHODS, check_counts, frame_of, starts
 from flax_hmog.rows import row_shards
-from flax_hmog.sources import Block, Framing, Source, as_source
+from flax_hmog.sources import Block, Source, as_source
 from flax_hmog.statistics import Statistics, accumulate
 
 FOLLOWED_STEPS = 3  # of EM, after which starts are compared
@@ -50,6 +50,7 @@ class EMResult:
         info: `EMInfo` of the fitted model.
         restart_objectives: final objective of every start (n_restarts,); the best one is returned.
         regularizer: the pseudo-statistics in the latent basis of `natural`, or None.
+        classes: name of component k for k < len(classes), where `labels` were names; None otherwise.
     """
 
     natural: Natural
@@ -58,6 +59,7 @@ class EMResult:
     info: EMInfo
     restart_objectives: np.ndarray
     regularizer: Regularizer | None
+    classes: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +108,13 @@ def fit_em(
 
     Args:
         head: unbound head with full component matrices (`AnalyticHMoG`); dimensions, `obs_rep` and `param_dtype` count.
-        data: observations (N, D): an array, sharded or not; a memory-mapped array or a scipy sparse matrix, of which
-            one block at a time is brought to the device; or a collection of batches (B, D) that can be iterated
-            repeatedly.
+        data: observations (N, D): an array, sharded or not, or a table; a memory map, an array of h5py or zarr, a scipy
+            sparse matrix or an AnnData (its `X`, in memory or backed), of which one block at a time is brought to the
+            device; or a collection of batches (B, D) that can be iterated repeatedly. docs/sharp_bits.md has a table.
         key: PRNG key of the initialisation.
         weights: sample weights (N,); not for a collection of batches.
-        labels: known components (N,), integers, -1 where unknown: their responsibilities are clamped; not for a
-            collection of batches.
+        labels: known components (N,), which clamp responsibilities: integers, -1 where unknown, or names, numbered as
+            they sort (`EMResult.classes`). None, NaN, NA and "" are unknown too. Not for a collection of batches.
         init: "pca" or "fa" (see `initialize_moments`), or a model to start from; its prior is whitened first.
         regularizer: strength of pseudo-samples that look like the initial model, or the pseudo-samples themselves (in
             the latent basis of `init`); None for maximum likelihood, whose maximum need not exist.
@@ -138,10 +140,9 @@ def fit_em(
         ValueError: for unusable data or arguments, or if the objective stops being finite.
     """
     caller = "fit_em"
-    check_head_and_key(caller, head, key)
     check_size(caller, "n_restarts", n_restarts)
     check_size(caller, "max_steps", max_steps)
-    source = source_of(caller, head, data, weights, labels, init, regularizer)
+    source = source_of(caller, head, data, key, weights, labels, init, regularizer)
     if not isinstance(init, str) and n_restarts > 1:
         raise ValueError(
             f"{caller}: `n_restarts` must be 1 for a given `init`; got {n_restarts}. All starts would be the same."
@@ -163,7 +164,8 @@ def fit_em(
         raise ValueError(f"{caller}: `state` must be one of these starts; got {state.finals}. Give that of this fit.")
     warn_of_wild_rows(caller, source, max_distance)
     warn_of_fall(state.best)
-    return result_in_units_of_x(dataclasses.replace(state.best, restart_objectives=np.asarray(state.finals)))
+    best = dataclasses.replace(state.best, restart_objectives=np.asarray(state.finals), classes=source.classes)
+    return result_in_units_of_x(best)
 
 
 def _step(
@@ -293,7 +295,8 @@ def use_robust_frame(caller: str, head: Any, source: Source, column_units: str, 
     """The frame of the samples, in which the fit computes; from now on the source gives rows that go with it."""
     if not max_distance > 1:
         raise ValueError(
-            f"{caller}: `max_distance` must be above 1; got {max_distance!r}. Use {MAX_DISTANCE:g}, or inf to keep all rows."
+            f"{caller}: `max_distance` must be above 1; got {max_distance!r}. Use {MAX_DISTANCE:g}, or inf to keep all "
+            "rows."
         )
     rows, weights = source.host_sample()
     frame, by_column = frame_of(caller, head, rows, weights, column_units)
@@ -318,12 +321,16 @@ class WildRowsWarning(UserWarning):
     """Rows far from all others took no part in a fit."""
 
 
-def source_of(caller: str, head: Any, data: Any, weights: Any, labels: Any, init: Any, regularizer: Any) -> Source:
+def source_of(
+    caller: str, head: Any, data: Any, key: Any, weights: Any, labels: Any, init: Any, regularizer: Any
+) -> Source:
     """The samples of a fit, once its arguments are checked.
 
     Raises:
         TypeError, ValueError: for what `fit_em` says.
     """
+    check_head_and_key(caller, head, key)
+    check_outside_transformations(caller, data=data, key=key, weights=weights, labels=labels, init=init)
     check_full(caller, "head", head.component_structure[0]())
     source = as_source(caller, head, data, weights, labels)
     if source.count is not None:

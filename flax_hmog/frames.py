@@ -6,6 +6,7 @@ wild rows or entries leave them as they are.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.covariances import Array, pytree
+from flax_hmog.rows import on_host
 
 UNIT_QUANTILE = 0.75  # of the distances from the median; entries that equal it do not count, as in sparse data
 MOST = 0.5  # of the columns that vary
@@ -160,3 +162,52 @@ def _geometric_median(rows: np.ndarray, share: np.ndarray, start: np.ndarray) ->
     distance = np.sqrt((gap**2).sum(axis=1, dtype=np.float64))
     pull = np.divide(share, distance, out=np.zeros_like(distance), where=distance > 0) @ gap
     return nearest if np.linalg.norm(pull) <= share[distance == 0].sum() else center
+
+
+class Framing:
+    """How rows enter a fit: in the frame that it computes in, and without those that are far from all others.
+
+    Attributes:
+        frame: what a model must have to take the rows for rows of x.
+        wild: numbers of the rows left out so far.
+    """
+
+    def __init__(self, frame: Frame, dtype: Any, max_distance: float, by_column: bool, exact: bool) -> None:
+        self.full, self.exact = frame, exact
+        self.frame = frame.applied() if exact else frame
+        self.dtype, self.max_distance, self.by_column = dtype, max_distance, by_column
+        self.wild: set[int] = set()
+
+    def rows(self, raw: Any, x: Array, weights: Array, numbers: np.ndarray) -> tuple[Array, Array]:
+        """Rows (B, D) and their weights (B,), those of wild rows 0.
+
+        Args:
+            raw: the rows as they came.
+            x: the rows in the working dtype.
+            weights: their weights.
+            numbers: their numbers among all rows (B,).
+        """
+        if self.exact:
+            x = jnp.asarray(self.full.inward_on_host(raw), self.dtype)
+        wild = _wild_rows(self.frame, x, weights, self.max_distance, self.by_column)
+        if bool(jnp.any(wild)):
+            self.wild.update(numbers[on_host(wild)].tolist())
+            x, weights = _without_rows(self.frame, x, weights, wild)
+        return x, weights
+
+
+@partial(jax.jit, static_argnames="by_column")
+def _wild_rows(frame: Frame, x: Array, weights: Array, max_distance: Array | float, by_column: bool) -> Array:
+    """Whether rows (B, D) count, but have an entry (or, with one unit, are as a whole) too far from the origin (B,)."""
+    rows = jnp.abs(frame.inward(x))
+    distance = jnp.max(rows, axis=-1)
+    if not by_column:
+        top = jnp.maximum(distance, 1)
+        distance = top * jnp.sqrt(jnp.mean((rows / top[:, None]) ** 2, axis=-1))
+    return (distance > max_distance) & (weights > 0)
+
+
+@jax.jit
+def _without_rows(frame: Frame, x: Array, weights: Array, wild: Array) -> tuple[Array, Array]:
+    """The rows that are left out lie at the origin, as a weight of 0 alone would not hide a square that overflows."""
+    return jnp.where(wild[:, None], frame.origin[None], x), jnp.where(wild, 0, weights)

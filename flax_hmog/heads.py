@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from flax_hmog import inference
-from flax_hmog.checks import check_interval, check_positive, check_size
+from flax_hmog.checks import check_interval, check_positive, check_precision, check_size
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
+from flax_hmog.containers import in_memory
 from flax_hmog.conversions import moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.coordinates import Mean, Moments, Natural
 from flax_hmog.covariances import Array, PositiveDefinite, Rep, as_rep, rep_name
@@ -44,9 +45,11 @@ class HMoGHead(nn.Module):
         return meta.unbox(self.get_variable("params", "bias")).shape[-1]
 
     def _natural(self, caller: str, x: Any = None) -> Natural:
+        check_precision(type(self).__name__, getattr(self, "param_dtype", None))
+        x = None if x is None else in_memory(caller, "x", x)
         known = getattr(self, "obs_dim", None) or self._stored_obs_dim()
-        if known is None and jnp.ndim(0.0 if x is None else x):
-            known = jnp.shape(x)[-1]
+        if known is None and x is not None and x.ndim:
+            known = x.shape[-1]
         if known is None:
             raise ValueError(
                 f"{caller}: `obs_dim` must be known; got None and no observations. "
@@ -345,6 +348,9 @@ def _check_head(head: Any, *reps: str) -> None:
     if head.obs_dim is not None:
         check_size(caller, "obs_dim", head.obs_dim)
     check_size(caller, "lat_dim", head.lat_dim, at_most=head.obs_dim)
+    for size in ("lat_dim", "n_components", "obs_dim"):  # numpy's integers are not JSON
+        if getattr(head, size) is not None:
+            object.__setattr__(head, size, int(getattr(head, size)))
     if not isinstance(head, AnalyticHMoG):
         check_interval(caller, "noise_bounds", head.noise_bounds)
         check_interval(caller, "precision_bounds", head.precision_bounds)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_observations, check_size, is_concrete
+from flax_hmog.checks import as_rows, check_given, check_size, is_concrete
 from flax_hmog.conversions import in_units_of_x, own_moments, with_prior
 from flax_hmog.coordinates import Natural, Precision, check_natural
 from flax_hmog.covariances import Array, PositiveDefinite, matmul, pytree
@@ -202,9 +202,10 @@ def rows_of_model(caller: str, natural: Any, x: Any) -> tuple[Natural, Array]:
     """
     check_natural(caller, natural)
     interaction, frame = natural.interaction, natural.frame
-    rows = check_observations(caller, x, interaction.shape[0], interaction.dtype)
-    if frame is not None and is_concrete(frame) and has_more_digits(x, interaction.dtype):
-        rows = jnp.asarray(frame.inward_on_host(np.asarray(x)), interaction.dtype)
+    given = check_given(caller, x, interaction.shape[0])
+    rows = as_rows(caller, given, interaction.dtype)
+    if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
+        rows = jnp.asarray(frame.inward_on_host(given), interaction.dtype)
         natural = dataclasses.replace(natural, frame=frame.applied())
     return with_prior(natural, caller), rows
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_head_and_key, check_observations
+from flax_hmog.checks import check_head_and_key, check_observations, check_precision
 from flax_hmog.conversions import reframe
 from flax_hmog.coordinates import Moments
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, matmul
@@ -61,6 +61,7 @@ def initialize_moments(
     check_head_and_key(caller, head, key)
     if method not in METHODS:
         raise ValueError(f"{caller}: `method` must be one of {METHODS}; got {method!r}. Choose one of them.")
+    check_precision(caller, head.param_dtype)
     x = check_observations(caller, data, head.obs_dim, head.param_dtype, argument="data")
     check_counts(caller, x.shape, head)
     weights = effective_weights(check_weights(caller, weights, x.shape[:-1], x.dtype))

@@ -106,7 +106,7 @@ def fit_online_em(
     check_size(caller, "batch_size", batch_size)
     check_size(caller, "passes", passes)
     rate = _rate(step_delay, step_decay)
-    source = source_of(caller, head, data, weights, labels, init, regularizer)
+    source = source_of(caller, head, data, key, weights, labels, init, regularizer)
     init_key, order_key = jax.random.split(key)
     frame = use_robust_frame(caller, head, source, column_units, max_distance)
     moments, strength = first_model(caller, head, source, init_key, init, regularizer, frame)
@@ -127,9 +127,8 @@ def fit_online_em(
         report(passes, 1, history[-1])
     warn_of_wild_rows(caller, source, max_distance)
     natural, info, whitened = in_whitened_basis(natural, at.info, strength, head.projection_dtype)
-    return result_in_units_of_x(
-        EMResult(natural, np.asarray(history), False, info, np.asarray(history[-1:]), whitened)
-    )
+    final = np.asarray(history[-1:])
+    return result_in_units_of_x(EMResult(natural, np.asarray(history), False, info, final, whitened, source.classes))
 
 
 def _rate(delay: float, decay: float) -> Callable[[int], float]:

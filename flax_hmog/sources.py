@@ -1,25 +1,28 @@
-"""Where samples come from: arrays on devices, files larger than memory, sparse matrices, streams of batches.
+"""Where samples come from: arrays and tables, files larger than memory, sparse matrices, streams of batches.
 
 A source gives the same blocks at every pass, all of one shape, so that nothing is compiled twice.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from functools import partial
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from flax_hmog.checks import check_observations, check_shape
+from flax_hmog.checks import as_rows, check_given, check_observations, check_precision, check_shape
+from flax_hmog.containers import dense, is_jax_sparse, is_read_by_blocks, read_rows, unwrapped
 from flax_hmog.conversions import with_prior
 from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import Array
+from flax_hmog.frames import Framing, has_more_digits
 from flax_hmog.inference import HMoGOutput, infer
-from flax_hmog.frames import Frame, has_more_digits
+from flax_hmog.labels import as_vector, encode_labels
 from flax_hmog.rows import on_host, row_shards
 from flax_hmog.statistics import check_weights, effective_weights
 
@@ -31,18 +34,12 @@ Block: TypeAlias = tuple[Array, Array, Array | None]
 """Rows (B, D), sample weights (B,), labels (B,) or None."""
 
 
-def is_on_disk_or_sparse(data: Any) -> bool:
-    """Whether rows are brought to the device block by block: memory-mapped arrays and scipy's sparse matrices."""
-    return isinstance(data, np.memmap) or hasattr(data, "tocsr")
-
-
 def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
     """`infer` for data larger than memory, or sparse: rows are brought to the device block by block.
 
     Args:
         natural: the model.
-        data: observations (N, D): a memory-mapped array (`numpy.load(path, mmap_mode="r")`), a scipy sparse matrix or
-            an array.
+        data: observations (N, D), as `fit_em` takes them, but for collections of batches.
 
     Returns:
         `HMoGOutput` of numpy arrays.
@@ -52,60 +49,11 @@ def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
     """
     caller = "infer_blocks"
     check_natural(caller, natural)
-    rows = data if is_on_disk_or_sparse(data) else np.asarray(data)
+    rows = data if is_read_by_blocks(data) else np.asarray(check_given(caller, data, None, argument="data"))
     natural = with_prior(natural, caller)
     source = RowsInBlocks(caller, rows, natural.interaction.shape[0], natural.interaction.dtype, None, None)
-    parts = [jax.tree.map(np.asarray, infer(natural, x)) for x, _, _ in source.blocks()]
+    parts = [jax.tree.map(np.asarray, infer(natural, x)) for x in source.given_blocks()]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: source.count], *parts)
-
-
-class Framing:
-    """How rows enter a fit: in the frame that it computes in, and without those that are far from all others.
-
-    Attributes:
-        frame: what a model must have to take the rows for rows of x.
-        wild: numbers of the rows left out so far.
-    """
-
-    def __init__(self, frame: Frame, dtype: Any, max_distance: float, by_column: bool, exact: bool) -> None:
-        self.full, self.exact = frame, exact
-        self.frame = frame.applied() if exact else frame
-        self.dtype, self.max_distance, self.by_column = dtype, max_distance, by_column
-        self.wild: set[int] = set()
-
-    def rows(self, raw: Any, x: Array, weights: Array, numbers: np.ndarray) -> tuple[Array, Array]:
-        """Rows (B, D) and their weights (B,), those of wild rows 0.
-
-        Args:
-            raw: the rows as they came.
-            x: the rows in the working dtype.
-            weights: their weights.
-            numbers: their numbers among all rows (B,).
-        """
-        if self.exact:
-            x = jnp.asarray(self.full.inward_on_host(raw), self.dtype)
-        wild = _wild_rows(self.frame, x, weights, self.max_distance, self.by_column)
-        if bool(jnp.any(wild)):
-            self.wild.update(numbers[on_host(wild)].tolist())
-            x, weights = _without_rows(self.frame, x, weights, wild)
-        return x, weights
-
-
-@partial(jax.jit, static_argnames="by_column")
-def _wild_rows(frame: Frame, x: Array, weights: Array, max_distance: Array | float, by_column: bool) -> Array:
-    """Whether rows (B, D) count, but have an entry (or, with one unit, are as a whole) too far from the origin (B,)."""
-    rows = jnp.abs(frame.inward(x))
-    distance = jnp.max(rows, axis=-1)
-    if not by_column:
-        top = jnp.maximum(distance, 1)
-        distance = top * jnp.sqrt(jnp.mean((rows / top[:, None]) ** 2, axis=-1))
-    return (distance > max_distance) & (weights > 0)
-
-
-@jax.jit
-def _without_rows(frame: Frame, x: Array, weights: Array, wild: Array) -> tuple[Array, Array]:
-    """The rows that are left out lie at the origin, as a weight of 0 alone would not hide a square that overflows."""
-    return jnp.where(wild[:, None], frame.origin[None], x), jnp.where(wild, 0, weights)
 
 
 class RowsOnDevice:
@@ -114,12 +62,12 @@ class RowsOnDevice:
     def __init__(
         self, caller: str, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int
     ) -> None:
-        self.x = check_observations(caller, data, obs_dim, dtype, argument="data")
+        self.data = check_given(caller, data, obs_dim, argument="data")
+        self.x = as_rows(caller, self.data, dtype, argument="data")
         check_rows(caller, self.x)
         self.count, self.obs_dim = self.x.shape
-        self.data: Any = data
         self.weights = _effective(caller, weights, self.count, self.x.dtype)
-        self.labels = check_labels(caller, labels, (self.count,), n_components)
+        self.labels, self.classes = check_labels(caller, labels, (self.count,), n_components)
         self.total_weight = float(jnp.sum(self.weights))
 
     def use_frame(self, framing: Framing) -> None:
@@ -153,20 +101,23 @@ class RowsOnDevice:
 
 
 class RowsInBlocks:
-    """Rows of a file or of a sparse matrix, with weights and labels; only a block is on the device at a time."""
+    """Rows of a file or of a sparse matrix, with weights and labels; only a block is on the device at a time.
+
+    On the host a block has the dtype of the data; it is converted on its way to the device.
+    """
 
     def __init__(
         self, caller: str, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int = 1
     ) -> None:
         self.caller, self.dtype = caller, dtype
-        self.rows = data.tocsr() if hasattr(data, "tocsr") else data
-        check_rows(caller, self.rows)
-        if obs_dim not in (None, data.shape[1]):
-            check_observations(caller, np.empty((0, data.shape[1]), dtype), obs_dim, dtype, argument="data")
-        self.count, self.obs_dim = data.shape
+        data = unwrapped(data)
+        check_rows(caller, data)
+        check_given(caller, np.empty((0, data.shape[1]), data.dtype), obs_dim, argument="data")
+        self.rows = data.tocsr() if hasattr(type(data), "tocsr") else data
+        self.count, self.obs_dim = map(int, data.shape)
         self.framing: Framing | None = None
         self.weights: Any = np.asarray(_effective(caller, weights, self.count, dtype))
-        self.labels = check_labels(caller, labels, (self.count,), n_components)
+        self.labels, self.classes = check_labels(caller, labels, (self.count,), n_components)
         self.total_weight = float(np.sum(self.weights))
         self.size = min(self.count, max(1, BLOCK_BYTES // (jnp.dtype(dtype).itemsize * max(1, self.obs_dim))))
 
@@ -177,12 +128,18 @@ class RowsInBlocks:
     def host_sample(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows and weights that the initialisation looks at as they came, on the host."""
         index = self._sampled()
-        return self._dense(index), self.weights[index]
+        return np.asarray(self._given(index)), self.weights[index]
 
     def blocks(self) -> Iterator[Block]:
         """The blocks of one pass; the last one is filled up with rows of weight 0."""
         for start in range(0, self.count, self.size):
-            yield self._block(slice(start, start + self.size), self.size)
+            yield self._block(slice(start, min(start + self.size, self.count)), self.size)
+
+    def given_blocks(self) -> Iterator[np.ndarray]:
+        """The rows of one pass in their own dtype, on the host; the last block is filled up with zeros."""
+        for start in range(0, self.count, self.size):
+            block = self._given(slice(start, min(start + self.size, self.count)))
+            yield np.pad(block, ((0, self.size - len(block)), (0, 0)))
 
     def sample(self) -> Block:
         """Rows, weights and labels that the initialisation looks at: evenly spaced ones."""
@@ -199,18 +156,18 @@ class RowsInBlocks:
             yield self._block(np.sort(order[start : start + size]), size)
 
     def _block(self, index: Any, size: int) -> Block:
-        dense, numbers = self._dense(index), np.arange(self.count)[index]
-        x = check_observations(self.caller, dense, self.obs_dim, self.dtype, argument="data", row_numbers=numbers)
+        given, numbers = self._given(index), np.arange(self.count)[index]
+        x = as_rows(self.caller, given, self.dtype, argument="data", row_numbers=numbers)
         weights = self.weights[index]
         if self.framing is not None:
-            x, weights = self.framing.rows(dense, x, jnp.asarray(weights), numbers)
+            x, weights = self.framing.rows(given, x, jnp.asarray(weights), numbers)
         pad = lambda a: jnp.pad(jnp.asarray(a), [(0, size - x.shape[0])] + [(0, 0)] * (np.ndim(a) - 1))  # noqa: E731
         labels = None if self.labels is None else pad(self.labels[index])
         return pad(x), pad(weights), labels
 
-    def _dense(self, index: Any) -> np.ndarray:
-        rows = self.rows[index]
-        return np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows)
+    def _given(self, index: Any) -> Any:
+        """Rows with these numbers in their own dtype."""
+        return check_given(self.caller, read_rows(self.rows, index), self.obs_dim, argument="data")
 
 
 class Stream:
@@ -218,6 +175,7 @@ class Stream:
 
     count = None
     total_weight = 0.0  # not known before the first pass ends
+    classes = None
 
     def __init__(self, caller: str, batches: Iterable, obs_dim: int | None, dtype: Any) -> None:
         self.caller, self.data, self.dtype, self.width = caller, batches, dtype, obs_dim
@@ -226,7 +184,9 @@ class Stream:
     @property
     def obs_dim(self) -> int:
         """D of the data."""
-        return self.width or self.sample()[0].shape[1]
+        if self.width is None:
+            self.width = next(iter(self._given()))[0].shape[1]
+        return self.width
 
     def use_frame(self, framing: Framing) -> None:
         """Give rows that a model with `framing.frame` takes for rows of x; those too far count nothing."""
@@ -234,42 +194,72 @@ class Stream:
 
     def host_sample(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows and weights that the initialisation looks at, on the host."""
-        x, weights, _ = self.sample()
-        return np.asarray(x), np.asarray(weights)
+        rows, _ = self._sampled
+        return rows, np.ones(len(rows), self.dtype)
 
     def blocks(self) -> Iterator[Block]:
         """The batches of one pass; those shorter than the longest so far are filled up with rows of weight 0."""
-        rows, seen, width = 0, 0, self.width
-        for batch in self.data:
-            dense = batch.toarray() if hasattr(batch, "toarray") else batch
-            x = check_observations(self.caller, dense, width, self.dtype, argument="data")
-            if x.ndim != 2 or not x.shape[0]:
-                raise ValueError(
-                    f"{self.caller}: `data` must hold batches (B, D); got {x.shape}. Give whole batches of rows."
-                )
-            width = x.shape[1]
+        rows = 0
+        for batch, numbers in self._given():
+            x = as_rows(self.caller, batch, self.dtype, argument="data", row_numbers=numbers)
             weights = jnp.ones(x.shape[0], x.dtype)
             if self.framing is not None:
-                x, weights = self.framing.rows(dense, x, weights, np.arange(seen, seen + x.shape[0]))
-            rows, seen = max(rows, x.shape[0]), seen + x.shape[0]
+                x, weights = self.framing.rows(_on_host(batch), x, weights, numbers)
+            rows = max(rows, x.shape[0])
             missing = rows - x.shape[0]
             yield jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(weights, (0, missing)), None
-        if not rows:
-            raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
 
     def sample(self) -> Block:
-        """Rows and weights that the initialisation looks at: the first ones."""
-        parts, count = [], 0
-        for x, weights, _ in self.blocks():
-            parts.append((x, weights))
-            count += x.shape[0]
-            if count >= min(SAMPLE_ROWS, SAMPLE_FLOATS // x.shape[1]):
-                break
-        return jnp.concatenate([x for x, _ in parts]), jnp.concatenate([w for _, w in parts]), None
+        """Rows and weights that the initialisation looks at, as `host_sample`."""
+        given, numbers = self._sampled
+        x = as_rows(self.caller, given, self.dtype, argument="data", row_numbers=numbers)
+        weights = jnp.ones(x.shape[0], x.dtype)
+        if self.framing is not None:
+            x, weights = self.framing.rows(given, x, weights, numbers)
+        return x, weights, None
+
+    @functools.cached_property
+    def _sampled(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows in their own dtype, or some of the whole pass, each equally likely, and their numbers.
+
+        Which they are follows from the numbers of the rows alone, and they keep their order.
+        """
+        parts, kept, numbers = [], np.empty(0), np.empty(0, np.int64)
+        rng = np.random.default_rng(0)
+        for batch, index in self._given():
+            limit = max(1, min(SAMPLE_ROWS, SAMPLE_FLOATS // batch.shape[1]))
+            rows = _on_host(batch)
+            new = max(0, min(limit - len(numbers), len(rows)))
+            if new:
+                parts.append(rows[:new].copy())
+                numbers = np.concatenate([numbers, index[:new]])
+            if new == len(rows):
+                continue
+            # row i takes the place of one that is kept with probability limit / (i + 1) (Vitter 1985, algorithm R)
+            place = rng.integers(0, index[new:] + 1)
+            is_taken = place < limit
+            kept = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            kept = kept.astype(np.result_type(kept, rows), copy=False)
+            kept[place[is_taken]], numbers[place[is_taken]] = rows[new:][is_taken], index[new:][is_taken]
+            parts = [kept]
+        kept = np.concatenate(parts)
+        order = np.argsort(numbers)
+        return kept[order], numbers[order]
 
     def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
         """The batches as they come."""
         return self.blocks()
+
+    def _given(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """The batches (B, D) of one pass in their own dtype, and the numbers of their rows (B,)."""
+        width, count = self.width, 0
+        for batch in self.data:
+            x = check_batch(self.caller, batch, width)
+            width = x.shape[1]
+            yield x, np.arange(count, count + x.shape[0])
+            count += x.shape[0]
+        if not count:
+            raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
 
 
 Source: TypeAlias = RowsOnDevice | RowsInBlocks | Stream
@@ -279,14 +269,17 @@ def as_source(caller: str, head: Any, data: Any, weights: Any, labels: Any) -> S
     """The source for what a user gives as data.
 
     Raises:
-        TypeError: for data that cannot be read twice.
+        TypeError: for data that cannot be read twice, or are no arrays of numbers.
         ValueError: for unusable data, or weights or labels of a stream.
     """
-    if is_on_disk_or_sparse(data):
+    check_precision(caller, head.param_dtype)
+    if is_read_by_blocks(data):
         return RowsInBlocks(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
-    if hasattr(data, "shape"):
+    data = unwrapped(data)
+    names = ("shape", "__array__", "__dlpack__", "to_numpy")
+    if is_jax_sparse(data) or any(hasattr(data, name) for name in names):
         return RowsOnDevice(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
-    if isinstance(data, Iterator) or not isinstance(data, Iterable):
+    if isinstance(data, Iterator | Mapping) or not isinstance(data, Iterable):
         raise TypeError(
             f"{caller}: `data` must be an array or a collection of batches that can be iterated repeatedly; got "
             f"{type(data).__name__}. EM reads the data once per step: give a list or an object with __iter__."
@@ -304,30 +297,93 @@ def _effective(caller: str, weights: Any, count: int, dtype: Any) -> Array:
     return checked if weights is None else effective_weights(checked)
 
 
+def check_batch(caller: str, batch: Any, obs_dim: int | None) -> Any:
+    """A batch (B, D) of a stream in its own dtype; sparse ones become dense.
+
+    Raises:
+        TypeError: for a pair, a dict or anything else that is no array of numbers.
+        ValueError: for another shape.
+    """
+    has_shape = lambda entry: len(getattr(entry, "shape", ())) > 1  # noqa: E731
+    if isinstance(batch, Mapping) or (isinstance(batch, list | tuple) and any(map(has_shape, batch))):
+        held = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+        shapes = ", ".join(f"{key!r}: {getattr(entry, 'shape', type(entry).__name__)}" for key, entry in held)
+        first = next(iter(batch)) if isinstance(batch, Mapping) else 0
+        raise TypeError(
+            f"{caller}: `data` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. Give "
+            f"an object whose __iter__ yields the rows of each, as `batch[{first!r}]`; labels go with an array, as "
+            "`labels`."
+        )
+    x = check_given(caller, dense(caller, "data", batch), None, argument="data")
+    remedy = "Give whole batches of rows."
+    if x.ndim == 1:
+        remedy = "Join single rows to one array: numpy.stack(data), or numpy.asarray(data) for lists of numbers."
+    elif x.ndim > 2:
+        remedy = "Flatten what a row holds: batch.reshape(len(batch), -1)."
+    if x.ndim != 2 or not x.shape[0]:
+        raise ValueError(f"{caller}: `data` must hold batches (B, D); got {x.shape}. {remedy}")
+    return check_given(caller, x, obs_dim, argument="data")
+
+
 def check_rows(caller: str, x: Any) -> None:
     """ValueError unless x is (N, D) with N > 0."""
     if len(x.shape) != 2 or not x.shape[0]:
         raise ValueError(f"{caller}: `data` must have shape (N, D); got {x.shape}. Reshape it to one row per sample.")
 
 
-def check_labels(caller: str, labels: Any, shape: tuple[int, ...], n_components: int) -> Array | None:
-    """Known components as int32, -1 where unknown; None if none are given.
+def check_labels(
+    caller: str, labels: Any, shape: tuple[int, ...], n_components: int
+) -> tuple[Array | None, tuple[str, ...] | None]:
+    """Known components as int32, -1 where unknown, and the names of classes where labels are no integers.
+
+    Integers are numbers of components, -1 where unknown. Names are numbered as they sort: class k is component k.
+    Unknown beside them are None, NaN, NA of pandas, empty text and masked entries.
+
+    Args:
+        caller: public function, for messages.
+        labels: (N,) as `encode_labels` takes them; None if none are known.
+        shape: (N,).
+        n_components: K.
+
+    Returns:
+        Codes (N,) or None; names or None.
 
     Raises:
-        ValueError: for another shape, or anything but integers from -1 to K - 1.
+        ValueError: for another shape, integers that are not from -1 to K - 1, or more than K names.
     """
     if labels is None:
-        return None
-    check_shape(caller, "labels", labels, shape)
-    values = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+        return None, None
+    classes: tuple[str, ...] | None = None
+    values: Any
+    if isinstance(labels, jax.Array):
+        values, kind = labels, labels.dtype
+        check_shape(caller, "labels", labels, shape)
+    else:
+        vector = as_vector(labels)
+        check_shape(caller, "labels", vector, shape)
+        values, known, classes = encode_labels(caller, vector)
+        kind = vector.dtype if vector.dtype.kind == "b" or (vector.dtype.kind == "f" and known.all()) else values.dtype
+    if classes is not None and kind.kind == "i" and len(classes) > n_components:
+        shown = ", ".join(map(repr, classes[:3]))
+        raise ValueError(
+            f"{caller}: `labels` must name at most {n_components} classes, a component each; got {len(classes)}: "
+            f"{shown} and so on. Raise n_components, or give None for rows whose class is not sought."
+        )
     # on the devices, since the rows may be spread over processes, all of which must raise
     least, largest = values.min().item(), values.max().item()
-    if values.dtype.kind not in "iu" or least < -1 or largest >= n_components:
+    if kind.kind not in "iu" or least < -1 or largest >= n_components:
         raise ValueError(
-            f"{caller}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {values.dtype} from "
-            f"{least} to {largest}. Number the known components from 0."
+            f"{caller}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {kind} from "
+            f"{least} to {largest}. Number the known components from 0, or name them."
         )
-    return jnp.asarray(values, jnp.int32)
+    return jnp.asarray(values, jnp.int32), classes
+
+
+def _on_host(batch: Any) -> np.ndarray:
+    """A batch as numpy, on every process."""
+    if isinstance(batch, jax.Array) and not batch.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(batch, tiled=True))
+    return np.asarray(batch)
 
 
 def _batches(order: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

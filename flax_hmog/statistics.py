@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.checks import check_shape, check_type, is_concrete
+from flax_hmog.containers import in_memory
 from flax_hmog.conversions import in_units_of_x
 from flax_hmog.coordinates import Mean, Natural, check_natural, outer, structure
 from flax_hmog.covariances import (
@@ -122,6 +123,7 @@ def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any)
     """
     if weights is None:
         return jnp.ones(shape, dtype)
+    weights = in_memory(caller, "weights", weights)
     check_shape(caller, "weights", weights, shape)
     if not is_concrete(weights):
         return jnp.asarray(weights, dtype)

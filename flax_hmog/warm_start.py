@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_head, check_observations
+from flax_hmog.checks import check_head, check_observations, check_precision
 from flax_hmog.conversions import moments_to_natural, natural_to_moments, with_prior
 from flax_hmog.coordinates import Moments, Natural, check_natural
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, pytree
@@ -62,6 +62,7 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
         ValueError: if the dimensions of head and model differ.
     """
     check_head("warm_start", head, "(head, natural, x); a `Clusterer` has its `head`")
+    check_precision("warm_start", head.param_dtype)
     check_natural("warm_start", natural)
     natural = with_prior(natural, "warm_start")
     _check_dimensions(head, natural)

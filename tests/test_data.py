@@ -149,7 +149,10 @@ def test_h5ad(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"1,2", r"must end in one of \['.h5ad', '.npy', '.npz'\]"),
+        ("a.txt", b"1,2", r"must end in one of \['.csv', '.h5ad', '.npy', '.npz', '.parquet'\]"),
+        ("a.csv", b"1,2\n3,4", "the first line of .*a.csv must name the columns; got 1, 2"),
+        ("a.csv", b"", "a.csv must be a readable .csv file; got EmptyDataError"),
+        ("a.parquet", b"PAR", "a.parquet must be a readable .parquet file"),
         ("a.npz", b"PK", "must be a readable .npz file"),
         ("a.npy", b"", "must be a readable .npy file"),
         (None, None, "must be a file; got nowhere.npy"),

@@ -1,18 +1,23 @@
-"""Arrays in files: npy (memory-mapped), npz (dense, or a CSR matrix as scipy saves it) and h5ad."""
+"""Arrays in files: npy (memory-mapped), npz (dense, or a sparse matrix as scipy saves it), h5ad, csv and parquet."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zipfile
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, load_npz
+
+from experiments.data.tables import SUFFIXES, read_table
+from flax_hmog.labels import encode_labels
 
 ROWS, LABELS = ("X", "x", "data"), ("y", "labels")  # names under which an npz may hold them
-CSR = {"data", "indices", "indptr", "shape"}
+CSR = {"data", "indices", "indptr", "shape"}  # as written by hand; scipy writes `format` as well
+SPARSE = {"data", "format", "shape"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,15 +26,19 @@ class File:
 
     Attributes:
         rows: (N, D) array, memory-mapped or not, or CSR matrix.
-        labels: (N,) integers, or None.
+        labels: (N,) integers, -1 where unknown if there are `class_names`; or None.
         n_train: number of leading rows that are for training, where the file says so.
         image_shape: of a row, where rows were images.
+        class_names: of the labels, where they are no integers or some are unknown.
+        column_names: of the columns, where the file says so.
     """
 
     rows: Any
-    labels: np.ndarray | None
-    n_train: int | None
-    image_shape: tuple[int, ...] | None
+    labels: Any = None
+    n_train: int | None = None
+    image_shape: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+    column_names: tuple[str, ...] | None = None
 
 
 def find_file(path: str | None, folder: Path) -> Path:
@@ -39,7 +48,9 @@ def find_file(path: str | None, folder: Path) -> Path:
         ValueError: if there is none.
     """
     if path is None:
-        raise ValueError("load: `data.path` must name a file; got None. Give --data.path FILE.npy, .npz or .h5ad.")
+        raise ValueError(
+            "load: `data.path` must name a file; got None. Give --data.path FILE.npy, .npz, .h5ad, .csv or .parquet."
+        )
     for candidate in (Path(path), folder / path):
         if candidate.is_file():
             return candidate
@@ -49,20 +60,33 @@ def find_file(path: str | None, folder: Path) -> Path:
     )
 
 
-def read_file(path: Path, labels: str | None = None) -> File:
+def read_file(path: Path, labels: str | None = None, *, layer: str | None = None, obsm: str | None = None) -> File:
     """Rows and labels of a file.
 
     Args:
-        path: .npy, memory-mapped; .npz with `X` (N, ...) or the parts of a CSR matrix, and optionally `y` (N,) and
-            `n_train`; or .h5ad, which needs the package anndata.
-        labels: an .npy file of labels (N,), or the column of `obs` in an .h5ad; None takes what the file holds.
+        path: .npy, memory-mapped; .npz with `X` (N, ...) or a sparse matrix as scipy saves it, and optionally `y` (N,)
+            and `n_train`; .h5ad, which needs the package anndata; .csv or .parquet, which need pandas.
+        labels: an .npy file of labels (N,), or the column of `obs` in an .h5ad, or of a table; None takes what the file
+            holds.
+        layer: of an .h5ad, instead of `X`.
+        obsm: of an .h5ad, instead of `X`.
 
     Raises:
         ValueError: for another kind of file, or one without rows.
     """
-    if labels is not None and path.suffix != ".h5ad" and not Path(labels).is_file():
+    if labels is not None and path.suffix in (".npy", ".npz") and not Path(labels).is_file():
         raise ValueError(f"read_file: `data.labels` must be an .npy file; got {labels}, which is not there. Check it.")
-    readers = {".npy": _read_npy, ".npz": _read_npz, ".h5ad": _read_h5ad}
+    if (layer or obsm) and path.suffix != ".h5ad":
+        raise ValueError(
+            f"read_file: `data.layer` and `data.obsm` must be None but for .h5ad; got {layer or obsm!r} for "
+            f"{path.name}. Leave them out."
+        )
+    readers: dict[str, Any] = {
+        ".npy": _read_npy,
+        ".npz": _read_npz,
+        ".h5ad": functools.partial(_read_h5ad, layer, obsm),
+    }
+    readers |= dict.fromkeys(SUFFIXES, _read_table)
     if path.suffix not in readers:
         raise ValueError(f"read_file: `path` must end in one of {sorted(readers)}; got {path.name}. Convert it.")
     try:
@@ -72,6 +96,15 @@ def read_file(path: Path, labels: str | None = None) -> File:
             f"read_file: {path} must be a readable {path.suffix} file; got {type(error).__name__}: {error}. "
             "Copy it again."
         ) from error
+    return _checked(path, file)
+
+
+def _checked(path: Path, file: File) -> File:
+    """What a file holds as rows (N, D) with a label each.
+
+    Raises:
+        ValueError: naming the file, if it does not.
+    """
     rows, image_shape = file.rows, file.image_shape
     if not hasattr(rows, "tocsr") and rows.ndim > 2:
         rows, image_shape = rows.reshape(rows.shape[0], -1), rows.shape[1:]
@@ -86,38 +119,55 @@ def read_file(path: Path, labels: str | None = None) -> File:
         )
     if file.labels is not None and file.labels.shape != (rows.shape[0],):
         raise ValueError(
-            f"read_file: labels must have shape ({rows.shape[0]},); got {file.labels.shape}. Give one for each row."
+            f"read_file: labels must have shape ({rows.shape[0]},); got {file.labels.shape} for {path}. "
+            "Give one for each row."
         )
-    labels_or_names = file.labels
-    if labels_or_names is not None and labels_or_names.dtype.kind not in "biu":
-        labels_or_names = np.unique(labels_or_names.astype(str), return_inverse=True)[1]
-    return dataclasses.replace(file, rows=rows, image_shape=image_shape, labels=labels_or_names)
+    labels, class_names = (None, None) if file.labels is None else _coded(path, file.labels)
+    return dataclasses.replace(file, rows=rows, image_shape=image_shape, labels=labels, class_names=class_names)
+
+
+def _coded(path: Path, labels: Any) -> tuple[np.ndarray, tuple[str, ...] | None]:
+    """Labels as integers: as they are, or -1 where unknown beside the names of the classes."""
+    codes, known, names = encode_labels("read_file", labels, argument=f"labels of {path}")
+    if names is None and not known.all():
+        values, codes[known] = np.unique(codes[known], return_inverse=True)
+        names = tuple(map(str, values.tolist()))
+    return codes, names
 
 
 def _read_npy(path: Path, labels: str | None) -> File:
-    return File(_load(path, mmap_mode="r"), _load(labels) if labels else None, None, None)
+    return File(_load(path, mmap_mode="r"), _load(labels) if labels else None)
+
+
+def _read_table(path: Path, labels: str | None) -> File:
+    rows, found, names = read_table(path, labels)
+    return File(rows, found, column_names=names)
 
 
 def _read_npz(path: Path, labels: str | None) -> File:
     with _load(path) as parts:
         names = set(parts.files)
         rows_name = next((name for name in ROWS if name in names), None)
-        if names >= CSR:
+        if (
+            names >= SPARSE
+        ):  # the formats share names: without `format` a CSC matrix would pass for its transpose in CSR
+            rows: Any = _load_sparse(path)
+        elif names >= CSR:
             index = parts["indices"].astype(np.int32)
-            rows: Any = csr_matrix((parts["data"], index, parts["indptr"]), shape=tuple(parts["shape"]))
+            rows = csr_matrix((parts["data"], index, parts["indptr"]), shape=tuple(parts["shape"]))
         elif rows_name is not None:
             rows = parts[rows_name]
         else:
             raise ValueError(
-                f"read_file: {path} must hold one of {ROWS}, or a CSR matrix ({', '.join(sorted(CSR))}); got "
+                f"read_file: {path} must hold one of {ROWS}, or a sparse matrix as scipy saves it; got "
                 f"{sorted(names)}. Save it with numpy.savez(path, X=..., y=...) or scipy.sparse.save_npz."
             )
         found = next((parts[name] for name in LABELS if name in names), None)
         n_train = int(parts["n_train"]) if "n_train" in names else None
-    return File(rows, _load(labels) if labels else found, n_train, None)
+    return File(rows, _load(labels) if labels else found, n_train)
 
 
-def _read_h5ad(path: Path, labels: str | None) -> File:
+def _read_h5ad(layer: str | None, obsm: str | None, path: Path, labels: str | None) -> File:
     try:
         from anndata import read_h5ad
     except ImportError:
@@ -126,14 +176,36 @@ def _read_h5ad(path: Path, labels: str | None) -> File:
             'Install it: pip install "flax-hmog[h5ad]".'
         ) from None
     table = read_h5ad(path)
-    rows = table.X.tocsr() if hasattr(table.X, "tocsr") else np.asarray(table.X)
-    if labels is None:
-        return File(rows, None, None, None)
-    if labels not in table.obs:
+    matrix, names = table.X, table.var_names
+    for option, key, held in (("layer", layer, table.layers), ("obsm", obsm, table.obsm)):
+        if key is not None and key not in held:
+            raise ValueError(
+                f"read_file: `data.{option}` must be in {path}; got {key!r}. Choose one of {sorted(held.keys())}."
+            )
+        if key is not None:
+            matrix, names = held[key], table.var_names if option == "layer" else None
+    if matrix is None:
         raise ValueError(
-            f"read_file: `data.labels` must be a column of obs; got {labels!r}. Choose one of {list(table.obs)}."
+            f"read_file: {path} must have X; got none. Give --data.layer, one of {sorted(table.layers.keys())}, or "
+            f"--data.obsm, one of {sorted(table.obsm.keys())}."
         )
-    return File(rows, np.asarray(table.obs[labels]), None, None)
+    rows = matrix.tocsr() if hasattr(matrix, "tocsr") else np.asarray(matrix)
+    found = None
+    if labels is not None:
+        if labels not in table.obs:
+            raise ValueError(
+                f"read_file: `data.labels` must be a column of obs; got {labels!r}. Choose one of {list(table.obs)}."
+            )
+        found = table.obs[labels]
+    return File(rows, found, column_names=None if names is None else tuple(map(str, names)))
+
+
+def _load_sparse(path: Path) -> Any:
+    """What scipy saved, in any of its formats, as CSR."""
+    try:
+        return load_npz(path).tocsr()
+    except (ValueError, NotImplementedError) as error:
+        raise OSError(f"it is no sparse matrix of scipy's ({error})") from error
 
 
 def _load(path: str | Path, **options: Any) -> Any:

@@ -125,29 +125,61 @@ def input_image_shape(data: Data, image_shape: tuple[int, ...] | None) -> tuple[
     return None if is_changed else image_shape
 
 
-def _checked(block: np.ndarray) -> np.ndarray:
-    """A block of raw rows without missing values.
+def check_raw_rows(data: Data, dataset: Dataset) -> None:
+    """ValueError for rows of either part that are missing, too large for float32, or have no logarithm.
 
-    Raises:
-        ValueError: naming the column of the first value that is not finite.
+    Each process looks at its share of the rows, in the order of the file; all raise.
     """
-    if block.dtype.kind == "f" and not np.isfinite(block).all():
-        row, column = np.argwhere(~np.isfinite(block))[0]
-        raise ValueError(
-            f"prepare_inputs: the data must be finite; got {block[row, column]} in column {column}, beside "
-            f"{(~np.isfinite(block)).sum() - 1} other entries of {len(block)} rows. Drop or impute these rows."
-        )
-    return block
+    rows, used = dataset.train.rows, np.zeros(dataset.train.rows.shape[0], bool)
+    used[dataset.train.index] = used[dataset.test.index] = True
+    if rows.dtype.kind != "f" and not (data.log1p and rows.dtype.kind == "i"):
+        return
+    process, processes = jax.process_index(), jax.process_count()
+    found = np.array([0, np.inf, 0, 0])  # entries, first row, its column and value
+    for start in range(len(used) * process // processes, len(used) * (process + 1) // processes, BLOCK_ROWS):
+        block = rows[start : min(start + BLOCK_ROWS, len(used) * (process + 1) // processes)]
+        is_sparse = hasattr(block, "tocsr")
+        if not _unusable(data, block.data if is_sparse else block).any():
+            continue
+        dense = block.toarray() if is_sparse else np.asarray(block)
+        bad = _unusable(data, dense) & used[start : start + len(dense), None]
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            first = found[1:] if found[0] else [start + row, column, dense[row, column]]
+            found = np.array([found[0] + bad.sum(), *first], np.float64)
+    parts = gather(found)
+    count = int(parts[:, 0].sum())
+    if count:
+        row, column, value = parts[parts[:, 1].argmin(), 1:]
+        raise ValueError(_raw_row_message(dataset, count, int(row), int(column), value))
+
+
+def _unusable(data: Data, values: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        bad = ~np.isfinite(np.asarray(values).astype(np.float32))
+    return bad | (np.asarray(values) <= -1) if data.log1p else bad
+
+
+def _raw_row_message(dataset: Dataset, count: int, row: int, column: int, value: float) -> str:
+    name = f" ({dataset.column_names[column]!r})" if dataset.column_names else ""
+    part = "training" if row in dataset.train.index else "test"
+    rule = "above -1 to take their logarithm (log1p)" if value <= -1 and np.isfinite(np.float32(value)) else "finite"
+    return (
+        f"prepare_inputs: the data must be {rule}; got {value} in column {column}{name} of row {row} of "
+        f"{dataset.source or dataset.title}, counted from 0, in the {part} part, beside {count - 1} other such "
+        "entries. Drop or impute these rows."
+    )
 
 
 def prepare_inputs(data: Data, dataset: Dataset, mesh: Mesh) -> Inputs:
     """The inputs of a data set, their preprocessing fitted on the training part; each process reads only its share."""
+    check_raw_rows(data, dataset)
     part, preprocessing = dataset.train, Preprocessing((), dataset.obs_dim)
     process, count = jax.process_index(), jax.process_count()
     share = slice(len(part) * process // count, len(part) * (process + 1) // count)
 
     def blocks() -> Iterator[np.ndarray]:
-        for block in map(_checked, part.blocks(share)):
+        for block in part.blocks(share):
             yield preprocessing(block)
 
     def total(array: np.ndarray) -> np.ndarray:

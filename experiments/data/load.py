@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,9 +55,10 @@ def _load_whole(data: Data, seed: int) -> Dataset:
         parts = split_parts(rows, labels, n_train, data.test_share, seed)
         return Dataset(IMAGES[data.name].title, **parts, image_shape=IMAGES[data.name].shape)
     path = find_file(data.path, Path(data.folder))
-    file = read_file(path, data.labels)
-    parts = split_parts(file.rows, file.labels, file.n_train, data.test_share, seed)
-    return Dataset(data.title or path.name, **parts, image_shape=file.image_shape)
+    file = read_file(path, data.labels, layer=data.layer, obsm=data.obsm)
+    parts = split_parts(file.rows, file.labels, file.n_train, data.test_share, seed, file.class_names)
+    about: dict[str, Any] = {"image_shape": file.image_shape, "column_names": file.column_names, "source": str(path)}
+    return Dataset(data.title or path.name, **parts, **about)
 
 
 def data_shape(data: Data) -> tuple[int, int, int, tuple[int, ...] | None]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from flax_hmog.analysis import clustering_metrics
+
 BLOCK_ROWS = 1024  # read at once
 SAMPLED_BLOCKS = 16  # that a fingerprint is taken of
 
@@ -20,13 +22,15 @@ class Part:
 
     Attributes:
         rows: raw data (N0, D): an array, memory-mapped or not, or a scipy CSR matrix.
-        labels: of all rows (N0,), for evaluation only, or None.
+        labels: of all rows (N0,), for evaluation only, or None; -1 where unknown if there are `class_names`.
         index: which rows belong to this part (N,).
+        class_names: of the labels, or None where these are integers and all known.
     """
 
     rows: Any
     labels: np.ndarray | None
     index: np.ndarray
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -35,6 +39,35 @@ class Part:
     def part_labels(self) -> np.ndarray | None:
         """Labels of this part (N,)."""
         return None if self.labels is None else self.labels[self.index]
+
+    @property
+    def is_labelled(self) -> np.ndarray:
+        """Whether the label of each row of this part is known (N,)."""
+        if self.labels is None:
+            return np.zeros(len(self), bool)
+        return np.ones(len(self), bool) if self.class_names is None else self.labels[self.index] >= 0
+
+    @property
+    def occurring_names(self) -> list[str] | None:
+        """Names of the classes that occur among the labelled rows of this part, in the order of their numbers."""
+        if self.class_names is None or self.labels is None:
+            return None
+        return [self.class_names[number] for number in np.unique(self.labels[self.index][self.is_labelled])]
+
+    def agreement(self, assignments: Any) -> dict[str, float]:
+        """NMI, ARI and ACC of clusters (N,) of this part's rows with its labels; nothing where there are none.
+
+        Rows whose label is unknown do not count; "labelled" says how many do, where some do not.
+        """
+        if self.labels is None:
+            return {}
+        is_labelled = self.is_labelled
+        if is_labelled.any():
+            metrics = clustering_metrics(self.labels[self.index][is_labelled], np.asarray(assignments)[is_labelled])
+        else:
+            metrics = dict.fromkeys(("nmi", "ari", "accuracy"), float("nan"))
+        some_unknown = self.class_names is not None and bool((self.labels < 0).any())
+        return metrics | {"labelled": int(is_labelled.sum())} if some_unknown else metrics
 
     def read(self, numbers: Any) -> np.ndarray:
         """Raw rows (B, D), dense, by their numbers in this part: a slice or an array."""
@@ -61,12 +94,16 @@ class Dataset:
         train: rows to fit.
         test: rows to evaluate on.
         image_shape: of a row, where rows are images.
+        column_names: of the columns, where they have any.
+        source: the file that holds the rows, if there is one.
     """
 
     title: str
     train: Part
     test: Part
     image_shape: tuple[int, ...] | None = None
+    column_names: tuple[str, ...] | None = None
+    source: str | None = None
 
     @property
     def obs_dim(self) -> int:
@@ -96,7 +133,14 @@ class Dataset:
         return total.hexdigest()
 
 
-def split_parts(rows: Any, labels: np.ndarray | None, n_train: int | None, test_share: float, seed: int) -> dict:
+def split_parts(
+    rows: Any,
+    labels: np.ndarray | None,
+    n_train: int | None,
+    test_share: float,
+    seed: int,
+    class_names: tuple[str, ...] | None = None,
+) -> dict:
     """Training and test part: the first `n_train` rows and the others, or a random split where there is none given."""
     count = rows.shape[0]
     if n_train is None:
@@ -105,4 +149,4 @@ def split_parts(rows: Any, labels: np.ndarray | None, n_train: int | None, test_
         train, test = train_test_split(np.arange(count), test_size=test_share, random_state=seed)
     else:
         train, test = np.arange(n_train), np.arange(n_train, count)
-    return {"train": Part(rows, labels, train), "test": Part(rows, labels, test)}
+    return {"train": Part(rows, labels, train, class_names), "test": Part(rows, labels, test, class_names)}

@@ -10,7 +10,6 @@ from experiments.config import Experiment
 from experiments.data import Inputs
 from experiments.processes import to_host
 from flax_hmog import HMoGOutput
-from flax_hmog.analysis import clustering_metrics
 from flax_hmog.objectives import merge_output
 
 
@@ -29,7 +28,7 @@ def evaluate(output: HMoGOutput, inputs: Inputs, clusters: np.ndarray | None = N
         if clusters is not None:
             output = merge_output(output, clusters, int(clusters.max()) + 1)
         assignments = to_host(jnp.argmax(output.log_responsibilities, axis=-1))[: len(part)]
-        metrics |= clustering_metrics(part.part_labels, assignments)
+        metrics |= part.agreement(assignments)
     return metrics
 
 
@@ -41,7 +40,7 @@ def baseline_scores(inputs: Inputs, config: Experiment, seed: int) -> dict[str, 
     rows = (inputs.read(part, slice(None)) for part in (train, test))
     fitted = fit_baselines(*rows, lat_dim=config.model.lat_dim, n_components=config.n_clusters, seed=seed)
     return {
-        name: clustering_metrics(test.part_labels, baseline.assignments)
+        name: test.agreement(baseline.assignments)
         | {"train_log_density": baseline.train_log_density, "test_log_density": baseline.test_log_density}
         for name, baseline in fitted.items()
     }

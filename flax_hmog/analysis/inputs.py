@@ -10,9 +10,11 @@ import jax
 import numpy as np
 from scipy.linalg import solve_triangular
 
+from flax_hmog.containers import in_memory
 from flax_hmog.conversions import in_units_of_x, with_prior
 from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import PositiveDefinite
+from flax_hmog.labels import as_vector, is_known, of_one_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,7 @@ def as_array(caller: str, argument: str, value: Any, ndim: int, shape: str) -> n
         TypeError: if it holds no real numbers.
         ValueError: for another rank, no entries, or entries that are not finite.
     """
-    array = np.asarray(value)
+    array = np.asarray(in_memory(caller, argument, value))
     if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(array.dtype, np.floating):
         raise TypeError(f"{caller}: `{argument}` must hold real numbers; got {array.dtype}. Convert it first.")
     if array.ndim != ndim or array.size == 0:
@@ -111,7 +113,7 @@ def as_responsibilities(caller: str, value: Any) -> np.ndarray:
         TypeError: if `value` holds no real numbers.
         ValueError: unless the rows are probabilities.
     """
-    array = np.asarray(value)
+    array = np.asarray(in_memory(caller, "responsibilities", value))
     array = array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
     array = as_array(caller, "responsibilities", array, 2, "(..., K)")
     worst = int(np.abs(array.sum(axis=1) - 1).argmax())
@@ -136,6 +138,21 @@ def as_labels(caller: str, argument: str, value: Any, length: int | None = None,
             f"{caller}: `{argument}` must have shape {wanted}; got {array.shape}. Give one label for each, in order."
         )
     return array
+
+
+def as_groups(caller: str, argument: str, value: Any, length: int) -> np.ndarray:
+    """Labels (N,) of which some may be missing: these are a group of their own, "no label".
+
+    Raises:
+        ValueError: unless they are one vector of this length.
+    """
+    labels = as_labels(caller, argument, as_vector(value), length)
+    known = is_known(labels)
+    if known.all():
+        return of_one_kind(caller, argument, labels)
+    groups = np.full(length, "no label", object)
+    groups[known] = of_one_kind(caller, argument, labels[known]).astype(str)
+    return groups.astype(str)
 
 
 def as_names(caller: str, names: Any, count: int, *, argument: str = "names") -> list[str]:

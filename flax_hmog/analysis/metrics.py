@@ -8,10 +8,13 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from flax_hmog.analysis.inputs import as_labels, require
+from flax_hmog.labels import as_vector, is_known, of_one_kind
 
 
 def contingency_table(labels: Any, assignments: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts of samples by cluster and label.
+
+    Samples without a label (None, NaN, NA of pandas, empty text, masked) do not count; integers such as -1 are labels.
 
     Args:
         labels: known labels (N,), of any kind that sorts.
@@ -21,10 +24,9 @@ def contingency_table(labels: Any, assignments: Any) -> tuple[np.ndarray, np.nda
         Counts (clusters, labels), int; the clusters that occur (clusters,) and the labels that occur (labels,), sorted.
 
     Raises:
-        ValueError: unless there is one label for each assignment.
+        ValueError: unless there is one label for each assignment, and one that is known.
     """
-    labels = as_labels("contingency_table", "labels", labels)
-    assignments = as_labels("contingency_table", "assignments", assignments, labels.size)
+    labels, assignments = _labelled("contingency_table", labels, assignments)
     columns, column = np.unique(labels, return_inverse=True)
     rows, row = np.unique(assignments, return_inverse=True)
     counts = np.bincount(row * columns.size + column, minlength=rows.size * columns.size)
@@ -34,6 +36,8 @@ def contingency_table(labels: Any, assignments: Any) -> tuple[np.ndarray, np.nda
 def clustering_metrics(labels: Any, assignments: Any) -> dict[str, float]:
     """Agreement of clusters with known labels; none depends on how clusters are numbered.
 
+    Samples without a label (None, NaN, NA of pandas, empty text, masked) do not count; integers such as -1 are labels.
+
     Args:
         labels: known labels (N,).
         assignments: clusters (N,).
@@ -41,18 +45,34 @@ def clustering_metrics(labels: Any, assignments: Any) -> dict[str, float]:
     Returns:
         "nmi", mutual information over the mean of both entropies, 0 to 1; "ari", adjusted Rand index, 1 at best, 0
         expected by chance; "accuracy", the share of samples in the right cluster when labels and clusters are matched
-        one to one in the best way (clusters beyond the number of labels count as wrong).
+        one to one in the best way (clusters beyond the number of labels count as wrong). Where labels are missing also
+        "labelled", the number of samples that have one.
 
     Raises:
         ImportError: without scikit-learn.
-        ValueError: unless there is one label for each assignment.
+        ValueError: unless there is one label for each assignment, and one that is known.
     """
     scores = require("sklearn.metrics", "clustering_metrics", "experiments")
+    count = len(as_labels("clustering_metrics", "assignments", assignments))
+    labels, assignments = _labelled("clustering_metrics", labels, assignments)
     counts, _, _ = contingency_table(labels, assignments)
     matched = counts[linear_sum_assignment(counts, maximize=True)].sum()
-    labels, assignments = np.asarray(labels), np.asarray(assignments)
-    return {
+    metrics = {
         "nmi": float(scores.normalized_mutual_info_score(labels, assignments)),
         "ari": float(scores.adjusted_rand_score(labels, assignments)),
         "accuracy": float(matched / labels.size),
     }
+    return metrics if labels.size == count else metrics | {"labelled": int(labels.size)}
+
+
+def _labelled(caller: str, labels: Any, assignments: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and clusters of the samples whose label is known."""
+    vector = as_labels(caller, "labels", as_vector(labels))
+    assignments = as_labels(caller, "assignments", assignments, vector.size)
+    known = is_known(vector)
+    if not known.any():
+        raise ValueError(
+            f"{caller}: `labels` must have one that is known; got {vector.size} that are missing. "
+            "Leave the comparison out."
+        )
+    return of_one_kind(caller, "labels", vector[known]), assignments[known]

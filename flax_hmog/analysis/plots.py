@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flax_hmog.analysis import style
-from flax_hmog.analysis.inputs import as_array, as_images, as_labels, as_names, check_choice
+from flax_hmog.analysis.inputs import as_array, as_groups, as_images, as_labels, as_names, check_choice
 from flax_hmog.analysis.loadings import CanonicalLoadings, canonical_loadings, discriminant_axes
 from flax_hmog.coordinates import Natural
 from flax_hmog.inference import latent_mean, posterior_hard_assignment
@@ -83,7 +83,8 @@ def plot_latent_space(
         x: observations (N, D).
         axes: "discriminant", the two that separate the components best (`discriminant_axes`), or "canonical", the two
             that explain most variance (`canonical_loadings`).
-        groups: what colours each sample (N,): merged clusters or known labels; None for the most probable component.
+        groups: what colours each sample (N,): merged clusters or known labels, of which some may be missing; None for
+            the most probable component.
         max_points: of more samples, this many at even intervals are drawn.
         title: title of the figure.
 
@@ -97,7 +98,7 @@ def plot_latent_space(
     """
     check_choice("plot_latent_space", "axes", axes, AXES)
     x = as_array("plot_latent_space", "x", x, 2, "(N, D)")
-    groups = None if groups is None else as_labels("plot_latent_space", "groups", groups, len(x))
+    groups = None if groups is None else as_groups("plot_latent_space", "groups", groups, len(x))
     chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), max_points)).round().astype(int))
     colours = np.asarray(posterior_hard_assignment(natural, x[chosen])) if groups is None else groups[chosen]
     names, group = np.unique(colours, return_inverse=True)

@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from flax_hmog.checks import check_size
 from flax_hmog.training.describe import CheckpointError, describe_head, describe_module
 from flax_hmog.training.named import FORMAT, abstract_variables, describe_array, named_arrays, split_variables
+from flax_hmog.training.plain import plain
 from flax_hmog.training.preprocessing import Preprocessing
 
 LIBRARIES = ("flax-hmog", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -138,6 +139,7 @@ class CheckpointWriter:
                 arrays, or values that JSON cannot hold.
         """
         self._check_step(step)
+        metrics = plain(metrics)
         tracked = self._tracked(metrics)
         arrays = named_arrays(nn.unbox({"variables": variables, "state": state}))
         if self.preprocessing is not None:
@@ -147,7 +149,7 @@ class CheckpointWriter:
         described = {"progress": progress or {}, "history": history or [], "metrics": metrics or {}}
         labels = None if clusters is None else self._checked_clusters(clusters)
         try:
-            description = json.loads(json.dumps(self.description | described | {"clusters": labels}))
+            description = json.loads(json.dumps(plain(self.description | described | {"clusters": labels})))
         except TypeError as error:
             raise CheckpointError(
                 f"CheckpointWriter.save: config, progress, history and metrics must be plain JSON values; got {error}. "

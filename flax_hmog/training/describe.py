@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import warnings
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog import encoders, heads
+from flax_hmog.training.plain import plain
 
 MODULES: dict[str, Any] = {
     cls.__name__: cls
@@ -76,6 +79,15 @@ def rebuild_module(description: dict[str, Any], *, allow_import: bool = False) -
         )
     if ":" in name and not allow_import:
         return None
+    asked = arguments.get("param_dtype")
+    is_double = isinstance(asked, str | np.dtype) and jnp.dtype(asked) == np.float64
+    if is_double and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        warnings.warn(
+            f"restore: {name} was saved in float64 and is restored in float32, as JAX computes in 32 bits here. Switch "
+            '64 bits on before restoring: jax.config.update("jax_enable_x64", True).',
+            stacklevel=3,
+        )
+        arguments["param_dtype"] = jnp.dtype("float32")
     try:
         return (MODULES[name] if name in MODULES else import_path(name))(**arguments)
     except (ImportError, AttributeError, TypeError) as error:
@@ -113,7 +125,7 @@ def _as_json(module: str, argument: str, value: Any) -> Any:
     if hasattr(value, "dtype") and callable(value) and not isinstance(value, nn.Module):  # jnp.float32 and its like
         return {"dtype": jnp.dtype(value).name}
     try:
-        return json.loads(json.dumps(value))
+        return json.loads(json.dumps(plain(value)))
     except TypeError:
         raise CheckpointError(
             f"CheckpointWriter: `{argument}` of {module} must be a plain JSON value or a dtype; got {value!r}. "

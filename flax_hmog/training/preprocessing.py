@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.checks import check_positive, check_size
+from flax_hmog.containers import dense
 from flax_hmog.covariances import matmul
 
 Blocks: TypeAlias = Callable[[], Any]
@@ -182,7 +183,7 @@ class Preprocessing:
         Raises:
             ValueError: for another number of columns.
         """
-        raw = raw.toarray() if hasattr(raw, "toarray") else raw
+        raw = dense("Preprocessing", "raw", raw)
         if np.ndim(raw) == 0 or np.shape(raw)[-1] != self.obs_dim:
             raise ValueError(
                 f"Preprocessing: `raw` must have shape (..., {self.obs_dim}); got {np.shape(raw)}. "

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flax_hmog.containers import dense
 from flax_hmog.covariances import Array
 from flax_hmog.encoders import Clusterer, train_arguments
 from flax_hmog.inference import HMoGOutput
@@ -96,10 +97,7 @@ class Restored:
 
     def features(self, raw: Any) -> Array:
         """The inputs of the head for raw data (..., D): numpy, jax or a scipy sparse matrix."""
-        if self.preprocessing is not None:
-            x = self.preprocessing(raw)
-        else:
-            x = raw.toarray() if hasattr(raw, "toarray") else raw
+        x = dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw)
         if self.encoder_variables is None:
             return jnp.asarray(x)
         encoder = self._imported_encoder()

@@ -1,0 +1,107 @@
+"""Tables in files, read by pandas: columns of numbers are the rows' columns, one of any kind may hold the labels."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+SUFFIXES = (".csv", ".parquet")
+
+
+def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[str, ...]]:
+    """Rows (N, D), the column of labels or None, and the names of the columns (D,).
+
+    Columns of text are left out, with a message in the log; missing numbers are NaN.
+
+    Args:
+        path: a .csv whose first line names the columns, or a .parquet.
+        labels: the column of labels.
+
+    Raises:
+        ValueError: without pandas (and pyarrow), for a column that is not there, or one of numbers and text.
+    """
+    table = _read(path)
+    names = [str(name) for name in table.columns]
+    if path.suffix == ".csv" and names and all(_is_number(name) for name in names):
+        raise ValueError(
+            f"read_file: the first line of {path} must name the columns; got {', '.join(names[:4])}. "
+            "Add a line of names."
+        )
+    found = None
+    if labels is not None:
+        if labels not in names:
+            raise ValueError(
+                f"read_file: `data.labels` must be a column of {path}; got {labels!r}. Choose one of {_some(names)}."
+            )
+        found = table.iloc[:, names.index(labels)]
+    kept, left_out, columns = [], [], []
+    for number, name in enumerate(names):
+        if name == labels:
+            continue
+        column = _numbers(path, name, table.iloc[:, number])
+        if column is None:
+            left_out.append(name)
+        else:
+            kept.append(name)
+            columns.append(column)
+    if left_out:
+        logger.warning("%s: columns without numbers are left out: %s", path, _some(left_out))
+    if not columns:
+        raise ValueError(f"read_file: {path} must have columns of numbers; got {_some(names)}. Encode them as numbers.")
+    return np.column_stack(columns), found, tuple(kept)
+
+
+def _read(path: Path) -> Any:
+    try:
+        import pandas as pd
+
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except ImportError:
+        packages = "pandas" if path.suffix == ".csv" else "pandas and pyarrow"
+        raise ValueError(
+            f"read_file: {path.name} must be read by {packages}; got no such package. "
+            f"Install it: pip install {packages.replace(' and', '')}."
+        ) from None
+    except (ValueError, UnicodeDecodeError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
+        raise ValueError(
+            f"read_file: {path} must be a readable {path.suffix} file; got {type(error).__name__}: {error}. "
+            "Copy it again."
+        ) from error
+
+
+def _numbers(path: Path, name: str, column: Any) -> np.ndarray | None:
+    """A column as numbers, NaN where missing; None for text."""
+    import pandas as pd
+
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        missing = bool(column.isna().any())
+        return column.to_numpy(dtype=np.float64, na_value=np.nan) if missing else np.asarray(column.to_numpy())
+    as_numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    is_text = np.isnan(as_numbers) & ~column.isna().to_numpy()
+    if is_text.all() or pd.api.types.is_datetime64_any_dtype(column.dtype):
+        return None
+    if is_text.any():
+        if np.isnan(as_numbers).mean() > 0.5:
+            return None
+        row = int(is_text.argmax())
+        raise ValueError(
+            f"read_file: column {name!r} of {path} must hold numbers; got {column.iloc[row]!r} in row {row} (counted "
+            "from 0). Correct it, or leave the column out."
+        )
+    return as_numbers if not column.isna().all() else None
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (" and so on" if len(names) > 10 else "")
