@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-FORMAT = 4  # of checkpoints; a reader refuses another one
+FORMAT = 5  # of checkpoints; a reader takes this one and the one before it
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
