@@ -26,7 +26,7 @@ LOCK = "writer.lock"
 DYING = 1.0  # seconds that a process which has just been killed is given to end
 SETTLE = 0.3  # seconds after which others that replace the same lock have done so
 BEAT = 5.0  # seconds between two signs of life
-SILENCE = 60.0  # seconds without one, after which a holder that cannot be looked up counts as gone
+SILENCE = 30.0  # seconds without one, after which a holder that cannot be looked up counts as gone
 
 
 class FolderLock:
@@ -47,8 +47,14 @@ class FolderLock:
         self.path, self.caller, self.argument = Path(folder).absolute() / LOCK, caller, argument
         holder = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _started("self")}
         self.content = json.dumps(holder | {"token": uuid.uuid4().hex})
-        while not (self._is_made() or self._is_taken_over()):
-            pass
+        try:
+            while not (self._is_made() or self._is_taken_over()):
+                pass
+        except OSError as error:
+            raise CheckpointError(
+                f"{caller}: `{argument}` must be a folder that can be written to; got {type(error).__name__}: {error}. "
+                "Free or choose another one."
+            ) from None
         stopped = threading.Event()
         threading.Thread(target=_beat, args=(self.path, self.content, stopped), daemon=True).start()
         self._finalizer = weakref.finalize(self, _release, self.path, self.content, stopped, os.getpid())
@@ -82,19 +88,8 @@ class FolderLock:
             number = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return False
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.caller}: `{self.argument}` must be a folder that can be written to; got "
-                f"{type(error).__name__}: {error}. Free or choose another one."
-            ) from None
-        try:
-            with os.fdopen(number, "w") as file:
-                file.write(self.content)
-        except OSError as error:
-            self.path.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{self.caller}: {self.path} must be written; got {type(error).__name__}: {error}. Make room."
-            ) from None
+        with os.fdopen(number, "w") as file:
+            file.write(self.content)
         return True
 
     def _is_taken_over(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -48,7 +49,8 @@ def write_program(program: jax_export.Exported, path: str | Path) -> None:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise CheckpointError(
             f"write_program: `path` must be a file that can be written; got {path}, {type(error).__name__}: {error}. "
             "Make room, or choose another one."
