@@ -138,7 +138,7 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
         CheckpointError: if the folder holds no finished seed, or a damaged one.
     """
     config = _read_config(folder)
-    allowed = config["encoder"]["name"] if allow_import and ":" in config["encoder"]["name"] else False
+    allowed = config["encoder"]["name"] if allow_import else False
     seeds = sorted(int(path.name.removeprefix("seed")) for path in folder.glob("checkpoints/seed*"))
     models: dict[tuple[int, str], Restored] = {}
     scores: dict[str, list[dict[str, float]]] = {}

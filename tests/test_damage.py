@@ -42,6 +42,13 @@ class Own(nn.Module):
         return nn.Dense(self.features)(x)
 
 
+class Other(Own):
+    """Not the encoder of a checkpoint."""
+
+
+Alias = Own
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("original")
@@ -238,8 +245,10 @@ def test_only_the_encoder_that_is_named_is_imported(with_encoder):
     want = restore(folder, allow_import=True)
     assert want.encoder == Own(4)
     np.testing.assert_array_equal(restore(folder, allow_import=path)(X).log_density, want(X).log_density)
-    with pytest.raises(CheckpointError, match=f"the encoder must be a.b:C, as `allow_import` says; got {path}"):
-        restore(folder, allow_import="a.b:C")
+    assert restore(folder, allow_import=f"{__name__}:Alias").encoder == Own(4)
+    for other in (f"{__name__}:Other", "mlp"):
+        with pytest.raises(CheckpointError, match=f"the encoder must be {other}, as `allow_import` says; got {path}"):
+            restore(folder, allow_import=other)
     with_encoder(f"{__name__}:nowhere")
     with pytest.raises(CheckpointError, match="must be importable; got AttributeError"):
         restore(folder, allow_import=True)

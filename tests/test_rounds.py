@@ -272,8 +272,9 @@ def test_a_run_calls_nothing_that_its_checkpoints_name(rounds_folder, tmp_path):
     run(tmp_path / "run", config)
     got, want = (read_metrics(path, stage="differentiable-2") for path in (tmp_path / "run", rounds_folder))
     assert without_times(got) == without_times(want)
-    assert analyze.load_run(tmp_path / "run").models
-    with pytest.raises(CheckpointError, match="leave_a_mark"):
+    with pytest.raises(ValueError, match="`encoder` must be imported to take raw data"):
+        analyze.load_run(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"the encoder must be mlp, .*; got .*:leave_a_mark"):
         analyze.load_run(tmp_path / "run", allow_import=True)
     assert CALLED == []
 

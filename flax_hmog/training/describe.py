@@ -90,24 +90,30 @@ def rebuild_encoder(description: dict[str, Any], *, allow_import: bool | str = F
         )
     if not allow_import:
         return None
-    if isinstance(allow_import, str) and name != allow_import:
+    wanted = allow_import if isinstance(allow_import, str) else name
+    cls = _imported_module(wanted) if ":" in wanted else None
+    if cls is None or name not in (wanted, f"{cls.__module__}:{cls.__qualname__}"):
         raise CheckpointError(
-            f"restore: the encoder must be {allow_import}, as `allow_import` says; got {name}. Give its path if you "
-            "trust it."
-        )
-    try:
-        cls = import_path(name)
-    except Exception as error:  # whatever the module raises
-        raise CheckpointError(
-            f"restore: `{name}` must be importable; got {type(error).__name__}: {error}. Use the version of its code "
-            "that saved it."
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise CheckpointError(
-            f"restore: the encoder must be a linen module; got {name}, which is none, and is not called. "
-            "Do not trust this checkpoint."
+            f"restore: the encoder must be {wanted}, as `allow_import` says; got {name}. Give its path if you trust it."
         )
     return _rebuilt(description, cls)
+
+
+def _imported_module(path: str) -> type[nn.Module]:
+    """The linen class that a path leads to; something else is not called."""
+    try:
+        found = import_path(path)
+    except Exception as error:  # whatever the module raises
+        raise CheckpointError(
+            f"restore: `{path}` must be importable; got {type(error).__name__}: {error}. Use the version of its code "
+            "that saved it."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise CheckpointError(
+            f"restore: the encoder must be a linen module; got {path}, which is none, and is not called. "
+            "Do not trust this checkpoint."
+        )
+    return found
 
 
 def _rebuilt(description: dict[str, Any], cls: type) -> Any:
