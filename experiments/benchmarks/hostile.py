@@ -199,7 +199,7 @@ def interruptions(config: Config, folder: Path) -> Table:
     outcomes = []
     for in_saves in (False, True):
         (part := folder / str(in_saves)).mkdir()
-        outcomes += preemption.measure(part, each, each, in_saves=in_saves)
+        outcomes += preemption.measure(part, each, min(each, 5), in_saves=in_saves, seed=config.seed)
         shutil.rmtree(part)
     return preemption.table_of(outcomes)
 

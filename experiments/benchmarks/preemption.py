@@ -88,9 +88,9 @@ def table_of(outcomes: list[Outcome]) -> Table:
     return table
 
 
-def measure(folder: Path, count: int, per_run: int, *, in_saves: bool = False) -> list[Outcome]:
+def measure(folder: Path, count: int, per_run: int, *, in_saves: bool = False, seed: int = 0) -> list[Outcome]:
     """All outcomes."""
-    rng, reference = random.Random(0), folder / "reference"
+    rng, reference = random.Random(seed), folder / "reference"
     start(reference).communicate()
     wanted, outcomes = fingerprint(reference), []
     for stage in STAGES:
