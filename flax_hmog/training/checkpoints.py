@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from flax_hmog.checks import check_size
 from flax_hmog.training.describe import CheckpointError, describe_head, describe_module
@@ -34,8 +35,9 @@ LIBRARIES = ("flax-hmog", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 class CheckpointWriter:
     """Writes the checkpoints of one run into a folder; a context manager.
 
-    A step is on the disk when `save` returns; all processes of a run take part. An interrupted or failed save leaves
-    the one before it whole. A folder has one writer at a time, until it is closed or its process ends.
+    A step is on the disk when `save` returns. All processes of a run call it, and the first one writes. An interrupted
+    or failed save leaves the one before it whole. A folder has one writer at a time, until it is closed or its process
+    ends.
 
     Args:
         path: the folder; it is made if it is not there.
@@ -156,30 +158,30 @@ class CheckpointWriter:
         description |= {"step": int(step), "arrays": {name: describe_array(array) for name, array in arrays.items()}}
         self._write(int(step), arrays, description)
 
-    def _write(self, step: int, arrays: dict[str, Any], description: dict[str, Any]) -> None:
+    def _write(self, step: int, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> None:
         """Write a step, and delete those that are no longer to be kept.
 
         Raises:
             CheckpointError: if it cannot be written.
         """
         try:
-            on_first_process(self._check_lock)
-            write_step(self.folder, step, arrays, description)
+            on_first_process(lambda: self._write_alone(step, arrays, description))
         except CheckpointError:
             raise
         except Exception as error:  # orbax raises bare exceptions for what it cannot write
             steps = saved_steps(self.folder)
             raise CheckpointError(
                 f"CheckpointWriter.save: checkpoint {self.folder / str(step)} must be written; got "
-                f"{type(error).__name__}: {str(error)[-300:]}. Make room, or clear the way. "
+                f"{type(error).__name__}: {str(error)[-300:].rstrip('.')}. Make room, or clear the way. "
                 f"{f'The last whole step is {steps[-1]}.' if steps else 'There is no other step.'}"
             ) from None
-        on_first_process(self._prune)
 
-    def _check_lock(self) -> None:
-        """CheckpointError if the writer has been closed, or another one has taken the folder."""
+    def _write_alone(self, step: int, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> None:
+        """What the first process does: as it alone writes, a failure is everybody's at once."""
         if self.lock is not None:
             self.lock.check()
+        write_step(self.folder, step, arrays, description)
+        self._prune()
 
     def _prune(self) -> None:
         """Delete the steps that are neither among the latest nor the best; those that cannot be read stay."""
@@ -244,8 +246,8 @@ class CheckpointWriter:
             )
 
 
-def _storable(name: str, leaf: Any) -> Any:
-    """A leaf as orbax takes it, keys as their data.
+def _storable(name: str, leaf: Any) -> np.ndarray:
+    """A leaf on the host, whole on each process; keys as their data.
 
     Raises:
         CheckpointError: for something else than an array, or a variable that is not finite.
@@ -256,8 +258,9 @@ def _storable(name: str, leaf: Any) -> Any:
         )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(jnp.asarray(leaf))
-    if not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and jax.process_count() > 1):
-        leaf = np.asarray(leaf)  # what lies on one process is the same on all
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    leaf = np.asarray(leaf)
     is_variable = name.startswith("variables/") and jnp.issubdtype(leaf.dtype, jnp.floating)
     if is_variable and not bool(jnp.all(jnp.isfinite(leaf))):
         raise CheckpointError(

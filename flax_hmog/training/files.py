@@ -21,7 +21,6 @@ import orbax.checkpoint as ocp
 
 from flax_hmog.training.describe import CheckpointError
 from flax_hmog.training.named import FORMAT, describe_array
-from flax_hmog.training.several import on_first_process
 
 
 class DamageError(CheckpointError):
@@ -29,6 +28,8 @@ class DamageError(CheckpointError):
 
 
 SUMS = "SHA256SUMS"  # digests of all other files of a step, as `sha256sum -c` reads them
+# orbax would let processes wait for each other, those of a save that fails on one of them for minutes
+ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
 DESCRIPTION = "description/metadata"
 UNDIGESTED = 4  # the format before the files were listed
 UNFINISHED, DELETED = ".unfinished", ".deleted"
@@ -50,25 +51,40 @@ def saved_steps(folder: str | Path) -> list[int]:
 
 
 def write_step(folder: Path, step: int, arrays: dict[str, Any], description: dict[str, Any]) -> None:
-    """Write a step on all processes, and give it its name once it is whole and on the disk.
+    """Write a step, on one process, and give it its name once it is whole and on the disk.
+
+    Args:
+        folder: where steps are.
+        step: its number.
+        arrays: on the host, by name.
+        description: JSON values.
 
     Raises:
         Exception: whatever writing raises; the step then has no name, and what there is of it is removed.
     """
     final, unfinished = folder / str(step), folder / f"{step}{UNFINISHED}"
-    on_first_process(lambda: _make_way(final, sum(array.nbytes for array in arrays.values())))
+    _make_way(final, sum(array.nbytes for array in arrays.values()))
     stored = {name: array for name, array in arrays.items() if array.size}  # orbax refuses arrays without entries
     try:
-        with quiet(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with quiet(), ocp.Checkpointer(_handler(), multiprocessing_options=ALONE) as checkpointer:
             checkpointer.save(
                 unfinished,
                 ocp.args.Composite(arrays=ocp.args.StandardSave(stored), description=ocp.args.JsonSave(description)),
             )
-        on_first_process(lambda: _finish(unfinished, final))
+        _finish(unfinished, final)
     except BaseException:
         for path in folder.glob(f"{step}{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
         raise
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    """Writes arrays and description without asking other processes."""
+    return ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=ALONE),
+        arrays=ocp.StandardCheckpointHandler(multiprocessing_options=ALONE),
+        description=ocp.JsonCheckpointHandler(multiprocessing_options=ALONE),
+    )
 
 
 def _make_way(final: Path, size: int) -> None:
