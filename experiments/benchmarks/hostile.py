@@ -1,7 +1,7 @@
 """What comes of damage and of interruptions: restored right, or an error that says where; never something else.
 
     python -m experiments.benchmarks.hostile                            # all tasks
-    python -m experiments.benchmarks.hostile --tasks damage             # half a minute on 2 cores
+    python -m experiments.benchmarks.hostile --tasks damage             # 20 s on 2 cores
     python -m experiments.benchmarks.hostile --tasks interruptions --interruptions 8
 
 `damage` changes single bits of a checkpoint and of an exported program, spread over all their files, and leaves out
