@@ -46,7 +46,7 @@ from flax_hmog.analysis import (
     write_report,
 )
 from flax_hmog.training import CheckpointError, Restored, restore
-from flax_hmog.training.restoring import saved_steps
+from flax_hmog.training.files import saved_steps
 
 COLUMNS = {
     "train_log_density": "train log p(x)",
@@ -94,7 +94,7 @@ def main(folder: Path, /, allow_import: bool = False) -> None:
 
     Args:
         folder: the run's folder, as train's --workdir.
-        allow_import: import an encoder that is not of flax_hmog by its path in the checkpoints; this runs its code.
+        allow_import: import the encoder that config.json names, if it is not of flax_hmog; this runs its code.
     """
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     try:
@@ -138,6 +138,8 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
     Raises:
         CheckpointError: if the folder holds no finished seed, or a damaged one.
     """
+    config = _read_config(folder)
+    allowed = config["encoder"]["name"] if allow_import else False
     seeds = sorted(int(path.name.removeprefix("seed")) for path in folder.glob("checkpoints/seed*"))
     models: dict[tuple[int, str], Restored] = {}
     scores: dict[str, list[dict[str, float]]] = {}
@@ -145,7 +147,7 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
     for seed in seeds:
         heads = sorted(path.name for path in (folder / "checkpoints" / f"seed{seed}").iterdir())
         found = {
-            name: restore(folder / Stage(seed, name).folder, allow_import=allow_import)
+            name: restore(folder / Stage(seed, name).folder, allow_import=allowed)
             for name in heads
             if saved_steps(folder / Stage(seed, name).folder)
         }
@@ -164,12 +166,21 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
         raise CheckpointError(
             f"load_run: `folder` must hold checkpoints of a run with EM done; got none in {folder}. Train first."
         )
-    config = dict(json.loads((folder / "config.json").read_text())["config"])
     of_stage = {stage: [model for (_, name), model in models.items() if name == stage] for _, stage in models}
     compared = {stage: clusters_of(same, datasets[0].train) for stage, same in of_stage.items() if len(same) > 1}
     agreement = {stage: pair_agreement(clusters) for stage, clusters in compared.items()}
     in_use = {stage: clusters_in_use(clusters) for stage, clusters in compared.items()}
     return Run(config, datasets[0], models, scores, agreement, in_use, unfinished)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text())["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "load_run: `folder` must hold checkpoints of a run, and its config.json; got "
+            f"{type(error).__name__}: {error}. Check the path, or train first."
+        ) from None
 
 
 def _order(name: str) -> tuple[bool, str, bool]:

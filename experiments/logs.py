@@ -82,8 +82,15 @@ class Log:
     def write(self, stage: Stage, step: int, **metrics: Any) -> None:
         """A line of metrics, after so many steps of the stage; what it starts from is step 0."""
         if self.is_first:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"seed": stage.seed, "stage": stage.name, "step": step} | metrics) + "\n")
+            line = json.dumps({"seed": stage.seed, "stage": stage.name, "step": step} | metrics)
+            try:
+                with self.path.open("a") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise ValueError(
+                    f"Log: {self.path} must be written; got {type(error).__name__}: {error}. Make room, or clear "
+                    "the way."
+                ) from None
             named = {f"seed{stage.seed}/{stage.name}/{name}": value for name, value in metrics.items()}
             for writer in self.writers:
                 writer({name: value for name, value in named.items() if isinstance(value, int | float)}, step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments.config import Processes
+from flax_hmog.training.several import on_first_process as on_first_process
 
 STOPPED = 75
 """Exit status of a run that was told to stop and has saved: run the same command again (sysexits' EX_TEMPFAIL)."""
@@ -59,25 +59,6 @@ def _initialize(processes: Processes) -> None:
 def is_first() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
-
-
-def on_first_process(function: Callable[[], Any]) -> None:
-    """Call a function on the first process while the others wait; if it fails there, all of them stop.
-
-    Raises:
-        ValueError: on the other processes, if the function raises on the first.
-    """
-    problem: Exception | None = None
-    if is_first():
-        try:
-            function()
-        except Exception as error:  # raised again below, once the others know
-            problem = error
-    has_failed = gather(np.array(problem is not None)).any()
-    if problem is not None:
-        raise problem
-    if has_failed:
-        raise ValueError("on_first_process: the first process must succeed; it has not. Read its message.")
 
 
 def gather(array: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ Run again, it resumes where it stopped. Exit status 75: it was told to stop (SIG
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -32,6 +33,8 @@ from experiments.processes import STOPPED, Stopped, StopRequest, connect, is_fir
 from experiments.stages import EMStage, GradientStage, LinearFit, RoundStage, Run, Start
 from flax_hmog import warm_start
 from flax_hmog.training import make_mesh
+from flax_hmog.training.files import saved_steps
+from flax_hmog.training.lock import FolderLock
 from flax_hmog.training.mesh import rows_multiple
 
 
@@ -88,16 +91,21 @@ def run(config: Experiment, console: Console, stop: StopRequest) -> None:
     obs_dim = input_dim(config.data, dataset.obs_dim)
     models = make_models(config, obs_dim, image_shape)
     workdir = Path(config.workdir)
-    on_first_process(lambda: _claim(workdir, config, dataset.fingerprint))
-    if is_first():
-        console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
-    with Log(workdir, config, console) as log:
-        stages = Run(config, mesh, log, stop, models)
-        for seed in config.seeds:
-            inputs = prepare_inputs(config.data, load(config.data, seed), mesh)
-            linear = EMStage(stages, seed, inputs).result()
-            for name in config.heads:
-                _train_head(stages, seed, name, inputs, linear)
+    with on_first_process(lambda: _claim(workdir, config, dataset.fingerprint)) or contextlib.nullcontext():
+        if is_first():
+            console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
+        with Log(workdir, config, console) as log:
+            _run_stages(Run(config, mesh, log, stop, models))
+
+
+def _run_stages(stages: Run) -> None:
+    """EM, then each head, for each seed."""
+    config = stages.config
+    for seed in config.seeds:
+        inputs = prepare_inputs(config.data, load(config.data, seed), stages.mesh)
+        linear = EMStage(stages, seed, inputs).result()
+        for name in config.heads:
+            _train_head(stages, seed, name, inputs, linear)
 
 
 def make_models(
@@ -127,11 +135,39 @@ def _train_head(stages: Run, seed: int, name: str, inputs: Inputs, linear: Linea
             raise Stopped
 
 
-def _claim(workdir: Path, config: Experiment, data: str) -> None:
-    """Write the run's config, or check that the run in the folder has the same, and the same data."""
+def _claim(workdir: Path, config: Experiment, data: str) -> FolderLock:
+    """The lock of the run's folder, with the run's config in it.
+
+    Raises:
+        ValueError: if another process runs in the folder, it cannot be written to, or it has checkpoints of another
+            config or of other data.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(workdir, caller="run", argument="workdir")
+        try:
+            _write_config(workdir, config, data)
+        except BaseException:
+            lock.release()
+            raise
+    except OSError as error:
+        raise ValueError(
+            f"run: `workdir` must be a folder that can be written to; got {workdir}, {type(error).__name__}: {error}. "
+            "Free or choose another one."
+        ) from None
+    return lock
+
+
+def _write_config(workdir: Path, config: Experiment, data: str) -> None:
+    """Write the run's config, or check that the run in the folder has the same, and the same data.
+
+    Without a checkpoint nothing of another config is worth keeping: a mistake was made, and corrected.
+    """
     wanted = json.loads(json.dumps(config.result_options() | {"contents of the data": data}))
     path = workdir / "config.json"
-    if path.exists():
+    if not any(saved_steps(folder) for folder in workdir.glob("checkpoints/*/*")):
+        (workdir / "metrics.jsonl").unlink(missing_ok=True)
+    elif path.exists():
         # an option that the run did not know had the value that it has by default
         found = flat_options(json.loads(json.dumps(Experiment("").result_options())))
         found |= flat_options(_read_config(path).get("result_options", {}))
@@ -141,7 +177,6 @@ def _claim(workdir: Path, config: Experiment, data: str) -> None:
                 f"run: `workdir` must hold a run of the same config; got {workdir} with another {', '.join(changed)}. "
                 "Choose another --workdir or delete this one."
             )
-    workdir.mkdir(parents=True, exist_ok=True)
     everything = {"config": dataclasses.asdict(config), "result_options": wanted}
     path.with_suffix(".new").write_text(json.dumps(everything, indent=2) + "\n")
     path.with_suffix(".new").replace(path)

@@ -21,6 +21,7 @@ from experiments.config import EM, Augmentation, Checkpoints, Data, Experiment, 
 from experiments.configs import EXPERIMENTS
 from experiments.data import load, prepare_inputs
 from flax_hmog.training import make_mesh, restore
+from flax_hmog.training.lock import FolderLock
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,47 @@ def test_another_config_is_refused(folder):
     with pytest.raises(ValueError, match=r"another em\.max_steps\. Choose another"):
         run(folder, em=EM(n_restarts=2, max_steps=6))
     run(folder, checkpoints=Checkpoints(em_steps=9))  # what changes no result may change
+
+
+def test_a_run_that_could_not_start_is_no_run(tmp_path, monkeypatch):
+    """A mistake that shows once EM begins: the corrected command runs, and nothing of the first is left."""
+
+    def fail(stage):
+        stage.run.log.write(stage.stage, 1, objective=float("nan"))
+        raise ValueError("found out late")
+
+    monkeypatch.setattr(train.EMStage, "result", fail)
+    with pytest.raises(ValueError, match="found out late"):
+        run(tmp_path, first_seed=7)
+    assert [record["seed"] for record in read_metrics(tmp_path)] == [7]
+    with pytest.raises(ValueError, match="found out late"):
+        run(tmp_path, em=EM(n_restarts=2, max_steps=6))
+    assert [record["seed"] for record in read_metrics(tmp_path)] == [0]
+    (tmp_path / "checkpoints" / "seed0" / "em" / "1").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"another em\.max_steps\. Choose another"):
+        run(tmp_path)
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    with (
+        FolderLock(tmp_path, caller="run", argument="workdir"),
+        pytest.raises(
+            ValueError, match=f"run: `workdir` must have one writer; got {tmp_path}, which another writer of"
+        ),
+    ):
+        run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`workdir` must be a folder that can be written to; got .*file/run, NotADir"):
+        run(tmp_path / "file" / "run")
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=r"`workdir` must be a folder that can be written to; got .*run, IsADir|metrics"
+    ):
+        run(tmp_path / "run")
 
 
 def test_a_run_of_before_an_option_had_what_is_its_default(folder, tmp_path):

@@ -23,7 +23,17 @@ from flax_hmog import (
 from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
 from flax_hmog.encoders import MLP, Clusterer
 from flax_hmog.initialize import random_moments
-from flax_hmog.training import Affine, CheckpointWriter, Log1p, Preprocessing, export, restore
+from flax_hmog.training import (
+    Affine,
+    CheckpointError,
+    CheckpointWriter,
+    Log1p,
+    Preprocessing,
+    export,
+    load_program,
+    restore,
+    write_program,
+)
 
 D, L, K, N = 8, 2, 3, 40
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -103,17 +113,78 @@ def test_an_exported_model_says_what_the_checkpoint_says(head, encoder, preproce
 
 def test_an_exported_model_needs_no_library_but_jax(tmp_path):
     restored = saved(tmp_path, DifferentiableHMoG(L, K))
-    (tmp_path / "model.bin").write_bytes(export(restored, platforms=("cpu",)).serialize())
+    write_program(export(restored, platforms=("cpu",)), tmp_path / "model")
     np.save(tmp_path / "x.npy", X)
     serve = (
-        "import sys, jax, numpy as np; from pathlib import Path; folder = Path(sys.argv[1]);"
-        "program = jax.export.deserialize(bytearray((folder / 'model.bin').read_bytes()));"
+        "import hashlib, sys, jax, numpy as np; from pathlib import Path; folder = Path(sys.argv[1]);"
+        "_, digest, body = (folder / 'model').read_bytes().split(b'\\n', 2);"
+        "assert hashlib.sha256(body).hexdigest() == digest.decode();"
+        "program = jax.export.deserialize(bytearray(body.split(b'\\n', 1)[1]));"
         "np.save(folder / 'got.npy', program.call(np.load(folder / 'x.npy'))['log_density']);"
         "assert not {'flax', 'flax_hmog', 'orbax'} & set(sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", serve, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     np.testing.assert_allclose(np.load(tmp_path / "got.npy"), restored(X).log_density, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def program():
+    return jax.export.export(jax.jit(lambda x: 2 * x + 1))(jax.ShapeDtypeStruct((3,), jnp.float32))
+
+
+def test_a_program_comes_back_from_its_file(program, tmp_path):
+    path = tmp_path / "program"
+    for _ in range(2):  # a file that is there is replaced
+        write_program(program, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["program"]
+    loaded = load_program(path)
+    assert loaded.platforms == program.platforms
+    np.testing.assert_array_equal(loaded.call(np.float32([0, 1, 5])), [1, 3, 11])
+    with pytest.raises(TypeError, match="`program` must be Exported"):
+        write_program(program.serialize(), path)
+    with pytest.raises(
+        CheckpointError, match=r"write_program: `path` must be a file that can be written; got .*NotADir"
+    ):
+        write_program(program, path / "below")
+
+
+def test_nothing_of_a_damaged_program_is_deserialised(program, tmp_path, monkeypatch):
+    path = tmp_path / "program"
+    write_program(program, path)
+    whole, called = path.read_bytes(), []
+    monkeypatch.setattr(jax.export, "deserialize", lambda *arguments: called.append(arguments))
+    rng = np.random.default_rng(0)
+    # every byte of the lines before the program, some of it
+    for position in [*range(len(whole) - len(program.serialize())), *rng.integers(len(whole), size=200)]:
+        bit = 1 << int(rng.integers(8))
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
+        with pytest.raises(CheckpointError, match=f"load_program: `path` must be .*; got {path} with"):
+            load_program(path)
+    for content in (b"", whole[:-1], whole + b"\n", program.serialize()):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"got {path} with"):
+            load_program(path)
+    with pytest.raises(CheckpointError, match="nowhere, FileNotFoundError"):
+        load_program(tmp_path / "nowhere")
+    assert called == []
+    path.write_bytes(whole)
+    load_program(path)
+    assert len(called) == 1
+
+
+def test_a_program_of_another_jax_is_named(program, tmp_path, monkeypatch):
+    path = tmp_path / "program"
+    write_program(program, path)
+
+    def refuse(_):
+        raise ValueError("calling convention 99")
+
+    monkeypatch.setattr(jax.export, "deserialize", refuse)
+    with pytest.raises(
+        CheckpointError, match=rf"calling convention 99\. It was written with .*{jax.__version__}.*anew"
+    ):
+        load_program(path)
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):

@@ -29,11 +29,33 @@ ROUNDS = [
 ]
 
 
-def start(workdir, count, devices, *options):
-    """Processes of one run, each with so many devices."""
+SAVING = """
+import resource, sys, jax, numpy as np
+folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+from small_checkpoints import HEAD, X
+from flax_hmog.training import CheckpointWriter
+variables = HEAD.init(jax.random.key(0), X)
+with CheckpointWriter(folder, head=HEAD) as writer:
+    writer.save(1, variables)
+    if index == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        writer.save(2, variables, state={"large": np.random.default_rng(0).standard_normal(100_000)})
+    except ValueError as error:
+        sys.exit(str(error))
+"""
+
+
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(workdir, count, devices, *options):
+    """Processes of one run, each with so many devices."""
+    port = free_port()
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "experiments.train", *OPTIONS, *options, "--workdir", str(workdir)]
     several = ["--processes.coordinator", f"127.0.0.1:{port}", "--processes.count", str(count)]
@@ -98,6 +120,21 @@ def test_a_mistake_that_one_process_finds_stops_all(one_process):
     assert [process.returncode for process in processes] == [1, 1]
     assert "another model.lat_dim" in output[0]
     assert "the first process must succeed" in output[1]
+
+
+def test_a_save_that_fails_on_one_process_fails_on_all_at_once(tmp_path):
+    """The first process finds no room: none waits for the other, and both can end."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", SAVING, str(tmp_path), str(free_port())]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [subprocess.Popen([*command, str(index)], env=environment, **streams) for index in range(2)]
+    output = [process.communicate(timeout=90)[0] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    for text, said in zip(output, ("File too large", "the first process must succeed"), strict=True):
+        assert f"checkpoint {tmp_path}/2 must be written; got " in text
+        assert said in text
+        assert "Traceback" not in text
+    assert restore(tmp_path).step == 1
 
 
 def test_a_stop_of_one_process_stops_all_and_the_run_goes_on(one_process, tmp_path):

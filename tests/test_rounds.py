@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_checkpoints import redescribe
 from small_runs import SMALL, read_metrics, run, without_times
 
-from experiments import processes
+from experiments import analyze, processes
 from experiments.config import EM, Augmentation, Encoder, Gradient, Model, Rounds
 from experiments.configs import EXPERIMENTS
 from experiments.data import load
@@ -20,7 +21,7 @@ from experiments.models import Extra, Teacher, Trainable
 from flax_hmog import AnalyticHMoG, fit_em
 from flax_hmog.em import compute_factors
 from flax_hmog.encoders import ConvNet
-from flax_hmog.training import restore
+from flax_hmog.training import CheckpointError, restore
 from flax_hmog.training.named import named_arrays
 
 
@@ -248,6 +249,34 @@ def rounds_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("rounds") / "whole"
     run(path, WITH_ENCODER, em=EM(max_steps=4, tolerance=1e-9))
     return path
+
+
+CALLED = []
+
+
+def leave_a_mark(**arguments):
+    """What no checkpoint may bring a run to call."""
+    CALLED.append(arguments)
+
+
+@pytest.mark.slow
+def test_a_run_calls_nothing_that_its_checkpoints_name(rounds_folder, tmp_path):
+    """Finished, resumed in its last round, or reported on with leave to import: only encoders of the configuration."""
+    shutil.copytree(rounds_folder, tmp_path / "run")
+    config = dataclasses.replace(WITH_ENCODER, em=EM(max_steps=4, tolerance=1e-9))
+    marked = {"class": f"{__name__}:leave_a_mark"}
+    for step in (tmp_path / "run" / "checkpoints" / "seed0").glob("differentiable-*/*"):
+        redescribe(step, lambda description: description["encoder"] and description["encoder"].update(marked))
+    run(tmp_path / "run", config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "seed0" / "differentiable-2")
+    run(tmp_path / "run", config)
+    got, want = (read_metrics(path, stage="differentiable-2") for path in (tmp_path / "run", rounds_folder))
+    assert without_times(got) == without_times(want)
+    with pytest.raises(ValueError, match="`encoder` must be imported to take raw data"):
+        analyze.load_run(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"the encoder must be mlp, .*; got .*:leave_a_mark"):
+        analyze.load_run(tmp_path / "run", allow_import=True)
+    assert CALLED == []
 
 
 @pytest.mark.slow

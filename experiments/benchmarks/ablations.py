@@ -136,7 +136,7 @@ def final_scores(workdir: Path, seeds: range) -> dict[str, list[Scores]]:
 
 def agreement(workdir: Path, stage: str, seeds: range, dataset: Dataset) -> list[str]:
     """Mean ± sd of the agreement of pairs of seeds on the training rows, and of how many clusters they use there."""
-    models = [restore(workdir / Stage(seed, stage).folder, allow_import=True) for seed in seeds]
+    models = [restore(workdir / Stage(seed, stage).folder) for seed in seeds]
     clusters = clusters_of(models, dataset.train)
     return [spread(pair_agreement(clusters)) if len(models) > 1 else "", spread(clusters_in_use(clusters))]
 

@@ -1,10 +1,11 @@
 """Runs that are stopped at random moments end as one that was not, bit for bit.
 
-    python -m experiments.benchmarks.preemption [--count 20] [--per-run 5]
+    python -m experiments.benchmarks.preemption [--count 20] [--per-run 5] [--in-saves]
 
 For SIGTERM and kill -9, in EM and in training by gradients: a run is interrupted `per_run` times at random moments of
-that stage and started again each time, until `count` interruptions have been made. Then every array, position and
-metric of its last checkpoints, and every line of metrics.jsonl but for times, is compared with an uninterrupted run.
+that stage, or while it saves, and started again each time, until `count` interruptions have been made. Then every
+array, position and metric of its last checkpoints, and every line of metrics.jsonl but for times, is compared with an
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.table import Table
 from experiments.logs import Stage
 from experiments.processes import STOPPED
 from flax_hmog.training import restore
+from flax_hmog.training.files import UNFINISHED
 
 STAGES = ("em", "differentiable")
 SIGNALS = {"SIGTERM": signal.SIGTERM, "kill -9": signal.SIGKILL}
@@ -51,6 +53,7 @@ class Outcome:
         stage: the interrupted stage.
         signal: what interrupted it.
         interruptions: how many there were.
+        unfinished: how many of them left a save that was not finished.
         runs: in how many runs.
         equal: how many of the runs ended as the uninterrupted one.
     """
@@ -58,39 +61,47 @@ class Outcome:
     stage: str
     signal: str
     interruptions: int
+    unfinished: int
     runs: int
     equal: int
 
 
-def main(count: int = 20, per_run: int = 5) -> None:
+def main(count: int = 20, per_run: int = 5, in_saves: bool = False) -> None:
     """Interrupt and compare.
 
     Args:
         count: interruptions of each kind.
         per_run: interruptions of a run before it is left to end.
+        in_saves: interrupt while a checkpoint is written.
     """
     console = Console()
-    table = Table("stage", "signal", "interruptions", "runs", "bit for bit equal")
     with tempfile.TemporaryDirectory() as folder:
-        for outcome in measure(Path(folder), count, per_run):
-            table.add_row(*(str(value) for value in dataclasses.astuple(outcome)))
-    console.print(table)
+        console.print(table_of(measure(Path(folder), count, per_run, in_saves=in_saves)))
     console.print(f"seed of the moments 0; jax {jax.__version__}, Python {sys.version.split()[0]}")
 
 
-def measure(folder: Path, count: int, per_run: int) -> list[Outcome]:
+def table_of(outcomes: list[Outcome]) -> Table:
+    """One row for each outcome."""
+    table = Table("stage", "signal", "interruptions", "left a save unfinished", "runs", "bit for bit equal")
+    for outcome in outcomes:
+        table.add_row(*(str(value) for value in dataclasses.astuple(outcome)))
+    return table
+
+
+def measure(folder: Path, count: int, per_run: int, *, in_saves: bool = False, seed: int = 0) -> list[Outcome]:
     """All outcomes."""
-    rng, reference = random.Random(0), folder / "reference"
+    rng, reference = random.Random(seed), folder / "reference"
     start(reference).communicate()
     wanted, outcomes = fingerprint(reference), []
     for stage in STAGES:
         for name, number in SIGNALS.items():
-            done = runs = equal = 0
+            done = unfinished = runs = equal = 0
             while done < count:
                 workdir = folder / f"{stage}-{number}-{runs}"
-                done += interrupt(workdir, stage, number, min(per_run, count - done), rng)
+                some, left = interrupt(workdir, stage, number, min(per_run, count - done), rng, in_saves=in_saves)
+                done, unfinished = done + some, unfinished + left
                 runs, equal = runs + 1, equal + (fingerprint(workdir) == wanted)
-            outcomes.append(Outcome(stage, name, done, runs, equal))
+            outcomes.append(Outcome(stage, name, done, unfinished, runs, equal))
     return outcomes
 
 
@@ -102,33 +113,42 @@ def start(workdir: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, env=os.environ | cache, **quiet)  # type: ignore[call-overload]
 
 
-def interrupt(workdir: Path, stage: str, number: int, count: int, rng: random.Random) -> int:
-    """Interrupt a run that often in a stage, each time at a random moment, then let it end.
+def interrupt(
+    workdir: Path, stage: str, number: int, count: int, rng: random.Random, *, in_saves: bool = False
+) -> tuple[int, int]:
+    """Interrupt a run that often in a stage, each time at a random moment or while it saves, then let it end.
 
     Returns:
-        The number of interruptions: fewer, if the stage was over before.
+        The number of interruptions (fewer, if the stage was over before), and of saves that they left unfinished.
 
     Raises:
         RuntimeError: if a run fails.
     """
-    done = 0
+    done = left = 0
     while done < count:
         process, lines = start(workdir), stage_lines(workdir, stage)
         while process.poll() is None and stage_lines(workdir, stage) == lines:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, WINDOW / count))
+        while in_saves and process.poll() is None and not unfinished_saves(workdir, stage):
+            pass  # a save takes some hundredths of a second
         process.send_signal(number)
         _, errors = process.communicate()
         if process.returncode not in (0, STOPPED, -signal.SIGKILL):
             raise RuntimeError(f"the run ended with {process.returncode}: {errors.decode()[-2000:]}")
         if process.returncode == 0:
-            return done
-        done += 1
+            return done, left
+        done, left = done + 1, left + bool(unfinished_saves(workdir, stage))
     process = start(workdir)
     _, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(f"the resumed run ended with {process.returncode}: {errors.decode()[-2000:]}")
-    return done
+    return done, left
+
+
+def unfinished_saves(workdir: Path, stage: str) -> list[Path]:
+    """What is there of saves of a stage that are going on, or were interrupted."""
+    return list((workdir / Stage(0, stage).folder).glob(f"*{UNFINISHED}*"))
 
 
 def stage_lines(workdir: Path, stage: str) -> list[str]:

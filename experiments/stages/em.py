@@ -21,7 +21,6 @@ from experiments.stages.scores import baseline_scores, evaluate
 from flax_hmog import EMResult, EMState, Natural, fit_em, infer, natural_to_moments
 from flax_hmog.stepwise import stepwise_start
 from flax_hmog.training import CheckpointWriter, restore, restore_like
-from flax_hmog.training.restoring import saved_steps
 
 
 class EMStage:
@@ -35,7 +34,7 @@ class EMStage:
     def result(self) -> LinearFit:
         """The fit: made from where the last checkpoint stands, or read from it if EM is done."""
         folder = self.run.folder(self.stage)
-        restored = restore(folder) if saved_steps(folder) else None
+        restored = self.run.restored(self.stage)
         if restored is None or not restored.progress["done"]:
             self._fit(restored)
             restored = restore(folder)

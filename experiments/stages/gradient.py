@@ -19,10 +19,10 @@ from experiments.processes import Stopped, to_host
 from experiments.stages.run import Run, Start
 from experiments.stages.scores import evaluate
 from flax_hmog import HMoGOutput, infer
-from flax_hmog.training import CheckpointWriter, Restored, create_state, restore, restore_like
+from flax_hmog.training import CheckpointWriter, Restored, create_state, restore_like
+from flax_hmog.training.files import saved_steps
 from flax_hmog.training.mesh import place
 from flax_hmog.training.named import named_arrays
-from flax_hmog.training.restoring import saved_steps
 from flax_hmog.training.steps import TrainState
 
 
@@ -68,7 +68,7 @@ class GradientStage:
             ValueError: for a loss that is not finite or has diverged.
         """
         run, per_epoch, total = self.run, self.batches.per_epoch, len(self.batches)
-        restored = restore(self.folder, allow_import=True) if saved_steps(self.folder) else None
+        restored = run.restored(self.stage)
         done = restored.step if restored else 0
         run.log.begin(self.stage, f"seed {self.stage.seed}: {self.stage.name} head", total, done)
         if restored is not None and done == total:

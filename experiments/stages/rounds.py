@@ -30,7 +30,6 @@ from flax_hmog.em import compute_factors
 from flax_hmog.objectives import merge_output
 from flax_hmog.stepwise import stepwise_start
 from flax_hmog.training import restore, restore_like
-from flax_hmog.training.restoring import saved_steps
 
 INIT_ROWS = 1024  # that the running averages of an untrained encoder are taken from
 MAX_STEPS, TOLERANCE = 30, 1e-2  # of EM on features
@@ -57,10 +56,9 @@ class RoundStage:
         """
         if self.number == 1 and self.config.rounds.start == "nothing":
             return Start(self._untrained())
-        folder = self.run.folder(self.stage)
-        if not saved_steps(folder):
+        if self.run.restored(self.stage) is None:
             self._make(linear, previous)
-        restored = restore(folder, allow_import=True)
+        restored = restore(self.run.folder(self.stage))
         factors = compute_factors(restored.head.apply(restored.variables, method="natural"))
         teacher = Teacher(restored.encoder_variables, factors, jnp.asarray(restored.clusters))
         started = restore_like(self._abstract_start(), restored.state, "the start of a round")

@@ -16,7 +16,8 @@ from experiments.logs import Log, Stage
 from experiments.models import Extra, Teacher, Trainable
 from experiments.processes import StopRequest
 from flax_hmog import Natural, Regularizer
-from flax_hmog.training import CheckpointWriter
+from flax_hmog.training import CheckpointWriter, Restored, restore
+from flax_hmog.training.files import saved_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,15 @@ class Run:
     def folder(self, stage: Stage) -> Path:
         """Where the checkpoints of a stage lie."""
         return Path(self.config.workdir) / stage.folder
+
+    def restored(self, stage: Stage) -> Restored | None:
+        """The last checkpoint of a stage, if there is one. It is data: encoders are those of the configuration.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
+        folder = self.folder(stage)
+        return restore(folder) if saved_steps(folder) else None
 
     def writer(self, stage: Stage, head: Any, encoder: Any, inputs: Inputs) -> CheckpointWriter:
         """Writes the checkpoints of a stage."""

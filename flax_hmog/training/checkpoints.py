@@ -1,12 +1,13 @@
 """Self-describing checkpoints: modules, variables, state, config, preprocessing and metrics, written by orbax.
 
 A checkpoint restores with none of the code that trained it, on any number of devices (restoring.py). Arrays lie under
-plain names (`variables/params/means`) with a SHA-256 each, since orbax has no checksum.
+plain names (`variables/params/means`). Arrays and files have a SHA-256 each, as orbax has no checksum (files.py).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
 from importlib import metadata
@@ -17,26 +18,30 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from jax.experimental import multihost_utils
 
 from flax_hmog.checks import check_size
 from flax_hmog.training.describe import CheckpointError, describe_head, describe_module
+from flax_hmog.training.files import delete_leftovers, delete_step, read_description, saved_steps, write_step
+from flax_hmog.training.lock import FolderLock
 from flax_hmog.training.named import FORMAT, abstract_variables, describe_array, named_arrays, split_variables
 from flax_hmog.training.plain import plain
 from flax_hmog.training.preprocessing import Preprocessing
+from flax_hmog.training.several import on_first_process
 
+logger = logging.getLogger(__name__)
 LIBRARIES = ("flax-hmog", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class CheckpointWriter:
     """Writes the checkpoints of one run into a folder; a context manager.
 
-    Files are written in the background, once arrays are on the host with their digests; all processes of a run take
-    part. An interrupted save leaves the one before it whole.
+    A step is on the disk when `save` returns. All processes of a run call it, and the first one writes. An interrupted
+    or failed save leaves the one before it whole. A folder has one writer at a time, until it is closed or its process
+    ends.
 
     Args:
-        path: the folder.
+        path: the folder; it is made if it is not there.
         head: the head.
         encoder: the encoder before it, or None.
         config: the run's configuration, JSON values.
@@ -46,7 +51,8 @@ class CheckpointWriter:
         mode: whether the best is the largest ("max") or the smallest ("min").
 
     Raises:
-        CheckpointError: for modules that could not be restored.
+        CheckpointError: for modules that could not be restored, a folder that cannot be written to, or one that another
+            writer has.
         ValueError: for another `keep` or `mode`.
     """
 
@@ -65,26 +71,7 @@ class CheckpointWriter:
         check_size("CheckpointWriter", "keep", keep)
         if mode not in ("max", "min"):
             raise ValueError(f'CheckpointWriter: `mode` must be "max" or "min"; got {mode!r}. Choose one of them.')
-        self.head, self.has_encoder, self.best, self.mode = head, encoder is not None, best, mode
-        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
-        if best is not None:
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
-                    reverse=mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self.manager = ocp.CheckpointManager(
-            Path(path).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                best_fn=None if best is None else lambda metrics: metrics[best],
-                best_mode=mode,
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
-            ),
-        )
+        self.head, self.has_encoder, self.keep, self.best, self.mode = head, encoder is not None, keep, best, mode
         self.preprocessing = preprocessing
         self.description = {
             "format": FORMAT,
@@ -95,6 +82,8 @@ class CheckpointWriter:
             "best": None if best is None else [best, mode],
             "versions": {name: metadata.version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         }
+        self.folder, self._scores = Path(path).absolute(), dict[int, float]()
+        self.lock: FolderLock | None = on_first_process(self._open)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -103,12 +92,25 @@ class CheckpointWriter:
         self.close()
 
     def close(self) -> None:
-        """Wait until all is written, and end; `with` does it."""
-        self.manager.close()
+        """Let others write into the folder; `with` does it."""
+        if self.lock is not None:
+            self.lock.release()
 
     def wait(self) -> None:
-        """Wait until what has been saved so far is written."""
-        self.manager.wait_until_finished()
+        """Nothing: what has been saved is on the disk. For loops written for savers in the background."""
+
+    def _open(self) -> FolderLock:
+        """On the first process: the folder, its lock, and nothing left of interrupted saves."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"CheckpointWriter: `path` must be a folder that can be written to; got {self.folder}, "
+                f"{type(error).__name__}: {error}. Free or choose another one."
+            ) from None
+        lock = FolderLock(self.folder, caller="CheckpointWriter", argument="path")
+        delete_leftovers(self.folder)
+        return lock
 
     def save(
         self,
@@ -136,11 +138,11 @@ class CheckpointWriter:
         Raises:
             CheckpointError: for a step that is not above the latest, variables that are not those of head and encoder
                 or are not finite, clusters that do not have a component each, leaves that are no
-                arrays, or values that JSON cannot hold.
+                arrays, or values that JSON cannot hold; and if the step cannot be written, for want of room or rights.
         """
         self._check_step(step)
         metrics = plain(metrics)
-        tracked = self._tracked(metrics)
+        self._check_metrics(metrics)
         arrays = named_arrays(nn.unbox({"variables": variables, "state": state}))
         if self.preprocessing is not None:
             arrays |= named_arrays({"preprocessing": self.preprocessing.arrays()})
@@ -155,16 +157,67 @@ class CheckpointWriter:
                 f"CheckpointWriter.save: config, progress, history and metrics must be plain JSON values; got {error}. "
                 "Convert arrays and scalars to Python numbers."
             ) from None
-        description["arrays"] = {name: describe_array(array) for name, array in arrays.items()}
-        stored = {name: array for name, array in arrays.items() if array.size}
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(arrays=ocp.args.StandardSave(stored), description=ocp.args.JsonSave(description)),
-            metrics=tracked,
-        )
+        description |= {"step": int(step), "arrays": {name: describe_array(array) for name, array in arrays.items()}}
+        self._write(int(step), arrays, description)
+
+    def _write(self, step: int, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> None:
+        """Write a step, and delete those that are no longer to be kept.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        try:
+            on_first_process(lambda: self._write_alone(step, arrays, description))
+        except CheckpointError:
+            raise
+        except Exception as error:  # orbax raises bare exceptions for what it cannot write
+            steps = saved_steps(self.folder)
+            raise CheckpointError(
+                f"CheckpointWriter.save: checkpoint {self.folder / str(step)} must be written; got "
+                f"{type(error).__name__}: {str(error)[-300:].rstrip('.')}. Make room, or clear the way. "
+                f"{f'The last whole step is {steps[-1]}.' if steps else 'There is no other step.'}"
+            ) from None
+
+    def _write_alone(self, step: int, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> None:
+        """What the first process does: as it alone writes, a failure is everybody's at once."""
+        if self.lock is not None:
+            self.lock.check()
+        write_step(self.folder, step, arrays, description)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Delete the steps that are neither among the latest nor the best; those that cannot be read stay."""
+        steps, scores = saved_steps(self.folder), dict[int, float]()
+        for step in steps:
+            try:
+                scores[step] = -math.inf if self.best is None else self._score(step)
+            except Exception as error:  # damaged: whether it is the best is unknown
+                logger.warning("%s is kept: %s: %s", self.folder / str(step), type(error).__name__, str(error)[:200])
+        best = max(scores, key=lambda step: (scores[step], step), default=None)
+        if best is not None and scores[best] == -math.inf:
+            best = None
+        for step in steps[: -self.keep]:
+            if step in scores and step != best:
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        """Delete a step; where that fails, the next save tries again."""
+        try:
+            delete_step(self.folder, step)
+        except OSError as error:
+            logger.warning("%s cannot be deleted: %s", self.folder / str(step), error)
+
+    def _score(self, step: int) -> float:
+        """What the best is chosen by: -inf for a step without metrics."""
+        if step not in self._scores:
+            value = read_description(self.folder / str(step))["metrics"].get(self.best, math.nan)
+            sign = 1 if self.mode == "max" else -1
+            self._scores[step] = sign * value if math.isfinite(value) else -math.inf
+        return self._scores[step]
 
     def _check_step(self, step: int) -> None:
-        latest = self.manager.latest_step()
+        steps = saved_steps(self.folder)
+        latest = steps[-1] if steps else None
         lowest = 0 if latest is None else latest + 1
         if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < lowest:
             raise CheckpointError(
@@ -184,22 +237,19 @@ class CheckpointWriter:
             )
         return labels.tolist()
 
-    def _tracked(self, metrics: dict[str, float] | None) -> dict[str, float] | None:
-        """What orbax compares checkpoints by."""
-        if self.best is None:
-            return None
-        if metrics is None:
-            return {self.best: -math.inf if self.mode == "max" else math.inf}
+    def _check_metrics(self, metrics: dict[str, float] | None) -> None:
+        """CheckpointError for metrics that the best cannot be chosen by."""
+        if self.best is None or metrics is None:
+            return
         if not math.isfinite(metrics.get(self.best, math.nan)):
             raise CheckpointError(
                 f"CheckpointWriter.save: `metrics` must hold a finite {self.best!r}, which the best is chosen by; got "
                 f"{metrics}. Leave metrics out where there is none."
             )
-        return {self.best: metrics[self.best]}
 
 
-def _storable(name: str, leaf: Any) -> Any:
-    """A leaf as orbax takes it, keys as their data.
+def _storable(name: str, leaf: Any) -> np.ndarray:
+    """A leaf on the host, whole on each process; keys as their data.
 
     Raises:
         CheckpointError: for something else than an array, or a variable that is not finite.
@@ -210,8 +260,9 @@ def _storable(name: str, leaf: Any) -> Any:
         )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(jnp.asarray(leaf))
-    if not isinstance(leaf, jax.Array) or (leaf.is_fully_addressable and jax.process_count() > 1):
-        leaf = np.asarray(leaf)  # what lies on one process is the same on all
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    leaf = np.asarray(leaf)
     is_variable = name.startswith("variables/") and jnp.issubdtype(leaf.dtype, jnp.floating)
     if is_variable and not bool(jnp.all(jnp.isfinite(leaf))):
         raise CheckpointError(

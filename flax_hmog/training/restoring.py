@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
-import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,19 +12,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from flax_hmog.containers import dense
 from flax_hmog.covariances import Array
 from flax_hmog.encoders import Clusterer, train_arguments
 from flax_hmog.inference import HMoGOutput
 from flax_hmog.objectives import merge_output
-from flax_hmog.training.describe import CheckpointError, rebuild_module
+from flax_hmog.training.describe import CheckpointError, rebuild_encoder, rebuild_head
+from flax_hmog.training.files import DESCRIPTION, LEFTOVERS, DamageError, read_description, read_step, saved_steps
 from flax_hmog.training.mesh import place
-from flax_hmog.training.named import FORMAT, abstract_variables, describe_array, named_arrays, split_variables
+from flax_hmog.training.named import abstract_variables, named_arrays, split_variables
 from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessing
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,20 +111,23 @@ class Restored:
         return self.encoder
 
 
-def restore(path: str | Path, *, step: int | Literal["best"] | None = None, allow_import: bool = False) -> Restored:
+def restore(
+    path: str | Path, *, step: int | Literal["best"] | None = None, allow_import: bool | str = False
+) -> Restored:
     """Restore a checkpoint with nothing but its folder.
 
     Args:
         path: folder that `CheckpointWriter` wrote.
         step: which step; None takes the latest, "best" that with the best metric.
-        allow_import: import an encoder that is not of this library by the path that the checkpoint names. This runs
-            that code.
+        allow_import: import an encoder that is not of this library: True by the path that the checkpoint names, or
+            MODULE:CLASS by this path, if it is the one. This runs the code of that module. What is not a linen module
+            is never called.
 
     Returns:
         `Restored`; its variables lie on this process's first device.
 
     Raises:
-        CheckpointError: if there is no such checkpoint, or it is damaged.
+        CheckpointError: if there is no such checkpoint, or it is damaged. A damaged step is never replaced by another.
     """
     folder = Path(path).absolute()
     steps = saved_steps(folder)
@@ -137,36 +138,39 @@ def restore(path: str | Path, *, step: int | Literal["best"] | None = None, allo
         raise CheckpointError(
             f'restore: `step` must be None, "best" or one of {steps}; got {step!r}. Choose one that is in {folder}.'
         )
-    arrays, description = _read_whole(folder, chosen, [other for other in steps if other != chosen])
+    with _named(folder, chosen, [other for other in steps if other != chosen]):
+        arrays, description = read_step(folder / str(chosen))
+    try:
+        return _assembled(chosen, arrays, description, allow_import)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} The checkpoint is {folder / str(chosen)}.") from error.__cause__
+    except Exception as error:  # it is as it was saved, by another version
+        raise CheckpointError(
+            f"restore: checkpoint {folder / str(chosen)} must be of a known structure; got {type(error).__name__}: "
+            f"{error}. Use the flax_hmog that saved it: {description.get('versions')}."
+        ) from error
+
+
+def _assembled(step: int, arrays: dict[str, Any], description: dict[str, Any], allow_import: bool | str) -> Restored:
+    """Modules and variables from what was read."""
     groups: dict[str, dict[str, Any]] = {"variables": {}, "state": {}, "preprocessing": {}}
     for name, array in arrays.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = array
-    head = rebuild_module(description["head"])
-    encoder = description["encoder"] and rebuild_module(description["encoder"], allow_import=allow_import)
-    of_head, of_encoder = split_variables(groups["variables"], description["encoder"] is not None)
+    head, has_encoder = rebuild_head(description["head"]), description["encoder"] is not None
+    of_head, of_encoder = split_variables(groups["variables"], has_encoder)
     return Restored(
-        step=chosen,
+        step=step,
         head=head,
         variables=restore_like(abstract_variables(head, of_head), of_head, "variables"),
-        encoder=encoder,
-        encoder_variables=jax.tree.map(jnp.asarray, _nested(of_encoder)) if description["encoder"] else None,
+        encoder=rebuild_encoder(description["encoder"], allow_import=allow_import) if has_encoder else None,
+        encoder_variables=jax.tree.map(jnp.asarray, _nested(of_encoder)) if has_encoder else None,
         preprocessing=None
         if description["preprocessing"] is None
         else rebuild_preprocessing(description["preprocessing"], groups["preprocessing"]),
         clusters=None if description["clusters"] is None else np.asarray(description["clusters"]),
         state=groups["state"],
         **{name: description[name] for name in ("progress", "history", "metrics", "config", "versions")},
-    )
-
-
-def saved_steps(folder: str | Path) -> list[int]:
-    """Whole steps in a folder, ascending; interrupted saves do not count."""
-    folder = Path(folder)
-    return sorted(
-        int(entry.name)
-        for entry in (folder.iterdir() if folder.is_dir() else ())
-        if entry.name.isdigit() and (entry / "_CHECKPOINT_METADATA").exists()
     )
 
 
@@ -222,43 +226,25 @@ def _placed(array: np.ndarray, leaf: Any) -> Array:
     return place(array, sharding)
 
 
-def _read_whole(folder: Path, step: int, others: list[int]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and description of a step, each array as its digest says."""
-    remedy = f"Restore another step: {others}." if others else "There is no other step."
+@contextlib.contextmanager
+def _named(folder: Path, step: int, others: list[int]) -> Iterator[None]:
+    """Errors that say which checkpoint cannot be read, why, and what can be read instead.
+
+    What libraries raise for damaged files is of many types, and its traceback says nothing more.
+    """
     try:
-        stored, description = _read(folder, step)
-        if description.get("format") != FORMAT:
-            raise CheckpointError(f"format {description.get('format')}, this version reads {FORMAT}")
-        wanted = description["arrays"]
-    except Exception as error:  # orbax raises bare exceptions for damaged files
+        yield
+    except Exception as error:
+        cause = str(error) if isinstance(error, DamageError) else f"{type(error).__name__}: {str(error)[:300]}"
+        path = folder / str(step)
+        remedy = (
+            f"Restore another step: {others}; a run goes on from there once {path} is deleted."
+            if others
+            else "There is no other step."
+        )
         raise CheckpointError(
-            f"restore: checkpoint {folder / str(step)} must be readable; got {type(error).__name__}: "
-            f"{str(error)[:300]}. {remedy}"
-        ) from error
-    for name, about in wanted.items():
-        if math.prod(about["shape"]) == 0:
-            stored[name] = np.zeros(about["shape"], about["dtype"])
-        if name not in stored or describe_array(stored[name]) != about:
-            raise CheckpointError(
-                f"restore: leaf `{name}` in {folder / str(step)} must be as it was saved, {about}; got "
-                f"{describe_array(stored[name]) if name in stored else 'nothing'}. The files are damaged. "
-                f"{remedy}"
-            )
-    return {name: stored[name] for name in wanted}, description
-
-
-def _read(folder: Path, step: int, *, arrays: bool = True) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays, or none, and description of a step, as orbax reads them."""
-    handlers = {"arrays": ocp.PyTreeCheckpointHandler(), "description": ocp.JsonCheckpointHandler()}
-    wanted: dict[str, Any] = {"description": ocp.args.JsonRestore()}
-    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
-        if arrays:
-            names = manager.item_metadata(step)["arrays"].tree
-            as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-            wanted["arrays"] = ocp.args.PyTreeRestore(restore_args=as_numpy)
-        read = manager.restore(step, args=ocp.args.Composite(**wanted))
-    stored = read["arrays"] if arrays else {}
-    return {name: np.asarray(array) for name, array in stored.items()}, read["description"]
+            f"restore: checkpoint {path} must be readable, and as it was saved; got {cause}. {remedy}"
+        ) from None
 
 
 def _where_else(folder: Path) -> str:
@@ -267,24 +253,25 @@ def _where_else(folder: Path) -> str:
         return "is no folder. Check the path"
     if folder.name.isdigit() and saved_steps(folder.parent):
         return f"is one step. Give {folder.parent} and step={folder.name}"
-    if any(folder.glob("*.orbax-checkpoint-tmp")):
+    if any(path for pattern in LEFTOVERS for path in folder.glob(pattern)):
         return "holds nothing but a save that is not finished. Wait for its writer, or save again"
-    found = sorted({str(entry.parent.parent) for entry in folder.glob("**/_CHECKPOINT_METADATA")} - {str(folder)})
+    found = sorted({str(entry.parents[2]) for entry in folder.glob(f"**/{DESCRIPTION}")} - {str(folder)})
     return f"has none itself. Choose one of {', '.join(found)}" if found else "has none. Check the path"
 
 
 def _best_step(folder: Path, steps: list[int]) -> int:
-    """By the descriptions alone; those that cannot be read do not count."""
+    """By the descriptions alone.
+
+    Raises:
+        CheckpointError: if one of them cannot be read, as it may be the best, or none has a metric.
+    """
     scores = {}
     for step in steps:
-        try:
-            description = _read(folder, step, arrays=False)[1]
-            if description["best"] is None:
-                continue
-            name, mode = description["best"]
-            scores[step] = description["metrics"][name] * (1 if mode == "max" else -1)
-        except Exception as error:  # orbax raises bare exceptions for damaged files
-            logger.warning("%s is not compared: %s: %s", folder / str(step), type(error).__name__, str(error)[:200])
+        with _named(folder, step, [other for other in steps if other != step]):
+            description = read_description(folder / str(step))
+            if description["best"] is not None and description["best"][0] in description["metrics"]:
+                name, mode = description["best"]
+                scores[step] = description["metrics"][name] * (1 if mode == "max" else -1)
     if not scores:
         raise CheckpointError(
             f"restore: a best step must have been saved with the metric of its writer; got none in {folder}. "

@@ -32,8 +32,8 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
 
     Returns:
         `jax.export.Exported`: `call(raw)` with raw (B, D) float32 gives a dict of `log_density` (B,) in nats,
-        `responsibilities` (B, K), `assignment` (B,) int32 and `latent_mean` (B, L). Save its `serialize()` (this needs
-        the package flatbuffers); load it with `jax.export.deserialize`, on the same or a newer jax.
+        `responsibilities` (B, K), `assignment` (B,) int32 and `latent_mean` (B, L). Save it with `write_program` (this
+        needs the package flatbuffers), and load it with `load_program`, on the same or a newer jax.
 
     Raises:
         TypeError: for something else than a restored checkpoint.
