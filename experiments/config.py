@@ -178,6 +178,8 @@ class EM:
     """Steps per start at most."""
     tolerance: float = 1e-3
     """Gain of the objective, in nats per sample, below which a start has converged."""
+    column_units: Literal["auto", "own", "common"] = "auto"
+    """With diagonal noise: every column in its own robust unit, or one for all; auto: one if columns share bounds."""
     rows: int | None = None
     """Fit only so many training rows, drawn by the seed, where all do not fit the devices; None takes all."""
     weight_pseudo_count: float = 1.0

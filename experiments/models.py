@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from experiments.augment import distort
 from experiments.config import Experiment, HeadName
 from experiments.encoders import apply_encoder, make_encoder
-from flax_hmog import AnalyticHMoG, Natural, Regularizer, mean_log_density, moments_to_natural, penalty
+from flax_hmog import AnalyticHMoG, Frame, Natural, Regularizer, mean_log_density, moments_to_natural, penalty
 from flax_hmog.covariances import as_rep
 from flax_hmog.em import EMInfo
 from flax_hmog.encoders import Clusterer
@@ -175,15 +176,24 @@ class Trainable:
         return distort(key, x, self.image_shape, self.config.augmentation)
 
 
-def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding: Any) -> tuple:
-    """Model, `Regularizer` and `EMInfo` of EM as `jax.ShapeDtypeStruct`s that lie as given; nothing is computed."""
+def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding: Any, has_frame: bool) -> tuple:
+    """Model, `Regularizer` and `EMInfo` of EM as `jax.ShapeDtypeStruct`s that lie as given; nothing is computed.
+
+    Args:
+        head: of the fit.
+        config: the experiment.
+        obs_dim: D.
+        sharding: where the arrays lie.
+        has_frame: whether the model has a frame, as within a fit, and after it where float32 cannot hold it otherwise.
+    """
     rep = as_rep(config.model.obs_rep, caller="abstract_fit")
 
     def example() -> tuple[Natural, Regularizer, EMInfo]:
         moments = random_moments(jax.random.key(0), obs_dim, head.lat_dim, head.n_components, rep)
         number = jnp.zeros(())
         info = EMInfo(number, number, moments.weights, number, number)
-        return moments_to_natural(moments), config.em.pseudo_counts(1).regularizer(moments), info
+        frame = Frame(moments.bias, moments.bias, moments.bias, number) if has_frame else None
+        return dataclasses.replace(moments_to_natural(moments), frame=frame), config.em.pseudo_counts(1).regularizer(moments), info
 
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(example)

@@ -1,12 +1,13 @@
 """Hierarchical mixtures of Gaussians as Flax modules: exact likelihood, inference and EM."""
 
 from flax_hmog import serialization as _serialization  # noqa: F401  registers the classes below with flax
+from flax_hmog.begin import WildRowsWarning
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.conversions import in_units_of_x, mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.coordinates import Mean, Moments, Natural, SharedBase
 from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
 from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_step, penalty
-from flax_hmog.fit import ConvergenceWarning, EMResult, EMState, WildRowsWarning, fit_em
+from flax_hmog.fit import ConvergenceWarning, EMResult, EMState, fit_em
 from flax_hmog.heads import (
     AnalyticHMoG,
     DifferentiableHMoG,

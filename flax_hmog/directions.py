@@ -177,7 +177,7 @@ def _loadings(
         loadings, axes = factors(*state)
         return residual(loadings), axes
 
-    noise, axes = jax.lax.fori_loop(0, FA_STEPS, step, (residual(loadings), axes))
+    noise, axes = jax.lax.fori_loop(0, FA_STEPS, step, (variance, axes))
     return factors(noise, axes)[0], noise
 
 

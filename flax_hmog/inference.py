@@ -78,7 +78,7 @@ def infer(natural: Natural, x: Any) -> HMoGOutput:
         TypeError: if `natural` is of another coordinate type or `x` holds no real numbers.
         ValueError: for a wrong last dimension, entries that are not finite, or a model that does not exist.
     """
-    return _by_blocks(infer_rows, *_enter("infer", natural, x))
+    return _by_blocks(infer_rows, *enter("infer", natural, x))
 
 
 def log_observable_density(natural: Natural, x: Any) -> Array:
@@ -91,7 +91,7 @@ def log_observable_density(natural: Natural, x: Any) -> Array:
     Returns:
         Log-densities (...). Raises as `infer`.
     """
-    return _by_blocks(infer_rows, *_enter("log_observable_density", natural, x), "log_density")
+    return _by_blocks(infer_rows, *enter("log_observable_density", natural, x), "log_density")
 
 
 def posterior_soft_assignments(natural: Natural, x: Any) -> Array:
@@ -104,7 +104,7 @@ def posterior_soft_assignments(natural: Natural, x: Any) -> Array:
     Returns:
         Probabilities (..., K). Raises as `infer`.
     """
-    return jnp.exp(_by_blocks(infer_rows, *_enter("posterior_soft_assignments", natural, x), "log_responsibilities"))
+    return jnp.exp(_by_blocks(infer_rows, *enter("posterior_soft_assignments", natural, x), "log_responsibilities"))
 
 
 posterior_assignments = posterior_soft_assignments
@@ -120,7 +120,7 @@ def posterior_categorical(natural: Natural, x: Any) -> Array:
     Returns:
         Log-odds (..., K-1). Raises as `infer`.
     """
-    logits = _by_blocks(infer_rows, *_enter("posterior_categorical", natural, x), "log_responsibilities")
+    logits = _by_blocks(infer_rows, *enter("posterior_categorical", natural, x), "log_responsibilities")
     return logits[..., 1:] - logits[..., :1]
 
 
@@ -134,7 +134,7 @@ def posterior_hard_assignment(natural: Natural, x: Any) -> Array:
     Returns:
         Component numbers (...), int32. Raises as `infer`.
     """
-    logits = _by_blocks(infer_rows, *_enter("posterior_hard_assignment", natural, x), "log_responsibilities")
+    logits = _by_blocks(infer_rows, *enter("posterior_hard_assignment", natural, x), "log_responsibilities")
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
@@ -148,7 +148,7 @@ def latent_mean(natural: Natural, x: Any) -> Array:
     Returns:
         Latent means (..., L). Raises as `infer`.
     """
-    return _by_blocks(infer_rows, *_enter("latent_mean", natural, x), "latent_mean")
+    return _by_blocks(infer_rows, *enter("latent_mean", natural, x), "latent_mean")
 
 
 def posterior_at(natural: Natural, x: Any) -> Posterior:
@@ -162,7 +162,7 @@ def posterior_at(natural: Natural, x: Any) -> Posterior:
         `Posterior` with locations (..., K, L). Raises as `infer`.
     """
     check_natural("posterior_at", natural)
-    natural, x, _ = _enter("posterior_at", in_units_of_x(natural), x)
+    natural, x, _ = enter("posterior_at", in_units_of_x(natural), x)
     shift = matmul(x, natural.interaction)[..., None, :]
     eta = natural.posterior_location
     location = shift + eta.reshape(*(1,) * (x.ndim - 1), *eta.shape)
@@ -189,14 +189,9 @@ def sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
     return _sample(with_prior(natural, "sample"), key, n)
 
 
-def _enter(caller: str, natural: Any, x: Any) -> tuple[Natural, Array, Shards]:
-    """The checks of every function of (natural, x), and where the rows of x lie."""
-    natural, x = rows_of_model(caller, natural, x)
-    return natural, x, row_shards(x)
-
-
-def rows_of_model(caller: str, natural: Any, x: Any) -> tuple[Natural, Array]:
-    """The model with its prior, and observations (..., D) in its dtype.
+def enter(caller: str, natural: Any, x: Any) -> tuple[Natural, Array, Shards]:
+    """What every function of (natural, x) checks: the model with its prior, observations (..., D) in its dtype, where
+    they lie.
 
     Rows on the host with more digits than the dtype has are moved to the model's frame before any is lost.
     """
@@ -207,7 +202,7 @@ def rows_of_model(caller: str, natural: Any, x: Any) -> tuple[Natural, Array]:
     if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
         rows = jnp.asarray(frame.inward_on_host(given), interaction.dtype)
         natural = dataclasses.replace(natural, frame=frame.applied())
-    return with_prior(natural, caller), rows
+    return with_prior(natural, caller), rows, row_shards(rows)
 
 
 @partial(jax.jit, static_argnames=("of_rows", "shards", "field"))

@@ -11,24 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_size
-from flax_hmog.conversions import moments_to_natural
-from flax_hmog.coordinates import Mean, Moments
-from flax_hmog.covariances import Array, pytree
-from flax_hmog.em import PseudoCounts, Regularizer, maximize, penalty
-from flax_hmog.factors import factorise
-from flax_hmog.fit import (
+from flax_hmog.begin import (
     MAX_DISTANCE,
-    EMResult,
-    ProgressBar,
     evaluate,
     first_model,
-    in_whitened_basis,
-    result_in_units_of_x,
     source_of,
     use_robust_frame,
     warn_of_wild_rows,
 )
+from flax_hmog.checks import check_size
+from flax_hmog.conversions import moments_to_natural, own_moments
+from flax_hmog.coordinates import Mean, Moments
+from flax_hmog.covariances import Array, pytree
+from flax_hmog.em import PseudoCounts, Regularizer, maximize, penalty
+from flax_hmog.factors import factorise
+from flax_hmog.fit import EMResult, ProgressBar, in_whitened_basis, result_in_units_of_x
 from flax_hmog.frames import Frame
 from flax_hmog.rows import Shards, row_shards
 from flax_hmog.sources import Source
@@ -109,7 +106,8 @@ def fit_online_em(
     source = source_of(caller, head, data, key, weights, labels, init, regularizer)
     init_key, order_key = jax.random.split(key)
     frame = use_robust_frame(caller, head, source, column_units, max_distance)
-    moments, strength = first_model(caller, head, source, init_key, init, regularizer, frame)
+    natural, strength = first_model(caller, head, source, init_key, init, regularizer, frame)
+    moments = own_moments(natural)
     state = OnlineState(moments, own_statistics(moments), own_statistics(moments))
     with ProgressBar("online EM", progress, passes + 1) as report:
         step = partial(

@@ -41,7 +41,7 @@ from flax_hmog.factors import (
     project_rows,
     symmetric_matrices,
 )
-from flax_hmog.inference import rows_of_model
+from flax_hmog.inference import enter
 from flax_hmog.rows import Shards, block_rows, row_shards, sum_rows
 
 
@@ -108,7 +108,7 @@ def expected_statistics(natural: Natural, x: Any, weights: Any = None) -> Mean:
 
 def check_samples(caller: str, natural: Any, x: Any, weights: Any) -> tuple[Natural, Array, Array]:
     """The model with its prior, samples as rows (N, D) and their weights (N,)."""
-    natural, x = rows_of_model(caller, natural, x)
+    natural, x, _ = enter(caller, natural, x)
     if x.size == 0:
         raise ValueError(f"{caller}: `x` must hold at least one sample (N, D); got shape {x.shape}. Give more samples.")
     weights = check_weights(caller, weights, x.shape[:-1], x.dtype)

@@ -17,7 +17,7 @@ PACKAGE = Path(flax_hmog.__file__).parent
 # a file imports only from those before it; the packages at the end import freely within themselves
 ORDER = (
     "covariances", "containers", "checks", "labels", "rows", "frames", "coordinates", "conversions", "layout", "factors", "inference", "information",
-    "conjugation", "statistics", "likelihood", "directions", "k_means", "initialize", "em", "stepwise", "sources", "fit", "online", "leaves", "serialization", "heads", "warm_start", "objectives", "encoders",
+    "conjugation", "statistics", "likelihood", "directions", "k_means", "initialize", "em", "stepwise", "sources", "begin", "fit", "online", "leaves", "serialization", "heads", "warm_start", "objectives", "encoders",
     "training", "analysis",
 )  # fmt: skip
 PUBLIC = (
@@ -29,7 +29,7 @@ PUBLIC = (
     "whiten_prior", "split_conjugated", "join_conjugated", "log_partition", "negative_entropy", "kl_divergence",
     "fit_em", "em_step", "initialize_moments", "warm_start",
 )  # fmt: skip
-MAX_FILE, MAX_FUNCTION = 450, 70
+MAX_FILE, MAX_FUNCTION = 450, 60
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
@@ -94,8 +94,9 @@ def test_files_and_functions_are_short(path):
     assert len(path.read_text().splitlines()) <= MAX_FILE
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = node.end_lineno - node.lineno + 1
-            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+            documented = (ast.get_docstring(node) or "").count("\n")
+            length = node.end_lineno - node.lineno + 1 - documented
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines beside its docstring"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

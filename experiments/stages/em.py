@@ -38,9 +38,14 @@ class EMStage:
         if restored is None or not restored.progress["done"]:
             self._fit(restored)
             restored = restore(folder)
-        template = self._abstract(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+        template = self._abstract(
+            jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), has_frame="natural/frame/unit" in restored.state
+        )
         state = restore_like({name: template[name] for name in ("natural", "regularizer")}, restored.state, "EM")
         natural, regularizer = (jax.tree.map(np.asarray, state[name]) for name in ("natural", "regularizer"))
+        if natural.frame is not None:  # heads have their noise in units of x
+            noise = regularizer.noise_covariance.scaled(natural.frame.unit)
+            regularizer = dataclasses.replace(regularizer, noise_covariance=noise)
         regularizer = dataclasses.replace(regularizer, components=np.zeros((), np.float32))
         return LinearFit(natural, regularizer, restored.progress["rows"], restored.clusters)
 
@@ -74,6 +79,7 @@ class EMStage:
                 n_restarts=config.n_restarts,
                 max_steps=config.max_steps,
                 tolerance=config.tolerance,
+                column_units=config.column_units,
                 state=self._state(restored) if restored else None,
                 on_step=on_step,
             )
@@ -119,7 +125,7 @@ class EMStage:
 
     def _state(self, restored: Any) -> EMState:
         """The state that was saved, on the mesh."""
-        abstract = self._abstract(NamedSharding(self.run.mesh, PartitionSpec()))
+        abstract = self._abstract(NamedSharding(self.run.mesh, PartitionSpec()), has_frame=True)
         names = {name.split("/")[0] for name in restored.state}
         arrays = restore_like({name: abstract[name] for name in abstract if name in names}, restored.state, "EM")
         p, best = restored.progress, None
@@ -135,22 +141,24 @@ class EMStage:
             )
         return EMState(
             natural=arrays.get("natural"),
+            top=arrays.get("top"),
             regularizer=arrays.get("regularizer"),
             history=tuple(p["history"]),
             finals=tuple(p["finals"]),
             best=best,
         )
 
-    def _abstract(self, sharding: Any) -> dict[str, Any]:
+    def _abstract(self, sharding: Any, *, has_frame: bool) -> dict[str, Any]:
         """What `_arrays_of` a state may hold, without values."""
-        natural, regularizer, info = abstract_fit(self.head, self.run.config, self.inputs.obs_dim, sharding)
+        fit = abstract_fit(self.head, self.run.config, self.inputs.obs_dim, sharding, has_frame)
+        natural, regularizer, info = fit
         best = {"best_natural": natural, "best_info": info, "best_regularizer": regularizer}
-        return {"natural": natural, "regularizer": regularizer} | best
+        return {"natural": natural, "top": natural, "regularizer": regularizer} | best
 
 
 def _arrays_of(state: EMState) -> dict[str, Any]:
     best = state.best
-    arrays = {"natural": state.natural, "regularizer": state.regularizer}
+    arrays = {"natural": state.natural, "top": state.top, "regularizer": state.regularizer}
     if best is not None:
         arrays |= {"best_natural": best.natural, "best_info": best.info, "best_regularizer": best.regularizer}
     return {name: tree for name, tree in arrays.items() if tree is not None}

@@ -61,7 +61,8 @@ class RoundStage:
         restored = restore(self.run.folder(self.stage))
         factors = compute_factors(restored.head.apply(restored.variables, method="natural"))
         teacher = Teacher(restored.encoder_variables, factors, jnp.asarray(restored.clusters))
-        started = restore_like(self._abstract_start(), restored.state, "the start of a round")
+        template = self._abstract_start("head/frame/unit" in restored.state)
+        started = restore_like(template, restored.state, "the start of a round")
         head_variables, _ = warm_start(self.model.head, started["head"])
         return Start(
             join_module(started["encoder"], head_variables),
@@ -111,13 +112,13 @@ class RoundStage:
                 clusters=clusters,
             )
 
-    def _abstract_start(self) -> dict[str, Any]:
+    def _abstract_start(self, has_frame: bool) -> dict[str, Any]:
         """Encoder and head that the round starts from, without values."""
         local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         x = jax.ShapeDtypeStruct((1, self.inputs.obs_dim), jnp.float32)
         encoder = nn.unbox(jax.eval_shape(lambda x: untrained_variables(self.model.encoder, self.key, x), x))
         head = self.config.feature_head(self.n_clusters)
-        natural, _, _ = abstract_fit(head, self.config, self.config.encoder.features, local)
+        natural, _, _ = abstract_fit(head, self.config, self.config.encoder.features, local, has_frame)
         return {"encoder": encoder, "head": natural}
 
     def _untrained(self) -> dict[str, Any]:
