@@ -34,7 +34,7 @@ from flax_hmog.sources import Block, Source, as_source
 from flax_hmog.statistics import Statistics, accumulate
 
 MAX_DISTANCE = 1e3  # of a row from the median, in typical distances
-FOLLOWED_STEPS = 3  # of EM, after which starts are compared
+FOLLOWED_STEPS = 2  # of EM, after which starts are compared
 
 
 def expectations(blocks: Iterable[Block], factors: Factors) -> Statistics:

@@ -19,7 +19,9 @@ from flax_hmog.rows import on_host
 UNIT_QUANTILE = 0.75  # of the distances from the median; entries that equal it do not count, as in sparse data
 MOST = 0.5  # of the columns that vary
 COLUMNS_AT_ONCE = 32  # that are sorted together
-MEDIAN_STEPS, MEDIAN_TOLERANCE = 50, 1e-9  # of the geometric median; in its unit
+MEDIAN_STEPS, MEDIAN_ROWS, MEDIAN_FLOATS = 50, 1000, 2**24  # of the geometric median; more floats are taken in float32
+MEDIAN_TOLERANCE = {np.float64: 1e-9, np.float32: 1e-5}  # of a step, in typical distances
+EQUAL = {np.float64: 1e-14, np.float32: 1e-6}  # part of two squares that their difference is rounded to
 
 
 @pytree
@@ -106,19 +108,20 @@ def robust_frame(x: np.ndarray, weights: np.ndarray, by_column: bool, dtype: Any
     Returns:
         `Frame`. The unit of a column that does not vary is the typical one of the others, or 1.
     """
-    rows, share = x[weights > 0], np.asarray(weights[weights > 0], np.float64)
+    kept = weights > 0
+    rows, share = (x, weights) if kept.all() else (x[kept], weights[kept])
+    share = np.asarray(share, np.float64)
     uniform = share.size == 0 or bool((share == share[0]).all())
     origin, unit = np.empty(x.shape[1]), np.empty(x.shape[1])
-    for start in range(0, x.shape[1], COLUMNS_AT_ONCE):
-        part = slice(start, start + COLUMNS_AT_ONCE)
-        columns = np.ascontiguousarray(rows[:, part].T, np.float64)
-        origin[part] = _quantiles(columns, share, uniform, 0.5)
-        if by_column:
+    if by_column:
+        for start in range(0, x.shape[1], COLUMNS_AT_ONCE):
+            part = slice(start, start + COLUMNS_AT_ONCE)
+            columns = np.ascontiguousarray(rows[:, part].T, np.float64)
+            origin[part] = _quantiles(columns, share, uniform, 0.5)
             unit[part] = _typical(np.abs(columns - origin[part, None]), share, uniform)
-    if not by_column:
-        origin = _geometric_median(rows, share, origin)
-        distance = np.sqrt(np.mean((rows - origin) ** 2, axis=1, dtype=np.float64))
-        unit[:] = _typical(distance[None], share, uniform)
+    else:
+        origin, distance = _geometric_median(rows, share)
+        unit[:] = _typical(distance[None] / np.sqrt(x.shape[1]), share, uniform)
     varies = unit > 0
     unit[~varies] = np.exp(np.log(unit[varies]).mean()) if varies.any() else 1
     return Frame.of(origin, unit, dtype)
@@ -143,25 +146,43 @@ def _quantiles(columns: np.ndarray, share: np.ndarray, uniform: bool, level: Any
     return columns[np.arange(len(columns)), order[np.arange(len(columns)), index]]
 
 
-def _geometric_median(rows: np.ndarray, share: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """The point (D,) with the least mean distance from the rows (N, D), by Weiszfeld's steps from `start`."""
-    center = start
+def _geometric_median(rows: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The point (D,) with the least mean distance from the rows (N, D), and their distances from it (N,).
+
+    Weiszfeld's steps, two products with the rows each, from the medians of some of them.
+    """
+    start = np.median(rows[:: max(1, len(rows) // MEDIAN_ROWS)], axis=0).astype(np.float64)
+    dtype = np.float64 if rows.size <= MEDIAN_FLOATS else np.float32
+    z = np.asarray(rows - start.astype(rows.dtype if rows.dtype.kind == "f" else np.float64), dtype)
+    squares = np.einsum("ij,ij->i", z, z)
+    if not np.isfinite(squares).all():  # wild rows
+        dtype, z = np.float64, z.astype(np.float64)
+        squares = np.einsum("ij,ij->i", z, z)
+
+    def distances(point: np.ndarray) -> np.ndarray:
+        square = squares - 2 * (z @ point.astype(dtype)) + point @ point
+        # what is left of equal numbers is rounding
+        return np.sqrt(np.where(square > EQUAL[dtype] * (squares + point @ point), square, 0).astype(np.float64))
+
+    point = np.zeros(z.shape[1])
     for _ in range(MEDIAN_STEPS):
-        distance = np.sqrt(((rows - center) ** 2).sum(axis=1, dtype=np.float64))
+        distance = distances(point)
         pull = np.divide(share, distance, out=np.zeros_like(distance), where=distance > 0)
         if not pull.sum() > 0:
             break
-        moved = (pull @ rows) / pull.sum()
-        done = np.abs(moved - center).max() <= MEDIAN_TOLERANCE * np.median(distance)
-        center = moved
+        moved = (pull.astype(dtype) @ z).astype(np.float64) / pull.sum()
+        done = np.abs(moved - point).max() <= MEDIAN_TOLERANCE[dtype] * np.median(distance)
+        point = moved
         if done:
             break
     # the nearest row itself, if it is the median (Kuhn 1973): steps only approach it
-    nearest = rows[np.argmin(((rows - center) ** 2).sum(axis=1, dtype=np.float64))].astype(np.float64)
-    gap = rows - nearest
-    distance = np.sqrt((gap**2).sum(axis=1, dtype=np.float64))
-    pull = np.divide(share, distance, out=np.zeros_like(distance), where=distance > 0) @ gap
-    return nearest if np.linalg.norm(pull) <= share[distance == 0].sum() else center
+    nearest = z[np.argmin(distances(point))].astype(np.float64)
+    distance = distances(nearest)
+    pull = np.divide(share, distance, out=np.zeros_like(distance), where=distance > 0)
+    force = (pull.astype(dtype) @ z).astype(np.float64) - pull.sum() * nearest
+    if np.linalg.norm(force) <= share[distance == 0].sum():
+        point = nearest
+    return start + point, distances(point)
 
 
 class Framing:
