@@ -23,6 +23,7 @@ from flax_hmog.rows import row_shards
 from flax_hmog.statistics import accumulate, check_samples, residual_mean
 
 NOISE_SHARE = 0.1  # of the mean variance of x, which a pseudo-sample of the noise has
+JUMP = 1e3  # standard deviations of the model that a batch lies away or is wider by, or narrower
 LEAST_VARIANCE = 1e-6  # of a column of the first batch, relative to the average column
 
 
@@ -106,9 +107,9 @@ def accepted_update(
 ) -> dict[str, Any]:
     """The collection `em` after a batch, of which the model exists in any case.
 
-    Where the statistics make no model (rows that are all equal, features that have jumped too far for the dtype), the
-    model is moved to location and scale of the batch instead, so that it goes on learning from there. A batch that is
-    not finite or does not vary leaves everything as it is.
+    Where the batch lies farther from the model than `JUMP` of its standard deviations, or is narrower by as much, and
+    where the statistics make no model, the model is moved to location and scale of the batch instead of a step, so that
+    it goes on learning from there. A batch that makes no model either way leaves everything as it is.
 
     Args:
         em: the collection, as of `stepwise_start`.
@@ -122,11 +123,12 @@ def accepted_update(
     """
     moments, step = em["moments"], em["step"] + 1
     learnt = stepwise_update(moments, em["running"], x, rate, pseudo_share, axis_name)
-    moved = _moved_to(moments, x, axis_name)
+    moved, is_jump = _moved_to(moments, x, axis_name)
     states = [dict(zip(em, (*state, step), strict=True)) for state in (learnt, (moved, own_statistics(moved)))]
-    exists = [_exists(state) for state in states]
+    can_learn, can_move = (_exists(state) for state in states)
+    use_moved = can_move & (is_jump | ~can_learn)
     return jax.tree.map(
-        lambda old, first, second: jnp.where(exists[0], first, jnp.where(exists[1], second, old)), em, *states
+        lambda old, learnt, moved: jnp.where(use_moved, moved, jnp.where(can_learn, learnt, old)), em, *states
     )
 
 
@@ -140,8 +142,8 @@ def _exists(em: dict[str, Any]) -> Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
-def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> Moments:
-    """The model with mean and variances of a batch; NaN if the batch is not finite or does not vary."""
+def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> tuple[Moments, Array]:
+    """The model with mean and variances of a batch, NaN if it is not finite or does not vary; whether it is far ()."""
     rows = jax.lax.stop_gradient(x).reshape(-1, x.shape[-1]).astype(moments.bias.dtype)
     average = lambda values: values if axis_name is None else jax.lax.pmean(values, axis_name)  # noqa: E731
     unit = average(jnp.max(jnp.abs(rows)))  # so that no square overflows
@@ -151,16 +153,20 @@ def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> Moments:
     variances = jnp.maximum(variances, LEAST_VARIANCE * jnp.mean(variances))
     _, covariance = prior_moments(moments)
     signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
-    present = signal + moments.noise.diagonal(moments.bias.shape[0])
-    ratio = unit * jnp.sqrt(jnp.where(variances > 0, variances, jnp.nan)) / jnp.sqrt(present)
+    present = jnp.sqrt(signal + moments.noise.diagonal(moments.bias.shape[0]))
+    ratio = unit * jnp.sqrt(jnp.where(variances > 0, variances, jnp.nan)) / present
+    model_center = moments.bias + matmul(moments.loadings, matmul(moments.weights, moments.means))
+    distance = jnp.abs(unit * center - model_center) / present
+    is_jump = (jnp.max(distance) > JUMP) | (jnp.max(ratio) > JUMP) | (jnp.max(ratio) < 1 / JUMP)
     if isinstance(moments.noise, Scale):
         ratio = jnp.broadcast_to(jnp.sqrt(jnp.mean(ratio**2)), ratio.shape)
-    return dataclasses.replace(
+    moved = dataclasses.replace(
         moments,
         loadings=moments.loadings * ratio[:, None],
         bias=unit * center - ratio * matmul(moments.loadings, matmul(moments.weights, moments.means)),
         noise=moments.noise.scaled(ratio),
     )
+    return moved, is_jump
 
 
 def mix(old: Mean, new: Mean, rate: Array | float) -> Mean:

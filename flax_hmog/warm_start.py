@@ -88,7 +88,7 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     is_exact = head.component_structure == (PositiveDefinite, False) and (
         obs_rep in (PositiveDefinite, type(whitened.noise)) or type(whitened.noise) is Scale
     )
-    _warn_of_loss(head, moments, started, info, is_exact)
+    _warn_of_loss(head, moments, started, info, is_exact or natural.frame is not None)
     return variables, info
 
 
@@ -96,14 +96,14 @@ class WarmStartWarning(UserWarning):
     """A head does not hold the model that it was started from."""
 
 
-def _warn_of_loss(head: Any, moments: Moments, started: Natural, info: WarmStartInfo, is_exact: bool) -> None:
+def _warn_of_loss(head: Any, moments: Moments, started: Natural, info: WarmStartInfo, is_avoidable: bool) -> None:
     """`WarmStartWarning` if more is lost than rounding explains, and by no restriction of the head's kinds."""
     before, after = float(info.log_likelihood_before), float(info.log_likelihood_after)
     obs_dim = moments.bias.shape[0]
     lost, rounding = before - after, ROUNDING * (abs(before) + obs_dim)
     noise, wanted = (np.asarray(kind.diagonal(obs_dim)) for kind in (started.observable_precision.inverse(), moments.noise))
     outside = not np.allclose(noise, wanted, rtol=1e-2)
-    if np.isfinite(lost) and (lost <= rounding or not (outside or is_exact)):
+    if np.isfinite(lost) and (lost <= rounding or not (outside or is_avoidable)):
         return
     cause = (
         f"noise variances from {wanted.min():.3g} to {wanted.max():.3g} are outside `noise_bounds` "
