@@ -126,7 +126,7 @@ def first_model(
     if best is None:
         raise ValueError(
             f"{caller}: `regularizer` must keep the likelihood bounded on these data; got no start whose objective is "
-            "finite. Use PseudoCounts() or raise its counts."
+            "finite. Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
         )
     return best[1], best[2]
 

@@ -89,11 +89,20 @@ def natural_to_moments(natural: Natural) -> Moments:
 
     Raises:
         TypeError: if `natural` is of another coordinate type.
-        ValueError: if a prior precision is not positive definite.
+        ValueError: if a prior precision is not positive definite, or the dtype cannot hold the model in units of x.
     """
     check_natural("natural_to_moments", natural)
     moments = own_moments(natural, "natural_to_moments")
-    return moments if natural.frame is None else reframe(moments, natural.frame, None)
+    if natural.frame is None:
+        return moments
+    moments = reframe(moments, natural.frame, None)
+    remedy = "The dtype cannot hold them in units of x: rescale the data, or use float64."
+    if not isinstance(moments.noise, PositiveDefinite):
+        check_positive("natural_to_moments", "noise variances", moments.noise.entries, remedy)
+    for argument in ("loadings", "bias", "noise"):
+        for leaf in jax.tree.leaves(getattr(moments, argument)):
+            check_finite("natural_to_moments", argument, leaf, remedy)
+    return moments
 
 
 def own_moments(natural: Natural, caller: str = "own_moments") -> Moments:

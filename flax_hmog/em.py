@@ -147,7 +147,7 @@ def em_step(
     Args:
         natural: the model, with full component covariances.
         x: observations (N, D).
-        weights: sample weights (N,).
+        weights: sample weights (N,), as numbers of samples: beside a regularizer their scale matters.
         regularizer: pseudo-statistics, for example `PseudoCounts().regularizer(moments)`.
 
     Returns:

@@ -18,7 +18,7 @@ from experiments.processes import Stopped
 from experiments.stages.merge import merged_clusters
 from experiments.stages.run import LinearFit, Run
 from experiments.stages.scores import baseline_scores, evaluate
-from flax_hmog import EMResult, EMState, Natural, fit_em, infer, natural_to_moments
+from flax_hmog import EMResult, EMState, Natural, fit_em, infer, natural_to_moments, warm_start
 from flax_hmog.stepwise import stepwise_start
 from flax_hmog.training import CheckpointWriter, restore, restore_like
 
@@ -93,9 +93,11 @@ class EMStage:
                 "converged": result.converged,
                 "baselines": baseline_scores(self.inputs, self.run.config, stage.seed),
             }
+            # a model that float32 cannot hold in units of the inputs: what it loses is warned of
+            has_frame = result.natural.frame is not None
             writer.save(
                 done + 1,
-                self._variables(result.natural),
+                warm_start(self.head, result.natural)[0] if has_frame else self._variables(result.natural),
                 state={"natural": result.natural, "regularizer": result.regularizer},
                 progress={"done": True, "steps": done + 1, "rows": count} | progress,
                 history=[metrics],
