@@ -35,6 +35,7 @@ from flax_hmog.statistics import Statistics, accumulate
 
 MAX_DISTANCE = 1e3  # of a row from the median, in typical distances
 FOLLOWED_STEPS = 2  # of EM, after which starts are compared
+ROUNDING = 100  # units in the last place of objective and dimension that objectives of one model may differ by
 
 
 def expectations(blocks: Iterable[Block], factors: Factors) -> Statistics:
@@ -103,7 +104,7 @@ def first_model(
     """The model that EM starts from, in the frame, and the regulariser in its latent basis.
 
     Of starts that measure distances in several metrics, each followed for some steps on the sample that starts are made
-    from, the one with the best objective.
+    from, the one with the best objective, the first of those that are equal to rounding.
     """
     if not isinstance(init, str):
         natural = _given_model(caller, head, source, init)
@@ -121,7 +122,9 @@ def first_model(
             objective = at.objective
             if step < FOLLOWED_STEPS:
                 natural, _ = next_natural(at.factors, at.statistics, strength, frame)
-        if math.isfinite(objective) and (best is None or objective > best[0]):
+        # starts that end at one optimum differ by rounding, which must not choose how components are numbered
+        least = 0.0 if best is None else best[0] + rounding(best[0], natural, head.projection_dtype)
+        if math.isfinite(objective) and (best is None or objective > least):
             best = objective, natural, strength
     if best is None:
         raise ValueError(
@@ -129,6 +132,16 @@ def first_model(
             "finite. Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
         )
     return best[1], best[2]
+
+
+def rounding(objective: float, natural: Natural, projection_dtype: str | None) -> float:
+    """What rounding explains of a difference of objectives, in nats per sample; the same in any units of x."""
+    obs_dim, dtype = natural.interaction.shape[0], natural.interaction.dtype
+    volume = 0.0 if natural.frame is None else float(natural.frame.log_volume)
+    explained = ROUNDING * float(jnp.finfo(dtype).eps) * (abs(objective + volume) + obs_dim)
+    if projection_dtype is not None:
+        explained += float(jnp.finfo(projection_dtype).eps) * obs_dim
+    return explained
 
 
 def _strength(regularizer: Any, moments: Moments, own: Frame | None, frame: Frame) -> Regularizer | None:

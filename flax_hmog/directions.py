@@ -39,9 +39,18 @@ class Directions:
     noise: Array
 
 
-@partial(jax.jit, static_argnames=("lat_dim", "by_column", "method", "shards"))
+@partial(jax.jit, static_argnames=("lat_dim", "by_column", "is_isotropic", "method", "shards"))
 def latent_directions(
-    x: Array, weights: Array, frame: Frame, key: Array, *, lat_dim: int, by_column: bool, method: str, shards: Shards
+    x: Array,
+    weights: Array,
+    frame: Frame,
+    key: Array,
+    *,
+    lat_dim: int,
+    by_column: bool,
+    is_isotropic: bool,
+    method: str,
+    shards: Shards,
 ) -> Directions:
     """Mean, loadings and noise of rows in a frame, wild entries drawn in.
 
@@ -52,6 +61,8 @@ def latent_directions(
         key: PRNG key; subspace iteration starts from it.
         lat_dim: L.
         by_column: whether wild entries are drawn in one by one, or whole rows.
+        is_isotropic: whether all columns start with one noise variance, so that a rotation of x changes nothing; "fa"
+            looks at columns in any case.
         method: "pca", "fa" or "kurtosis".
         shards: where the rows lie.
 
@@ -79,12 +90,19 @@ def latent_directions(
         covariance = weighted_sum(
             lambda center, x, share: PositiveDefinite.second_moment(x - center[None], share).entries, center
         )
+
+    def residual(loadings: Array) -> Array:
+        """Noise variances: what the loadings leave of the variances."""
+        left = variance - jnp.sum(loadings**2, axis=-1)
+        left = jnp.broadcast_to(jnp.mean(left), left.shape) if is_isotropic and method != "fa" else left
+        return jnp.maximum(left, floor)
+
     if method != "kurtosis":
-        return Directions(center, *_loadings(covariance, variance, floor, lat_dim, method, key))
+        return Directions(center, *_loadings(covariance, variance, residual, lat_dim, method, key))
     axes = _principal_axes(covariance, variance, min(obs_dim, max(KURTOSIS_AXES, 2 * lat_dim)), key)
     points = project(frame, by_column, center, axes, x, shards)
     loadings = _invariant_loadings(points, share, axes, lat_dim)
-    return Directions(center, loadings, jnp.maximum(variance - jnp.sum(loadings**2, axis=-1), floor))
+    return Directions(center, loadings, residual(loadings))
 
 
 def project(frame: Frame, by_column: bool, center: Array, projection: Array, x: Array, shards: Shards) -> Array:
@@ -147,7 +165,7 @@ def _eigen_solver(
 def _loadings(
     covariance: Array | Callable[[Array], Array],
     variance: Array,
-    floor: Array,
+    residual: Callable[[Array], Array],
     lat_dim: int,
     method: str,
     key: Array,
@@ -156,10 +174,6 @@ def _loadings(
 
     Factor analysis alternates between the leading eigenvectors of Psi^-1/2 Cov Psi^-1/2 and the residual variances.
     """
-
-    def residual(loadings: Array) -> Array:
-        return jnp.maximum(variance - jnp.sum(loadings**2, axis=-1), floor)
-
     leading, start = _eigen_solver(covariance, variance, lat_dim, key)
     values, axes = leading(jnp.ones_like(variance), start, SUBSPACE_STEPS)
     loadings = (axes * jnp.sqrt(jnp.maximum(values, 0))[None])[:, :lat_dim]

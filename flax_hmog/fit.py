@@ -18,6 +18,7 @@ from flax_hmog.begin import (
     MAX_DISTANCE,
     evaluate,
     first_model,
+    rounding,
     source_of,
     use_robust_frame,
     warn_of_wild_rows,
@@ -28,8 +29,6 @@ from flax_hmog.coordinates import Moments, Natural
 from flax_hmog.covariances import Array
 from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, next_natural, whiten_moments, whiten_regularizer
 from flax_hmog.sources import Source
-
-ROUNDING = 100  # units in the last place of objective and dimension that an objective may fall by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,30 +179,26 @@ def _step(
     if not small_gain and len(history) <= max_steps:
         natural, _ = next_natural(at.factors, at.statistics, regularizer, natural.frame)
         return dataclasses.replace(state, natural=natural, top=top, history=history), objective
-    if fell(history, natural):
+    if fell(history, natural, projection_dtype):
         natural, objective = top, max(history)
         info = evaluate(source.blocks(), source, natural, regularizer, projection_dtype).info
     best = state.best
     if best is None or objective > max(state.finals):
-        converged = small_gain and not fell(history, natural)
+        converged = small_gain and not fell(history, natural, projection_dtype)
         natural, info, regularizer = in_whitened_basis(natural, info, regularizer, projection_dtype)
         best = EMResult(natural, np.asarray(history), converged, info, np.asarray([objective]), regularizer)
     return EMState(best=best, finals=(*state.finals, objective)), objective
 
 
-def fell(history: Sequence[float], natural: Natural) -> bool:
+def fell(history: Sequence[float], natural: Natural, projection_dtype: str | None) -> bool:
     """Whether the last objective is below the best one by more than rounding explains."""
-    dtype = natural.interaction.dtype
-    rounding = ROUNDING * float(jnp.finfo(dtype).eps) * (abs(history[-1]) + natural.interaction.shape[0])
-    if natural.projection_dtype is not None:
-        rounding += float(jnp.finfo(natural.projection_dtype).eps) * natural.interaction.shape[0]
-    return max(history) - history[-1] > rounding
+    return max(history) - history[-1] > rounding(history[-1], natural, projection_dtype)
 
 
 def warn_of_fall(result: EMResult) -> None:
     """`ConvergenceWarning` if EM ended below the best model it saw, which rounding alone does not explain."""
     history = result.objective_history
-    if fell(history.tolist(), result.natural):
+    if fell(history.tolist(), result.natural, result.natural.projection_dtype):
         warnings.warn(
             f"fit_em: the objective fell from {history.max():.6g} to {history[-1]:.6g} nats per sample after "
             f"{len(history) - 1} steps, beyond rounding; the best model is returned, `converged` is False. Raise the "

@@ -115,7 +115,7 @@ def starts(
     obs_rep, shards = as_rep(head.obs_rep, caller="starts", argument="head.obs_rep"), row_shards(x)
     find = partial(
         latent_directions, x, weights, frame, jax.random.fold_in(key, 1),
-        lat_dim=head.lat_dim, by_column=by_column, shards=shards,
+        lat_dim=head.lat_dim, by_column=by_column, is_isotropic=obs_rep is not Diagonal, shards=shards,
     )  # fmt: skip
     sizes = {"n_components": head.n_components, "obs_rep": obs_rep, "by_column": by_column, "shards": shards}
     directions = find(method=method)

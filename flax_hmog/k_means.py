@@ -52,7 +52,9 @@ def k_means(
         mass = share * jnp.where(jnp.isinf(nearest), 1, nearest)
         # where every point is a centre already, any point will do
         mass = jnp.where(jnp.any(mass > 0), mass, share)
-        candidates = points[draw(jax.random.fold_in(key, index), mass)]
+        # by its place among the unknown ones: how the known ones are numbered changes nothing
+        place = jnp.sum(~is_known & (jnp.arange(n_clusters) < index))
+        candidates = points[draw(jax.random.fold_in(key, place), mass)]
         shrunk = jnp.minimum(nearest[:, None], _distances(candidates, points))
         best = jnp.argmin(matmul(share, shrunk))
         added = centers.at[index].set(candidates[best]), shrunk[:, best]

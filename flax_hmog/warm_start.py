@@ -5,6 +5,7 @@ Everything here is computed once, in numpy float64.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.checks import check_head, check_observations, check_precision
-from flax_hmog.conversions import moments_to_natural, natural_to_moments, with_prior
+from flax_hmog.conversions import moments_to_natural, own_moments, with_prior
 from flax_hmog.coordinates import Moments, Natural, check_natural
 from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, pytree
 from flax_hmog.em import whiten_moments
+from flax_hmog.frames import Frame
 from flax_hmog.heads import AnalyticHMoG, head_bounds
 from flax_hmog.inference import log_observable_density, sample
 from flax_hmog.leaves import Bounds, leaf_specs, leaves_to_natural
@@ -25,6 +27,7 @@ from flax_hmog.stepwise import stepwise_start
 
 ROUNDING = 1e-5  # of the log-likelihood and of one nat per column, which float32 may lose
 REFERENCE_DRAWS = 4096  # draws of the model on which it is compared when no data are given
+LEAST_DIGITS = 1e-1  # of a noise standard deviation, by which values of x may be apart in the dtype
 BASE_SHARE = 0.5  # the part of the smallest component precision that goes into the shared base
 
 
@@ -69,11 +72,12 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     obs_dim = natural.interaction.shape[0]
     x = sample(natural, jax.random.key(0), REFERENCE_DRAWS)[0] if x is None else x
     check_observations("warm_start", x, obs_dim, natural.interaction.dtype)
-    whitened = whiten_moments(natural_to_moments(natural))
+    given = _in_units_of_x(whiten_moments(own_moments(natural)), natural.frame)
     obs_rep = as_rep(head.obs_rep, caller="warm_start", argument="head.obs_rep")
-    moments = _as_float64(whitened, _restrict_noise(whitened.noise, obs_rep, obs_dim))
+    moments = dataclasses.replace(given, noise=_restrict_noise(given.noise, obs_rep, obs_dim))
     if isinstance(head, AnalyticHMoG):
         own = jax.tree.map(lambda a: jnp.asarray(a, head.param_dtype), moments)
+        _check_held(moments, own, head.param_dtype)
         started = moments_to_natural(own)
         variables: dict[str, Any] = {"em": stepwise_start(own)}
     else:
@@ -86,9 +90,9 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
         variables = {"params": params}
     info = WarmStartInfo(jnp.mean(log_observable_density(natural, x)), jnp.mean(log_observable_density(started, x)))
     is_exact = head.component_structure == (PositiveDefinite, False) and (
-        obs_rep in (PositiveDefinite, type(whitened.noise)) or type(whitened.noise) is Scale
+        obs_rep in (PositiveDefinite, type(given.noise)) or type(given.noise) is Scale
     )
-    _warn_of_loss(head, moments, started, info, is_exact or natural.frame is not None)
+    _warn_of_loss(head, moments, started, info, is_exact)
     return variables, info
 
 
@@ -101,12 +105,17 @@ def _warn_of_loss(head: Any, moments: Moments, started: Natural, info: WarmStart
     before, after = float(info.log_likelihood_before), float(info.log_likelihood_after)
     obs_dim = moments.bias.shape[0]
     lost, rounding = before - after, ROUNDING * (abs(before) + obs_dim)
-    noise, wanted = (np.asarray(kind.diagonal(obs_dim)) for kind in (started.observable_precision.inverse(), moments.noise))
-    outside = not np.allclose(noise, wanted, rtol=1e-2)
-    if np.isfinite(lost) and (lost <= rounding or not (outside or is_avoidable)):
+    noise, wanted = (_variances(kind, obs_dim) for kind in (started.observable_precision.inverse(), moments.noise))
+    outside = not np.allclose(noise, wanted, rtol=1e-2, atol=0)
+    spacing = np.spacing(np.abs(moments.bias).astype(head.param_dtype))
+    rounded = bool((spacing > LEAST_DIGITS * np.sqrt(wanted)).any())
+    if np.isfinite(lost) and not rounded and (lost <= rounding or not (outside or is_avoidable)):
         return
     cause = (
-        f"noise variances from {wanted.min():.3g} to {wanted.max():.3g} are outside `noise_bounds` "
+        f"a mean of {np.abs(moments.bias).max():.3g} has a spacing of {spacing.max():.3g} in "
+        f"{np.dtype(head.param_dtype).name}, too coarse for the noise. Subtract the column means from x in float64."
+        if rounded
+        else f"noise variances from {wanted.min():.3g} to {wanted.max():.3g} are outside `noise_bounds` "
         f"{head.noise_bounds}. Widen them, or divide x by its spread."
         if outside and hasattr(head, "noise_bounds")
         else f"{np.dtype(head.param_dtype).name} or the bounds of the head cannot hold it. Subtract the column means "
@@ -246,19 +255,45 @@ def _whiten_columns(noise: Covariance, loadings: np.ndarray) -> np.ndarray:
     return loadings / np.sqrt(noise.entries[..., None] if isinstance(noise, Diagonal) else noise.entries)
 
 
+def _variances(noise: Covariance, obs_dim: int) -> np.ndarray:
+    """Noise variances (D,) in float64."""
+    entries = np.asarray(noise.entries, np.float64)
+    return np.diagonal(entries) if isinstance(noise, PositiveDefinite) else np.broadcast_to(entries, obs_dim)
+
+
 def _restrict_noise(noise: Covariance, obs_rep: Rep, obs_dim: int) -> Covariance:
     """The noise in the head's kind: its variances where that is diagonal, their average where it is isotropic."""
+    variances = _variances(noise, obs_dim)
     if obs_rep is PositiveDefinite:
-        return PositiveDefinite(noise.dense(obs_dim))
-    variances = noise.diagonal(obs_dim)
-    return Diagonal(variances) if obs_rep is Diagonal else Scale(jnp.mean(variances))
+        return noise if isinstance(noise, PositiveDefinite) else PositiveDefinite(np.diag(variances))
+    return Diagonal(variances) if obs_rep is Diagonal else Scale(np.mean(variances))
 
 
-def _as_float64(moments: Moments, noise: Covariance) -> Moments:
-    return jax.tree.map(
-        lambda a: np.asarray(a, np.float64),
-        Moments(moments.loadings, moments.bias, noise, moments.weights, moments.means, moments.covariances),
+def _in_units_of_x(moments: Moments, frame: Frame | None) -> Moments:
+    """Standard form in units of x, in float64: the working dtype need not hold it."""
+    own = jax.tree.map(lambda a: np.asarray(a, np.float64), moments)
+    if frame is None:
+        return own
+    origin, unit = frame.exact()
+    noise = own.noise.entries
+    scale = {Scale: unit[0] ** 2, Diagonal: unit**2, PositiveDefinite: np.outer(unit, unit)}[type(own.noise)]
+    return dataclasses.replace(
+        own,
+        loadings=own.loadings * unit[:, None],
+        bias=origin + unit * own.bias,
+        noise=type(own.noise)(noise * scale),
     )
+
+
+def _check_held(moments: Moments, own: Moments, dtype: Any) -> None:
+    """ValueError unless a model in the dtype of a head is still one."""
+    kept, variances = _variances(own.noise, own.bias.shape[0]), _variances(moments.noise, own.bias.shape[0])
+    finite = all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(own))
+    if not finite or kept.min() < jnp.finfo(dtype).tiny:
+        raise ValueError(
+            f"warm_start: `natural` must fit in {np.dtype(dtype).name} in units of x; got noise variances from "
+            f"{variances.min():.3g} to {variances.max():.3g}. Rescale the data, or use float64."
+        )
 
 
 def _check_dimensions(head: Any, natural: Natural) -> None:

@@ -3,11 +3,13 @@
     python -m experiments.benchmarks.hostile                            # all tasks
     python -m experiments.benchmarks.hostile --tasks damage             # 20 s on 2 cores
     python -m experiments.benchmarks.hostile --tasks interruptions --interruptions 8
+    python -m experiments.benchmarks.hostile --tasks fits --fits 300    # minutes, most of them compilation
 
 `damage` changes single bits of a checkpoint and of an exported program, spread over all their files, and leaves out
 whole files, one at a time; what is then restored is compared with what was saved, the description included.
 `interruptions` stops and kills runs, half of them while they save, and compares what they end with (preemption.py).
-Moments, files and bits follow from `--seed`.
+`fits` fits data that nobody would want to fit, and counts what comes of it (hostile_fits.py).
+Moments, files, bits and data follow from `--seed`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import preemption
+from experiments.benchmarks import hostile_fits, preemption
 from flax_hmog import DifferentiableHMoG
 from flax_hmog.encoders import MLP, Clusterer
 from flax_hmog.training import (
@@ -52,7 +54,7 @@ from flax_hmog.training import (
 
 OUTCOMES = ("restored right", "named error", "unnamed error", "silent wrong")
 OBS_DIM, CLUSTERS = 8, [0, 1, 0]
-TaskName = Literal["damage", "interruptions"]
+TaskName = Literal["damage", "interruptions", "fits"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +65,14 @@ class Config:
         tasks: names of `TASKS`.
         changes: single bits that are changed in turn.
         interruptions: how many in all: of both stages by both signals, half of them in saves.
-        seed: of moments, files and bits.
+        fits: how many.
+        seed: of moments, files, bits and data.
     """
 
-    tasks: tuple[TaskName, ...] = ("damage", "interruptions")
+    tasks: tuple[TaskName, ...] = ("damage", "interruptions", "fits")
     changes: int = 1000
     interruptions: int = 40
+    fits: int = 2000
     seed: int = 0
 
 
@@ -204,7 +208,16 @@ def interruptions(config: Config, folder: Path) -> Table:
     return preemption.table_of(outcomes)
 
 
-TASKS: dict[TaskName, Callable[[Config, Path], Table]] = {"damage": damage, "interruptions": interruptions}
+def fits(config: Config, folder: Path) -> Table:
+    """Outcomes of fits of hostile data."""
+    return hostile_fits.table_of(config.fits, config.seed)
+
+
+TASKS: dict[TaskName, Callable[[Config, Path], Table]] = {
+    "damage": damage,
+    "interruptions": interruptions,
+    "fits": fits,
+}
 """Each makes its table in a folder of its own."""
 
 
