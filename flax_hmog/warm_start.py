@@ -101,7 +101,8 @@ def _warn_of_loss(head: Any, moments: Moments, started: Natural, info: WarmStart
     before, after = float(info.log_likelihood_before), float(info.log_likelihood_after)
     obs_dim = moments.bias.shape[0]
     lost, rounding = before - after, ROUNDING * (abs(before) + obs_dim)
-    noise, wanted = (np.asarray(kind.diagonal(obs_dim)) for kind in (started.observable_precision.inverse(), moments.noise))
+    kinds = (started.observable_precision.inverse(), moments.noise)
+    noise, wanted = (np.asarray(kind.diagonal(obs_dim)) for kind in kinds)
     outside = not np.allclose(noise, wanted, rtol=1e-2)
     if np.isfinite(lost) and (lost <= rounding or not (outside or is_exact)):
         return
