@@ -100,7 +100,8 @@ def _compile_em(config: Experiment, mesh: Mesh, rows: int, obs_dim: int) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return em_step(natural, x, weights, regularizer)
 
-    natural, regularizer, _ = abstract_fit(config.analytic, config, obs_dim, NamedSharding(mesh, PartitionSpec()), has_frame=True)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    natural, regularizer, _ = abstract_fit(config.analytic, config, obs_dim, replicated, has_frame=True)
     x, weights = (
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh)) for shape in ((rows, obs_dim), (rows,))
     )

@@ -3,11 +3,18 @@
 from flax_hmog import serialization as _serialization  # noqa: F401  registers the classes below with flax
 from flax_hmog.begin import WildRowsWarning
 from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
-from flax_hmog.conversions import in_units_of_x, mean_to_natural, moments_to_natural, natural_to_mean, natural_to_moments
+from flax_hmog.conversions import (
+    in_units_of_x,
+    mean_to_natural,
+    moments_to_natural,
+    natural_to_mean,
+    natural_to_moments,
+)
 from flax_hmog.coordinates import Mean, Moments, Natural, SharedBase
 from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
 from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_step, penalty
 from flax_hmog.fit import ConvergenceWarning, EMResult, EMState, fit_em
+from flax_hmog.frames import Frame
 from flax_hmog.heads import (
     AnalyticHMoG,
     DifferentiableHMoG,
@@ -16,7 +23,6 @@ from flax_hmog.heads import (
     differentiable_hmog,
     symmetric_hmog,
 )
-from flax_hmog.frames import Frame
 from flax_hmog.inference import (
     HMoGOutput,
     Posterior,
@@ -40,14 +46,14 @@ from flax_hmog.statistics import Statistics, expected_statistics, whiten_prior
 from flax_hmog.warm_start import WarmStartInfo, WarmStartWarning, warm_start
 
 __all__ = [
-    "ConvergenceWarning",
-    "Frame",
     "AnalyticHMoG",
+    "ConvergenceWarning",
     "Diagonal",
     "DifferentiableHMoG",
     "EMInfo",
     "EMResult",
     "EMState",
+    "Frame",
     "HMoGOutput",
     "LinearGaussian",
     "Mean",

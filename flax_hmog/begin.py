@@ -67,7 +67,7 @@ def warn_of_wild_rows(caller: str, source: Source, max_distance: float) -> None:
     if wild:
         warnings.warn(
             f"{caller}: {len(wild)} rows are left out, as an entry is more than `max_distance` = {max_distance:g} "
-            f"typical distances from the median; the first is row {min(wild)}. Check these rows, or raise max_distance.",
+            f"typical distances from the median; the first is row {min(wild)}. Check them, or raise max_distance.",
             WildRowsWarning,
             stacklevel=3,
         )
@@ -199,7 +199,7 @@ def evaluate(
     blocks: Iterable[Block], source: Source, natural: Natural, regularizer: Regularizer | None, dtype: str | None
 ) -> Evaluation:
     """One pass over blocks of a source, with a model in the frame of the fit."""
-    frame = natural.frame
+    frame: Any = natural.frame
     # the log-volume is added in float64 at the end: gains do not hang on the units of x
     inner = dataclasses.replace(source.framing.frame, log_volume=jnp.zeros_like(frame.log_volume))
     factors = compute_factors(dataclasses.replace(natural, frame=inner, projection_dtype=dtype))

@@ -199,7 +199,7 @@ def _invariant_loadings(points: Array, share: Array, axes: Array, lat_dim: int) 
     """W (D, L) along the directions of least kurtosis, in which rows lie in two heaps, whatever their variance there.
 
     Of whitened rows z the eigenvectors of E[|z|^2 z z'] are directions of extreme kurtosis; their eigenvalues are
-    E[s^4] + P - 1 of the coordinates s along them, where a Gaussian has P + 2. (The largest ones belong to rare values.)
+    E[s^4] + P - 1 of the coordinates s along them, where a Gaussian has P + 2. (The largest are those of rare values.)
 
     Args:
         points: rows along their principal axes (N, P), centred.

@@ -61,7 +61,8 @@ class Frame:
 
     def exact(self) -> tuple[np.ndarray, np.ndarray]:
         """Origin and unit (D,) in float64, on the host."""
-        return np.asarray(self.origin, np.float64) + np.asarray(self.rest, np.float64), np.asarray(self.unit, np.float64)
+        origin, rest, unit = (np.asarray(part, np.float64) for part in (self.origin, self.rest, self.unit))
+        return origin + rest, unit
 
     def applied(self) -> Frame:
         """What is left of the frame for rows x' themselves: their density is still one of x."""
@@ -92,7 +93,8 @@ def share_bounds(x: np.ndarray) -> bool:
     varies = lower < upper
     if varies.sum() < 2:
         return False
-    return all(np.mean(bound[varies] == bound.flat[pick]) > MOST for bound, pick in ((lower, lower.argmin()), (upper, upper.argmax())))
+    shares = (np.mean(bound[varies] == end) for bound, end in ((lower, lower.min()), (upper, upper.max())))
+    return all(share > MOST for share in shares)
 
 
 def robust_frame(x: np.ndarray, weights: np.ndarray, by_column: bool, dtype: Any) -> Frame:

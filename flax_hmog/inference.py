@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flax_hmog.checks import as_rows, check_given, check_size, is_concrete
 from flax_hmog.conversions import in_units_of_x, own_moments, with_prior

@@ -46,7 +46,7 @@ def k_means(
         level = jax.random.uniform(key, (trials,), points.dtype) * below[-1]
         return order[jnp.minimum(jnp.searchsorted(below, level, side="right"), below.size - 1)]
 
-    def add_center(index: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def add_center(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         """One more centre, unless it is known, and the squared distances to the nearest one."""
         centers, nearest, is_known = state
         mass = share * jnp.where(jnp.isinf(nearest), 1, nearest)
@@ -58,7 +58,10 @@ def k_means(
         shrunk = jnp.minimum(nearest[:, None], _distances(candidates, points))
         best = jnp.argmin(matmul(share, shrunk))
         added = centers.at[index].set(candidates[best]), shrunk[:, best]
-        return *(jnp.where(is_known[index], a, b) for a, b in zip((centers, nearest), added, strict=True)), is_known
+        centers, nearest = (
+            jnp.where(is_known[index], old, new) for old, new in zip((centers, nearest), added, strict=True)
+        )
+        return centers, nearest, is_known
 
     def nearest_center(centers: Array, points: Array, known: Array | None) -> Array:
         labels = jnp.argmin(_distances(centers, points), axis=-1)

@@ -110,9 +110,7 @@ def fit_online_em(
     moments = own_moments(natural)
     state = OnlineState(moments, own_statistics(moments), own_statistics(moments))
     with ProgressBar("online EM", progress, passes + 1) as report:
-        step = partial(
-            _step, regularizer=strength, frame=source.framing.frame, projection_dtype=head.projection_dtype
-        )
+        step = partial(_step, regularizer=strength, frame=source.framing.frame, projection_dtype=head.projection_dtype)
         state, history, total = _passes(state, source, batch_size, passes, rate, order_key, step, report)
         if average:
             moments = maximize(state.moments.loadings, state.moments.bias, state.average, total, strength)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_hmog.checks import as_rows, check_given, check_observations, check_precision, check_shape
+from flax_hmog.checks import as_rows, check_given, check_precision, check_shape
 from flax_hmog.containers import dense, is_jax_sparse, is_read_by_blocks, read_rows, unwrapped
 from flax_hmog.conversions import with_prior
 from flax_hmog.coordinates import check_natural
@@ -115,7 +115,7 @@ class RowsInBlocks:
         check_given(caller, np.empty((0, data.shape[1]), data.dtype), obs_dim, argument="data")
         self.rows = data.tocsr() if hasattr(type(data), "tocsr") else data
         self.count, self.obs_dim = map(int, data.shape)
-        self.framing: Framing | None = None
+        self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
         self.weights: Any = np.asarray(_effective(caller, weights, self.count, dtype))
         self.labels, self.classes = check_labels(caller, labels, (self.count,), n_components)
         self.total_weight = float(np.sum(self.weights))
@@ -179,7 +179,7 @@ class Stream:
 
     def __init__(self, caller: str, batches: Iterable, obs_dim: int | None, dtype: Any) -> None:
         self.caller, self.data, self.dtype, self.width = caller, batches, dtype, obs_dim
-        self.framing: Framing | None = None
+        self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
 
     @property
     def obs_dim(self) -> int:

@@ -44,7 +44,6 @@ from flax_hmog.factors import (
 from flax_hmog.inference import enter
 from flax_hmog.rows import Shards, block_rows, row_shards, sum_rows
 
-
 MOST_REPEATS, WHOLE = 1000, 1e-3  # of weights that are counts: the largest, and how far from a whole number
 
 

@@ -137,7 +137,8 @@ def _exists(em: dict[str, Any]) -> Array:
     natural = moments_to_natural(em["moments"])
     # Cholesky factors of what is not positive definite are NaN
     obs_dim = em["moments"].bias.shape[0]
-    signs = (natural.observable_precision.log_det(obs_dim), natural.log_weights, natural.prior_precision.log_det(obs_dim))
+    precisions = (natural.observable_precision, natural.prior_precision)
+    signs = (natural.log_weights, *(precision.log_det(obs_dim) for precision in precisions))
     leaves = (*jax.tree.leaves(em), *jax.tree.leaves(natural), *signs)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 

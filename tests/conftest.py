@@ -1,11 +1,18 @@
 """What every test shares: strict JAX settings, seeded keys, float64, the shared folder and a compilation counter."""
 
+import importlib.metadata
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # most of the time goes into compiling what runs once
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# the emitters of fusions take most of that; jaxlib 0.10 has others, later ones end at a flag that they do not know
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
+import contextlib
+import ctypes
+import gc
 from pathlib import Path
 
 import jax
@@ -25,13 +32,42 @@ def _count_compilation(event, duration, **_):
 jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def few_programs():
-    """Every compiled program holds memory maps, of which Linux gives a process 65,530: XLA stops where they run out."""
-    yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_text().splitlines()) > 30_000:
+class Programs:
+    """Compiled programs of this process: what they hold is given back to the system before it is much."""
+
+    GROWTH = 2**29  # bytes
+    MAPS = 30_000  # of memory, of which Linux gives a process 65,530: XLA stops where they run out
+
+    def __init__(self):
+        self.least = self.resident()
+
+    def resident(self):
+        """Bytes of memory, 0 where the system does not say."""
+        pages = Path("/proc/self/statm")
+        return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
+
+    def maps(self):
+        maps = Path("/proc/self/maps")
+        return len(maps.read_text().splitlines()) if maps.exists() else 0
+
+    def drop_if_many(self):
+        if self.resident() < self.least + self.GROWTH and self.maps() < self.MAPS:
+            return
         jax.clear_caches()
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        self.least = self.resident()
+
+
+PROGRAMS = Programs()
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """After every test, as programs of one module alone may take gigabytes."""
+    yield
+    PROGRAMS.drop_if_many()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from devices import on_cpus
 
 from flax_hmog import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
 from flax_hmog.encoders import MLP, Clusterer
@@ -415,10 +416,9 @@ print(repr([float(np.abs(np.asarray(leaf)).sum()) for leaf in leaves]), spread)
 def test_a_checkpoint_restores_on_other_devices(first, then, tmp_path):
     lines = []
     for what, (devices, model) in (("save", first), ("restore", then)):
-        flags = f"--xla_force_host_platform_device_count={devices}"
         run = subprocess.run(
             [sys.executable, "-c", ON_ANOTHER_MESH, what, str(tmp_path), str(model)],
-            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            env=on_cpus(devices),
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr[-3000:]

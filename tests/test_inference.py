@@ -17,7 +17,6 @@ from flax_hmog import (
     expected_statistics,
     infer,
     inference,
-    initialize,
     latent_mean,
     likelihood,
     log_observable_density,
@@ -189,7 +188,7 @@ def small_blocks(monkeypatch):
     """Blocks of 64 rows."""
     monkeypatch.setattr(rows, "MIN_ROWS", 64)
     monkeypatch.setattr(rows, "MAX_ROWS", 64)
-    compiled = (inference._by_blocks, statistics.accumulate, likelihood._mean_log_density, initialize._initialize)
+    compiled = (inference._by_blocks, statistics.accumulate, likelihood._mean_log_density)
     for function in compiled:
         function.clear_cache()
     yield 64

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from devices import on_cpus
 
 from experiments.processes import STOPPED
 from flax_hmog.training import restore
@@ -56,13 +57,12 @@ def free_port():
 def start(workdir, count, devices, *options):
     """Processes of one run, each with so many devices."""
     port = free_port()
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "experiments.train", *OPTIONS, *options, "--workdir", str(workdir)]
     several = ["--processes.coordinator", f"127.0.0.1:{port}", "--processes.count", str(count)]
     return [
         subprocess.Popen(
             [*command, *(several if count > 1 else []), *(["--processes.index", str(index)] if count > 1 else [])],
-            env=os.environ | flags, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=on_cpus(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for index in range(count)
     ]  # fmt: skip

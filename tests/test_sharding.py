@@ -1,11 +1,11 @@
 """Passes over rows that lie on several devices: the same results, and one reduction of the size of the parameters."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from devices import on_cpus
 
 pytestmark = pytest.mark.slow
 
@@ -87,7 +87,7 @@ print(json.dumps(report))
 
 @pytest.fixture(scope="module")
 def report():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = on_cpus(8)
     run = subprocess.run(
         [sys.executable, "-c", ON_EIGHT_DEVICES], env=environment, capture_output=True, text=True, timeout=600
     )

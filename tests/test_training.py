@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from devices import on_cpus
 from jax.sharding import PartitionSpec
 
 from flax_hmog import DifferentiableHMoG
@@ -117,7 +117,7 @@ for devices, model in ((1, 1), (8, 1), (8, 2)):
 
 def run_on_devices(script):
     """What a script prints line by line, on eight forced devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = on_cpus(8)
     run = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
