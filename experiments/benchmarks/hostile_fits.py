@@ -170,7 +170,7 @@ def start_of(case: Case, result: Any, x: np.ndarray) -> Any:
     return head.apply(variables, x), info
 
 
-def table_of(count: int, seed: int, show: Any = None) -> Table:
+def table_of(count: int, seed: int) -> Table:
     """Counts of outcomes by what was done to the data; a case counts for everything that was."""
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     slowest, kept = 0.0, []
