@@ -65,6 +65,12 @@ def identity_like(matrix: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
 
 
+def with_least_eigenvalue(matrix: Array, floor: Array) -> PositiveDefinite:
+    """A symmetric matrix (n, n), its eigenvalues raised to `floor` () where they are below."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return PositiveDefinite(symmetrize(matmul(vectors * jnp.maximum(values, floor)[None], vectors.T)))
+
+
 def inverse_lower(factor: Array) -> Array:
     """Inverse of a lower triangular matrix (n, n)."""
     return solve_triangular(factor, identity_like(factor), lower=True)

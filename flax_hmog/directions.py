@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.coordinates import outer
-from flax_hmog.covariances import Array, PositiveDefinite, matmul, pytree, symmetrize
+from flax_hmog.covariances import (
+    Array,
+    Covariance,
+    Diagonal,
+    PositiveDefinite,
+    Rep,
+    Scale,
+    matmul,
+    pytree,
+    symmetrize,
+    with_least_eigenvalue,
+)
 from flax_hmog.frames import Frame
 from flax_hmog.rows import Shards, block_rows, map_rows, sum_rows
 
@@ -31,15 +42,15 @@ class Directions:
     Attributes:
         center: mean of the rows (D,).
         loadings: W (D, L).
-        noise: diagonal of Psi (D,).
+        noise: Psi, of the kind of the model.
     """
 
     center: Array
     loadings: Array
-    noise: Array
+    noise: Covariance
 
 
-@partial(jax.jit, static_argnames=("lat_dim", "by_column", "is_isotropic", "method", "shards"))
+@partial(jax.jit, static_argnames=("lat_dim", "by_column", "obs_rep", "method", "shards"))
 def latent_directions(
     x: Array,
     weights: Array,
@@ -48,7 +59,7 @@ def latent_directions(
     *,
     lat_dim: int,
     by_column: bool,
-    is_isotropic: bool,
+    obs_rep: Rep,
     method: str,
     shards: Shards,
 ) -> Directions:
@@ -61,8 +72,7 @@ def latent_directions(
         key: PRNG key; subspace iteration starts from it.
         lat_dim: L.
         by_column: whether wild entries are drawn in one by one, or whole rows.
-        is_isotropic: whether all columns start with one noise variance, so that a rotation of x changes nothing; "fa"
-            looks at columns in any case.
+        obs_rep: kind of the noise. What starts with scale or full noise turns with x, but for "fa", which looks at columns.
         method: "pca", "fa" or "kurtosis".
         shards: where the rows lie.
 
@@ -86,23 +96,31 @@ def latent_directions(
     total = jnp.mean(variance)
     floor = NOISE_FLOOR * jnp.where(total > 0, total, 1)
     covariance: Any = partial(_covariance_product, weighted_sum, center)
-    if obs_dim <= EXACT_DIM:
+    if obs_dim <= EXACT_DIM or obs_rep is PositiveDefinite:
         covariance = weighted_sum(
             lambda center, x, share: PositiveDefinite.second_moment(x - center[None], share).entries, center
         )
 
-    def residual(loadings: Array) -> Array:
-        """Noise variances: what the loadings leave of the variances."""
-        left = variance - jnp.sum(loadings**2, axis=-1)
-        left = jnp.broadcast_to(jnp.mean(left), left.shape) if is_isotropic and method != "fa" else left
-        return jnp.maximum(left, floor)
+    if method == "kurtosis":
+        axes = _principal_axes(covariance, variance, min(obs_dim, max(KURTOSIS_AXES, 2 * lat_dim)), key)
+        points = project(frame, by_column, center, axes, x, shards)
+        loadings = _invariant_loadings(points, share, axes, lat_dim)
+        noise = jnp.maximum(variance - jnp.sum(loadings**2, axis=-1), floor)
+    else:
+        loadings, noise = _loadings(covariance, variance, floor, lat_dim, method, key)
+    if obs_rep is PositiveDefinite and method != "fa":
+        return Directions(center, loadings, _full_residual(covariance, loadings, floor))
+    kinds: dict[Rep, Covariance] = {Scale: Scale(jnp.mean(noise)), Diagonal: Diagonal(noise)}
+    return Directions(center, loadings, kinds.get(obs_rep, PositiveDefinite(jnp.diag(noise))))
 
-    if method != "kurtosis":
-        return Directions(center, *_loadings(covariance, variance, residual, lat_dim, method, key))
-    axes = _principal_axes(covariance, variance, min(obs_dim, max(KURTOSIS_AXES, 2 * lat_dim)), key)
-    points = project(frame, by_column, center, axes, x, shards)
-    loadings = _invariant_loadings(points, share, axes, lat_dim)
-    return Directions(center, loadings, residual(loadings))
+
+def _full_residual(covariance: Array, loadings: Array, floor: Array) -> PositiveDefinite:
+    """Psi (D, D): what the loadings leave of the covariance, and along them its average elsewhere."""
+    obs_dim, lat_dim = loadings.shape
+    residual = symmetrize(covariance - matmul(loadings, loadings.T))
+    axes = jnp.linalg.qr(loadings)[0]
+    average = jnp.trace(residual) / max(obs_dim - lat_dim, 1)
+    return with_least_eigenvalue(residual + average * matmul(axes, axes.T), floor)
 
 
 def project(frame: Frame, by_column: bool, center: Array, projection: Array, x: Array, shards: Shards) -> Array:
@@ -165,7 +183,7 @@ def _eigen_solver(
 def _loadings(
     covariance: Array | Callable[[Array], Array],
     variance: Array,
-    residual: Callable[[Array], Array],
+    floor: Array,
     lat_dim: int,
     method: str,
     key: Array,
@@ -174,6 +192,10 @@ def _loadings(
 
     Factor analysis alternates between the leading eigenvectors of Psi^-1/2 Cov Psi^-1/2 and the residual variances.
     """
+
+    def residual(loadings: Array) -> Array:
+        return jnp.maximum(variance - jnp.sum(loadings**2, axis=-1), floor)
+
     leading, start = _eigen_solver(covariance, variance, lat_dim, key)
     values, axes = leading(jnp.ones_like(variance), start, SUBSPACE_STEPS)
     loadings = (axes * jnp.sqrt(jnp.maximum(values, 0))[None])[:, :lat_dim]

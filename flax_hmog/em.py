@@ -29,6 +29,7 @@ from flax_hmog.covariances import (
     pytree,
     symmetrize,
     trace_product,
+    with_least_eigenvalue,
 )
 from flax_hmog.factors import Factors, factorise
 from flax_hmog.frames import Frame
@@ -80,7 +81,7 @@ class PseudoCounts:
         components: added to each component's mean and covariance; such a sample has the pooled within-component
             covariance and lies at the mean of the latent space.
         noise: added to the noise; such a sample has the noise variances of the initial model, but no less than
-            `noise_floor` times their average.
+            `noise_floor` times their average (of full noise, along its principal axes).
         noise_floor: see `noise`; a share, not a number of samples.
     """
 
@@ -106,7 +107,7 @@ class PseudoCounts:
         if isinstance(noise, Diagonal):
             noise = Diagonal(floored)
         elif isinstance(noise, PositiveDefinite):
-            noise = PositiveDefinite(noise.entries + jnp.diag(floored - variances))
+            noise = with_least_eigenvalue(noise.entries, self.noise_floor * jnp.mean(variances))
         return Regularizer(
             weights=jnp.asarray(self.weights, dtype),
             components=jnp.asarray(self.components, dtype),

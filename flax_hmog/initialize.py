@@ -14,7 +14,7 @@ import numpy as np
 from flax_hmog.checks import check_head_and_key, check_observations, check_precision
 from flax_hmog.conversions import reframe
 from flax_hmog.coordinates import Moments
-from flax_hmog.covariances import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, matmul
+from flax_hmog.covariances import Array, Diagonal, PositiveDefinite, Rep, as_rep, matmul
 from flax_hmog.directions import Directions, latent_directions, project
 from flax_hmog.factors import latent_features, symmetric_matrices
 from flax_hmog.frames import Frame, robust_frame, share_bounds
@@ -115,9 +115,9 @@ def starts(
     obs_rep, shards = as_rep(head.obs_rep, caller="starts", argument="head.obs_rep"), row_shards(x)
     find = partial(
         latent_directions, x, weights, frame, jax.random.fold_in(key, 1),
-        lat_dim=head.lat_dim, by_column=by_column, is_isotropic=obs_rep is not Diagonal, shards=shards,
+        lat_dim=head.lat_dim, by_column=by_column, obs_rep=obs_rep, shards=shards,
     )  # fmt: skip
-    sizes = {"n_components": head.n_components, "obs_rep": obs_rep, "by_column": by_column, "shards": shards}
+    sizes = {"n_components": head.n_components, "by_column": by_column, "shards": shards}
     directions = find(method=method)
     for is_whitened in (False, True):
         yield _clustered(x, weights, labels, frame, key, directions, is_whitened, **sizes)
@@ -140,7 +140,7 @@ def check_counts(caller: str, shape: tuple[int, ...], head: Any) -> None:
         )
 
 
-@partial(jax.jit, static_argnames=("n_components", "obs_rep", "by_column", "shards"))
+@partial(jax.jit, static_argnames=("n_components", "by_column", "shards"))
 def _clustered(
     x: Array,
     weights: Array,
@@ -151,7 +151,6 @@ def _clustered(
     is_whitened: Array | bool,
     *,
     n_components: int,
-    obs_rep: Rep,
     by_column: bool,
     shards: Shards,
 ) -> Moments:
@@ -159,7 +158,7 @@ def _clustered(
     share = weights / jnp.sum(weights)
     loadings, noise, center = directions.loadings, directions.noise, directions.center
     # posterior mean of y under y ~ N(0, I):  (I + W'Psi^-1 W)^-1 W'Psi^-1 (x - mu)
-    scaled = loadings / noise[:, None]
+    scaled = noise.inverse().times(loadings)
     precision = PositiveDefinite(matmul(loadings.T, scaled) + jnp.eye(loadings.shape[1], dtype=x.dtype))
     y = project(frame, by_column, center, matmul(scaled, precision.inverse().entries), x, shards)
     y, signs = _with_fixed_signs(y, share)
@@ -178,12 +177,7 @@ def _clustered(
         return sum_rows(block_sums, operands, (*rows, share), block_rows(4 * y.shape[1] + n_components), shards)
 
     mass, means, covariances = _cluster_moments(weighted_sum, y, labels, n_components, jnp.sum(weights))
-    noises: dict[Rep, Covariance] = {
-        Scale: Scale(jnp.mean(noise)),
-        Diagonal: Diagonal(noise),
-        PositiveDefinite: PositiveDefinite(jnp.diag(noise)),
-    }
-    return Moments(loadings, center, noises[obs_rep], mass, means, PositiveDefinite(covariances))
+    return Moments(loadings, center, noise, mass, means, PositiveDefinite(covariances))
 
 
 def _with_fixed_signs(y: Array, share: Array) -> tuple[Array, Array]:
