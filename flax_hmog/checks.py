@@ -167,11 +167,21 @@ def _all_finite(x: Array) -> Array:
     return jnp.all(jnp.isfinite(jnp.sum(0 * x, axis=-1)))
 
 
+ASYMMETRY = 1e-3  # of the largest entry, which rounding does not explain
+
+
 def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: str) -> None:
     """ValueError naming the first matrix (..., n, n) that is not positive definite, with its smallest eigenvalue."""
     if not is_concrete(matrices):
         return
     stack = np.asarray(matrices, np.float64).reshape(-1, *matrices.shape[-2:])
+    gap = np.abs(stack - np.swapaxes(stack, -1, -2))
+    if gap.size and np.isfinite(gap).all() and gap.max() > ASYMMETRY * np.abs(stack).max():
+        where = np.unravel_index(gap.argmax(), gap.shape)
+        raise ValueError(
+            f"{caller}: `{argument}` must be symmetric; got entries that differ by {gap.max():.3g} across the diagonal, at "
+            f"{tuple(int(i) for i in where)}. Give the whole matrix, not a triangle of it."
+        )
     for index, matrix in enumerate(stack):
         try:
             if not np.isfinite(matrix).all():

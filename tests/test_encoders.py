@@ -421,3 +421,19 @@ def test_the_likelihood_of_features_collapses_an_encoder_and_information_does_no
 
 def _part(variables, name):
     return {collection: tree[name] for collection, tree in variables.items() if name in tree}
+
+
+@pytest.mark.parametrize("normalization", ["layer", "batch"])
+def test_normalisation_does_not_depend_on_an_offset(normalization):
+    """A constant added to all units before normalisation changes nothing but rounding."""
+    x = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    module = MLP(4, (8,), normalization=normalization)
+    variables = module.init(jax.random.key(0), x)
+    params = dict(variables["params"])
+    name = next(name for name in params if name.startswith("Dense"))
+    shifted = dict(params) | {name: params[name] | {"bias": params[name]["bias"] + 3000.0}}
+    near, far = (
+        module.apply({**variables, "params": p}, x, True, mutable=["batch_stats"])[0] for p in (params, shifted)
+    )
+    # inputs near 3000 have a spacing of 2e-4
+    np.testing.assert_allclose(far, near, atol=0.01)

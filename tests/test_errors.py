@@ -119,6 +119,7 @@ COORDINATES = {
 }  # fmt: skip
 
 MODELS = {
+    "a triangle for a covariance": (lambda: moments_to_natural(with_covariance(1, np.array([[1, 0], [0.5, 1]]))), ValueError, r"`covariances` must be symmetric; got entries that differ by 0.5 across the diagonal, at \(1, 0, 1\)"),
     "indefinite covariance": (lambda: moments_to_natural(with_covariance(1, np.diag([1, -0.5]))), ValueError, "`covariances` must be positive definite; component 1 has smallest eigenvalue -0.5"),
     "covariance not finite": (lambda: moments_to_natural(with_covariance(2, np.nan)), ValueError, "`covariances` must be .*component 2"),
     "means not finite": (lambda: moments_to_natural(replace(MOMENTS, means=np.full((3, 2), np.nan))), ValueError, "`means` must be finite"),
