@@ -54,6 +54,15 @@ class InTheMiddle(nn.Module):
         return nn.Dense(1)(jnp.concatenate(said, axis=-1))
 
 
+def init(module, *args, **options):
+    """Variables from one program: operations one by one take longer to compile."""
+    return nn.unbox(jax.jit(functools.partial(module.init, **options))(*args))
+
+
+def gradient(loss, **options):
+    return jax.jit(jax.grad(loss, **options))
+
+
 def loss_of(module, variables, x=X):
     return negative_mutual_information(module.apply(variables, x))
 
@@ -65,7 +74,7 @@ def leaves_that_move(gradients):
 @EACH_HEAD
 def test_a_head_in_compact_has_nested_variables(head, key):
     module = Compact(head)
-    variables = nn.unbox(module.init(key, X))
+    variables = init(module, key, X)
     collection = "em" if isinstance(head, AnalyticHMoG) else "params"
     assert "head" in variables[collection]
     own = head.apply({collection: variables[collection]["head"]}, nn.Dense(F).apply(_part(variables, "Dense_0"), X))
@@ -75,17 +84,18 @@ def test_a_head_in_compact_has_nested_variables(head, key):
 def test_a_head_in_setup_learns_with_its_encoder(key):
     module = InSetup()
     variables = nn.unbox(module.init(key, X))
-    gradients = jax.grad(lambda variables: loss_of(module, variables))(variables)
+    gradients = jax.grad(lambda variables: loss_of(module, variables))(
+        variables
+    )  # without jit, as one looks at it first
     assert leaves_that_move(gradients) == {"dense", "cluster"}
 
 
 @EACH_HEAD
 def test_a_head_in_the_middle_passes_gradients_on(head, key):
     module = InTheMiddle(head)
-    variables = nn.unbox(module.init(key, X))
-    gradients = jax.grad(lambda params: jnp.mean(module.apply(variables | {"params": params}, X) ** 2))(
-        variables["params"]
-    )
+    variables = init(module, key, X)
+    square = lambda params: jnp.mean(module.apply(variables | {"params": params}, X) ** 2)  # noqa: E731
+    gradients = gradient(square)(variables["params"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert leaves_that_move({"params": gradients}) == set(variables["params"])
 
@@ -93,24 +103,24 @@ def test_a_head_in_the_middle_passes_gradients_on(head, key):
 @EACH_TRAINED
 def test_the_likelihood_of_the_second_output_teaches_the_head_alone(head, key):
     module = Clusterer(MLP(F, (8,)), head)
-    variables = nn.unbox(module.init(key, X))
+    variables = init(module, key, X)
 
     def loss(variables):
         _, head_only = module.apply(variables, X, method="joint_and_head_outputs")
         return negative_log_likelihood(head_only)
 
-    assert leaves_that_move(jax.grad(loss)(variables)) == {"head"}
+    assert leaves_that_move(gradient(loss)(variables)) == {"head"}
 
 
 @EACH_TRAINED
 def test_parts_have_their_own_rates_and_can_be_frozen(head, key):
     module = Clusterer(MLP(F, (8,)), head)
-    variables = nn.unbox(module.init(key, X))
+    variables = init(module, key, X)
     params = variables["params"]
     rates = {"encoder": optax.set_to_zero(), "head": optax.sgd(0.1)}
     labels = {name: jax.tree.map(lambda _, name=name: name, part) for name, part in params.items()}
     optimizer = optax.multi_transform(rates, labels)
-    gradients = jax.grad(lambda params: loss_of(module, {"params": params}))(params)
+    gradients = gradient(lambda params: loss_of(module, {"params": params}))(params)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["encoder"]))
     jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.1 * g, rtol=1e-5), updates["head"], gradients["head"])
@@ -119,11 +129,11 @@ def test_parts_have_their_own_rates_and_can_be_frozen(head, key):
 @EACH_HEAD
 def test_under_jit_and_vmap(head, key):
     module = Compact(head)
-    variables = module.init(key, X)
+    variables = init(module, key, X)
     want = module.apply(variables, X)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, nn.jit(Compact)(head).apply(variables, X), want)
-    jax.tree.map(close, jax.vmap(lambda row: module.apply(variables, row))(X), want)
+    jax.tree.map(close, jax.jit(jax.vmap(lambda row: module.apply(variables, row)))(X), want)
     jax.tree.map(close, jax.jit(module.apply)(variables, X), want)
 
 
@@ -136,7 +146,7 @@ def test_training_under_remat_and_jit(head, lift, key):
     """Of the whole, or of the encoder alone: the same collections and gradients as without."""
     plain = Clusterer(MLP(F, (8,), "batch"), head)
     lifted = LIFTS[lift]
-    variables = nn.unbox(plain.init(key, X))
+    variables = init(plain, key, X)
     mutable = [name for name in variables if name != "params"]
 
     def loss(module, params):
@@ -144,14 +154,15 @@ def test_training_under_remat_and_jit(head, lift, key):
         return negative_mutual_information(output), updates
 
     close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
-    gradient, updates = jax.grad(lambda p: loss(plain, p), has_aux=True)(variables["params"])
+    slopes, updates = gradient(lambda p: loss(plain, p), has_aux=True)(variables["params"])
     assert "batch_stats" in updates
     for module in (lifted(Clusterer)(plain.encoder, head), Clusterer(lifted(MLP)(F, (8,), "batch"), head)):
-        assert jax.tree.structure(nn.unbox(module.init(key, X, False))) == jax.tree.structure(variables)
+        own = jax.eval_shape(lambda key, m=module: nn.unbox(m.init(key, X, False)), key)
+        assert jax.tree.structure(own) == jax.tree.structure(variables)
         jaxpr = jax.make_jaxpr(jax.grad(lambda p, m=module: loss(m, p)[0]))(variables["params"])
         assert lift in str(jaxpr)
-        got = jax.grad(lambda p, m=module: loss(m, p), has_aux=True)(variables["params"])
-        jax.tree.map(close, got, (gradient, updates))
+        got = gradient(lambda p, m=module: loss(m, p), has_aux=True)(variables["params"])
+        jax.tree.map(close, got, (slopes, updates))
 
 
 @EACH_HEAD
@@ -162,7 +173,7 @@ def test_an_ensemble_by_vmap_over_parameters(head, key):
         Compact, in_axes=None, out_axes=0, axis_size=3, variable_axes={"params": 0, "em": 0},
         split_rngs={"params": True}, metadata_params={nn.PARTITION_NAME: "member"},
     )(head)  # fmt: skip
-    variables = nn.unbox(ensemble.init(key, X))
+    variables = init(ensemble, key, X)
     output = ensemble.apply(variables, X)
     assert output.log_responsibilities.shape == (3, B, K)
     for member in range(3):
@@ -183,10 +194,10 @@ def test_over_time_by_scan(head, key):
     scanned = nn.scan(Cell, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)()
     sequence = X.reshape(4, 8, D)
     start = jnp.zeros((4, F))
-    variables = scanned.init(key, start, sequence)
-    _, output = scanned.apply(variables, start, sequence)
+    variables = init(scanned, key, start, sequence)
+    _, output = jax.jit(scanned.apply)(variables, start, sequence)
     assert output.log_responsibilities.shape == (4, 8, K)
-    gradients = jax.grad(lambda v: negative_mutual_information(scanned.apply(v, start, sequence)[1]))(variables)
+    gradients = gradient(lambda v: negative_mutual_information(scanned.apply(v, start, sequence)[1]))(variables)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
@@ -197,15 +208,15 @@ def test_in_network_em_under_scan(key):
         lambda module, _, x: (None, module(x, train=True)), variable_carry="em", split_rngs={"params": False}
     )
     batches = X.reshape(4, 8, D)
-    variables = head.init(key, X)
+    variables = init(head, key, X)
 
     def run(module, x):
         return scanned(module, None, x)[1]
 
-    output, after = nn.apply(run, head, mutable=["em"])(variables, batches)
-    expected = variables
+    output, after = jax.jit(nn.apply(run, head, mutable=["em"]))(variables, batches)
+    expected, step = variables, jax.jit(lambda v, x: head.apply(v, x, train=True, mutable=["em"]))
     for batch in batches:
-        _, expected = head.apply(expected, batch, train=True, mutable=["em"])
+        _, expected = step(expected, batch)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), after, expected)
     assert output.log_density.shape == (4, 8)
 
@@ -220,8 +231,8 @@ ENCODERS = {
 @pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
 def test_an_encoder_in_bfloat16_under_a_head_in_float32(make, key):
     module = Clusterer(make(F, dtype=jnp.bfloat16), DifferentiableHMoG(L, K))
-    variables = nn.unbox(module.init(key, X))
-    output, _ = module.apply(variables, X, train=True, mutable=["batch_stats"])
+    variables = init(module, key, X)
+    output, _ = jax.jit(lambda v: module.apply(v, X, train=True, mutable=["batch_stats"]))(variables)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
     features = module.apply(variables, X, method="features")
@@ -234,7 +245,7 @@ def test_an_encoder_in_bfloat16_under_a_head_in_float32(make, key):
 def test_features_in_bfloat16_are_taken_in_the_dtype_of_the_head(key):
     for head in HEADS:
         features = jnp.asarray(X, jnp.bfloat16)
-        variables = head.init(key, features)
+        variables = init(head, key, features)
         want = head.apply(variables, features.astype(jnp.float32))
         jax.tree.map(np.testing.assert_array_equal, head.apply(variables, features), want)
 
@@ -253,7 +264,7 @@ def test_in_nnx(head, key):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, bridged(X), module.apply(variables, X))
     gradients = nnx.grad(lambda bridged: negative_mutual_information(bridged(X)))(bridged)
-    want = jax.grad(lambda v: loss_of(module, variables | {"params": v}))(variables["params"])["encoder"]
+    want = gradient(lambda v: loss_of(module, variables | {"params": v}))(variables["params"])["encoder"]
     close(gradients.encoder["Dense_0"]["kernel"].get_value(), want["Dense_0"]["kernel"])
     if is_analytic:
         bridged(X, train=True, mutable=["em"])
@@ -264,7 +275,7 @@ def test_in_nnx(head, key):
 @pytest.mark.parametrize("normalization", ["none", "layer", "batch"])
 def test_normalization_of_encoders(normalization, key):
     module = Clusterer(ConvNet(F, (4, 3), (4, 6), 8, normalization), DifferentiableHMoG(L, K))
-    variables = nn.unbox(module.init(key, X))
+    variables = init(module, key, X)
     assert ("batch_stats" in variables) == (normalization == "batch")
     features, updates = module.apply(variables, X, train=True, method="features", mutable=["batch_stats"])
     assert features.shape == (B, F)
@@ -278,7 +289,7 @@ def test_normalization_of_encoders(normalization, key):
 
 def test_in_network_em_starts_at_the_scale_of_training(key):
     module = Clusterer(MLP(F, (8,), "batch"), AnalyticHMoG(L, K))
-    variables = nn.unbox(module.init(key, X, train=True))
+    variables = init(module, key, X, train=True)
     features, _ = module.apply(variables, X, train=True, method="features", mutable=["batch_stats"])
     moments = variables["em"]["head"]["moments"]
     np.testing.assert_allclose(moments.noise.entries, np.var(features, axis=0), rtol=1e-3)
@@ -295,7 +306,7 @@ class Deterministic(nn.Module):
 
 def test_an_encoder_is_told_that_it_is_trained(key):
     module = Clusterer(Deterministic(), DifferentiableHMoG(L, K))
-    variables = nn.unbox(module.init(key, X))
+    variables = init(module, key, X)
     trained = module.apply(variables, X, train=True, rngs={"dropout": key})
     assert not np.allclose(trained.log_density, module.apply(variables, X).log_density)
 
@@ -338,13 +349,13 @@ def test_a_batch_spread_over_an_axis_is_one_batch(make, key):
     """For the running averages of the encoder and the statistics of EM, as they are without the axis."""
     whole = Clusterer(make(F, normalization="batch"), AnalyticHMoG(L, K))
     parts = Clusterer(make(F, normalization="batch", axis_name="batch"), AnalyticHMoG(L, K, axis_name="batch"))
-    variables = nn.unbox(whole.init(key, X, train=True))
+    variables = init(whole, key, X, train=True)
 
     def update(module, x):
         return module.apply(variables, x, train=True, mutable=["batch_stats", "em"])[1]
 
-    want = update(whole, X)
-    got = jax.vmap(lambda x: update(parts, x), axis_name="batch")(X.reshape(4, B // 4, D))
+    want = jax.jit(lambda x: update(whole, x))(X)
+    got = jax.jit(jax.vmap(lambda x: update(parts, x), axis_name="batch"))(X.reshape(4, B // 4, D))
     for part in range(4):
         close = functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-3)
         jax.tree.map(lambda a, b, part=part, close=close: close(a[part], b), got, want)
@@ -369,7 +380,7 @@ def test_a_network_for_images_takes_rows_or_images(key):
 
 def test_an_autoencoder_makes_inputs_again(key):
     module = Clusterer(Autoencoder(F, D, (8,)), DifferentiableHMoG(L, K))
-    variables = nn.unbox(module.init(key, X))
+    variables = init(module, key, X)
     assert set(variables["params"]["encoder"]) == {"encoder", "decoder"}
     assert module.apply(variables, X, method="reconstruct").shape == X.shape
     optimizer = optax.adam(1e-2)
@@ -377,9 +388,9 @@ def test_an_autoencoder_makes_inputs_again(key):
     def loss(variables):
         return jnp.mean((module.apply(variables, X, method="reconstruct") - X) ** 2)
 
-    state, first = optimizer.init(variables), loss(variables)
+    state, first, slope = optimizer.init(variables), loss(variables), gradient(loss)
     for _ in range(60):
-        updates, state = optimizer.update(jax.grad(loss)(variables), state)
+        updates, state = optimizer.update(slope(variables), state)
         variables = optax.apply_updates(variables, updates)
     assert loss(variables) < 0.6 * first
 
@@ -391,7 +402,7 @@ def test_the_likelihood_of_features_collapses_an_encoder_and_information_does_no
     module = Clusterer(MLP(F, (16,)), DifferentiableHMoG(L, K))
 
     def train(loss):
-        variables = nn.unbox(module.init(key, x))
+        variables = init(module, key, x)
         optimizer = optax.adam(3e-3)
 
         @jax.jit

@@ -23,11 +23,17 @@ from flax_hmog import (
 from flax_hmog.stepwise import own_statistics, stepwise_update
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
+WIDER = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
 
 
 def train_step(head, variables, x):
     output, updates = head.apply(variables, x, train=True, mutable=["em"])
     return output, variables | updates
+
+
+# compiled once for all tests that share a head and a number of rows
+compiled_step = jax.jit(train_step, static_argnums=0)
+compiled_init = jax.jit(lambda head, key, x: head.init(key, x), static_argnums=0)
 
 
 def test_stepwise_em_updates_its_collection():
@@ -49,25 +55,24 @@ def test_stepwise_em_updates_its_collection():
 
 def test_stepwise_em_does_not_touch_gradients():
     head, variables, x = CASE.head("float32"), CASE.variables("float32"), jnp.asarray(CASE.x(8), jnp.float32)
-    plain = jax.grad(lambda x: jnp.sum(head.apply(variables, x).log_density))(x)
-    trained = jax.grad(lambda x: jnp.sum(train_step(head, variables, x)[0].log_density))(x)
+    plain = jax.jit(jax.grad(lambda x: jnp.sum(head.apply(variables, x).log_density)))(x)
+    trained = jax.jit(jax.grad(lambda x: jnp.sum(train_step(head, variables, x)[0].log_density)))(x)
     assert_close(trained, plain, 1e-5)
-    leaked = jax.grad(lambda x: jnp.sum(train_step(head, variables, x)[1]["em"]["moments"].loadings))(x)
+    leaked = jax.jit(jax.grad(lambda x: jnp.sum(train_step(head, variables, x)[1]["em"]["moments"].loadings)))(x)
     np.testing.assert_array_equal(leaked, np.zeros_like(x))
 
 
 def test_stepwise_em_raises_the_density_and_compiles_once(key, compilations):
-    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
-    head, draws = case.head("float32"), Dense.of_natural(case.natural(seed=2)).sample(np.random.default_rng(0), 2000)[0]
+    head, truth = WIDER.head("float32"), Dense.of_natural(WIDER.natural(seed=2))
+    draws = truth.sample(np.random.default_rng(0), 2000)[0]
     x = draws.astype(np.float32)
-    variables = head.init(key, x[:1])
-    step = jax.jit(lambda variables, x: train_step(head, variables, x))
+    variables = compiled_init(head, key, x[:1])
     density = lambda variables: float(jnp.mean(head.apply(variables, x).log_density))  # noqa: E731
     history, states = [density(variables)], [variables]
 
     def epoch():
         for batch in x.reshape(10, 200, 6):
-            states.append(step(states[-1], batch)[1])
+            states.append(compiled_step(head, states[-1], batch)[1])
         return states[-1]
 
     for index in range(4):
@@ -75,13 +80,13 @@ def test_stepwise_em_raises_the_density_and_compiles_once(key, compilations):
         history.append(density(states[-1]))
     assert np.all(np.diff(history) > -0.02)
     assert history[-1] > history[0] + 1
-    assert history[-1] > Dense.of_natural(case.natural(seed=2)).log_density(draws).mean() - 0.3
+    assert history[-1] > truth.log_density(draws).mean() - 0.3
 
 
 def test_initial_variables_are_not_trained_by_init(key):
     head = AnalyticHMoG(2, 3, 4)
     x = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
-    plain, trained = head.init(key, x), head.init(key, x, train=True)
+    plain, trained = compiled_init(head, key, x), jax.jit(lambda key, x: head.init(key, x, train=True))(key, x)
     jax.tree.map(np.testing.assert_array_equal, plain, trained)
 
 
@@ -126,9 +131,8 @@ def test_many_tight_clusters_stay_as_they_are(key):
     test = sample(truth, test_key, 4000)[0]
     head = AnalyticHMoG(3, n_components, step_delay=100.0, min_rate=0.01)
     variables = warm_start(head, truth)[0]
-    step = jax.jit(lambda variables, x: train_step(head, variables, x)[1])
     for number in range(200):
-        variables = step(variables, batches[number % 40])
+        variables = compiled_step(head, variables, batches[number % 40])[1]
     lost = log_observable_density(truth, test) - head.apply(variables, test).log_density
     assert float(jnp.mean(lost)) < 0.1
 
@@ -136,78 +140,71 @@ def test_many_tight_clusters_stay_as_they_are(key):
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_features_far_from_the_origin(key, offset):
     """A mean of 1000 standard deviations costs no more than the rounding of the features themselves."""
-    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
-    draws = Dense.of_natural(case.natural(seed=2)).sample(np.random.default_rng(0), 4000)[0]
+    draws = Dense.of_natural(WIDER.natural(seed=2)).sample(np.random.default_rng(0), 4000)[0]
     x = (draws / draws.std(axis=0) + offset).astype(np.float32)
-    head = case.head("float32", obs_dim=None)
-    variables = head.init(key, x[:200])
-    step = jax.jit(lambda variables, x: train_step(head, variables, x)[1])
+    head = WIDER.head("float32", obs_dim=None)
+    variables = compiled_init(head, key, x[:200])
     for batch in np.tile(x, (3, 1)).reshape(-1, 200, 6):
-        variables = step(variables, batch)
+        variables = compiled_step(head, variables, batch)[1]
     reached = float(head.apply(variables, x, method="mean_log_density"))
     best = fit_em(head, x, key, max_steps=50).objective_history[-1]
     assert reached > best - 0.3
 
 
 def test_scale_of_the_first_batch_does_not_matter(key):
-    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
-    x = case.x(100).astype(np.float32)
-    head = case.head("float32")
+    x = WIDER.x(200).astype(np.float32)
+    head = WIDER.head("float32")
     scale = np.float32(2.0**12)  # exact, so that only the arithmetic can tell
-    plain, scaled = head.init(key, x), head.init(key, x * scale)
+    plain, scaled = (compiled_init(head, key, rows) for rows in (x, x * scale))
     for _ in range(5):
-        plain, scaled = train_step(head, plain, x)[1], train_step(head, scaled, x * scale)[1]
+        plain, scaled = (compiled_step(head, *at)[1] for at in ((plain, x), (scaled, x * scale)))
     assert_close(head.apply(scaled, x * scale).log_responsibilities, head.apply(plain, x).log_responsibilities, 1e-3)
 
 
 def test_a_dead_feature_does_no_harm(key):
     """A column of zeros, as a rectified linear unit leaves it, from the first batch on or later."""
-    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
-    x = case.x(100).astype(np.float32)
+    x = WIDER.x(200).astype(np.float32)
     dead = x * np.array([0, 1, 1, 1, 1, 0], np.float32)
-    head = case.head("float32")
+    head = WIDER.head("float32")
     for first in (x, dead):
-        variables = head.init(key, first)
+        variables = compiled_init(head, key, first)
         for _ in range(300):
-            output, variables = train_step(head, variables, dead)
+            output, variables = compiled_step(head, variables, dead)
         jax.tree.map(lambda leaf: np.testing.assert_array_equal(np.isfinite(leaf), True), (output, variables))
 
 
 def test_a_batch_that_is_not_finite_leaves_the_statistics_as_they_are(key):
     """Compiled, where values cannot be looked at; what the call returns shows it."""
     head, variables, x = CASE.head("float32"), CASE.variables("float32"), CASE.x(40).astype(np.float32)
-    step = jax.jit(lambda variables, x: train_step(head, variables, x))
     bad = x.copy()
     bad[3, 1] = np.nan
-    output, after = step(variables, bad)
+    output, after = compiled_step(head, variables, bad)
     jax.tree.map(np.testing.assert_array_equal, after, variables)
     np.testing.assert_array_equal(np.isnan(output.log_density), np.arange(40) == 3)
-    assert int(step(after, x)[1]["em"]["step"]) == 1
+    assert int(compiled_step(head, after, x)[1]["em"]["step"]) == 1
 
 
 def test_a_batch_over_an_axis_is_one_batch(key):
     """The statistics of all parts of a `vmap` or `shard_map` make one step."""
-    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
-    x = case.x(80).astype(np.float32)
-    whole, parts = case.head("float32"), case.head("float32", axis_name="batch")
-    variables = whole.init(key, x)
-    want = train_step(whole, variables, x)[1]
-    got = jax.vmap(lambda x: train_step(parts, variables, x)[1], axis_name="batch")(x.reshape(4, 20, 6))
+    x = WIDER.x(200).astype(np.float32)
+    whole, parts = WIDER.head("float32"), WIDER.head("float32", axis_name="batch")
+    variables = compiled_init(whole, key, x)
+    want = compiled_step(whole, variables, x)[1]
+    split = jax.vmap(lambda x: train_step(parts, variables, x)[1], axis_name="batch")
+    got = jax.jit(split)(x.reshape(4, 50, 6))
     for part in range(4):
         jax.tree.map(lambda a, b, part=part: assert_close(a[part], b, 1e-4), got, want)
 
 
 def test_following_features_that_move(key):
     """With a smallest rate the head follows; with a rate that falls to nothing it stays behind."""
-    case = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
-    x = case.x(200).astype(np.float32)
+    x = WIDER.x(200).astype(np.float32)
+    natural = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), WIDER.natural())
     densities = []
     for min_rate in (0.0, 0.05):
-        head = case.head("float32", min_rate=min_rate, step_decay=1.0)
-        natural = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), case.natural())
+        head = WIDER.head("float32", min_rate=min_rate, step_decay=1.0)
         variables = warm_start(head, natural)[0]
-        step = jax.jit(lambda variables, x, head=head: train_step(head, variables, x)[1])
         for number in range(300):
-            variables = step(variables, x + 0.02 * number)
+            variables = compiled_step(head, variables, x + 0.02 * number)[1]
         densities.append(float(head.apply(variables, x + 0.02 * number, method="mean_log_density")))
     assert densities[1] > densities[0] + 1
