@@ -177,10 +177,10 @@ def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: s
     stack = np.asarray(matrices, np.float64).reshape(-1, *matrices.shape[-2:])
     gap = np.abs(stack - np.swapaxes(stack, -1, -2))
     if gap.size and np.isfinite(gap).all() and gap.max() > ASYMMETRY * np.abs(stack).max():
-        where = np.unravel_index(gap.argmax(), gap.shape)
+        entry = tuple(int(i) for i in np.unravel_index(gap.argmax(), gap.shape))
         raise ValueError(
-            f"{caller}: `{argument}` must be symmetric; got entries that differ by {gap.max():.3g} across the diagonal, at "
-            f"{tuple(int(i) for i in where)}. Give the whole matrix, not a triangle of it."
+            f"{caller}: `{argument}` must be symmetric; got entries that differ by {gap.max():.3g} across the "
+            f"diagonal, at {entry}. Give the whole matrix, not a triangle of it."
         )
     for index, matrix in enumerate(stack):
         try:

@@ -72,7 +72,7 @@ def latent_directions(
         key: PRNG key; subspace iteration starts from it.
         lat_dim: L.
         by_column: whether wild entries are drawn in one by one, or whole rows.
-        obs_rep: kind of the noise. What starts with scale or full noise turns with x, but for "fa", which looks at columns.
+        obs_rep: kind of the noise. With scale or full noise a start turns with x, but for "fa", which looks at columns.
         method: "pca", "fa" or "kurtosis".
         shards: where the rows lie.
 

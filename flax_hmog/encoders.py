@@ -204,6 +204,6 @@ def _normalized(module: MLP | ConvNet, x: Array, train: bool) -> Array:
         # flax takes a variance by default as a difference of squares, which is lost in float32 far from the origin
         return nn.LayerNorm(dtype=dtype, use_fast_variance=False)(x)
     if kind == "batch":
-        options = {"momentum": AVERAGING, "dtype": dtype, "axis_name": module.axis_name, "use_fast_variance": False}
-        return nn.BatchNorm(use_running_average=not train, **options)(x)
+        options: dict[str, Any] = {"momentum": AVERAGING, "dtype": dtype, "axis_name": module.axis_name}
+        return nn.BatchNorm(use_running_average=not train, use_fast_variance=False, **options)(x)
     raise ValueError(f'encoders: `normalization` must be "none", "layer" or "batch"; got {kind!r}. Choose one.')

@@ -138,7 +138,9 @@ print(json.dumps(report))
 @pytest.mark.slow
 def test_rows_may_lie_on_eight_devices():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run([sys.executable, "-c", ON_DEVICES], env=environment, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     for apart, lifted, count in json.loads(run.stdout.splitlines()[-1]).values():
         assert count == 8
@@ -180,7 +182,9 @@ def test_a_head_far_from_the_origin_says_so(name):
 def test_a_head_that_cannot_hold_a_fit_says_so():
     x = 1e-25 * Problem.of("diagonal", 0).x
     result = fit(x, "diagonal", STEPS)
-    with pytest.raises(ValueError, match=r"warm_start: `natural` must fit in float32 in units of x; got noise variances"):
+    with pytest.raises(
+        ValueError, match=r"warm_start: `natural` must fit in float32 in units of x; got noise variances"
+    ):
         warm_start(HEADS["analytic"], result.natural, x)
     with pytest.warns(WarmStartWarning, match="noise variances from .*e-5.* are outside `noise_bounds`"):
         warm_start(HEADS["differentiable full"], result.natural, x)
@@ -253,9 +257,7 @@ def test_a_fall_is_no_convergence(monkeypatch):
     assert len(result.objective_history) == 3
     assert result.restart_objectives[0] == pytest.approx(seen[1][1])
     best = dataclasses.replace(result, natural=seen[1][0])
-    np.testing.assert_allclose(
-        of_rows(result, problem.x).log_density, of_rows(best, problem.x).log_density, atol=1e-3
-    )
+    np.testing.assert_allclose(of_rows(result, problem.x).log_density, of_rows(best, problem.x).log_density, atol=1e-3)
 
 
 def test_em_in_a_network_survives_what_features_do():

@@ -74,7 +74,7 @@ def draw(seed: int) -> Case:
     if "collinear" in what:
         x = x[:, rng.integers(obs_dim, size=obs_dim)] * rng.normal(size=obs_dim)
     if "duplicates" in what:
-        x = x[rng.integers(max(1, rng.integers(1, count)), size=count)]
+        x = x[rng.integers(int(rng.integers(1, count)), size=count)]
     if "constant" in what:
         x[:, rng.random(obs_dim) < rng.choice([0.3, 1.0])] = rng.choice([0.0, 1.0, -1e3])
     if "sparse" in what:
@@ -185,7 +185,9 @@ def table_of(count: int, seed: int) -> Table:
             for name in (*case.what, case.noise, "all"):
                 counts[name][found] += 1
             if found in BAD:
-                kept.append(f"{number}: {found} ({detail}) {', '.join(case.what)}, {case.noise}, {sorted(case.options)}")
+                kept.append(
+                    f"{number}: {found} ({detail}) {', '.join(case.what)}, {case.noise}, {sorted(case.options)}"
+                )
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)

@@ -246,11 +246,20 @@ CHANGES: dict[str, Callable[[Problem], Change]] = {
 ONLY_FOR = {"columns over 1e12": ("diagonal",), "rotation": ("scale", "full")}
 """Kinds of noise that a change says nothing of are left out: there the model itself is another one."""
 
-NOT_ONLINE = ("rows in another order", "memory map", "batches by class", "sparse matrix", "rows of weight 0", "rows repeated")
+NOT_ONLINE = (
+    "rows in another order",
+    "memory map",
+    "batches by class",
+    "sparse matrix",
+    "rows of weight 0",
+    "rows repeated",
+)
 """Online EM takes a step after every batch: other batches are another computation."""
 
 
-def fit(problem_data: Any, noise: str, options: dict[str, Any], *, online: bool = False, dtype: str = "float32") -> EMResult:
+def fit(
+    problem_data: Any, noise: str, options: dict[str, Any], *, online: bool = False, dtype: str = "float32"
+) -> EMResult:
     """The fit that is compared."""
     head = AnalyticHMoG(LAT_DIM, COMPONENTS, obs_rep=noise, param_dtype=dtype)
     given = {"weights": None, "labels": None} | options
