@@ -382,7 +382,7 @@ def test_a_stream_is_sampled_over_the_whole_pass(monkeypatch):
     monkeypatch.setattr(sources, "SAMPLE_ROWS", 200)
     rows = np.arange(5000.0).reshape(-1, 1)
     stream = Stream("f", np.split(rows, 50), None, jnp.float32)
-    x, weights = stream.sample()
+    x, weights, _ = stream.sample()
     numbers = np.asarray(x)[:, 0]
     assert len(set(numbers)) == 200
     assert weights.shape == (200,)
