@@ -63,7 +63,7 @@ class Case:
 
     def variables(self, dtype="float64", seed=0):
         """Random variables of a head, the same in every dtype; of an Analytic head but for rounding."""
-        with jax.enable_x64(True), jax.disable_jit():
+        with jax.enable_x64(True):
             if self.family is AnalyticHMoG:
                 tree = {"em": stepwise_start(random_moments(self, seed))}
             else:
@@ -94,8 +94,13 @@ def _in_float32(values):
 
 @functools.cache
 def _natural(case, dtype, seed):
-    with jax.enable_x64(dtype == "float64"), jax.disable_jit():
-        return case.head(dtype).apply(case.variables(dtype, seed), method="natural")
+    with jax.enable_x64(dtype == "float64"):
+        return _natural_of(case.head(dtype), case.variables(dtype, seed))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _natural_of(head, variables):
+    return head.apply(variables, method="natural")
 
 
 def random_spd(rng, *batch, dim):
