@@ -89,13 +89,6 @@ def float64():
 
 
 @pytest.fixture
-def eager():
-    """Without compilation: operations are shared between cases of one shape, so that whole grids of cases are cheap."""
-    with jax.disable_jit():
-        yield
-
-
-@pytest.fixture
 def optimized():
     """Of programs that run long, which are worth the compiler's time."""
     before = jax.config.read("jax_disable_most_optimizations")

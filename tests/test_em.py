@@ -162,7 +162,7 @@ def test_history_and_convergence(float64):
 
 
 @pytest.mark.parametrize("obs_rep", KINDS)
-def test_step_is_the_m_step_of_expected_statistics(obs_rep, float64, eager):
+def test_step_is_the_m_step_of_expected_statistics(obs_rep, float64):
     case = dataclasses.replace(SMALL, obs_rep=obs_rep)
     moments, x, _ = problem(case, 60, 11)
     natural, weights = moments_to_natural(moments), np.linspace(0.5, 2, 60)
@@ -179,7 +179,7 @@ def test_step_is_the_m_step_of_expected_statistics(obs_rep, float64, eager):
     assert_close(info.smallest_latent_variance, smallest, 1e-9)
 
 
-def test_penalty_is_the_documented_one(float64, eager):
+def test_penalty_is_the_documented_one(float64):
     """The documented penalty in numpy."""
     moments, x, _ = problem(SMALL, 60, 12)
     regularizer = PseudoCounts(2.0, 3.0, 1.5).regularizer(moments)
@@ -228,7 +228,7 @@ def test_initial_model_is_a_valid_whitened_start(key):
         assert dense.log_density(x).mean() > independent
 
 
-def test_mean_of_a_stream_is_that_of_its_parts(float64, eager):
+def test_mean_of_a_stream_is_that_of_its_parts(float64):
     """Statistics add up: averages of halves, weighted by their sizes, are the average of the whole."""
     natural = moments_to_natural(random_moments(SMALL, 15))
     x = np.random.default_rng(15).standard_normal((50, 4)) + random_spd(np.random.default_rng(1), dim=4)[0]

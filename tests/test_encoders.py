@@ -17,8 +17,19 @@ from flax_hmog.objectives import negative_joint_information, negative_log_likeli
 D, F, L, K, B = 12, 5, 2, 3, 32
 X = np.random.default_rng(0).standard_normal((B, D)).astype(np.float32)
 HEADS = (DifferentiableHMoG(L, K), SymmetricHMoG(L, K), AnalyticHMoG(L, K))
-EACH_HEAD = pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
-EACH_TRAINED = pytest.mark.parametrize("head", HEADS[:2], ids=lambda head: type(head).__name__)
+
+
+def each(heads, fast):
+    """Over heads, of which all but these are slow: programs of each take seconds to compile."""
+    slow = pytest.mark.slow
+    of_heads = [pytest.param(head, id=type(head).__name__, marks=[slow] * (head not in fast)) for head in heads]
+    return pytest.mark.parametrize("head", of_heads)
+
+
+EACH_HEAD = each(HEADS, HEADS[::2])
+EACH_TRAINED = each(HEADS[:2], HEADS[:1])
+ANALYTIC_FIRST = each(HEADS, HEADS[2:])
+DIFFERENTIABLE_FIRST = each(HEADS, HEADS[:1])
 
 
 class Compact(nn.Module):
@@ -126,7 +137,7 @@ def test_parts_have_their_own_rates_and_can_be_frozen(head, key):
     jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.1 * g, rtol=1e-5), updates["head"], gradients["head"])
 
 
-@EACH_HEAD
+@DIFFERENTIABLE_FIRST
 def test_under_jit_and_vmap(head, key):
     module = Compact(head)
     variables = init(module, key, X)
@@ -141,7 +152,7 @@ LIFTS = {"remat": functools.partial(nn.remat, static_argnums=2), "jit": functool
 
 
 @pytest.mark.parametrize("lift", LIFTS)
-@EACH_HEAD
+@ANALYTIC_FIRST
 def test_training_under_remat_and_jit(head, lift, key):
     """Of the whole, or of the encoder alone: the same collections and gradients as without."""
     plain = Clusterer(MLP(F, (8,), "batch"), head)
@@ -165,7 +176,7 @@ def test_training_under_remat_and_jit(head, lift, key):
         jax.tree.map(close, got, (slopes, updates))
 
 
-@EACH_HEAD
+@ANALYTIC_FIRST
 def test_an_ensemble_by_vmap_over_parameters(head, key):
     """`nn.vmap`: members with parameters of their own, on the same features. Leaves have names for their axes, so that
     flax wants one for the new axis as well."""
@@ -226,9 +237,13 @@ ENCODERS = {
     "ConvNet": functools.partial(ConvNet, image_shape=(4, 3)),
     "Autoencoder": functools.partial(Autoencoder, obs_dim=D),
 }
+EACH_ENCODER = pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, id=name, marks=[pytest.mark.slow] * (make is not MLP)) for name, make in ENCODERS.items()],
+)
 
 
-@pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
+@EACH_ENCODER
 def test_an_encoder_in_bfloat16_under_a_head_in_float32(make, key):
     module = Clusterer(make(F, dtype=jnp.bfloat16), DifferentiableHMoG(L, K))
     variables = init(module, key, X)
@@ -250,7 +265,7 @@ def test_features_in_bfloat16_are_taken_in_the_dtype_of_the_head(key):
         jax.tree.map(np.testing.assert_array_equal, head.apply(variables, features), want)
 
 
-@EACH_HEAD
+@ANALYTIC_FIRST
 def test_in_nnx(head, key):
     """Through the bridge: the same numbers and gradients, and steps of EM in its state."""
     module = Clusterer(MLP(F, (8,)), head)
@@ -344,7 +359,7 @@ def test_arguments_that_say_that_a_module_is_trained(module, trained):
     assert train_arguments(module, False) == flipped
 
 
-@pytest.mark.parametrize("make", ENCODERS.values(), ids=ENCODERS)
+@EACH_ENCODER
 def test_a_batch_spread_over_an_axis_is_one_batch(make, key):
     """For the running averages of the encoder and the statistics of EM, as they are without the axis."""
     whole = Clusterer(make(F, normalization="batch"), AnalyticHMoG(L, K))

@@ -250,7 +250,7 @@ def test_values_are_not_looked_at_under_jit():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8", "int64", "bool"])
-def test_real_numbers_of_any_dtype_are_converted(dtype, eager):
+def test_real_numbers_of_any_dtype_are_converted(dtype):
     x = np.arange(8).reshape(2, 4).astype(dtype)
     for given in (x, x.tolist(), jnp.asarray(x)):
         density = log_observable_density(NATURAL, given)
@@ -259,7 +259,7 @@ def test_real_numbers_of_any_dtype_are_converted(dtype, eager):
     assert posterior_hard_assignment(NATURAL, x).shape == (2,)
 
 
-def test_no_rows_are_no_mistake_where_rows_are_mapped(eager):
+def test_no_rows_are_no_mistake_where_rows_are_mapped():
     assert log_observable_density(NATURAL, X[:0]).shape == (0,)
     assert latent_mean(NATURAL, X[:0]).shape == (0, 2)
 

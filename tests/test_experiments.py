@@ -149,6 +149,7 @@ def test_a_diverging_run_says_what_happened_and_where_to_go_on(tmp_path, monkeyp
         run(tmp_path / "ruined", ruined)
 
 
+@pytest.mark.slow
 def test_a_stop_after_the_last_step_of_a_head_stops_the_run(tmp_path):
     """Ten models of EM, then twenty steps of the first head: the second one is not begun."""
     with pytest.raises(processes.Stopped):
@@ -162,7 +163,8 @@ def test_other_data_are_refused(tmp_path):
     np.save(tmp_path / "rows.npy", rows)
     config = Experiment("", Data("file", path=str(tmp_path / "rows.npy")), Model(2, 3), em=EM(max_steps=2))
     config = dataclasses.replace(config, gradient=Gradient(epochs=1, batch_size=64))
-    run(tmp_path / "run", config)
+    with pytest.raises(processes.Stopped):
+        run(tmp_path / "run", config, stop_at=1)
     np.save(tmp_path / "rows.npy", rows + 1)
     with pytest.raises(ValueError, match="another contents of the data"):
         run(tmp_path / "run", config)
@@ -185,7 +187,8 @@ def test_the_plan_names_what_a_step_takes():
 def test_events_for_tensorboard_are_written(tmp_path):
     pytest.importorskip("tensorboardX", reason="the package tensorboardX is not installed: pip install flax-hmog[logs]")
     config = dataclasses.replace(SMALL, n_seeds=1, heads=("differentiable",))
-    run(tmp_path, config, logs=dataclasses.replace(config.logs, tensorboard=True))
+    with pytest.raises(processes.Stopped):
+        run(tmp_path, config, logs=dataclasses.replace(config.logs, tensorboard=True), stop_at=3)
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
@@ -311,6 +314,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     assert "must hold checkpoints of a run" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_not_finished_is_left_out_of_the_report(tmp_path, capsys):
     with pytest.raises(processes.Stopped):
         run(tmp_path, n_seeds=1, stop_at=14)

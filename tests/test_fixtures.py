@@ -105,7 +105,7 @@ SLOW = (
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FILES])
-def fixture(request, shared, float64, eager):
+def fixture(request, shared, float64):
     return Fixture(load(shared, request.param))
 
 
@@ -168,8 +168,7 @@ def data_arrays(fixture):
     statistic = np.stack([sufficient_statistic(*triple, *kinds) for triple in triples])
     base_measure = -(head.obs_dim + head.lat_dim) / 2 * np.log(2 * np.pi)
     mean_density = lambda flat: jnp.mean(log_observable_density(unravel_natural(flat, head), x))  # noqa: E731
-    with jax.disable_jit(False):  # eager gradients are many small programs
-        average, slope = jax.jit(jax.value_and_grad(mean_density))(flat)
+    average, slope = jax.jit(jax.value_and_grad(mean_density))(flat)
     return {
         "log_observable_density": log_observable_density(natural, x),
         "average_log_observable_density": average,

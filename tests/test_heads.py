@@ -52,7 +52,7 @@ def collection(case):
 
 @EACH
 @pytest.mark.parametrize("batch", [pytest.param((), marks=pytest.mark.slow), (3, 2)], ids=str)
-def test_methods_are_the_functions_of_their_names(case, batch, eager):
+def test_methods_are_the_functions_of_their_names(case, batch):
     head, variables = case.head("float32"), case.variables("float32")
     x = case.x(int(np.prod(batch))).reshape(*batch, case.obs_dim)
     natural = head.apply(variables, method="natural")
@@ -69,7 +69,7 @@ def test_methods_are_the_functions_of_their_names(case, batch, eager):
 
 
 @EACH
-def test_output_agrees_with_single_methods(case, eager):
+def test_output_agrees_with_single_methods(case):
     head, variables, x = case.head("float32"), case.variables("float32"), case.x()
     output = head.apply(variables, x)
     assert isinstance(output, HMoGOutput)
@@ -81,7 +81,7 @@ def test_output_agrees_with_single_methods(case, eager):
 
 
 @EACH
-def test_coordinates_of_a_head_are_one_model(case, eager):
+def test_coordinates_of_a_head_are_one_model(case):
     head, variables = case.head("float32"), case.variables("float32")
     natural, moments, mean, whitened = (
         head.apply(variables, method=name) for name in ("natural", "moments", "mean", "whiten_prior")
@@ -99,7 +99,7 @@ def test_coordinates_of_a_head_are_one_model(case, eager):
 
 
 @EACH
-def test_init_infers_the_observed_dimension(case, key, eager):
+def test_init_infers_the_observed_dimension(case, key):
     x = case.x(2).astype(np.float32)
     lazy, given = case.head("float32", obs_dim=None), case.head("float32")
     variables = lazy.init(key, x)
@@ -117,7 +117,7 @@ def test_init_infers_the_observed_dimension(case, key, eager):
 
 
 @EACH
-def test_init_differs_by_key_and_is_a_proper_start(case, eager):
+def test_init_differs_by_key_and_is_a_proper_start(case):
     x = case.x(50).astype(np.float32)
     first, other = (case.head("float32").init(jax.random.key(seed), x) for seed in (0, 1))
     distances = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(initial=0), first, other)
@@ -218,7 +218,7 @@ class InSetup(nn.Module):
 
 
 @EACH
-def test_heads_nest_in_encoders(case, key, eager):
+def test_heads_nest_in_encoders(case, key):
     x = np.random.default_rng(0).standard_normal((6, 5)).astype(np.float32)
     for module in (Compact({"family": case.family}), InSetup(case.family(2, 3))):
         variables = module.init(key, x)

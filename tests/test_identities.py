@@ -40,7 +40,7 @@ from flax_hmog import (
 )
 from flax_hmog.conversions import with_prior
 
-pytestmark = pytest.mark.usefixtures("float64", "eager")
+pytestmark = pytest.mark.usefixtures("float64")
 FULL = over([case for case in CASES.values() if case.is_full], is_slow)
 CARRIED = ("prior_location", "prior_precision", "log_weights")
 
@@ -59,7 +59,7 @@ def assert_trees_close(got, want, tolerance):
 def test_gradient_of_the_log_partition_is_the_mean(case):
     head, natural = case.head(), case.natural()
     flat = ravel_natural(natural, head)
-    slope = jax.grad(lambda flat: log_partition(unravel_natural(flat, head)))(flat)
+    slope = jax.jit(jax.grad(lambda flat: log_partition(unravel_natural(flat, head))))(flat)
     assert_close(slope, ravel_mean(natural_to_mean(natural), head), 1e-9)
 
 
@@ -72,7 +72,7 @@ def test_log_partition_is_that_of_the_dense_model(case):
 def test_score_is_posterior_statistics_minus_mean(case):
     head, natural, x = case.head(), case.natural(), jnp.asarray(case.x(4))
     density = lambda flat: jnp.mean(log_observable_density(unravel_natural(flat, head), x))  # noqa: E731
-    score = jax.grad(density)(ravel_natural(natural, head))
+    score = jax.jit(jax.grad(density))(ravel_natural(natural, head))
     posterior = ravel_mean(expected_statistics(natural, x), head)
     assert_close(score, posterior - ravel_mean(natural_to_mean(natural), head), 1e-9)
 

@@ -82,7 +82,7 @@ def want_of(case, x):
 
 
 @BOTH_DTYPES
-def test_inference_is_that_of_dense_gaussians(case, dtype, eager):
+def test_inference_is_that_of_dense_gaussians(case, dtype):
     x = case.x()
     with in_dtype(dtype):
         output = infer(case.natural(dtype), x)
@@ -94,7 +94,7 @@ def test_inference_is_that_of_dense_gaussians(case, dtype, eager):
 
 
 @over(CASES.values(), lambda case: case not in (*FEW, CASES["analytic-scale-full-1.1.3"]))
-def test_single_functions_are_those_of_dense_gaussians(case, float64, eager):
+def test_single_functions_are_those_of_dense_gaussians(case, float64):
     x = case.x()
     for name, want in want_of(case, x).items():
         assert_close(FUNCTIONS[name](case.natural(), x), want, 1e-9, name)
@@ -117,7 +117,7 @@ def test_responsibilities_of_rows_far_from_the_model_sum_to_one_in_float32():
 
 
 @BOTH_DTYPES
-def test_conversions_are_those_of_the_dense_model(case, dtype, eager):
+def test_conversions_are_those_of_the_dense_model(case, dtype):
     with in_dtype(dtype):
         moments, mean = natural_to_moments(case.natural(dtype)), natural_to_mean(case.natural(dtype))
     dense, got = truth(case), Dense.of_moments(moments)
@@ -127,7 +127,7 @@ def test_conversions_are_those_of_the_dense_model(case, dtype, eager):
 
 
 @BOTH_DTYPES
-def test_expected_statistics_are_weighted_averages(case, dtype, eager):
+def test_expected_statistics_are_weighted_averages(case, dtype):
     x, weights = case.x(9), np.array([1, 2, 0, 0.5, 1, 3, 0.25, 1, 1])
     with in_dtype(dtype):
         natural = case.natural(dtype)
@@ -137,7 +137,7 @@ def test_expected_statistics_are_weighted_averages(case, dtype, eager):
 
 
 @ALL
-def test_summed_density_of_the_e_step_is_the_density(case, float64, eager):
+def test_summed_density_of_the_e_step_is_the_density(case, float64):
     x, labels = case.x(9), np.arange(9) % (case.n_components + 1) - 1
     weights, natural = np.linspace(0.5, 2, 9), case.natural()
     factors = factorise(natural)
@@ -151,7 +151,7 @@ def test_summed_density_of_the_e_step_is_the_density(case, float64, eager):
 
 
 @ALL
-def test_posterior_at_conditions_the_joint_gaussian(case, float64, eager):
+def test_posterior_at_conditions_the_joint_gaussian(case, float64):
     x = case.x()
     posterior = posterior_at(case.natural(), x)
     means, covariances = truth(case).component_posterior(x)
@@ -166,7 +166,7 @@ def test_posterior_at_conditions_the_joint_gaussian(case, float64, eager):
 
 @SOME
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-def test_any_leading_dimensions(case, batch, float64, eager):
+def test_any_leading_dimensions(case, batch, float64):
     natural, x = case.natural(), case.x(int(np.prod(batch))).reshape(*batch, case.obs_dim)
     flat = x.reshape(-1, case.obs_dim)
     K, L = case.n_components, case.lat_dim

@@ -179,7 +179,7 @@ def test_a_cluster_without_components_counts_as_one_of_probability_0(random_outp
     np.testing.assert_allclose(gradient.log_responsibilities, want_gradient.log_responsibilities, rtol=1e-4, atol=1e-8)
 
 
-def test_penalties_of_a_model(float64, eager):
+def test_penalties_of_a_model(float64):
     case = CASES["analytic-diagonal-full-4.2.3"]
     natural = case.natural()
     dense = Dense.of_natural(natural)
@@ -209,7 +209,7 @@ def test_penalties_of_a_model(float64, eager):
     np.testing.assert_allclose(loading_penalty(other), signal, rtol=1e-8)
 
 
-def test_precision_penalty_is_of_widths_alone(float64, eager):
+def test_precision_penalty_is_of_widths_alone(float64):
     """It is 0 for components of one covariance, does not pull their means together, and rises as one narrows."""
     single = Case(AnalyticHMoG, "diagonal", "full", 4, 2, 1).natural()
     assert float(precision_penalty(single)) == pytest.approx(0, abs=1e-10)

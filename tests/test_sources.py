@@ -382,10 +382,11 @@ def test_a_stream_is_sampled_over_the_whole_pass(monkeypatch):
     monkeypatch.setattr(sources, "SAMPLE_ROWS", 200)
     rows = np.arange(5000.0).reshape(-1, 1)
     stream = Stream("f", np.split(rows, 50), None, jnp.float32)
-    x, weights, _ = stream.sample()
+    x, weights, labels = stream.sample()
     numbers = np.asarray(x)[:, 0]
     assert len(set(numbers)) == 200
     assert weights.shape == (200,)
+    assert labels is None
     assert (np.diff(numbers) > 0).all()
     # uniform: mean 2500 with standard deviation 5000 / sqrt(12 * 200) = 102; quarters 50 each, sd 6
     assert abs(numbers.mean() - 2500) < 4 * 102

@@ -90,14 +90,14 @@ def test_initial_variables_are_not_trained_by_init(key):
     jax.tree.map(np.testing.assert_array_equal, plain, trained)
 
 
-def test_expectation_maximization_is_em_step(float64, eager):
+def test_expectation_maximization_is_em_step(float64):
     x, variables = CASE.x(40), CASE.variables()
     got = CASE.head().apply(variables, x, method="expectation_maximization")
     want = em_step(CASE.natural(), x)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-10), got, want)
 
 
-def test_a_step_at_rate_1_is_an_em_step(float64, eager):
+def test_a_step_at_rate_1_is_an_em_step(float64):
     """Without pseudo-samples, and with all old samples forgotten."""
     x, moments = CASE.x(40), natural_to_moments(CASE.natural())
     got, _ = stepwise_update(moments, own_statistics(moments), jnp.asarray(x), jnp.ones(()), 0.0)
@@ -106,7 +106,7 @@ def test_a_step_at_rate_1_is_an_em_step(float64, eager):
     assert_close(dense.log_density(x), wanted.log_density(x), 1e-8)
 
 
-def test_statistics_are_those_of_the_model_without_data(float64, eager):
+def test_statistics_are_those_of_the_model_without_data(float64):
     """A step at rate 0 changes nothing: a model's own statistics have it as their maximum."""
     moments = natural_to_moments(CASE.natural())
     got, _ = stepwise_update(moments, own_statistics(moments), jnp.asarray(CASE.x(5)), jnp.zeros(()), 0.0)
