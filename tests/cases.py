@@ -44,10 +44,6 @@ class Case:
         return f"{family}-{self.obs_rep}-{self.rep}-{self.obs_dim}.{self.lat_dim}.{self.n_components}"
 
     @property
-    def is_edge(self):
-        return (self.obs_dim, self.lat_dim, self.n_components) in EDGES
-
-    @property
     def is_full(self):
         return self.rep == "full"
 

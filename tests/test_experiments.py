@@ -170,6 +170,7 @@ def test_other_data_are_refused(tmp_path):
         run(tmp_path / "run", config)
 
 
+@pytest.mark.slow
 def test_the_plan_names_what_a_step_takes():
     command = [sys.executable, "-m", "experiments.train", "mnist", "--dry-run", "--em.rows", "1024"]
     text = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout

@@ -135,7 +135,7 @@ def test_sizes_may_be_numbers_of_numpy(tmp_path):
 
         whole = module if encoder is None else Clusterer(encoder, module)
         with CheckpointWriter(folder, head=module, encoder=encoder) as writer:
-            writer.save(0, whole.init(KEY, X))
+            writer.save(0, jax.jit(whole.init)(KEY, X))
         restored = restore(folder)
         assert restored.head == module
         assert restored(X).log_density.shape == (8,)
