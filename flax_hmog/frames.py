@@ -156,10 +156,10 @@ def _geometric_median(rows: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, 
     start = np.median(rows[:: max(1, len(rows) // MEDIAN_ROWS)], axis=0).astype(np.float64)
     dtype = np.float64 if rows.size <= MEDIAN_FLOATS else np.float32
     z: Any = np.asarray(rows - start.astype(rows.dtype if rows.dtype.kind == "f" else np.float64), dtype)
-    squares = np.sum(z * z, axis=1)
+    squares = np.einsum("ij,ij->i", z, z)
     if not np.isfinite(squares).all():  # wild rows
         dtype, z = np.float64, z.astype(np.float64)
-        squares = np.sum(z * z, axis=1)
+        squares = np.einsum("ij,ij->i", z, z)
 
     def distances(point: np.ndarray) -> np.ndarray:
         square = squares - 2 * (z @ point.astype(dtype)) + point @ point

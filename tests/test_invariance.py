@@ -43,6 +43,7 @@ from flax_hmog import (
     warm_start,
 )
 from flax_hmog import fit as fit_module
+from flax_hmog.analysis import cluster_prototypes
 from flax_hmog.frames import robust_frame
 
 # a fixed number of steps: no gain lies at a tolerance, where rounding would decide of one step more
@@ -334,3 +335,15 @@ def test_no_warning_where_nothing_is_wrong():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(Problem.of("diagonal", 0).x, "diagonal", {})
+
+
+@pytest.mark.parametrize(("offset", "unit"), [(1e8, 1.0), (0.0, 1e-20)])
+def test_prototypes_are_in_units_of_x_where_float32_holds_no_model(offset, unit):
+    """Of clusters far apart the prototypes are the means of their rows."""
+    problem = Problem.of("diagonal", 0)
+    x = np.asarray(problem.x, np.float64) * unit + offset
+    result = fit(x, "diagonal", {})
+    assert result.natural.frame is not None
+    said = np.asarray(posterior_hard_assignment(result.natural, x))
+    means = np.stack([x[said == k].mean(axis=0) for k in range(said.max() + 1)])
+    np.testing.assert_allclose(cluster_prototypes(result.natural), means, atol=0.3 * unit, rtol=0)

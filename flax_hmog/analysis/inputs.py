@@ -11,7 +11,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from flax_hmog.containers import in_memory
-from flax_hmog.conversions import in_units_of_x, with_prior
+from flax_hmog.conversions import with_prior
 from flax_hmog.coordinates import check_natural
 from flax_hmog.covariances import PositiveDefinite
 from flax_hmog.labels import as_vector, is_known, of_one_kind
@@ -64,7 +64,8 @@ def geometry(caller: str, natural: Any) -> Geometry:
         ValueError: if a prior precision is not positive definite.
     """
     check_natural(caller, natural)
-    natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(in_units_of_x(natural), caller))
+    frame = natural.frame
+    natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(natural, caller))
     theta, precision = natural.interaction, natural.observable_precision
     if isinstance(precision, PositiveDefinite):
         noise = np.linalg.inv(precision.entries)
@@ -74,6 +75,9 @@ def geometry(caller: str, natural: Any) -> Geometry:
         diagonal = np.broadcast_to(precision.entries, theta.shape[:1])
         loadings, bias = theta / diagonal[:, None], natural.observable_location / diagonal
         whitened = theta / np.sqrt(diagonal)[:, None]
+    if frame is not None:  # in float64, which holds what the dtype of the model may not
+        origin, unit = frame.exact()
+        loadings, bias = unit[:, None] * loadings, origin + unit * bias
     covariances = np.linalg.inv(natural.prior_precision.entries)
     return Geometry(
         loadings=loadings,
