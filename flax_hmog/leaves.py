@@ -91,14 +91,13 @@ def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, rep: Rep, shared_b
     Returns:
         `Natural`, with its prior location and precision known directly.
     """
-    noise = _covariance(leaves["noise"], obs_rep, bounds.noise, bounds)
     if rep is PositiveDefinite or shared_base:
         whitened, means, prior, posterior = _full_components(leaves, rep, bounds)
         location = einsum("kij,kj->ki", prior, means)
     else:
         whitened, means, location, prior, posterior = _restricted_components(leaves, rep, bounds)
     prior_precision = PositiveDefinite(prior)
-    observable_precision = noise.inverse()
+    observable_precision = _precision(leaves["noise"], obs_rep, bounds.noise, bounds)
     interaction = observable_precision.cholesky().times(whitened)  # Theta = F A
     log_weights = jax.nn.log_softmax(leaves["logits"])
     bias = natural_bias(log_weights, means, location, -prior_precision.log_det(means.shape[-1]))
@@ -160,6 +159,15 @@ def _covariance(leaf: Array, rep: Rep, interval: tuple[float, float], bounds: Bo
     return rep(bounded(leaf, interval))
 
 
+def _precision(leaf: Array, rep: Rep, interval: tuple[float, float], bounds: Bounds) -> Covariance:
+    """Inverse of `_covariance`; a full one through the correlations, as derivatives hold the square of its entries."""
+    if rep is not PositiveDefinite:
+        return _covariance(leaf, rep, interval, bounds).inverse()
+    units = jnp.sqrt(bounded(diagonal(leaf), interval))
+    inverse = PositiveDefinite(correlations(leaf, bounds.relative_floor)).inverse().entries
+    return PositiveDefinite(inverse / units[..., :, None] / units[..., None, :])
+
+
 def bounded(leaf: Array, interval: tuple[float, float]) -> Array:
     """Smooth map of real numbers onto (lower, upper): exp(middle + h tanh(leaf / h)) in logarithms; 0 to the middle."""
     lower, upper = (math.log(bound) for bound in interval)
@@ -175,12 +183,15 @@ def bounded_columns(matrix: Array, bound: float) -> Array:
 def positive_definite(leaf: Array, interval: tuple[float, float], floor: float) -> Array:
     """Positive definite matrices (..., n, n): the diagonal of the leaf sets variances, the part below it correlations.
 
-    The correlation matrix is (F F' + floor I) / (1 + floor) with F the unit lower triangular matrix of the leaf,
-    its rows normalised. The part above the diagonal is not used.
+    The part above the diagonal is not used.
     """
+    units = jnp.sqrt(bounded(diagonal(leaf), interval))
+    return correlations(leaf, floor) * units[..., :, None] * units[..., None, :]
+
+
+def correlations(leaf: Array, floor: float) -> Array:
+    """Correlations (F F' + floor I) / (1 + floor), F the unit lower triangle of the leaf with normalised rows."""
     identity = identity_like(leaf)
     rows = jnp.tril(leaf, -1) + identity
     rows = rows / jnp.sqrt(jnp.sum(rows**2, axis=-1, keepdims=True))
-    correlation = (matmul(rows, transpose(rows)) + floor * identity) / (1 + floor)
-    scale = jnp.sqrt(bounded(diagonal(leaf), interval))
-    return correlation * scale[..., :, None] * scale[..., None, :]
+    return (matmul(rows, transpose(rows)) + floor * identity) / (1 + floor)

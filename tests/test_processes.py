@@ -23,10 +23,12 @@ OPTIONS = [
     *("--gradient.epochs", "2", "--gradient.batch-size", "128"),
 ]
 
+# as many components as the data have, or rounding decides which of several equal fits wins; gentle steps, for SGD
+# multiplies what rounding does
 ROUNDS = [
-    *("--model.n-components", "8", "--model.n-clusters", "4", "--encoder.name", "mlp", "--encoder.features", "6"),
-    *("--encoder.lat-dim", "3", "--rounds.count", "2", "--rounds.n-components", "8", "--rounds.distil-epochs", "1"),
-    *("--gradient.epochs", "3"),
+    *("--model.n-components", "6", "--model.n-clusters", "4", "--encoder.name", "mlp", "--encoder.features", "6"),
+    *("--encoder.lat-dim", "3", "--rounds.count", "2", "--rounds.n-components", "6", "--rounds.distil-epochs", "1"),
+    *("--gradient.epochs", "3", "--gradient.learning-rate", "3e-4"),
 ]
 
 
