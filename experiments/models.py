@@ -16,13 +16,13 @@ from experiments.augment import distort
 from experiments.config import Experiment, HeadName
 from experiments.encoders import apply_encoder, make_encoder
 from flax_hmog import AnalyticHMoG, Frame, Natural, Regularizer, mean_log_density, moments_to_natural, penalty
-from flax_hmog.covariances import as_rep
-from flax_hmog.em import EMInfo
-from flax_hmog.encoders import Clusterer
-from flax_hmog.factors import Factors
-from flax_hmog.inference import infer_rows
-from flax_hmog.initialize import random_moments
-from flax_hmog.objectives import (
+from flax_hmog.em.initialize import random_moments
+from flax_hmog.em.step import EMInfo
+from flax_hmog.inference.posterior import infer_rows
+from flax_hmog.model.kinds import as_rep
+from flax_hmog.model.prepared import Factors
+from flax_hmog.networks.encoders import Clusterer
+from flax_hmog.networks.objectives import (
     combine,
     distillation,
     merge_output,

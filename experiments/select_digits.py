@@ -27,7 +27,7 @@ from experiments.configs.digits import CONFIG
 from experiments.data import load, prepare_inputs
 from experiments.stages.merge import merged_clusters
 from flax_hmog import Natural, fit_em, infer, log_observable_density
-from flax_hmog.objectives import merge_output
+from flax_hmog.networks.objectives import merge_output
 from flax_hmog.training import make_mesh
 
 CANDIDATES: list[tuple[int, Kind, float]] = [

@@ -1,21 +1,14 @@
 """Hierarchical mixtures of Gaussians as Flax modules: exact likelihood, inference and EM."""
 
 from flax_hmog import serialization as _serialization  # noqa: F401  registers the classes below with flax
-from flax_hmog.begin import WildRowsWarning
-from flax_hmog.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
-from flax_hmog.conversions import (
-    in_units_of_x,
-    mean_to_natural,
-    moments_to_natural,
-    natural_to_mean,
-    natural_to_moments,
-)
-from flax_hmog.coordinates import Mean, Moments, Natural, SharedBase
-from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
-from flax_hmog.em import EMInfo, PseudoCounts, Regularizer, em_step, penalty
-from flax_hmog.fit import ConvergenceWarning, EMResult, EMState, fit_em
-from flax_hmog.frames import Frame
-from flax_hmog.heads import (
+from flax_hmog.em.begin import WildRowsWarning
+from flax_hmog.em.fit import ConvergenceWarning, EMResult, EMState, fit_em
+from flax_hmog.em.initialize import initialize_moments
+from flax_hmog.em.online import fit_online_em
+from flax_hmog.em.statistics import Statistics, expected_statistics, whiten_prior
+from flax_hmog.em.step import EMInfo, PseudoCounts, Regularizer, em_step, penalty
+from flax_hmog.heads.from_natural import WarmStartInfo, WarmStartWarning, warm_start
+from flax_hmog.heads.modules import (
     AnalyticHMoG,
     DifferentiableHMoG,
     SymmetricHMoG,
@@ -23,7 +16,9 @@ from flax_hmog.heads import (
     differentiable_hmog,
     symmetric_hmog,
 )
-from flax_hmog.inference import (
+from flax_hmog.inference.blocks import infer_blocks
+from flax_hmog.inference.likelihood import mean_log_density
+from flax_hmog.inference.posterior import (
     HMoGOutput,
     Posterior,
     infer,
@@ -36,14 +31,19 @@ from flax_hmog.inference import (
     posterior_soft_assignments,
     sample,
 )
-from flax_hmog.information import kl_divergence, log_partition, negative_entropy
-from flax_hmog.initialize import initialize_moments
-from flax_hmog.layout import ravel_mean, ravel_natural, unravel_mean, unravel_natural
-from flax_hmog.likelihood import mean_log_density
-from flax_hmog.online import fit_online_em
-from flax_hmog.sources import infer_blocks
-from flax_hmog.statistics import Statistics, expected_statistics, whiten_prior
-from flax_hmog.warm_start import WarmStartInfo, WarmStartWarning, warm_start
+from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
+from flax_hmog.model.conversions import (
+    in_units_of_x,
+    mean_to_natural,
+    moments_to_natural,
+    natural_to_mean,
+    natural_to_moments,
+)
+from flax_hmog.model.coordinates import Mean, Moments, Natural, SharedBase
+from flax_hmog.model.frames import Frame
+from flax_hmog.model.goal import ravel_mean, ravel_natural, unravel_mean, unravel_natural
+from flax_hmog.model.information import kl_divergence, log_partition, negative_entropy
+from flax_hmog.model.kinds import Diagonal, PositiveDefinite, Scale
 
 __all__ = [
     "AnalyticHMoG",

@@ -13,7 +13,7 @@ from typing import Any
 
 from flax import serialization
 
-from flax_hmog.covariances import for_each_pytree
+from flax_hmog.model.kinds import for_each_pytree
 
 
 def _state_fields(cls: type) -> list[dataclasses.Field]:

@@ -19,9 +19,9 @@ from flax_hmog import (
     Scale,
     SymmetricHMoG,
 )
-from flax_hmog.covariances import as_rep
-from flax_hmog.leaves import leaf_specs
-from flax_hmog.stepwise import stepwise_start
+from flax_hmog.em.stepwise import stepwise_start
+from flax_hmog.heads.leaves import leaf_specs
+from flax_hmog.model.kinds import as_rep
 
 KINDS = ("scale", "diagonal", "full")
 EDGES = ((2, 2, 1), (3, 1, 2), (1, 1, 3))  # (D, L, K) with K = 1, L = 1, D = 1; the first and last with L = D

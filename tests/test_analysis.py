@@ -34,7 +34,7 @@ from flax_hmog.analysis import (
     plot_prototypes,
     write_report,
 )
-from flax_hmog.inference import posterior_soft_assignments, sample
+from flax_hmog.inference.posterior import posterior_soft_assignments, sample
 
 SHAPE = (7, 3, 4)
 CASES = [

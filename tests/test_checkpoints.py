@@ -17,8 +17,8 @@ import pytest
 from devices import on_cpus
 
 from flax_hmog import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
-from flax_hmog.encoders import MLP, Clusterer
-from flax_hmog.objectives import negative_log_likelihood
+from flax_hmog.networks.encoders import MLP, Clusterer
+from flax_hmog.networks.objectives import negative_log_likelihood
 from flax_hmog.training import (
     Affine,
     CheckpointError,

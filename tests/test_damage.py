@@ -13,7 +13,7 @@ import pytest
 from small_checkpoints import HEAD, X, contents, older, redescribe, save, sums
 
 from flax_hmog import DifferentiableHMoG
-from flax_hmog.encoders import Clusterer
+from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.training import CheckpointError, CheckpointWriter, restore
 from flax_hmog.training.files import saved_steps
 

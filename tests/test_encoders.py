@@ -11,8 +11,12 @@ import pytest
 from flax import nnx
 
 from flax_hmog import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
-from flax_hmog.encoders import MLP, Autoencoder, Clusterer, ConvNet, train_arguments
-from flax_hmog.objectives import negative_joint_information, negative_log_likelihood, negative_mutual_information
+from flax_hmog.networks.encoders import MLP, Autoencoder, Clusterer, ConvNet, train_arguments
+from flax_hmog.networks.objectives import (
+    negative_joint_information,
+    negative_log_likelihood,
+    negative_mutual_information,
+)
 
 D, F, L, K, B = 12, 5, 2, 3, 32
 X = np.random.default_rng(0).standard_normal((B, D)).astype(np.float32)

@@ -42,8 +42,8 @@ from flax_hmog import (
     warm_start,
     whiten_prior,
 )
-from flax_hmog.encoders import MLP, Clusterer
-from flax_hmog.heads import HMoGHead
+from flax_hmog.heads.modules import HMoGHead
+from flax_hmog.networks.encoders import MLP, Clusterer
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
 RESTRICTED = CASES["differentiable-diagonal-diagonal-4.2.3"]

@@ -20,9 +20,9 @@ from flax_hmog import (
     posterior_hard_assignment,
     warm_start,
 )
-from flax_hmog.covariances import Diagonal, PositiveDefinite, Scale
-from flax_hmog.encoders import MLP, Clusterer
-from flax_hmog.initialize import random_moments
+from flax_hmog.em.initialize import random_moments
+from flax_hmog.model.kinds import Diagonal, PositiveDefinite, Scale
+from flax_hmog.networks.encoders import MLP, Clusterer
 from flax_hmog.training import (
     Affine,
     CheckpointError,

@@ -32,7 +32,7 @@ from flax_hmog.analysis import (
     plot_prototypes,
     write_report,
 )
-from flax_hmog.inference import latent_mean, posterior_soft_assignments, sample
+from flax_hmog.inference.posterior import latent_mean, posterior_soft_assignments, sample
 
 
 @pytest.fixture(scope="module")

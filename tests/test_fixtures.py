@@ -33,7 +33,7 @@ from flax_hmog import (
     unravel_natural,
     whiten_prior,
 )
-from flax_hmog.conversions import conjugation
+from flax_hmog.model.conversions import conjugation
 
 FILES = (
     "analytic_diagonal_d5_l2_k3",

@@ -16,9 +16,7 @@ from flax_hmog import (
     PositiveDefinite,
     expected_statistics,
     infer,
-    inference,
     latent_mean,
-    likelihood,
     log_observable_density,
     moments_to_natural,
     natural_to_mean,
@@ -28,11 +26,13 @@ from flax_hmog import (
     posterior_categorical,
     posterior_hard_assignment,
     posterior_soft_assignments,
-    rows,
     sample,
-    statistics,
 )
-from flax_hmog.factors import factorise
+from flax_hmog.data import rows
+from flax_hmog.em import statistics
+from flax_hmog.inference import likelihood
+from flax_hmog.inference import posterior as inference
+from flax_hmog.model.prepared import factorise
 
 BOTH_DTYPES = pytest.mark.parametrize(
     ("case", "dtype"),

@@ -42,9 +42,9 @@ from flax_hmog import (
     posterior_hard_assignment,
     warm_start,
 )
-from flax_hmog import fit as fit_module
 from flax_hmog.analysis import cluster_prototypes
-from flax_hmog.frames import robust_frame
+from flax_hmog.data.framing import robust_frame
+from flax_hmog.em import fit as fit_module
 
 # a fixed number of steps: no gain lies at a tolerance, where rounding would decide of one step more
 STEPS = {"max_steps": 5, "tolerance": -np.inf}

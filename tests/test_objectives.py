@@ -11,8 +11,8 @@ from cases import CASES, Case
 from dense import Dense
 
 from flax_hmog import AnalyticHMoG, HMoGOutput, moments_to_natural, natural_to_moments
-from flax_hmog.covariances import PositiveDefinite
-from flax_hmog.objectives import (
+from flax_hmog.model.kinds import PositiveDefinite
+from flax_hmog.networks.objectives import (
     combine,
     conditional_entropy,
     consistency,

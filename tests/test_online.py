@@ -23,8 +23,8 @@ from flax_hmog import (
     mean_to_natural,
     moments_to_natural,
     natural_to_mean,
-    sources,
 )
+from flax_hmog.data import sources
 
 
 def fit_online(x, init, dtype="float64", **options):

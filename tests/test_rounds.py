@@ -19,8 +19,8 @@ from experiments.data import load
 from experiments.encoders import init_encoder, make_encoder
 from experiments.models import Extra, Teacher, Trainable
 from flax_hmog import AnalyticHMoG, fit_em
-from flax_hmog.em import compute_factors
-from flax_hmog.encoders import ConvNet
+from flax_hmog.em.step import compute_factors
+from flax_hmog.networks.encoders import ConvNet
 from flax_hmog.training import CheckpointError, restore
 from flax_hmog.training.named import named_arrays
 

@@ -24,8 +24,8 @@ from flax_hmog import (
     posterior_at,
     warm_start,
 )
-from flax_hmog.covariances import pytree
-from flax_hmog.encoders import MLP
+from flax_hmog.model.kinds import pytree
+from flax_hmog.networks.encoders import MLP
 from flax_hmog.training import CheckpointError, CheckpointWriter, restore
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
@@ -131,7 +131,7 @@ def test_sizes_may_be_numbers_of_numpy(tmp_path):
     bounded = DifferentiableHMoG(np.int64(2), np.int64(3), noise_bounds=(np.float32(0.5), np.float64(10)))
     for module, encoder in ((head, None), (bounded, MLP(features=np.int64(5), hidden=(np.int64(6),)))):
         folder = tmp_path / type(module).__name__
-        from flax_hmog.encoders import Clusterer
+        from flax_hmog.networks.encoders import Clusterer
 
         whole = module if encoder is None else Clusterer(encoder, module)
         with CheckpointWriter(folder, head=module, encoder=encoder) as writer:

@@ -14,7 +14,7 @@ import json, re, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec
 from flax_hmog import *
 from flax_hmog import rows, statistics
-from flax_hmog.em import compute_factors
+from flax_hmog.em.step import compute_factors
 from flax_hmog.training import create_state, make_mesh, make_train_step
 
 rows.MIN_ROWS = rows.MAX_ROWS = 32

@@ -27,14 +27,14 @@ from flax_hmog import (
     posterior_categorical,
     posterior_hard_assignment,
     posterior_soft_assignments,
-    sources,
     warm_start,
 )
 from flax_hmog.analysis import clustering_metrics, component_summary, contingency_table, plot_latent_space
 from flax_hmog.analysis.inputs import as_groups
-from flax_hmog.containers import in_memory, read_rows
-from flax_hmog.labels import encode_labels
-from flax_hmog.sources import Stream, check_labels
+from flax_hmog.data import sources
+from flax_hmog.data.containers import in_memory, read_rows
+from flax_hmog.data.labels import encode_labels
+from flax_hmog.data.sources import Stream, check_labels
 from flax_hmog.training import Preprocessing
 
 RNG = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from flax_hmog import (
     sample,
     warm_start,
 )
-from flax_hmog.stepwise import own_statistics, stepwise_update
+from flax_hmog.em.stepwise import own_statistics, stepwise_update
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
 WIDER = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)

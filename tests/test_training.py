@@ -14,7 +14,7 @@ from devices import on_cpus
 from jax.sharding import PartitionSpec
 
 from flax_hmog import DifferentiableHMoG
-from flax_hmog.objectives import negative_log_likelihood
+from flax_hmog.networks.objectives import negative_log_likelihood
 from flax_hmog.training import TrainState, create_state, make_mesh, make_train_step, tree_shardings
 
 D, L, K = 6, 2, 3
@@ -92,8 +92,8 @@ def test_a_loss_that_returns_something_else_is_named(x):
 COLLECTIONS_RUN = """
 import json, jax, optax, numpy as np, flax.linen as nn
 from flax_hmog import AnalyticHMoG
-from flax_hmog.encoders import MLP, Clusterer
-from flax_hmog.objectives import negative_joint_information
+from flax_hmog.networks.encoders import MLP, Clusterer
+from flax_hmog.networks.objectives import negative_joint_information
 from flax_hmog.training import create_state, global_rows, make_mesh, make_train_step
 rows = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
 module = Clusterer(MLP(4, (8,), "batch"), AnalyticHMoG(2, 3))

@@ -19,7 +19,7 @@ from flax_hmog import (
     sample,
     warm_start,
 )
-from flax_hmog.covariances import Diagonal
+from flax_hmog.model.kinds import Diagonal
 
 D, L, K = 7, 3, 4
 

@@ -39,7 +39,7 @@ from experiments.processes import STOPPED, Stopped, StopRequest
 from experiments.stages import EMStage, RoundStage, Run, Start
 from experiments.stages.scores import evaluate
 from flax_hmog import HMoGOutput
-from flax_hmog.encoders import Clusterer
+from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.training import create_state, make_mesh, restore
 
 FINE_TUNING = Gradient(epochs=5, batch_size=512)  # of a head alone

@@ -39,7 +39,7 @@ from rich.table import Table
 
 from experiments.benchmarks import hostile_fits, preemption
 from flax_hmog import DifferentiableHMoG
-from flax_hmog.encoders import MLP, Clusterer
+from flax_hmog.networks.encoders import MLP, Clusterer
 from flax_hmog.training import (
     Affine,
     CheckpointError,

@@ -40,9 +40,9 @@ from flax_hmog import (
     fit_em,
     fit_online_em,
     infer,
-    sources,
     warm_start,
 )
+from flax_hmog.data import sources
 
 ROWS, FEWER, OBS_DIM, LAT_DIM, COMPONENTS, DEVICES = 400, 248, 7, 3, 4, 8
 NOISES = ("scale", "diagonal", "full")

@@ -23,8 +23,8 @@ from flax_hmog import (
     moments_to_natural,
     posterior_soft_assignments,
 )
-from flax_hmog.covariances import matmul
-from flax_hmog.initialize import random_moments
+from flax_hmog.em.initialize import random_moments
+from flax_hmog.model.kinds import matmul
 
 MAX_FLOATS = 2**28  # of an operand of a product that is timed alone
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, load_npz
 
 from experiments.data.tables import SUFFIXES, read_table
-from flax_hmog.labels import encode_labels
+from flax_hmog.data.labels import encode_labels
 
 ROWS, LABELS = ("X", "x", "data"), ("y", "labels")  # names under which an npz may hold them
 CSR = {"data", "indices", "indptr", "shape"}  # as written by hand; scipy writes `format` as well

@@ -19,7 +19,7 @@ from experiments.stages.merge import merged_clusters
 from experiments.stages.run import LinearFit, Run
 from experiments.stages.scores import baseline_scores, evaluate
 from flax_hmog import EMResult, EMState, Natural, fit_em, infer, natural_to_moments, warm_start
-from flax_hmog.stepwise import stepwise_start
+from flax_hmog.em.stepwise import stepwise_start
 from flax_hmog.training import CheckpointWriter, restore, restore_like
 
 

@@ -26,9 +26,9 @@ from flax_hmog import (
     natural_to_moments,
     warm_start,
 )
-from flax_hmog.em import compute_factors
-from flax_hmog.objectives import merge_output
-from flax_hmog.stepwise import stepwise_start
+from flax_hmog.em.step import compute_factors
+from flax_hmog.em.stepwise import stepwise_start
+from flax_hmog.networks.objectives import merge_output
 from flax_hmog.training import restore, restore_like
 
 INIT_ROWS = 1024  # that the running averages of an untrained encoder are taken from

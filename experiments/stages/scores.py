@@ -10,7 +10,7 @@ from experiments.config import Experiment
 from experiments.data import Inputs
 from experiments.processes import to_host
 from flax_hmog import HMoGOutput
-from flax_hmog.objectives import merge_output
+from flax_hmog.networks.objectives import merge_output
 
 
 def evaluate(output: HMoGOutput, inputs: Inputs, clusters: np.ndarray | None = None) -> dict[str, float]:

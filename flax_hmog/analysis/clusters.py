@@ -13,9 +13,9 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
 from flax_hmog.analysis.inputs import as_array, as_labels, as_responsibilities, check_choice, geometry
-from flax_hmog.checks import check_size
-from flax_hmog.coordinates import Natural
-from flax_hmog.inference import posterior_soft_assignments
+from flax_hmog.inference.posterior import posterior_soft_assignments
+from flax_hmog.model.checks import check_size
+from flax_hmog.model.coordinates import Natural
 
 MEASURES = ("bhattacharyya", "kl")
 METHODS = ("average", "complete", "single", "weighted")

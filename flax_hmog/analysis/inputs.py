@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from flax_hmog.containers import in_memory
-from flax_hmog.conversions import with_prior
-from flax_hmog.coordinates import check_natural
-from flax_hmog.covariances import PositiveDefinite
-from flax_hmog.labels import as_vector, is_known, of_one_kind
+from flax_hmog.data.containers import in_memory
+from flax_hmog.data.labels import as_vector, is_known, of_one_kind
+from flax_hmog.model.conversions import with_prior
+from flax_hmog.model.coordinates import check_natural
+from flax_hmog.model.kinds import PositiveDefinite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from scipy.linalg import eigh
 
 from flax_hmog.analysis.inputs import geometry
-from flax_hmog.checks import check_shape, check_size
-from flax_hmog.coordinates import Natural
+from flax_hmog.model.checks import check_shape, check_size
+from flax_hmog.model.coordinates import Natural
 
 
 @dataclasses.dataclass(frozen=True)

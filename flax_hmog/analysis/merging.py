@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_hmog.analysis.clusters import as_membership, merge_clusters
 from flax_hmog.analysis.inputs import as_array, require
-from flax_hmog.checks import check_positive, check_size
+from flax_hmog.model.checks import check_positive, check_size
 
 TEMPERATURE = 16.0
 SMALLEST_GAIN = 1e-12  # nats

@@ -13,8 +13,8 @@ import numpy as np
 from flax_hmog.analysis import style
 from flax_hmog.analysis.inputs import as_array, as_groups, as_images, as_labels, as_names, check_choice
 from flax_hmog.analysis.loadings import CanonicalLoadings, canonical_loadings, discriminant_axes
-from flax_hmog.coordinates import Natural
-from flax_hmog.inference import latent_mean, posterior_hard_assignment
+from flax_hmog.inference.posterior import latent_mean, posterior_hard_assignment
+from flax_hmog.model.coordinates import Natural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

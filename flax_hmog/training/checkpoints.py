@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_hmog.checks import check_size
+from flax_hmog.model.checks import check_size
 from flax_hmog.training.describe import CheckpointError, describe_head, describe_module
 from flax_hmog.training.files import delete_leftovers, delete_step, read_description, saved_steps, write_step
 from flax_hmog.training.lock import FolderLock

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog import encoders, heads
+from flax_hmog.heads import modules as heads
+from flax_hmog.networks import encoders
 from flax_hmog.training.plain import plain
 
 HEADS: dict[str, Any] = {

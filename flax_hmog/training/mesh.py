@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from flax_hmog.checks import check_size
+from flax_hmog.model.checks import check_size
 
 RULES = (("component", "model"), ("observed", "model"), ("latent", None))
 """Logical axis of a leaf to mesh axis; None replicates."""

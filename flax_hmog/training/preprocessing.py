@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.checks import check_positive, check_size
-from flax_hmog.containers import dense
-from flax_hmog.covariances import matmul
+from flax_hmog.data.containers import dense
+from flax_hmog.model.checks import check_positive, check_size
+from flax_hmog.model.kinds import matmul
 
 Blocks: TypeAlias = Callable[[], Any]
 """Gives an iterator over blocks (B, D) of this process's share of the training data, anew at each call."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jax import export as jax_export
 
-from flax_hmog.checks import check_type
+from flax_hmog.model.checks import check_type
 from flax_hmog.training.describe import CheckpointError
 
 MAGIC = b"flax-hmog program 1"

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.containers import dense
-from flax_hmog.covariances import Array
-from flax_hmog.encoders import Clusterer, train_arguments
-from flax_hmog.inference import HMoGOutput
-from flax_hmog.objectives import merge_output
+from flax_hmog.data.containers import dense
+from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.kinds import Array
+from flax_hmog.networks.encoders import Clusterer, train_arguments
+from flax_hmog.networks.objectives import merge_output
 from flax_hmog.training.describe import CheckpointError, rebuild_encoder, rebuild_head
 from flax_hmog.training.files import DESCRIPTION, LEFTOVERS, DamageError, read_description, read_step, saved_steps
 from flax_hmog.training.mesh import place

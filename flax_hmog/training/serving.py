@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
-from flax_hmog.checks import check_type
-from flax_hmog.covariances import Array
-from flax_hmog.em import compute_factors
-from flax_hmog.inference import infer_rows
+from flax_hmog.em.step import compute_factors
+from flax_hmog.inference.posterior import infer_rows
+from flax_hmog.model.checks import check_type
+from flax_hmog.model.kinds import Array
 from flax_hmog.training.restoring import Restored
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -1,0 +1,91 @@
+"""Known labels as integers: names, categories and missing ones, whatever they come in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from flax_hmog.data.containers import is_missing
+
+
+def encode_labels(caller: str, labels: Any, *, argument: str = "labels") -> tuple[np.ndarray, np.ndarray, Any]:
+    """Labels as integers, which of them are known, and the names of classes where labels were no integers.
+
+    Unknown are None, NaN, NA of pandas, NaT, empty text, and masked entries. Integers stay as they are, -1 too; whole
+    numbers as floats are integers, as a column of integers with missing ones becomes floats in pandas.
+
+    Args:
+        caller: public function, for messages.
+        labels: (N,) list, array, masked array, column of a table, categorical.
+        argument: name of the argument, for messages.
+
+    Returns:
+        Codes (N,) int64: the integers themselves, or positions in the names; -1 where unknown. Whether each is known
+        (N,). Names of the classes that occur, sorted; None for integers.
+
+    Raises:
+        ValueError: for numbers and names among each other.
+    """
+    array = as_vector(labels)
+    known = is_known(array)
+    codes = np.full(array.shape, -1, np.int64)
+    entries = of_one_kind(caller, argument, array[known])
+    if entries.dtype.kind == "f" and np.all(entries == np.trunc(entries)) and np.all(np.abs(entries) < 2**53):
+        entries = entries.astype(np.int64)
+    if entries.dtype.kind in "biu" or not entries.size:
+        codes[known] = entries.astype(np.int64)
+        return codes, known, None
+    names, codes[known] = np.unique(entries.astype(str), return_inverse=True)
+    return codes, known, tuple(names.tolist())
+
+
+def as_vector(labels: Any) -> np.ndarray:
+    """Labels as a numpy array, nothing of them changed: in a list text and NaN stay apart, and masked is None."""
+    if isinstance(labels, np.ma.MaskedArray):
+        vector = labels.data.astype(object)
+        vector[np.ma.getmaskarray(labels)] = None  # `filled(None)` would fill in numpy's own values, as 999999
+        return vector if np.ma.getmaskarray(labels).any() else labels.data
+    if isinstance(labels, list | tuple):
+        return np.array(labels, object) if not _holds_numbers(labels) else np.asarray(labels)
+    has_array = hasattr(type(labels), "__array__")  # `to_numpy` of pyarrow refuses to copy, which text needs
+    return np.asarray(labels.to_numpy() if hasattr(type(labels), "to_numpy") and not has_array else labels)
+
+
+def _holds_numbers(labels: Any) -> bool:
+    return all(isinstance(entry, int | float | np.number) and not isinstance(entry, bool) for entry in labels)
+
+
+def is_known(array: np.ndarray) -> np.ndarray:
+    """Which entries of a vector stand for a label (N,)."""
+    if array.dtype.kind == "f":
+        return ~np.isnan(array)
+    if array.dtype.kind in "mM":
+        return ~np.isnat(array)
+    if array.dtype.kind in "SU":
+        return np.char.str_len(array) > 0
+    if array.dtype == object:
+        is_known = lambda entry: not (is_missing(entry) or (isinstance(entry, str | bytes) and not entry))  # noqa: E731
+        return np.frompyfunc(is_known, 1, 1)(array).astype(bool)
+    return np.ones(array.shape, bool)
+
+
+def of_one_kind(caller: str, argument: str, entries: np.ndarray) -> np.ndarray:
+    """Labels that are known as an array that sorts: objects become integers, floats or text.
+
+    Raises:
+        ValueError: for numbers and names among each other.
+    """
+    if entries.dtype.kind not in "OS":
+        return entries
+    is_number = [isinstance(entry, int | float | np.number | np.bool_) for entry in entries.flat]
+    if is_number and all(is_number):
+        return np.array(entries.tolist())
+    if any(is_number):
+        kinds = sorted({type(entry).__name__ for entry in entries.flat})
+        raise ValueError(
+            f"{caller}: `{argument}` must be all numbers or all names; got {' and '.join(kinds)}. "
+            "Convert all of them to text."
+        )
+    decode = lambda entry: entry.decode() if isinstance(entry, bytes) else str(entry)  # noqa: E731
+    return np.array([decode(entry) for entry in entries.tolist()], str)

@@ -1,0 +1,375 @@
+"""Where samples come from: arrays and tables, files larger than memory, sparse matrices, streams of batches.
+
+A source gives the same blocks at every pass, all of one shape, so that nothing is compiled twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flax_hmog.data.containers import dense, is_jax_sparse, is_read_by_blocks, read_rows, unwrapped
+from flax_hmog.data.framing import Framing
+from flax_hmog.data.labels import as_vector, encode_labels
+from flax_hmog.data.rows import on_host, row_shards
+from flax_hmog.data.samples import as_rows, check_given, check_weights, effective_weights
+from flax_hmog.model.checks import check_precision, check_shape
+from flax_hmog.model.frames import has_more_digits
+from flax_hmog.model.kinds import Array
+
+BLOCK_BYTES = 2**26  # of the rows that are brought to the device at once
+SAMPLE_FLOATS = 2**27  # of the rows that an initialisation looks at, where not all are in memory
+SAMPLE_ROWS = 20_000
+
+Block: TypeAlias = tuple[Array, Array, Array | None]
+"""Rows (B, D), sample weights (B,), labels (B,) or None."""
+
+
+class RowsOnDevice:
+    """An array, with weights and labels: one block, sharded or not."""
+
+    def __init__(
+        self, caller: str, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int
+    ) -> None:
+        self.data = check_given(caller, data, obs_dim, argument="data")
+        self.x = as_rows(caller, self.data, dtype, argument="data")
+        check_rows(caller, self.x)
+        self.count, self.obs_dim = self.x.shape
+        self.weights = _effective(caller, weights, self.count, self.x.dtype)
+        self.labels, self.classes = check_labels(caller, labels, (self.count,), n_components)
+        self.total_weight = float(jnp.sum(self.weights))
+
+    def use_frame(self, framing: Framing) -> None:
+        """Give rows that a model with `framing.frame` takes for rows of x; those too far count nothing."""
+        self.framing = framing
+        self.x, weights = framing.rows(self.data, self.x, self.weights, np.arange(self.count))
+        if framing.wild:
+            self.weights = effective_weights(weights)
+            self.total_weight = float(jnp.sum(self.weights))
+
+    def host_sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows and weights as they came, on the host."""
+        rows = self.data if has_more_digits(self.data, self.x.dtype) else self.x
+        return on_host(rows), on_host(self.weights)
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks of one pass."""
+        yield self.x, self.weights, self.labels
+
+    def sample(self) -> Block:
+        """Rows, weights and labels that the initialisation looks at: all."""
+        return self.x, self.weights, self.labels
+
+    def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
+        """Batches of `size` rows in this order; the last one is filled up with rows of weight 0."""
+        shards = row_shards(self.x)
+        devices = 1 if shards is None else math.prod(shards[0].shape[name] for name in shards[1])
+        for index, is_real in _batches(order, size):
+            x, weights, labels = _take((self.x, self.weights, self.labels), index, is_real)
+            yield (x if size % devices else jax.device_put(x, self.x.sharding)), weights, labels
+
+
+class RowsInBlocks:
+    """Rows of a file or of a sparse matrix, with weights and labels; only a block is on the device at a time.
+
+    On the host a block has the dtype of the data; it is converted on its way to the device.
+    """
+
+    def __init__(
+        self, caller: str, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int = 1
+    ) -> None:
+        self.caller, self.dtype = caller, dtype
+        data = unwrapped(data)
+        check_rows(caller, data)
+        check_given(caller, np.empty((0, data.shape[1]), data.dtype), obs_dim, argument="data")
+        self.rows = data.tocsr() if hasattr(type(data), "tocsr") else data
+        self.count, self.obs_dim = map(int, data.shape)
+        self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
+        self.weights: Any = np.asarray(_effective(caller, weights, self.count, dtype))
+        self.labels, self.classes = check_labels(caller, labels, (self.count,), n_components)
+        self.total_weight = float(np.sum(self.weights))
+        self.size = min(self.count, max(1, BLOCK_BYTES // (jnp.dtype(dtype).itemsize * max(1, self.obs_dim))))
+
+    def use_frame(self, framing: Framing) -> None:
+        """Give rows that a model with `framing.frame` takes for rows of x; those too far count nothing."""
+        self.framing = framing
+
+    def host_sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and weights that the initialisation looks at as they came, on the host."""
+        index = self._sampled()
+        return np.asarray(self._given(index)), self.weights[index]
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks of one pass; the last one is filled up with rows of weight 0."""
+        for start in range(0, self.count, self.size):
+            yield self._block(slice(start, min(start + self.size, self.count)), self.size)
+
+    def given_blocks(self) -> Iterator[np.ndarray]:
+        """The rows of one pass in their own dtype, on the host; the last block is filled up with zeros."""
+        for start in range(0, self.count, self.size):
+            block = self._given(slice(start, min(start + self.size, self.count)))
+            yield np.pad(block, ((0, self.size - len(block)), (0, 0)))
+
+    def sample(self) -> Block:
+        """Rows, weights and labels that the initialisation looks at: evenly spaced ones."""
+        index = self._sampled()
+        return self._block(index, len(index))
+
+    def _sampled(self) -> np.ndarray:
+        count = min(self.count, SAMPLE_ROWS, max(1, SAMPLE_FLOATS // self.obs_dim))
+        return np.linspace(0, self.count - 1, count).astype(int)
+
+    def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
+        """Batches of `size` rows in this order; the last one is filled up with rows of weight 0."""
+        for start in range(0, len(order), size):
+            yield self._block(np.sort(order[start : start + size]), size)
+
+    def _block(self, index: Any, size: int) -> Block:
+        given, numbers = self._given(index), np.arange(self.count)[index]
+        x = as_rows(self.caller, given, self.dtype, argument="data", row_numbers=numbers)
+        weights = self.weights[index]
+        if self.framing is not None:
+            x, weights = self.framing.rows(given, x, jnp.asarray(weights), numbers)
+        pad = lambda a: jnp.pad(jnp.asarray(a), [(0, size - x.shape[0])] + [(0, 0)] * (np.ndim(a) - 1))  # noqa: E731
+        labels = None if self.labels is None else pad(self.labels[index])
+        return pad(x), pad(weights), labels
+
+    def _given(self, index: Any) -> Any:
+        """Rows with these numbers in their own dtype."""
+        return check_given(self.caller, read_rows(self.rows, index), self.obs_dim, argument="data")
+
+
+class Stream:
+    """A collection of batches that can be iterated repeatedly."""
+
+    count = None
+    total_weight = 0.0  # not known before the first pass ends
+    classes = None
+
+    def __init__(self, caller: str, batches: Iterable, obs_dim: int | None, dtype: Any) -> None:
+        self.caller, self.data, self.dtype, self.width = caller, batches, dtype, obs_dim
+        self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
+
+    @property
+    def obs_dim(self) -> int:
+        """D of the data."""
+        if self.width is None:
+            self.width = next(iter(self._given()))[0].shape[1]
+        return self.width
+
+    def use_frame(self, framing: Framing) -> None:
+        """Give rows that a model with `framing.frame` takes for rows of x; those too far count nothing."""
+        self.framing = framing
+
+    def host_sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and weights that the initialisation looks at, on the host."""
+        rows, _ = self._sampled
+        return rows, np.ones(len(rows), self.dtype)
+
+    def blocks(self) -> Iterator[Block]:
+        """The batches of one pass; those shorter than the longest so far are filled up with rows of weight 0."""
+        rows = 0
+        for batch, numbers in self._given():
+            x = as_rows(self.caller, batch, self.dtype, argument="data", row_numbers=numbers)
+            weights = jnp.ones(x.shape[0], x.dtype)
+            if self.framing is not None:
+                x, weights = self.framing.rows(_on_host(batch), x, weights, numbers)
+            rows = max(rows, x.shape[0])
+            missing = rows - x.shape[0]
+            yield jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(weights, (0, missing)), None
+
+    def sample(self) -> Block:
+        """Rows and weights that the initialisation looks at, as `host_sample`."""
+        given, numbers = self._sampled
+        x = as_rows(self.caller, given, self.dtype, argument="data", row_numbers=numbers)
+        weights = jnp.ones(x.shape[0], x.dtype)
+        if self.framing is not None:
+            x, weights = self.framing.rows(given, x, weights, numbers)
+        return x, weights, None
+
+    @functools.cached_property
+    def _sampled(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows in their own dtype, or some of the whole pass, each equally likely, and their numbers.
+
+        Which they are follows from the numbers of the rows alone, and they keep their order.
+        """
+        parts, kept, numbers = [], np.empty(0), np.empty(0, np.int64)
+        rng = np.random.default_rng(0)
+        for batch, index in self._given():
+            limit = max(1, min(SAMPLE_ROWS, SAMPLE_FLOATS // batch.shape[1]))
+            rows = _on_host(batch)
+            new = max(0, min(limit - len(numbers), len(rows)))
+            if new:
+                parts.append(rows[:new].copy())
+                numbers = np.concatenate([numbers, index[:new]])
+            if new == len(rows):
+                continue
+            # row i takes the place of one that is kept with probability limit / (i + 1) (Vitter 1985, algorithm R)
+            place = rng.integers(0, index[new:] + 1)
+            is_taken = place < limit
+            kept = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            kept = kept.astype(np.result_type(kept, rows), copy=False)
+            kept[place[is_taken]], numbers[place[is_taken]] = rows[new:][is_taken], index[new:][is_taken]
+            parts = [kept]
+        kept = np.concatenate(parts)
+        order = np.argsort(numbers)
+        return kept[order], numbers[order]
+
+    def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
+        """The batches as they come."""
+        return self.blocks()
+
+    def _given(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """The batches (B, D) of one pass in their own dtype, and the numbers of their rows (B,)."""
+        width, count = self.width, 0
+        for batch in self.data:
+            x = check_batch(self.caller, batch, width)
+            width = x.shape[1]
+            yield x, np.arange(count, count + x.shape[0])
+            count += x.shape[0]
+        if not count:
+            raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
+
+
+Source: TypeAlias = RowsOnDevice | RowsInBlocks | Stream
+
+
+def as_source(caller: str, head: Any, data: Any, weights: Any, labels: Any) -> Source:
+    """The source for what a user gives as data.
+
+    Raises:
+        TypeError: for data that cannot be read twice, or are no arrays of numbers.
+        ValueError: for unusable data, or weights or labels of a stream.
+    """
+    check_precision(caller, head.param_dtype)
+    if is_read_by_blocks(data):
+        return RowsInBlocks(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
+    data = unwrapped(data)
+    names = ("shape", "__array__", "__dlpack__", "to_numpy")
+    if is_jax_sparse(data) or any(hasattr(data, name) for name in names):
+        return RowsOnDevice(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
+    if isinstance(data, Iterator | Mapping) or not isinstance(data, Iterable):
+        raise TypeError(
+            f"{caller}: `data` must be an array or a collection of batches that can be iterated repeatedly; got "
+            f"{type(data).__name__}. EM reads the data once per step: give a list or an object with __iter__."
+        )
+    if weights is not None or labels is not None:
+        raise ValueError(
+            f"{caller}: `weights` and `labels` must come with an array or a file; got a stream of batches. Give one."
+        )
+    return Stream(caller, data, head.obs_dim, head.param_dtype)
+
+
+def _effective(caller: str, weights: Any, count: int, dtype: Any) -> Array:
+    """Sample weights (N,) that sum to the number of samples; ones if None."""
+    checked = check_weights(caller, weights, (count,), dtype)
+    return checked if weights is None else effective_weights(checked)
+
+
+def check_batch(caller: str, batch: Any, obs_dim: int | None) -> Any:
+    """A batch (B, D) of a stream in its own dtype; sparse ones become dense.
+
+    Raises:
+        TypeError: for a pair, a dict or anything else that is no array of numbers.
+        ValueError: for another shape.
+    """
+    has_shape = lambda entry: len(getattr(entry, "shape", ())) > 1  # noqa: E731
+    if isinstance(batch, Mapping) or (isinstance(batch, list | tuple) and any(map(has_shape, batch))):
+        held = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+        shapes = ", ".join(f"{key!r}: {getattr(entry, 'shape', type(entry).__name__)}" for key, entry in held)
+        first = next(iter(batch)) if isinstance(batch, Mapping) else 0
+        raise TypeError(
+            f"{caller}: `data` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. Give "
+            f"an object whose __iter__ yields the rows of each, as `batch[{first!r}]`; labels go with an array, as "
+            "`labels`."
+        )
+    x = check_given(caller, dense(caller, "data", batch), None, argument="data")
+    remedy = "Give whole batches of rows."
+    if x.ndim == 1:
+        remedy = "Join single rows to one array: numpy.stack(data), or numpy.asarray(data) for lists of numbers."
+    elif x.ndim > 2:
+        remedy = "Flatten what a row holds: batch.reshape(len(batch), -1)."
+    if x.ndim != 2 or not x.shape[0]:
+        raise ValueError(f"{caller}: `data` must hold batches (B, D); got {x.shape}. {remedy}")
+    return check_given(caller, x, obs_dim, argument="data")
+
+
+def check_rows(caller: str, x: Any) -> None:
+    """ValueError unless x is (N, D) with N > 0."""
+    if len(x.shape) != 2 or not x.shape[0]:
+        raise ValueError(f"{caller}: `data` must have shape (N, D); got {x.shape}. Reshape it to one row per sample.")
+
+
+def check_labels(
+    caller: str, labels: Any, shape: tuple[int, ...], n_components: int
+) -> tuple[Array | None, tuple[str, ...] | None]:
+    """Known components as int32, -1 where unknown, and the names of classes where labels are no integers.
+
+    Integers are numbers of components, -1 where unknown. Names are numbered as they sort: class k is component k.
+    Unknown beside them are None, NaN, NA of pandas, empty text and masked entries.
+
+    Args:
+        caller: public function, for messages.
+        labels: (N,) as `encode_labels` takes them; None if none are known.
+        shape: (N,).
+        n_components: K.
+
+    Returns:
+        Codes (N,) or None; names or None.
+
+    Raises:
+        ValueError: for another shape, integers that are not from -1 to K - 1, or more than K names.
+    """
+    if labels is None:
+        return None, None
+    classes: tuple[str, ...] | None = None
+    values: Any
+    if isinstance(labels, jax.Array):
+        values, kind = labels, labels.dtype
+        check_shape(caller, "labels", labels, shape)
+    else:
+        vector = as_vector(labels)
+        check_shape(caller, "labels", vector, shape)
+        values, known, classes = encode_labels(caller, vector)
+        kind = vector.dtype if vector.dtype.kind == "b" or (vector.dtype.kind == "f" and known.all()) else values.dtype
+    if classes is not None and kind.kind == "i" and len(classes) > n_components:
+        shown = ", ".join(map(repr, classes[:3]))
+        raise ValueError(
+            f"{caller}: `labels` must name at most {n_components} classes, a component each; got {len(classes)}: "
+            f"{shown} and so on. Raise n_components, or give None for rows whose class is not sought."
+        )
+    # on the devices, since the rows may be spread over processes, all of which must raise
+    least, largest = values.min().item(), values.max().item()
+    if kind.kind not in "iu" or least < -1 or largest >= n_components:
+        raise ValueError(
+            f"{caller}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {kind} from "
+            f"{least} to {largest}. Number the known components from 0, or name them."
+        )
+    return jnp.asarray(values, jnp.int32), classes
+
+
+def _on_host(batch: Any) -> np.ndarray:
+    """A batch as numpy, on every process."""
+    if isinstance(batch, jax.Array) and not batch.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(batch, tiled=True))
+    return np.asarray(batch)
+
+
+def _batches(order: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, len(order), size):
+        index = order[start : start + size]
+        missing = size - len(index)
+        yield np.pad(index, (0, missing)), np.arange(size) < len(index)
+
+
+@jax.jit
+def _take(block: Block, index: Array, is_real: Array) -> Block:
+    x, weights, labels = jax.tree.map(lambda a: jnp.take(a, index, axis=0), block)
+    return x, jnp.where(is_real, weights, 0), labels

@@ -1,0 +1,1 @@
+"""Exact expectation-maximisation: whole fits, single steps, and steps after every batch."""

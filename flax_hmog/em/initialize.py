@@ -1,0 +1,225 @@
+"""Where EM starts: latent directions, and clusters along them by k-means++."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.data.framing import robust_frame, share_bounds
+from flax_hmog.data.rows import Shards, block_rows, on_host, row_shards, sum_rows
+from flax_hmog.data.samples import check_observations, check_weights, effective_weights
+from flax_hmog.em.directions import Directions, latent_directions, project
+from flax_hmog.em.k_means import k_means, members
+from flax_hmog.model.checks import check_head_and_key, check_precision
+from flax_hmog.model.conversions import reframe
+from flax_hmog.model.coordinates import Moments
+from flax_hmog.model.frames import Frame
+from flax_hmog.model.kinds import Array, Diagonal, PositiveDefinite, Rep, as_rep, matmul
+from flax_hmog.model.prepared import latent_features, symmetric_matrices
+
+METHODS = ("pca", "fa")
+COLUMN_UNITS = ("auto", "own", "common")
+POOLED_SAMPLES = 10  # samples with the pooled covariance that each initial cluster covariance is shrunk by
+ISOTROPIC_SHARE = 1e-2  # unit variance mixed into the pooled covariance, so that no direction is lost
+
+
+def initialize_moments(
+    head: Any,
+    data: Any,
+    key: Array,
+    *,
+    weights: Any = None,
+    method: str = "pca",
+    column_units: str = "auto",
+) -> Moments:
+    """A model to start EM from.
+
+    `method="pca"` takes W and Psi from the principal components, "fa" from a factor analysis of the data (some 50
+    passes more; better where noise differs between columns). Then greedy k-means++ and Lloyd steps in the latent space
+    give the clusters. The latent space has unit covariance. Wild entries are drawn in to 5 robust units.
+
+    Args:
+        head: unbound head; its dimensions and `obs_rep` are read (`obs_dim=None` takes that of the data).
+        data: observations (N, D).
+        key: PRNG key.
+        weights: sample weights (N,); a common factor changes nothing.
+        method: "pca" or "fa".
+        column_units: as in `fit_em`.
+
+    Returns:
+        `Moments`, in units of the data.
+
+    Raises:
+        ValueError: for an unknown method, fewer samples than components, or unusable data.
+    """
+    caller = "initialize_moments"
+    check_head_and_key(caller, head, key)
+    if method not in METHODS:
+        raise ValueError(f"{caller}: `method` must be one of {METHODS}; got {method!r}. Choose one of them.")
+    check_precision(caller, head.param_dtype)
+    x = check_observations(caller, data, head.obs_dim, head.param_dtype, argument="data")
+    check_counts(caller, x.shape, head)
+    weights = effective_weights(check_weights(caller, weights, x.shape[:-1], x.dtype))
+    frame, by_column = frame_of(caller, head, on_host(x), on_host(weights), column_units)
+    first = next(starts(head, x, weights, None, frame, by_column, key, method=method))
+    return reframe(first, frame, None)
+
+
+def frame_of(caller: str, head: Any, rows: np.ndarray, weights: np.ndarray, column_units: str) -> tuple[Frame, bool]:
+    """The frame that a fit of this head to rows (N, D) on the host computes in, and whether columns have own units."""
+    if column_units not in COLUMN_UNITS:
+        raise ValueError(
+            f"{caller}: `column_units` must be one of {COLUMN_UNITS}; got {column_units!r}. Choose one of them."
+        )
+    by_column = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep") is Diagonal and (
+        column_units == "own" or (column_units == "auto" and not share_bounds(rows))
+    )
+    return robust_frame(rows, weights, by_column, head.param_dtype), by_column
+
+
+def starts(
+    head: Any,
+    x: Array,
+    weights: Array,
+    labels: Array | None,
+    frame: Frame,
+    by_column: bool,
+    key: Array,
+    *,
+    method: str = "pca",
+) -> Iterator[Moments]:
+    """Models to start EM from, in a frame: clusters sought in several metrics, as none is right for all data.
+
+    First in the latent space of `method`, where distances count as in the data; then in the same with unit covariance,
+    for clusters that are long in one direction; then along directions of least kurtosis, for clusters that are apart
+    where the variance is small.
+
+    Args:
+        head: unbound head.
+        x: rows (N, D).
+        weights: sample weights (N,), that sum to the number of samples.
+        labels: known components (N,), -1 where unknown, or None.
+        frame: what turns the rows into those of the model.
+        by_column: whether columns have units of their own.
+        key: PRNG key.
+        method: "pca" or "fa".
+
+    Yields:
+        `Moments` of x' = (x - origin) / unit.
+    """
+    obs_rep, shards = as_rep(head.obs_rep, caller="starts", argument="head.obs_rep"), row_shards(x)
+    find = partial(
+        latent_directions, x, weights, frame, jax.random.fold_in(key, 1),
+        lat_dim=head.lat_dim, by_column=by_column, obs_rep=obs_rep, shards=shards,
+    )  # fmt: skip
+    sizes = {"n_components": head.n_components, "by_column": by_column, "shards": shards}
+    directions = find(method=method)
+    for is_whitened in (False, True):
+        yield _clustered(x, weights, labels, frame, key, directions, is_whitened, **sizes)
+    yield _clustered(x, weights, labels, frame, key, find(method="kurtosis"), True, **sizes)
+
+
+def check_counts(caller: str, shape: tuple[int, ...], head: Any) -> None:
+    """ValueError unless the shape is (N, D) with N >= K and D >= L."""
+    if len(shape) != 2:
+        raise ValueError(f"{caller}: `data` must have shape (N, D); got {shape}. Reshape it to one row per sample.")
+    if shape[0] < head.n_components:
+        raise ValueError(
+            f"{caller}: `data` must have at least as many samples as components; got {shape[0]} samples for "
+            f"n_components={head.n_components}. Lower n_components."
+        )
+    if shape[1] < head.lat_dim:
+        raise ValueError(
+            f"{caller}: `data` must have at least lat_dim columns; got {shape[1]} for lat_dim={head.lat_dim}. "
+            "Lower lat_dim."
+        )
+
+
+@partial(jax.jit, static_argnames=("n_components", "by_column", "shards"))
+def _clustered(
+    x: Array,
+    weights: Array,
+    known: Array | None,
+    frame: Frame,
+    key: Array,
+    directions: Directions,
+    is_whitened: Array | bool,
+    *,
+    n_components: int,
+    by_column: bool,
+    shards: Shards,
+) -> Moments:
+    """The model with these directions, and clusters by k-means along them."""
+    share = weights / jnp.sum(weights)
+    loadings, noise, center = directions.loadings, directions.noise, directions.center
+    # posterior mean of y under y ~ N(0, I):  (I + W'Psi^-1 W)^-1 W'Psi^-1 (x - mu)
+    scaled = noise.inverse().times(loadings)
+    precision = PositiveDefinite(matmul(loadings.T, scaled) + jnp.eye(loadings.shape[1], dtype=x.dtype))
+    y = project(frame, by_column, center, matmul(scaled, precision.inverse().entries), x, shards)
+    y, signs = _with_fixed_signs(y, share)
+    loadings = loadings * signs[None]
+    # distances in the latent space count as they do in the data: y scaled by the norms of the loadings
+    spread = jnp.sqrt(matmul(share, y**2))
+    scale = jnp.where(is_whitened, 1 / jnp.where(spread > 0, spread, 1), jnp.linalg.norm(loadings, axis=0))
+    labels = k_means(y * scale[None], share, key, n_components, known, shards)
+
+    def weighted_sum(function: Callable[..., Any], operands: Any, *rows: Array) -> Any:
+        """`function(operands, *rows, share)` summed over blocks of rows."""
+
+        def block_sums(operands: Any, block: Any, is_new: Array) -> Any:
+            return function(operands, *block[:-1], jnp.where(is_new, block[-1], 0))
+
+        return sum_rows(block_sums, operands, (*rows, share), block_rows(4 * y.shape[1] + n_components), shards)
+
+    mass, means, covariances = _cluster_moments(weighted_sum, y, labels, n_components, jnp.sum(weights))
+    return Moments(loadings, center, noise, mass, means, PositiveDefinite(covariances))
+
+
+def _with_fixed_signs(y: Array, share: Array) -> tuple[Array, Array]:
+    """Latent coordinates (N, L) whose largest entries are positive, and the signs (L,): axes have none of their own."""
+    counted = jnp.where((share > 0)[:, None], y, 0)
+    signs = jnp.where(jnp.max(counted, axis=0) >= -jnp.min(counted, axis=0), 1, -1).astype(y.dtype)
+    return y * signs[None], signs
+
+
+def _cluster_moments(
+    weighted_sum: Callable, y: Array, labels: Array, n_clusters: int, count: Array
+) -> tuple[Array, Array, Array]:
+    """Weights (K,), means (K, L) and covariances (K, L, L) of labelled rows, shrunk towards the pooled covariance."""
+    lat_dim = y.shape[1]
+
+    def first_sums(_: Any, y: Array, labels: Array, share: Array) -> tuple[Array, Array]:
+        rows = members(labels, share, n_clusters)
+        return jnp.sum(rows, axis=0), matmul(rows.T, y)
+
+    def second_sums(means: Array, y: Array, labels: Array, share: Array) -> Array:
+        return matmul(members(labels, share, n_clusters).T, latent_features(y - means[labels])[:, lat_dim:])
+
+    mass, first = weighted_sum(first_sums, (), y, labels)
+    means = first / jnp.where(mass > 0, mass, 1)[:, None]
+    within = symmetric_matrices(weighted_sum(second_sums, means, y, labels))
+    pooled = jnp.sum(within, axis=0) + ISOTROPIC_SHARE * jnp.eye(lat_dim, dtype=y.dtype)
+    shrink = POOLED_SAMPLES / count
+    covariances = (within + shrink * pooled[None]) / (mass + shrink)[:, None, None]
+    return (mass + 1 / count) / (1 + n_clusters / count), means, covariances
+
+
+def random_moments(
+    key: Array, obs_dim: int, lat_dim: int, n_components: int, obs_rep: Rep, dtype: Any = jnp.float32
+) -> Moments:
+    """A model drawn without data: unit noise and component covariances, random loadings and means, equal weights."""
+    loadings_key, means_key = jax.random.split(key)
+    return Moments(
+        loadings=jax.random.normal(loadings_key, (obs_dim, lat_dim), dtype) / math.sqrt(lat_dim),
+        bias=jnp.zeros(obs_dim, dtype),
+        noise=obs_rep.project(jnp.eye(obs_dim, dtype=dtype)),
+        weights=jnp.full(n_components, 1 / n_components, dtype),
+        means=jax.random.normal(means_key, (n_components, lat_dim), dtype),
+        covariances=PositiveDefinite(jnp.broadcast_to(jnp.eye(lat_dim, dtype=dtype), (n_components, lat_dim, lat_dim))),
+    )

@@ -1,0 +1,309 @@
+"""Expected statistics of data under a model: the E-step, and the latent basis they are expressed in."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_hmog.data.rows import Shards, block_rows, row_shards, sum_rows
+from flax_hmog.data.samples import check_samples
+from flax_hmog.model.checks import check_type
+from flax_hmog.model.conversions import in_units_of_x
+from flax_hmog.model.coordinates import Mean, Natural, check_natural, outer, structure
+from flax_hmog.model.kinds import (
+    Array,
+    Covariance,
+    Diagonal,
+    PositiveDefinite,
+    Scale,
+    diagonal,
+    inverse_lower,
+    matmul,
+    pytree,
+    symmetrize,
+    trace_product,
+    transpose,
+)
+from flax_hmog.model.prepared import (
+    Factors,
+    center_rows,
+    component_logits,
+    component_product,
+    factorise,
+    floats_per_row,
+    latent_features,
+    normalize_logits,
+    posterior_gain,
+    project_rows,
+    symmetric_matrices,
+)
+
+
+@pytree
+class Statistics:
+    """Weighted sums over samples, about the model whose expectations they are: the E-step as it adds up.
+
+    They add over blocks, streams and devices. With v the sample weights, r the responsibilities times v, u = T y the
+    latent coordinates of `Factors`, t = U'F'(x - b), w = E[u | x], g = w - t and e = x - b - W E[y | x]. Taken about
+    the model, nothing large cancels where the noise is small beside the signal.
+
+    Attributes:
+        count: sum of v ().
+        residual: sum of v e (D,).
+        residual_square: sum of v e e', of kind `obs_rep`.
+        cross: sum of v e w' (D, L).
+        responsibilities: sum of r (K,).
+        latent: sum of r t (K, L).
+        latent_square: sum of r times the products t_i t_j (K, F).
+        pooled_square: sum of v (t, g) (t, g)' (2L, 2L).
+        evidence: sum of v times logsumexp of the logits ().
+    """
+
+    count: Array
+    residual: Array
+    residual_square: Covariance
+    cross: Array
+    responsibilities: Array
+    latent: Array
+    latent_square: Array
+    pooled_square: Array
+    evidence: Array
+
+    def pooled(self) -> tuple[Array, Array, Array]:
+        """Sums of v t t', v t g' and v g g' (L, L)."""
+        lat_dim = self.latent.shape[-1]
+        square = self.pooled_square
+        return square[:lat_dim, :lat_dim], square[:lat_dim, lat_dim:], square[lat_dim:, lat_dim:]
+
+
+def expected_statistics(natural: Natural, x: Any, weights: Any = None) -> Mean:
+    """E-step: average of E[s(x, y, z) | x] over observations.
+
+    Args:
+        natural: the model.
+        x: observations (N, D), sharded or not; any leading dimensions are samples.
+        weights: sample weights, the leading shape of `x`; None counts every sample once.
+
+    Returns:
+        `Mean`, with latent second moments in the kind of the posterior precisions.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type.
+        ValueError: for wrong shapes, entries that are not finite, negative weights or a weight sum of 0.
+    """
+    check_natural("expected_statistics", natural)
+    natural, x, weights = check_samples("expected_statistics", in_units_of_x(natural), x, weights)
+    factors = factorise(natural)
+    return _statistics_to_mean(natural, factors, accumulate(factors, x, weights, shards=row_shards(x)))
+
+
+@partial(jax.jit, static_argnames="shards")
+def accumulate(
+    factors: Factors, x: Array, weights: Array, labels: Array | None = None, *, shards: Shards = None
+) -> Statistics:
+    """The E-step: one pass over the rows.
+
+    Args:
+        factors: of the model.
+        x: observations (N, D).
+        weights: sample weights (N,).
+        labels: known components (N,), -1 where unknown; their responsibilities are clamped and the density of such a
+            row is log p(x, z = label).
+        shards: where the rows lie.
+
+    Returns:
+        `Statistics`.
+    """
+    limit = block_rows(floats_per_row(factors))
+    return sum_rows(_block_sums, (factors, basis_loadings(factors)), (x, weights, labels), limit, shards)
+
+
+def basis_loadings(factors: Factors) -> Array:
+    """W T^-1 = F'^-1 U (D, L): the loadings of u."""
+    return factors.root.upper_solve(factors.projection)
+
+
+def _block_sums(operands: Any, block: Any, is_new: Array) -> Statistics:
+    """The sums over one block: everything whose cost grows with the number of rows."""
+    factors, loadings = operands
+    x, weights, labels = block
+    weights = jnp.where(is_new, weights, 0)
+    centered = center_rows(factors, x)
+    t = project_rows(factors, centered)
+    lat_dim = t.shape[1]
+    features = latent_features(t, squares_only=factors.is_diagonal)
+    logits = component_logits(factors, features)
+    if labels is not None:
+        chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+        logits = jnp.where((labels < 0)[:, None] | chosen, logits, -jnp.inf)
+    evidence, _, responsibilities = normalize_logits(logits)
+    gain = posterior_gain(factors, responsibilities, t)
+    residual = centered - matmul(t + gain, loadings.T)
+    responsibilities = responsibilities * weights[:, None]
+    by_component = matmul(responsibilities.T, features)
+    # a column of ones beside w gives the sum of residuals by the same product
+    posterior_mean = jnp.concatenate([t + gain, jnp.ones_like(t[:, :1])], axis=-1) * weights[:, None]
+    by_latent = matmul(posterior_mean.T, residual)
+    both = jnp.concatenate([t, gain], axis=-1)
+    return Statistics(
+        count=jnp.sum(weights),
+        residual=by_latent[lat_dim],
+        residual_square=type(factors.root).second_moment(residual, weights),
+        cross=by_latent[:lat_dim].T,
+        responsibilities=jnp.sum(responsibilities, axis=0),
+        latent=by_component[:, :lat_dim],
+        latent_square=by_component[:, lat_dim:],
+        pooled_square=matmul((weights[:, None] * both).T, both),
+        evidence=jnp.sum(weights * evidence),
+    )
+
+
+def log_likelihood(factors: Factors, statistics: Statistics) -> Array:
+    """sum_i v_i log p(x_i) () from the sums of a pass with the same model.
+
+    With t = U'r, w = t + g and V'V = I - U'U:  |r - U t|^2 + |V t|^2 = |r - U w|^2 + |V w|^2 - |g|^2.
+    """
+    tt, tg, gg = statistics.pooled()
+    latent = tt + tg + tg.T + gg
+    square = trace_product(factors.precision, statistics.residual_square, statistics.residual.shape[0])
+    square = square + jnp.sum(matmul(factors.prior_root, latent) * factors.prior_root) - jnp.trace(gg)
+    return statistics.count * factors.offset + statistics.evidence - square / 2
+
+
+def component_sums(factors: Factors, statistics: Statistics) -> tuple[Array, Array, Array]:
+    """Sums over samples of r E[u | k, x], r (Cov[u | k, x] + d d') and r E[u u' | k, x], where E[u | k, x] = t + d.
+
+    With d = linear_k - curvature_k t and Cov[u | k, x] = C_k. The second is the part of the third that stays small
+    where t is large. Shapes (K, L) and (K, L, L); of diagonal component matrices the diagonals (K, L).
+    """
+    n, total = statistics.responsibilities, statistics.latent
+    linear, curvature, covariance = factors.linear, factors.curvature, factors.covariance
+    pull = component_product(curvature, total)
+    if covariance.ndim == 2:
+        square = statistics.latent_square
+        spread = n[:, None] * (covariance + linear**2) - 2 * linear * pull + curvature**2 * square
+        mixed = 2 * (total * linear - curvature * square)
+    else:
+        square = symmetric_matrices(statistics.latent_square)
+        bent = matmul(curvature, square)
+        crossed = outer(linear, pull)
+        spread = n[:, None, None] * (covariance + outer(linear, linear)) - crossed - transpose(crossed)
+        spread = spread + matmul(bent, curvature)
+        mixed = outer(linear, total) - bent
+        mixed = mixed + transpose(mixed)
+    return total + n[:, None] * linear - pull, spread, spread + mixed + square
+
+
+def residual_mean(factors: Factors, statistics: Statistics) -> Mean:
+    """Average statistics of (q, y, z) with q = x - b - W y: what the M-step regresses. Full component matrices only."""
+    count, t_inverse = statistics.count, factors.inverse_basis
+    loadings = basis_loadings(factors)
+    first, spread, second = component_sums(factors, statistics)
+    *_, gg = statistics.pooled()
+    # E[q | x] = e, Cov[q, u | x] = -W Cov[u | x], Cov[q | x] = W Cov[u | x] W'
+    posterior = symmetrize(jnp.sum(spread, axis=0) - gg) / count
+    kind = type(statistics.residual_square)
+    noise = jax.tree.map(lambda total: total / count, statistics.residual_square)
+    noise = jax.tree.map(jnp.add, noise, kind.project_product(matmul(loadings, posterior), loadings))
+    return Mean(
+        observable_mean=statistics.residual / count,
+        observable_second_moment=noise,
+        cross_moment=matmul(statistics.cross / count - matmul(loadings, posterior), t_inverse.T),
+        weights=statistics.responsibilities / count,
+        weighted_means=matmul(first, t_inverse.T) / count,
+        weighted_second_moments=PositiveDefinite(
+            matmul(matmul(t_inverse[None], second), t_inverse.T[None]) / count,
+        ),
+    )
+
+
+@jax.jit
+def _statistics_to_mean(natural: Natural, factors: Factors, statistics: Statistics) -> Mean:
+    """Average statistics of (x, y, z), in the model's own latent basis."""
+    rep, shared_base = structure(natural)
+    count, t_inverse, bias = statistics.count, factors.inverse_basis, factors.bias
+    loadings = basis_loadings(factors)
+    tt, tg, gg = statistics.pooled()
+    latent = tt + tg + tg.T + gg
+    first, _, second = component_sums(factors, statistics)
+    first, second = matmul(first, t_inverse.T) / count, second / count
+    dense: Any = None
+    component: Covariance
+    if factors.is_diagonal:
+        squares = second * (diagonal(t_inverse) ** 2)[None]
+        component = Scale(jnp.mean(squares, axis=-1)) if rep is Scale else Diagonal(squares)
+    else:
+        dense = matmul(matmul(t_inverse[None], second), t_inverse.T[None])
+        component = rep.project(dense)
+    # x - b = e + W w
+    kind = type(statistics.residual_square)
+    latent_mean = jnp.sum(first, axis=0)
+    shift = statistics.residual / count + matmul(loadings, matmul(factors.basis, latent_mean))
+    signal = matmul(loadings, latent)
+    spread = kind.project_product(
+        jnp.concatenate([loadings, statistics.cross, signal], axis=-1),
+        jnp.concatenate([statistics.cross, loadings, loadings], axis=-1),
+    )
+    # E[x x'] = E[(x - b)(x - b)'] + b E[x - b]' + E[x] b'
+    offset = kind.project_product(jnp.stack([bias, bias + shift], axis=-1), jnp.stack([shift, bias], axis=-1))
+    return Mean(
+        observable_mean=bias + shift,
+        observable_second_moment=jax.tree.map(
+            lambda square, rest, shifted: (square + rest) / count + shifted, statistics.residual_square, spread, offset
+        ),
+        cross_moment=matmul(statistics.cross + signal, t_inverse.T) / count + outer(bias, latent_mean),
+        weights=statistics.responsibilities / count,
+        weighted_means=first,
+        weighted_second_moments=component,
+        pooled_second_moment=PositiveDefinite(jnp.sum(dense, axis=0)) if shared_base else None,  # type: ignore[arg-type]
+    )
+
+
+def whiten_prior(mean: Mean) -> Mean:
+    """Statistics in the latent basis y' = H^-1 (y - E[y]), H H' = Cov(y), in which y has mean 0 and covariance I.
+
+    The basis is not identifiable: p(x) is unchanged. With restricted second moments only what their kind allows: per
+    axis for `Diagonal` and for a shared base, one common scale for `Scale`.
+
+    Args:
+        mean: expected statistics.
+
+    Returns:
+        `Mean` of the same kinds.
+
+    Raises:
+        TypeError: if `mean` is of another coordinate type.
+    """
+    check_type("whiten_prior", "mean", mean, Mean, "Convert with natural_to_mean.")
+    second = mean.weighted_second_moments
+    rep, lat_dim = type(second), mean.weighted_means.shape[-1]
+    center = jnp.sum(mean.weighted_means, axis=0)
+    spread = rep.project(outer(center, center))
+    covariance = jax.tree.map(lambda total, shift: jnp.sum(total, axis=0) - shift, second, spread)
+    inverse = inverse_lower(covariance.cholesky().dense(lat_dim))
+
+    def whiten(square: Covariance, weights: Array, means: Array) -> Covariance:
+        """Weighted second moments about the centre, in the new basis."""
+        # w E[(y-c)(y-c)'] = w E[y y'] - w E[y] c' - c w E[y]' + w c c'
+        mixed = outer(means - outer(weights, center) / 2, jnp.broadcast_to(center[None], means.shape))
+        kind = type(square)
+        centered = jax.tree.map(jnp.subtract, square, kind.project(mixed + transpose(mixed)))
+        if kind is PositiveDefinite:
+            return PositiveDefinite(symmetrize(matmul(matmul(inverse[None], centered.entries), inverse.T[None])))
+        return kind(centered.entries / covariance.entries[None])
+
+    pooled = mean.pooled_second_moment
+    if pooled is not None:
+        one = jnp.ones_like(mean.weights[:1])
+        pooled = PositiveDefinite(whiten(PositiveDefinite(pooled.entries[None]), one, center[None]).entries[0])
+    return dataclasses.replace(
+        mean,
+        cross_moment=matmul(mean.cross_moment - outer(mean.observable_mean, center), inverse.T),
+        weighted_means=matmul(mean.weighted_means - outer(mean.weights, center), inverse.T),
+        weighted_second_moments=whiten(second, mean.weights, mean.weighted_means),
+        pooled_second_moment=pooled,
+    )

@@ -1,0 +1,320 @@
+"""Exact expectation-maximisation: what regularises it, the M-step, and one whole step. The fit around them: fit.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_hmog.data.rows import row_shards
+from flax_hmog.data.samples import check_samples
+from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
+from flax_hmog.model.checks import check_type, is_concrete
+from flax_hmog.model.conversions import component_moments, moments_to_natural, regress_observed, with_prior
+from flax_hmog.model.coordinates import Mean, Moments, Natural, check_full, check_natural, outer
+from flax_hmog.model.frames import Frame
+from flax_hmog.model.kinds import (
+    Array,
+    Covariance,
+    Diagonal,
+    PositiveDefinite,
+    einsum,
+    inverse_and_log_det,
+    inverse_lower,
+    matmul,
+    pytree,
+    symmetrize,
+    trace_product,
+    with_least_eigenvalue,
+)
+from flax_hmog.model.prepared import Factors, factorise
+
+
+@pytree
+class Regularizer:
+    """Pseudo-statistics that EM adds to those of the data: samples "seen" before any data.
+
+    They are fixed before the first step, so that the penalised log-likelihood
+
+        sum_i log p(x_i) + weights sum_k log w_k + components sum_k E[log N(y; m_k, S_k)] + noise E[log N(e; 0, Psi)],
+        y ~ N(component_mean, component_covariance),  e ~ N(0, noise_covariance),
+
+    never decreases, and an empty component or a constant column does no harm.
+
+    Attributes:
+        weights: pseudo-count added to each component's weight ().
+        components: pseudo-samples added to each component's mean and covariance ().
+        noise: pseudo-samples added to the noise ().
+        component_mean: (L,), in the latent basis of the model.
+        component_covariance: `PositiveDefinite` (L, L), in the latent basis of the model.
+        noise_covariance: of kind `obs_rep`, in squared units of x; of a model with a frame, in those of its frame.
+    """
+
+    weights: Array
+    components: Array
+    noise: Array
+    component_mean: Array
+    component_covariance: PositiveDefinite
+    noise_covariance: Covariance
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoCounts:
+    """Strength of the regulariser, in samples; what the samples look like is taken from the initial model.
+
+    Attributes:
+        weights: added to each component's weight.
+        components: added to each component's mean and covariance; such a sample has the pooled within-component
+            covariance and lies at the mean of the latent space.
+        noise: added to the noise; such a sample has the noise variances of the initial model, but no less than
+            `noise_floor` times their average (of full noise, along its principal axes).
+        noise_floor: see `noise`; a share, not a number of samples.
+    """
+
+    weights: float = 1.0
+    components: float = 1.0
+    noise: float = 1.0
+    noise_floor: float = 1e-2
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"PseudoCounts: `{field.name}` must be at least 0; got {value!r}. Use 0 for none of this kind."
+                )
+
+    def regularizer(self, moments: Moments) -> Regularizer:
+        """The pseudo-statistics of this strength for EM that starts from `moments`."""
+        dtype = moments.loadings.dtype
+        noise = moments.noise
+        variances = noise.diagonal(moments.bias.shape[0])
+        floored = jnp.maximum(variances, self.noise_floor * jnp.mean(variances))
+        if isinstance(noise, Diagonal):
+            noise = Diagonal(floored)
+        elif isinstance(noise, PositiveDefinite):
+            noise = with_least_eigenvalue(noise.entries, self.noise_floor * jnp.mean(variances))
+        return Regularizer(
+            weights=jnp.asarray(self.weights, dtype),
+            components=jnp.asarray(self.components, dtype),
+            noise=jnp.asarray(self.noise, dtype),
+            component_mean=matmul(moments.weights, moments.means),
+            component_covariance=within_covariance(moments),
+            noise_covariance=noise,
+        )
+
+
+@pytree
+class EMInfo:
+    """Diagnostics of a model on the data of an EM step; the step returns those of the model it started from.
+
+    Attributes:
+        log_likelihood: weighted mean of log p(x) in nats (); log p(x, z) where the component is known.
+        objective: log_likelihood plus the penalty divided by the sum of weights ().
+        occupancy: expected number of samples in each component (K,).
+        smallest_noise: smallest noise variance ().
+        smallest_latent_variance: smallest variance of a latent axis given the others, over components ().
+    """
+
+    log_likelihood: Array
+    objective: Array
+    occupancy: Array
+    smallest_noise: Array
+    smallest_latent_variance: Array
+
+
+def em_step(
+    natural: Natural, x: Any, weights: Any = None, regularizer: Regularizer | None = None
+) -> tuple[Natural, EMInfo]:
+    """One step of exact EM: expected statistics of the data, then the model that maximises with them.
+
+    Without a regularizer this is maximum likelihood, and the new model's prior is whitened. With one the latent basis
+    is left as it is, since the penalty refers to it.
+
+    Args:
+        natural: the model, with full component covariances.
+        x: observations (N, D).
+        weights: sample weights (N,), as numbers of samples: beside a regularizer their scale matters.
+        regularizer: pseudo-statistics, for example `PseudoCounts().regularizer(moments)`.
+
+    Returns:
+        The new model and `EMInfo` of the old.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type or its component matrices are restricted.
+        ValueError: for unusable data, or if the likelihood has no maximum (a component or a column without spread).
+    """
+    check_natural("em_step", natural)
+    check_full("em_step", "natural", natural.posterior_precision)
+    if regularizer is not None:
+        remedy = "Take one from PseudoCounts.regularizer(moments)."
+        check_type("em_step", "regularizer", regularizer, Regularizer, remedy)
+    natural, x, weights = check_samples("em_step", natural, x, weights)
+    factors = compute_factors(natural)
+    statistics = accumulate(factors, x, weights, shards=row_shards(x))
+    info = em_info(natural, factors, statistics, regularizer)
+    updated, exists = next_natural(factors, statistics, regularizer, natural.frame)
+    if is_concrete(exists) and not exists:
+        moments_to_natural(next_moments(factors, statistics, regularizer))  # says what is wrong
+    return dataclasses.replace(updated, projection_dtype=natural.projection_dtype), info
+
+
+compute_factors = jax.jit(factorise)
+
+
+@jax.jit
+def next_moments(factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> Moments:
+    """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
+    loadings = matmul(basis_loadings(factors), factors.basis)
+    mean = residual_mean(factors, statistics)
+    moments = maximize(loadings, factors.bias, mean, statistics.count, regularizer)
+    return whiten_moments(moments) if regularizer is None else moments
+
+
+@jax.jit
+def next_natural(
+    factors: Factors, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None = None
+) -> tuple[Natural, Array]:
+    """The model of `next_moments` in natural coordinates, in this frame, and whether there is such a model ()."""
+    natural = moments_to_natural(next_moments(factors, statistics, regularizer))
+    natural = dataclasses.replace(natural, frame=frame)
+    # Cholesky factors of what is not positive definite are NaN
+    signs = (natural.observable_precision.log_det(natural.interaction.shape[0]), natural.prior_precision.entries)
+    exists = [jnp.all(jnp.isfinite(values)) for values in (*signs, natural.log_weights)]
+    return natural, jnp.all(jnp.stack(exists))
+
+
+def maximize(
+    loadings: Array, bias: Array, mean: Mean, count: Array | float, regularizer: Regularizer | None
+) -> Moments:
+    """The model with these average statistics of (x - b - W y, y, z), and with pseudo-samples.
+
+    The regression of the residual on y is what W and b change by.
+
+    Args:
+        loadings: W (D, L) that the statistics are about.
+        bias: b (D,) that the statistics are about.
+        mean: of `residual_mean`.
+        count: number of samples that the averages stand for.
+        regularizer: pseudo-statistics or None.
+
+    Returns:
+        `Moments`, in the latent basis of the statistics.
+    """
+    turn, shift, noise = regress_observed(mean)
+    weights, first, second = mean.weights, mean.weighted_means, mean.weighted_second_moments.entries
+    mass = weights
+    if regularizer is not None:
+        r = regularizer
+        noise = jax.tree.map(
+            lambda data, pseudo: (count * data + r.noise * pseudo) / (count + r.noise), noise, r.noise_covariance
+        )
+        share = r.components / count
+        mass = weights + share
+        first = first + share * r.component_mean[None]
+        pseudo_square = r.component_covariance.entries + outer(r.component_mean, r.component_mean)
+        second = second + share * pseudo_square[None]
+        weights = (weights + r.weights / count) / (1 + weights.shape[0] * r.weights / count)
+    means, covariances = component_moments(mass, first, second)
+    return Moments(loadings + turn, bias + shift, noise, weights, means, covariances)
+
+
+def penalty(natural: Natural, regularizer: Regularizer) -> Array:
+    """What `Regularizer` adds to the sum of log-densities: the log-density of its pseudo-samples.
+
+    Args:
+        natural: the model.
+        regularizer: the pseudo-statistics, in the latent basis of the model.
+
+    Returns:
+        The penalty () in nats.
+    """
+    check_natural("penalty", natural)
+    natural = with_prior(natural, "penalty")
+    r, precision = regularizer, natural.observable_precision
+    obs_dim, lat_dim = natural.interaction.shape
+    covariances, log_det = inverse_and_log_det(natural.prior_precision.entries)
+    gap = einsum("kij,kj->ki", covariances, natural.prior_location) - r.component_mean[None]
+    spread = r.component_covariance.entries[None] + outer(gap, gap)
+    log_2pi = math.log(2 * math.pi)
+    # E[log N(y; m, S)] = -1/2 (L log 2 pi + log|S| + tr S^-1 E[(y - m)(y - m)'])
+    component = lat_dim * log_2pi - log_det + jnp.sum(natural.prior_precision.entries * spread, axis=(-1, -2))
+    noise = obs_dim * log_2pi - precision.log_det(obs_dim) + trace_product(precision, r.noise_covariance, obs_dim)
+    if natural.frame is not None:
+        noise = noise + 2 * natural.frame.log_volume
+    weights = r.weights * jnp.sum(natural.log_weights)
+    return weights - (r.components * jnp.sum(component) + r.noise * noise) / 2
+
+
+@jax.jit
+def whiten_moments(moments: Moments) -> Moments:
+    """The same p(x) in the latent basis H^-1 (y - E[y]), H H' = Cov(y), in which y has mean 0 and covariance I."""
+    center, factor = whitening(moments)
+    means, covariances = _change_basis(center, factor, moments.means, moments.covariances)
+    return dataclasses.replace(
+        moments,
+        loadings=matmul(moments.loadings, factor),
+        bias=moments.bias + matmul(moments.loadings, center),
+        means=means,
+        covariances=covariances,
+    )
+
+
+@jax.jit
+def whiten_regularizer(regularizer: Regularizer, moments: Moments) -> Regularizer:
+    """The same penalty, up to a constant, in the latent basis to which `whiten_moments` carries `moments`."""
+    mean, covariance = regularizer.component_mean[None], regularizer.component_covariance.entries[None]
+    mean, spread = _change_basis(*whitening(moments), mean, PositiveDefinite(covariance))
+    return dataclasses.replace(
+        regularizer, component_mean=mean[0], component_covariance=PositiveDefinite(spread.entries[0])
+    )
+
+
+def whitening(moments: Moments) -> tuple[Array, Array]:
+    """E[y] (L,) and the lower factor H (L, L) of Cov(y)."""
+    center, covariance = prior_moments(moments)
+    return center, covariance.cholesky().entries
+
+
+def prior_moments(moments: Moments) -> tuple[Array, PositiveDefinite]:
+    """E[y] (L,) and Cov(y) of the mixture."""
+    center = matmul(moments.weights, moments.means)
+    gap = moments.means - center[None]
+    within = moments.covariances.weighted(moments.weights).entries
+    covariance = jnp.sum(within + outer(moments.weights[:, None] * gap, gap), axis=0)
+    return center, PositiveDefinite(symmetrize(covariance))
+
+
+def within_covariance(moments: Moments) -> PositiveDefinite:
+    """The pooled covariance within components, sum_k w_k S_k (L, L)."""
+    return PositiveDefinite(jnp.sum(moments.covariances.weighted(moments.weights).entries, axis=0))
+
+
+def _change_basis(
+    center: Array, factor: Array, means: Array, covariances: PositiveDefinite
+) -> tuple[Array, PositiveDefinite]:
+    """Means (K, L) and covariances of H^-1 (y - center)."""
+    inverse = inverse_lower(factor)
+    spread = matmul(matmul(inverse[None], covariances.entries), inverse.T[None])
+    return matmul(means - center[None], inverse.T), PositiveDefinite(symmetrize(spread))
+
+
+@jax.jit
+def em_info(natural: Natural, factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> EMInfo:
+    """Diagnostics of `natural`, whose pass over the data gave these statistics."""
+    obs_dim, lat_dim = natural.interaction.shape
+    value = log_likelihood(factors, statistics)
+    objective = value if regularizer is None else value + penalty(natural, regularizer)
+    noise = natural.observable_precision.inverse().diagonal(obs_dim)
+    if natural.frame is not None:
+        noise = noise * natural.frame.unit**2
+    return EMInfo(
+        log_likelihood=value / statistics.count,
+        objective=objective / statistics.count,
+        occupancy=statistics.responsibilities,
+        smallest_noise=jnp.min(noise),
+        smallest_latent_variance=1 / jnp.max(natural.prior_precision.diagonal(lat_dim)),
+    )

@@ -1,0 +1,411 @@
+"""The three heads as linen modules: leaves, calls and factories. The formulas are in the files below."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.core import meta
+
+from flax_hmog.data.containers import in_memory
+from flax_hmog.em.statistics import whiten_prior
+from flax_hmog.em.step import EMInfo, Regularizer, em_step
+from flax_hmog.em.stepwise import accepted_update, first_moments, own_statistics
+from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
+from flax_hmog.inference import posterior as inference
+from flax_hmog.inference.likelihood import mean_log_density
+from flax_hmog.inference.posterior import HMoGOutput, Posterior
+from flax_hmog.model.checks import check_interval, check_positive, check_precision, check_size
+from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
+from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
+from flax_hmog.model.coordinates import Mean, Moments, Natural
+from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, rep_name
+
+
+class HMoGHead(nn.Module):
+    """What the three heads share: inference on the model that `natural()` returns. Abstract.
+
+    All methods take observations with any leading dimensions and are called through
+    `head.apply(variables, x, method=...)`. See the functions of the same names for shapes and errors.
+    """
+
+    def _model(self, obs_dim: int, x: Any) -> Natural:
+        """The model, its variables created at init; x is the batch of that call, or None."""
+        raise TypeError(
+            f"{type(self).__name__}: a head must be DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG; got the "
+            "abstract class. Use one of the three."
+        )
+
+    def _stored_obs_dim(self) -> int | None:
+        """D as the variables have it; None before init."""
+        if not self.has_variable("params", "bias"):
+            return None
+        return meta.unbox(self.get_variable("params", "bias")).shape[-1]
+
+    def _natural(self, caller: str, x: Any = None) -> Natural:
+        check_precision(type(self).__name__, getattr(self, "param_dtype", None))
+        x = None if x is None else in_memory(caller, "x", x)
+        known = getattr(self, "obs_dim", None) or self._stored_obs_dim()
+        if known is None and x is not None and x.ndim:
+            known = x.shape[-1]
+        if known is None:
+            raise ValueError(
+                f"{caller}: `obs_dim` must be known; got None and no observations. "
+                "Initialise with an x, or give obs_dim."
+            )
+        return dataclasses.replace(self._model(known, x), projection_dtype=self.projection_dtype)  # type: ignore[attr-defined]
+
+    def __call__(self, x: Array) -> HMoGOutput:
+        """Log-density, log-responsibilities and latent mean of x (..., D)."""
+        return inference.infer(self._natural("__call__", x), x)
+
+    def natural(self) -> Natural:
+        """The model in natural coordinates."""
+        return self._natural("natural")
+
+    def moments(self) -> Moments:
+        """The model in standard form."""
+        return natural_to_moments(self.natural())
+
+    def mean(self) -> Mean:
+        """The model's expected statistics."""
+        return natural_to_mean(self.natural())
+
+    def log_observable_density(self, x: Array) -> Array:
+        """Log p(x) (...)."""
+        return inference.log_observable_density(self._natural("log_observable_density", x), x)
+
+    def mean_log_density(self, x: Array, weights: Array | None = None) -> Array:
+        """Weighted average of log p(x) over x (..., D) (): minus the loss of a fit, value and gradient in one pass."""
+        return mean_log_density(self._natural("mean_log_density", x), x, weights)
+
+    def posterior_at(self, x: Array) -> Posterior:
+        """Natural parameters of p(y, z | x)."""
+        return inference.posterior_at(self._natural("posterior_at", x), x)
+
+    def posterior_categorical(self, x: Array) -> Array:
+        """Log-odds of components against component 0 (..., K-1)."""
+        return inference.posterior_categorical(self._natural("posterior_categorical", x), x)
+
+    def posterior_soft_assignments(self, x: Array) -> Array:
+        """Responsibilities (..., K)."""
+        return inference.posterior_soft_assignments(self._natural("posterior_soft_assignments", x), x)
+
+    def posterior_assignments(self, x: Array) -> Array:
+        """Responsibilities (..., K); the same as `posterior_soft_assignments`."""
+        return self.posterior_soft_assignments(x)
+
+    def posterior_hard_assignment(self, x: Array) -> Array:
+        """Most probable component (...)."""
+        return inference.posterior_hard_assignment(self._natural("posterior_hard_assignment", x), x)
+
+    def latent_mean(self, x: Array) -> Array:
+        """E[y | x] (..., L)."""
+        return inference.latent_mean(self._natural("latent_mean", x), x)
+
+    def sample(self, n: int) -> tuple[Array, Array, Array]:
+        """X (n, D), y (n, L), z (n,) from the joint, with the rng stream "sample"."""
+        return inference.sample(self.natural(), self.make_rng("sample"), n)
+
+    def whiten_prior(self) -> Mean:
+        """Expected statistics in the latent basis in which y has mean 0 and covariance I, as far as the kind allows."""
+        return whiten_prior(self.mean())
+
+
+class DifferentiableHMoG(HMoGHead):
+    """HMoG head trained by gradients, its posterior precisions of a restricted kind: the cheap head.
+
+    Component covariances of the prior are full; with a restricted `pst_rep` their inverses share all entries off the
+    diagonal. A batch then costs O(B (D L + K L)), besides O(D L^2 + K L^3) once per call. Leaves live in the collection
+    `params`; any real values are a valid model, within the stated bounds.
+
+    Attributes:
+        lat_dim: latent dimension L, at most D.
+        n_components: number of components K.
+        obs_dim: observed dimension D; None takes it from the data at init.
+        obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
+        pst_rep: kind of the posterior precisions of y.
+        noise_bounds: interval of the noise variances, squared units of x.
+        precision_bounds: interval of the component precisions, in latent units.
+        signal_bound: largest norm of a column of noise-whitened loadings, in prior standard deviations.
+        relative_floor: smallest eigenvalue of correlations, and of component precisions relative to their average.
+        param_dtype: dtype of the leaves, in which everything is computed.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
+
+    Raises:
+        ValueError: for dimensions, kinds or bounds that make no model.
+    """
+
+    lat_dim: int
+    n_components: int
+    obs_dim: int | None = None
+    obs_rep: Any = "diagonal"
+    pst_rep: Any = "diagonal"
+    noise_bounds: tuple[float, float] = Bounds.noise
+    precision_bounds: tuple[float, float] = Bounds.precision
+    signal_bound: float = Bounds.signal
+    relative_floor: float = Bounds.relative_floor
+    param_dtype: Any = jnp.float32
+    projection_dtype: Any = None
+
+    def __post_init__(self) -> None:
+        _check_head(self, "obs_rep", "pst_rep")
+        super().__post_init__()
+
+    @property
+    def component_structure(self) -> tuple[Rep, bool]:
+        """Kind of the component precisions, and whether they differ from a full base."""
+        return as_rep(self.pst_rep, caller="DifferentiableHMoG"), False
+
+    @nn.compact
+    def _model(self, obs_dim: int, x: Any) -> Natural:
+        return _trainable_model(self, obs_dim)
+
+
+class SymmetricHMoG(HMoGHead):
+    """HMoG head trained by gradients whose prior and posterior share one structure.
+
+    Component precisions are a full base plus differences of kind `lat_rep`; with "full" nothing is restricted.
+
+    Attributes:
+        lat_dim: latent dimension L, at most D.
+        n_components: number of components K.
+        obs_dim: observed dimension D; None takes it from the data at init.
+        obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
+        lat_rep: kind of the differences between component precisions.
+        noise_bounds: interval of the noise variances, squared units of x.
+        precision_bounds: interval of the component precisions, in latent units.
+        signal_bound: largest norm of a column of noise-whitened loadings, in prior standard deviations.
+        relative_floor: smallest eigenvalue of correlations, and of component precisions relative to their average.
+        param_dtype: dtype of the leaves, in which everything is computed.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
+
+    Raises:
+        ValueError: for dimensions, kinds or bounds that make no model.
+    """
+
+    lat_dim: int
+    n_components: int
+    obs_dim: int | None = None
+    obs_rep: Any = "diagonal"
+    lat_rep: Any = "full"
+    noise_bounds: tuple[float, float] = Bounds.noise
+    precision_bounds: tuple[float, float] = Bounds.precision
+    signal_bound: float = Bounds.signal
+    relative_floor: float = Bounds.relative_floor
+    param_dtype: Any = jnp.float32
+    projection_dtype: Any = None
+
+    def __post_init__(self) -> None:
+        _check_head(self, "obs_rep", "lat_rep")
+        super().__post_init__()
+
+    @property
+    def component_structure(self) -> tuple[Rep, bool]:
+        """Kind of the component precisions, and whether they differ from a full base."""
+        rep = as_rep(self.lat_rep, caller="SymmetricHMoG")
+        return rep, rep is not PositiveDefinite
+
+    @nn.compact
+    def _model(self, obs_dim: int, x: Any) -> Natural:
+        return _trainable_model(self, obs_dim)
+
+    def split_conjugated(self) -> tuple[LinearGaussian, Mixture]:
+        """p(x | y) and p(y, z)."""
+        return split_conjugated(self.natural())
+
+    def join_conjugated(self, likelihood: LinearGaussian, prior: Mixture) -> Natural:
+        """The joint of a likelihood and a prior."""
+        return join_conjugated(likelihood, prior)
+
+
+class AnalyticHMoG(HMoGHead):
+    """HMoG head with full covariances, fitted by closed-form EM; it has no `params`.
+
+    The collection `em` holds the model, running statistics about it and a step count, as BatchNorm keeps its averages;
+    `init` on a batch takes location and scale from it. With `train=True` and `mutable=["em"]` a call takes a step of
+    stepwise EM at the rate `max(min_rate, (step + step_delay) ** -step_decay)`; gradients flow to x only. A batch with
+    entries that are not finite leaves the collection as it is, and shows in what the call returns; where features jump
+    too far for a step, the model moves to their location and scale. Under `jit`
+    over a mesh a batch is taken as a whole. Whole data sets: `fit_em`, then `warm_start`.
+
+    Attributes:
+        lat_dim: latent dimension L, at most D.
+        n_components: number of components K.
+        obs_dim: observed dimension D; None takes it from the data at init.
+        obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
+        step_delay: delay of the step size, at least 1.
+        step_decay: exponent of the step size, in (0.5, 1] for convergence.
+        min_rate: smallest step size: 0 to converge on features that stay, about 0.01 to follow features that move.
+        pseudo_share: strength of the regulariser, in pseudo-samples per sample of a batch (`stepwise_update`).
+        axis_name: axis of `shard_map` or `vmap` over which a batch is spread; None under `jit`.
+        param_dtype: dtype of the statistics, in which everything is computed.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
+
+    Raises:
+        ValueError: for dimensions or kinds that make no model, or rates out of bounds.
+    """
+
+    lat_dim: int
+    n_components: int
+    obs_dim: int | None = None
+    obs_rep: Any = "diagonal"
+    step_delay: float = 2.0
+    step_decay: float = 0.7
+    min_rate: float = 0.0
+    pseudo_share: float = 1e-4
+    axis_name: str | None = None
+    param_dtype: Any = jnp.float32
+    projection_dtype: Any = None
+
+    def __post_init__(self) -> None:
+        _check_head(self, "obs_rep")
+        _check_rates(self)
+        super().__post_init__()
+
+    @property
+    def component_structure(self) -> tuple[Rep, bool]:
+        """Kind of the component precisions, and whether they differ from a full base."""
+        return PositiveDefinite, False
+
+    @nn.compact
+    def _model(self, obs_dim: int, x: Any) -> Natural:
+        obs_rep = as_rep(self.obs_rep, caller="AnalyticHMoG")
+        check_size("AnalyticHMoG", "lat_dim", self.lat_dim, at_most=obs_dim)
+
+        def first() -> Moments:
+            sizes = obs_dim, self.lat_dim, self.n_components
+            return first_moments(self.make_rng("params"), x, *sizes, obs_rep, self.param_dtype)
+
+        moments = self.variable("em", "moments", first)
+        self.variable("em", "running", lambda: own_statistics(moments.value))
+        self.variable("em", "step", lambda: jnp.zeros((), jnp.int32))
+        return moments_to_natural(moments.value)
+
+    def _stored_obs_dim(self) -> int | None:
+        if not self.has_variable("em", "moments"):
+            return None
+        return self.get_variable("em", "moments").bias.shape[-1]
+
+    def __call__(self, x: Array, train: bool = False) -> HMoGOutput:
+        """Log-density, log-responsibilities and latent mean of x (..., D); with `train` also a step of stepwise EM."""
+        natural = self._natural("__call__", x)
+        if train and not self.is_initializing():
+            em: Any = {name: self.get_variable("em", name) for name in ("moments", "running", "step")}
+            rate = jnp.maximum((em["step"] + self.step_delay) ** -self.step_decay, self.min_rate)
+            for name, value in accepted_update(em, x, rate, self.pseudo_share, self.axis_name).items():
+                self.put_variable("em", name, value)
+        return inference.infer(natural, x)
+
+    def moments(self) -> Moments:
+        """The model in standard form, as the collection `em` holds it."""
+        self.natural()
+        return self.get_variable("em", "moments")
+
+    def expectation_maximization(
+        self, x: Array, weights: Array | None = None, regularizer: Regularizer | None = None
+    ) -> tuple[Natural, EMInfo]:
+        """One step of exact EM on x (N, D): the new model and diagnostics; the collection `em` is not changed."""
+        return em_step(self._natural("expectation_maximization", x), x, weights, regularizer)
+
+    def split_conjugated(self) -> tuple[LinearGaussian, Mixture]:
+        """p(x | y) and p(y, z)."""
+        return split_conjugated(self.natural())
+
+    def join_conjugated(self, likelihood: LinearGaussian, prior: Mixture) -> Natural:
+        """The joint of a likelihood and a prior."""
+        return join_conjugated(likelihood, prior)
+
+
+def differentiable_hmog(
+    obs_dim: int | None, obs_rep: Any, lat_dim: int, pst_rep: Any, n_components: int, **options: Any
+) -> DifferentiableHMoG:
+    """`DifferentiableHMoG` with the argument order of goal-jax; `options` are its other attributes."""
+    return DifferentiableHMoG(lat_dim, n_components, obs_dim, obs_rep, pst_rep, **options)
+
+
+def symmetric_hmog(
+    obs_dim: int | None, obs_rep: Any, lat_dim: int, lat_rep: Any, n_components: int, **options: Any
+) -> SymmetricHMoG:
+    """`SymmetricHMoG` with the argument order of goal-jax; `options` are its other attributes."""
+    return SymmetricHMoG(lat_dim, n_components, obs_dim, obs_rep, lat_rep, **options)
+
+
+def analytic_hmog(obs_dim: int | None, obs_rep: Any, lat_dim: int, n_components: int, **options: Any) -> AnalyticHMoG:
+    """`AnalyticHMoG` with the argument order of goal-jax; `options` are its other attributes."""
+    return AnalyticHMoG(lat_dim, n_components, obs_dim, obs_rep, **options)
+
+
+def _check_head(head: Any, *reps: str) -> None:
+    """Check what a head was given, and hold its kinds by name."""
+    caller = type(head).__name__
+    for argument in reps:
+        rep = as_rep(getattr(head, argument), caller=caller, argument=argument)
+        object.__setattr__(head, argument, rep_name(rep))
+    check_size(caller, "n_components", head.n_components)
+    if head.obs_dim is not None:
+        check_size(caller, "obs_dim", head.obs_dim)
+    check_size(caller, "lat_dim", head.lat_dim, at_most=head.obs_dim)
+    for size in ("lat_dim", "n_components", "obs_dim"):  # numpy's integers are not JSON
+        if getattr(head, size) is not None:
+            object.__setattr__(head, size, int(getattr(head, size)))
+    if not isinstance(head, AnalyticHMoG):
+        check_interval(caller, "noise_bounds", head.noise_bounds)
+        check_interval(caller, "precision_bounds", head.precision_bounds)
+        check_positive(caller, "signal_bound", head.signal_bound, "Say how far axes may spread, as 1e3.")
+        check_positive(caller, "relative_floor", head.relative_floor, "Use a small share, as 1e-3.")
+    if jnp.dtype(head.param_dtype) not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{caller}: `param_dtype` must be float32 or float64, in which matrices can be factorised; got "
+            f"{jnp.dtype(head.param_dtype).name}. Use jnp.float32, and projection_dtype or an encoder in bfloat16."
+        )
+    if head.projection_dtype is not None:
+        try:
+            is_float = jnp.issubdtype(jnp.dtype(head.projection_dtype), jnp.floating)
+        except TypeError:
+            is_float = False
+        if not is_float:
+            raise ValueError(
+                f"{caller}: `projection_dtype` must be a float dtype or None; got {head.projection_dtype!r}. "
+                'Use "bfloat16" or None.'
+            )
+        object.__setattr__(head, "projection_dtype", jnp.dtype(head.projection_dtype).name)
+
+
+def _check_rates(head: AnalyticHMoG) -> None:
+    """ValueError for rates of stepwise EM that are no rates."""
+    rules = (
+        ("step_delay", head.step_delay >= 1, "at least 1"),
+        ("step_decay", 0 < head.step_decay <= 1, "above 0 and at most 1"),
+        ("min_rate", 0 <= head.min_rate <= 1, "from 0 to 1"),
+        ("pseudo_share", head.pseudo_share >= 0, "at least 0"),
+    )
+    for name, holds, rule in rules:
+        if not holds:
+            raise ValueError(
+                f"AnalyticHMoG: `{name}` must be {rule}; got {getattr(head, name)}. Leave it out for the default."
+            )
+
+
+def _trainable_model(head: DifferentiableHMoG | SymmetricHMoG, obs_dim: int) -> Natural:
+    """The model of a head with trainable leaves, created at init with their logical axis names."""
+    check_size(type(head).__name__, "lat_dim", head.lat_dim, at_most=obs_dim)
+    obs_rep = as_rep(head.obs_rep, caller=type(head).__name__)
+    specs = leaf_specs(obs_dim, head.lat_dim, head.n_components, obs_rep, *head.component_structure)
+    leaves = {
+        name: head.param(
+            name,
+            nn.with_logical_partitioning(nn.initializers.normal(spec.scale), spec.axes),
+            spec.shape,
+            head.param_dtype,
+        )
+        for name, spec in specs.items()
+    }
+    return leaves_to_natural(leaves, obs_rep, *head.component_structure, head_bounds(head))
+
+
+def head_bounds(head: DifferentiableHMoG | SymmetricHMoG) -> Bounds:
+    """The intervals of a trainable head's leaves."""
+    return Bounds(head.noise_bounds, head.precision_bounds, head.signal_bound, head.relative_floor)

@@ -1,0 +1,1 @@
+"""Densities, responsibilities and draws of a model."""

@@ -1,0 +1,122 @@
+"""The mean log-density of a data set and its gradient, both from the sums of one pass."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from flax_hmog.data.rows import Shards, block_rows, map_rows, row_shards
+from flax_hmog.data.samples import check_samples
+from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.kinds import Array, matmul, trace_product
+from flax_hmog.model.prepared import (
+    Factors,
+    center_rows,
+    component_logits,
+    factorise,
+    floats_per_row,
+    latent_features,
+    normalize_logits,
+    posterior_gain,
+    project_rows,
+    quadratic_coefficients,
+    shared_log_density,
+)
+
+
+def mean_log_density(natural: Natural, x: Any, weights: Any = None) -> Array:
+    """Weighted average of log p(x) over observations, in nats: minus the loss that fits a model to data.
+
+    Its gradient is that of the average of `log_observable_density`, but it comes from the statistics of the same pass
+    that gives the value, as in EM: posterior less prior statistics. Memory stays O(block + parameters) for any N.
+
+    Args:
+        natural: the model.
+        x: observations (N, D), sharded or not; any leading dimensions are samples.
+        weights: sample weights, the leading shape of `x`; None counts every sample once.
+
+    Returns:
+        The average (), in nats.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type.
+        ValueError: for wrong shapes, entries that are not finite, negative weights or a weight sum of 0.
+    """
+    natural, x, weights = check_samples("mean_log_density", natural, x, weights)
+    return _mean_log_density(natural, x, weights, row_shards(x))
+
+
+@partial(jax.jit, static_argnames="shards")
+def _mean_log_density(natural: Natural, x: Array, weights: Array, shards: Shards) -> Array:
+    return summed_log_density(factorise(natural), x, weights, shards) / jnp.sum(weights)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def summed_log_density(factors: Factors, x: Array, weights: Array, shards: Shards) -> Array:
+    """sum_i v_i log p(x_i) (), with derivatives in `factors`, x and v."""
+    return log_likelihood(factors, accumulate(factors, x, weights, shards=shards))
+
+
+@partial(summed_log_density.defjvp, symbolic_zeros=True)
+def _summed_log_density_jvp(shards: Shards, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    factors, x, weights = primals
+    d_factors, d_x, d_weights = tangents
+    statistics = accumulate(factors, x, weights, shards=shards)
+    is_zero = lambda leaf: isinstance(leaf, SymbolicZero)  # noqa: E731
+    d_factors = jax.tree.map(lambda d, f: jnp.zeros_like(f) if is_zero(d) else d, d_factors, factors, is_leaf=is_zero)
+    tangent = _tangent(factors, statistics, d_factors)
+    if not is_zero(d_x) or not is_zero(d_weights):
+        rows = block_rows(floats_per_row(factors))
+        density, score = map_rows(_density_and_score, (factors, basis_loadings(factors)), x, rows, shards)
+        if not is_zero(d_weights):
+            tangent = tangent + jnp.sum(d_weights * density)
+        if not is_zero(d_x):
+            tangent = tangent + jnp.sum(d_x * score * weights[:, None])
+    return log_likelihood(factors, statistics), tangent
+
+
+def _tangent(factors: Factors, statistics: Statistics, d: Factors) -> Array:
+    """Derivative of the summed log-density along `d`.
+
+    Of log p(x) = offset - (|r - U t|^2 + |V t|^2) / 2 + logsumexp_k(...) with t = U'r, r = F'(x - b): where
+    U'U + V'V = I, d/dt = g, d/dr = -F'e, d/dU = F'e w' + U (g t' + w g') and d/dV = -V t t'.
+    """
+    obs_dim = statistics.residual.shape[0]
+    tt, tg, gg = statistics.pooled()
+    by_projection = factors.root.rows_times(statistics.cross.T).T + matmul(factors.projection, tg + tg.T + gg)
+    # sum v (x - b) e', as x - b = e + W w
+    kind = type(factors.root)
+    signal = kind.project_product(basis_loadings(factors), statistics.cross)
+    moment = jax.tree.map(jnp.add, statistics.residual_square, signal)
+    by_root = moment.product(factors.root)
+    residual = factors.precision.times(statistics.residual[:, None])[:, 0]
+    quadratic = jnp.sum(quadratic_coefficients(d.curvature) * statistics.latent_square)
+    return (
+        statistics.count * d.offset
+        + jnp.sum(residual * d.bias)
+        - trace_product(d.root, by_root, obs_dim)
+        + jnp.sum(by_projection * d.projection)
+        - jnp.sum(matmul(factors.prior_root, tt) * d.prior_root)
+        + jnp.sum(statistics.responsibilities * d.constant)
+        + jnp.sum(statistics.latent * d.linear)
+        - quadratic / 2
+    )
+
+
+def _density_and_score(operands: Any, x: Array) -> tuple[Array, Array]:
+    """Log p(x) (B,) and its derivative in x, -Psi^-1 (x - b - W E[y | x]) (B, D)."""
+    factors, loadings = operands
+    centered = center_rows(factors, x)
+    t = project_rows(factors, centered)
+    logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
+    evidence, _, responsibilities = normalize_logits(logits)
+    w = t + posterior_gain(factors, responsibilities, t)
+    unexplained = centered - matmul(w, loadings.T)
+    score = -factors.precision.rows_times(unexplained)
+    density = shared_log_density(factors, centered, t) + evidence
+    return density, score if factors.frame is None else score / factors.frame.unit[None]

@@ -1,0 +1,239 @@
+"""Exact inference: densities, posteriors, latent means and sampling, as pure functions of `Natural`.
+
+Every public function checks its arguments, then runs a compiled pass over blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_hmog.data.rows import Shards, block_rows, map_rows
+from flax_hmog.data.samples import enter
+from flax_hmog.model.checks import check_size
+from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
+from flax_hmog.model.coordinates import Natural, Precision, check_natural
+from flax_hmog.model.kinds import Array, PositiveDefinite, matmul, pytree
+from flax_hmog.model.prepared import (
+    Factors,
+    center_rows,
+    component_logits,
+    factorise,
+    floats_per_row,
+    latent_features,
+    normalize_logits,
+    posterior_gain,
+    project_rows,
+    shared_log_density,
+)
+
+
+@pytree
+class Posterior:
+    """Natural parameters of p(y, z | x).
+
+    Attributes:
+        location: eta_k + Theta' x (..., K, L).
+        precision: Q_k, batch (K,), the same for every x.
+        bias: harmonium categorical bias (K-1,), against component 0.
+    """
+
+    location: Array
+    precision: Precision
+    bias: Array
+
+
+@pytree
+class HMoGOutput:
+    """What a head returns for observations x (..., D).
+
+    Attributes:
+        log_density: log p(x) in nats (...).
+        log_responsibilities: log p(z = k | x) (..., K).
+        latent_mean: E[y | x] (..., L).
+    """
+
+    log_density: Array
+    log_responsibilities: Array
+    latent_mean: Array
+
+
+def infer(natural: Natural, x: Any) -> HMoGOutput:
+    """Log-density, log-responsibilities and latent mean of observations in one pass.
+
+    Args:
+        natural: the model.
+        x: observations (..., D); integers and float64 are converted to the dtype of `natural`.
+
+    Returns:
+        `HMoGOutput`.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type or `x` holds no real numbers.
+        ValueError: for a wrong last dimension, entries that are not finite, or a model that does not exist.
+    """
+    return _by_blocks(infer_rows, *enter("infer", natural, x))
+
+
+def log_observable_density(natural: Natural, x: Any) -> Array:
+    """Log p(x) = log sum_k w_k N(x; W m_k + b, W S_k W' + Psi), in nats.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Log-densities (...). Raises as `infer`.
+    """
+    return _by_blocks(infer_rows, *enter("log_observable_density", natural, x), "log_density")
+
+
+def posterior_soft_assignments(natural: Natural, x: Any) -> Array:
+    """Responsibilities p(z = k | x). Rows sum to 1.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Probabilities (..., K). Raises as `infer`.
+    """
+    return jnp.exp(_by_blocks(infer_rows, *enter("posterior_soft_assignments", natural, x), "log_responsibilities"))
+
+
+posterior_assignments = posterior_soft_assignments
+
+
+def posterior_categorical(natural: Natural, x: Any) -> Array:
+    """Natural parameters of p(z | x): log-odds of components 1..K-1 against component 0.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Log-odds (..., K-1). Raises as `infer`.
+    """
+    logits = _by_blocks(infer_rows, *enter("posterior_categorical", natural, x), "log_responsibilities")
+    return logits[..., 1:] - logits[..., :1]
+
+
+def posterior_hard_assignment(natural: Natural, x: Any) -> Array:
+    """The most probable component of each observation.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Component numbers (...), int32. Raises as `infer`.
+    """
+    logits = _by_blocks(infer_rows, *enter("posterior_hard_assignment", natural, x), "log_responsibilities")
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def latent_mean(natural: Natural, x: Any) -> Array:
+    """E[y | x] = sum_k p(z = k | x) Q_k^-1 (eta_k + Theta' x).
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        Latent means (..., L). Raises as `infer`.
+    """
+    return _by_blocks(infer_rows, *enter("latent_mean", natural, x), "latent_mean")
+
+
+def posterior_at(natural: Natural, x: Any) -> Posterior:
+    """Natural parameters of p(y, z | x): locations eta_k + Theta' x, precisions Q_k, categorical bias.
+
+    Args:
+        natural: the model.
+        x: observations (..., D).
+
+    Returns:
+        `Posterior` with locations (..., K, L). Raises as `infer`.
+    """
+    check_natural("posterior_at", natural)
+    natural, x, _ = enter("posterior_at", in_units_of_x(natural), x)
+    shift = matmul(x, natural.interaction)[..., None, :]
+    eta = natural.posterior_location
+    location = shift + eta.reshape(*(1,) * (x.ndim - 1), *eta.shape)
+    return Posterior(location, natural.posterior_precision, natural.categorical_bias)
+
+
+def sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
+    """Draw from the joint: z ~ w, y | z ~ N(m_z, S_z), x | y ~ N(W y + b, Psi).
+
+    Args:
+        natural: the model.
+        key: PRNG key.
+        n: number of draws.
+
+    Returns:
+        x (n, D), y (n, L), z (n,) int32.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type.
+        ValueError: if `n` is no positive whole number.
+    """
+    check_natural("sample", natural)
+    check_size("sample", "n", n)
+    return _sample(with_prior(natural, "sample"), key, n)
+
+
+@partial(jax.jit, static_argnames=("of_rows", "shards", "field"))
+def _by_blocks(
+    of_rows: Callable[[Factors, Array], HMoGOutput],
+    natural: Natural,
+    x: Array,
+    shards: Shards,
+    field: str | None = None,
+) -> Any:
+    """`of_rows` block by block: its whole output, or one field of it and only what that takes."""
+    factors = factorise(natural)
+
+    def rows(factors: Factors, block: Array) -> Any:
+        output = of_rows(factors, block)
+        return output if field is None else getattr(output, field)
+
+    return map_rows(rows, factors, x, block_rows(floats_per_row(factors)), shards)
+
+
+def infer_rows(factors: Factors, x: Array) -> HMoGOutput:
+    """`infer` of a block of rows (B, D) by a model that is factorised already."""
+    centered = center_rows(factors, x)
+    t = project_rows(factors, centered)
+    logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))
+    evidence, log_responsibilities, responsibilities = normalize_logits(logits)
+    return HMoGOutput(
+        shared_log_density(factors, centered, t) + evidence,
+        log_responsibilities,
+        matmul(t + posterior_gain(factors, responsibilities, t), factors.inverse_basis.T),
+    )
+
+
+@partial(jax.jit, static_argnames="n")
+def _sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
+    moments = own_moments(natural)
+    dtype = moments.bias.dtype
+    obs_dim, lat_dim = moments.loadings.shape
+    component_key, latent_key, noise_key = jax.random.split(key, 3)
+    z = jax.random.categorical(component_key, jnp.log(moments.weights), shape=(n,))
+    roots = moments.covariances.cholesky().entries
+    y = jax.lax.map(
+        lambda draw: moments.means[draw[0]] + matmul(roots[draw[0]], draw[1]),
+        (z, jax.random.normal(latent_key, (n, lat_dim), dtype)),
+        batch_size=min(n, 4096),
+    )
+    noise = jax.random.normal(noise_key, (n, obs_dim), dtype)
+    root = moments.noise.cholesky()
+    scaled = matmul(noise, root.entries.T) if isinstance(root, PositiveDefinite) else root.rows_times(noise)
+    x = matmul(y, moments.loadings.T) + moments.bias[None] + scaled
+    frame = natural.frame
+    return x if frame is None else frame.outward(x), y, z.astype(jnp.int32)

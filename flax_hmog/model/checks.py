@@ -1,0 +1,161 @@
+"""What a user can get wrong, found at the public door. Checks of values are skipped for tracers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.model.kinds import Array
+
+MISSING_VALUES = (
+    "Missing values are not supported by any function here: drop or impute these rows, and rescale entries too large "
+    "for the dtype."
+)
+
+
+def is_concrete(*trees: Any) -> bool:
+    """Whether all leaves hold values, so that they can be looked at."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def check_precision(caller: str, dtype: Any) -> None:
+    """ValueError for a head in float64 where JAX makes float32 of it without a word."""
+    if dtype is not None and jnp.dtype(dtype) == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
+        raise ValueError(
+            f"{caller}: `param_dtype` must be float32 while JAX computes in 32 bits; got float64. Switch 64 bits on at "
+            'the start of the program: jax.config.update("jax_enable_x64", True).'
+        )
+
+
+def check_outside_transformations(caller: str, **arguments: Any) -> None:
+    """TypeError unless all arguments hold values: a loop on the host cannot run inside of `jit`, `vmap` or `grad`."""
+    for argument, value in arguments.items():
+        is_tree = isinstance(value, jax.Array | list | tuple) or dataclasses.is_dataclass(value)
+        if is_tree and not is_concrete(value):
+            raise TypeError(
+                f"{caller}: `{argument}` must hold values; got a tracer of jit, vmap or grad. Call {caller} outside of "
+                "them, in a loop over keys or data sets; inside, em_step is a step of EM."
+            )
+
+
+def check_type(caller: str, argument: str, value: Any, expected: type, remedy: str) -> None:
+    """TypeError unless `value` is an instance of `expected`."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{caller}: `{argument}` must be {expected.__name__}; got {type(value).__name__}. {remedy}")
+
+
+def check_head(caller: str, head: Any, signature: str) -> None:
+    """TypeError, naming the order of arguments, unless `head` has what is read of one of the three heads."""
+    if not hasattr(head, "component_structure"):
+        raise TypeError(
+            f"{caller}: `head` must be a DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG; got {type(head).__name__}. "
+            f"Call {caller}{signature}."
+        )
+
+
+def check_head_and_key(caller: str, head: Any, key: Any) -> None:
+    """TypeError unless `head` is a head, and `key` a PRNG key, typed or raw."""
+    check_head(caller, head, "(head, data, key)")
+    dtype = getattr(key, "dtype", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_typed and dtype != jnp.uint32:
+        raise TypeError(f"{caller}: `key` must be a PRNG key; got {type(key).__name__}. Use jax.random.key(0).")
+
+
+def check_size(caller: str, argument: str, value: Any, *, at_most: int | None = None, at_least: int = 1) -> None:
+    """ValueError unless `value` is a whole number within the bounds."""
+    bound = "" if at_most is None else f" and at most {at_most}"
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < at_least or (at_most is not None and value > at_most):
+        raise ValueError(
+            f"{caller}: `{argument}` must be a whole number of at least {at_least}{bound}; got {value!r}. "
+            f"Choose {argument} within these bounds."
+        )
+
+
+def check_interval(caller: str, argument: str, value: Any) -> None:
+    """ValueError unless `value` is a pair 0 < lower < upper of finite numbers."""
+    valid = isinstance(value, Sequence) and len(value) == 2 and 0 < value[0] < value[1] < float("inf")
+    if not valid:
+        raise ValueError(
+            f"{caller}: `{argument}` must be a pair 0 < lower < upper; got {value!r}. Give both bounds, as (1e-6, 1e6)."
+        )
+
+
+def check_shape(caller: str, argument: str, value: Any, shape: tuple) -> None:
+    """ValueError unless `value` has exactly this shape."""
+    if np.shape(value) != shape:
+        raise ValueError(
+            f"{caller}: `{argument}` must have shape {shape}; got {np.shape(value)}. "
+            "Check the dimensions against those of the model."
+        )
+
+
+def check_finite(
+    caller: str, argument: str, x: Array, remedy: str = MISSING_VALUES, *, row_numbers: Any = None
+) -> None:
+    """ValueError if any entry is not finite, with the count and the first row."""
+    if not is_concrete(x):
+        return
+    with jax.ensure_compile_time_eval():
+        if bool(_all_finite(x)):
+            return
+        # on the devices, since the rows may be spread over processes, all of which must raise
+        bad = ~jnp.isfinite(x).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
+        count, row = int(jnp.sum(bad)), int(jnp.argmax(jnp.any(bad, axis=-1)))
+    raise ValueError(
+        f"{caller}: `{argument}` must be finite in {x.dtype}; got {count} entries that are not, "
+        f"the first in row {row if row_numbers is None else int(row_numbers[row])}. {remedy}"
+    )
+
+
+@jax.jit
+def _all_finite(x: Array) -> Array:
+    # 0 x is NaN for what is not finite; a sum runs at the speed of memory, a logical reduction at a third of it
+    return jnp.all(jnp.isfinite(jnp.sum(0 * x, axis=-1)))
+
+
+ASYMMETRY = 1e-3  # of the largest entry, which rounding does not explain
+
+
+def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: str) -> None:
+    """ValueError naming the first matrix (..., n, n) that is not positive definite, with its smallest eigenvalue."""
+    if not is_concrete(matrices):
+        return
+    stack = np.asarray(matrices, np.float64).reshape(-1, *matrices.shape[-2:])
+    gap = np.abs(stack - np.swapaxes(stack, -1, -2))
+    if gap.size and np.isfinite(gap).all() and gap.max() > ASYMMETRY * np.abs(stack).max():
+        entry = tuple(int(i) for i in np.unravel_index(gap.argmax(), gap.shape))
+        raise ValueError(
+            f"{caller}: `{argument}` must be symmetric; got entries that differ by {gap.max():.3g} across the "
+            f"diagonal, at {entry}. Give the whole matrix, not a triangle of it."
+        )
+    for index, matrix in enumerate(stack):
+        try:
+            if not np.isfinite(matrix).all():
+                raise np.linalg.LinAlgError
+            np.linalg.cholesky(matrix)
+        except np.linalg.LinAlgError:
+            smallest = np.linalg.eigvalsh(matrix)[0] if np.isfinite(matrix).all() else np.nan
+            where = f"component {index} has" if matrices.ndim > 2 else "it has"
+            raise ValueError(
+                f"{caller}: `{argument}` must be positive definite; {where} smallest eigenvalue "
+                f"{smallest:.3g}. {remedy}"
+            ) from None
+
+
+def check_positive(caller: str, argument: str, values: Any, remedy: str) -> None:
+    """ValueError unless every entry is positive and finite."""
+    if is_concrete(values):
+        flat = np.asarray(values).reshape(-1)
+        bad = ~((flat > 0) & np.isfinite(flat))
+        if bad.any():
+            first = int(bad.argmax())
+            raise ValueError(
+                f"{caller}: `{argument}` must be positive; got {flat[first]:.3g} at entry {first}. {remedy}"
+            )

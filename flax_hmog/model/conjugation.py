@@ -1,0 +1,119 @@
+"""A joint as likelihood and prior: p(x, y, z) = p(x | y) p(y, z), and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from flax_hmog.model.checks import check_type
+from flax_hmog.model.conversions import conjugation, in_units_of_x, with_prior
+from flax_hmog.model.coordinates import (
+    FULL_ONLY,
+    Natural,
+    Precision,
+    SharedBase,
+    categorical_logits,
+    gaussian_log_partition,
+)
+from flax_hmog.model.kinds import Array, Covariance, PositiveDefinite, pytree
+
+
+@pytree
+class LinearGaussian:
+    """Natural parameters of p(x | y): location + interaction y, precision.
+
+    Attributes:
+        location: Psi^-1 b (D,).
+        precision: Psi^-1, of kind `obs_rep`.
+        interaction: Theta = Psi^-1 W (D, L).
+    """
+
+    location: Array
+    precision: Covariance
+    interaction: Array
+
+
+@pytree
+class Mixture:
+    """Natural parameters of the prior p(y, z).
+
+    Attributes:
+        location: h_k = S_k^-1 m_k (K, L).
+        precision: P_k = S_k^-1, batch (K,), in the structure of the posterior precisions.
+        bias: harmonium categorical bias (K-1,) against component 0.
+    """
+
+    location: Array
+    precision: Precision
+    bias: Array
+
+
+def split_conjugated(natural: Natural) -> tuple[LinearGaussian, Mixture]:
+    """Likelihood and prior of a model whose prior shares the structure of its posterior.
+
+    Args:
+        natural: the model, of a Symmetric or Analytic head.
+
+    Returns:
+        p(x | y) and p(y, z), with h_k = eta_k + W'Psi^-1 b and P_k = Q_k - W'Psi^-1 W.
+
+    Raises:
+        TypeError: for restricted posterior precisions, whose prior precisions are full (read `prior_precision`).
+        ValueError: if a prior precision is not positive definite.
+    """
+    check_type("split_conjugated", "natural", natural, Natural, "Convert with moments_to_natural.")
+    natural = with_prior(in_units_of_x(natural), "split_conjugated")
+    precision = natural.posterior_precision
+    if isinstance(precision, SharedBase):
+        base = PositiveDefinite(natural.prior_precision.entries[0])
+        prior: Precision = dataclasses.replace(precision, base=base)
+    elif isinstance(precision, PositiveDefinite):
+        prior = natural.prior_precision
+    else:
+        raise TypeError(
+            "split_conjugated: `natural` must have full or shared-base precisions; got "
+            f"{type(precision).__name__}. {FULL_ONLY}"
+        )
+    likelihood = LinearGaussian(natural.observable_location, natural.observable_precision, natural.interaction)
+    return likelihood, Mixture(natural.prior_location, prior, natural.categorical_bias)
+
+
+def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
+    """The joint of a likelihood and a prior; inverse of `split_conjugated`.
+
+    Args:
+        likelihood: p(x | y).
+        prior: p(y, z).
+
+    Returns:
+        `Natural` with eta_k = h_k - W'Psi^-1 b and Q_k = P_k + W'Psi^-1 W.
+
+    Raises:
+        TypeError: if an argument is of another type.
+    """
+    check_type("join_conjugated", "likelihood", likelihood, LinearGaussian, "Take it from split_conjugated.")
+    check_type("join_conjugated", "prior", prior, Mixture, "Take it from split_conjugated.")
+    lat_dim = likelihood.interaction.shape[-1]
+    log_partitions, *_ = gaussian_log_partition(prior.location, PositiveDefinite(prior.precision.dense(lat_dim)))
+    natural = Natural(
+        observable_location=likelihood.location,
+        observable_precision=likelihood.precision,
+        interaction=likelihood.interaction,
+        posterior_location=prior.location,
+        posterior_precision=prior.precision,
+        categorical_bias=prior.bias,
+        prior_location=prior.location,
+        prior_precision=PositiveDefinite(prior.precision.dense(lat_dim)),
+        log_weights=jax.nn.log_softmax(categorical_logits(prior.bias) + log_partitions),
+    )
+    location, gram = conjugation(natural)
+    if isinstance(prior.precision, SharedBase):
+        posterior: Precision = dataclasses.replace(
+            prior.precision, base=PositiveDefinite(prior.precision.base.entries + gram)
+        )
+    else:
+        posterior = PositiveDefinite(prior.precision.dense(lat_dim) + gram[None])
+    return dataclasses.replace(
+        natural, posterior_location=prior.location - location[None], posterior_precision=posterior
+    )

@@ -1,0 +1,74 @@
+"""The units in which a fit computes: an origin and a unit for every column, so that nothing depends on those of x.
+
+A fit of x and one of any other origin and unit of x are then the same computation. Origin and unit are robust: a few
+wild rows or entries leave them as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.model.kinds import Array, pytree
+
+
+@pytree
+class Frame:
+    """x' = (x - origin) / unit, column by column.
+
+    The origin is held as a sum of two numbers, so that in float32 it has the digits of a float64.
+
+    Attributes:
+        origin: (D,), in units of x.
+        rest: what `origin` lacks of the exact one (D,).
+        unit: (D,), positive, in units of x.
+        log_volume: sum over columns of log unit (): log p(x) = log p(x') - log_volume.
+    """
+
+    origin: Array
+    rest: Array
+    unit: Array
+    log_volume: Array
+
+    @classmethod
+    def of(cls, origin: np.ndarray, unit: np.ndarray, dtype: Any) -> Frame:
+        """The frame with this origin and unit (D,), given in float64."""
+        unit = np.asarray(unit, dtype)
+        high = np.asarray(origin, dtype)
+        rest = np.asarray(origin - high.astype(np.float64), dtype)
+        volume = np.asarray(np.log(unit.astype(np.float64)).sum(), dtype)
+        return cls(*(jnp.asarray(part) for part in (high, rest, unit, volume)))
+
+    def inward(self, x: Array) -> Array:
+        """Rows x' (B, D) of rows x (B, D)."""
+        return ((x - self.origin[None]) - self.rest[None]) / self.unit[None]
+
+    def outward(self, rows: Array) -> Array:
+        """Rows x (B, D) of rows x' (B, D)."""
+        return self.origin[None] + (self.rest[None] + rows * self.unit[None])
+
+    def exact(self) -> tuple[np.ndarray, np.ndarray]:
+        """Origin and unit (D,) in float64, on the host."""
+        origin, rest, unit = (np.asarray(part, np.float64) for part in (self.origin, self.rest, self.unit))
+        return origin + rest, unit
+
+    def applied(self) -> Frame:
+        """What is left of the frame for rows x' themselves: their density is still one of x."""
+        zero = jnp.zeros_like(self.origin)
+        return Frame(zero, zero, jnp.ones_like(self.unit), self.log_volume)
+
+    def inward_on_host(self, x: np.ndarray) -> np.ndarray:
+        """Rows x' (B, D) float64 of rows x (B, D): digits that x has beyond the working precision are not lost."""
+        origin, unit = self.exact()
+        return (np.asarray(x, np.float64) - origin) / unit
+
+
+def has_more_digits(x: Any, dtype: Any) -> bool:
+    """Whether `x` lies on the host in a dtype whose values the working precision would round."""
+    if isinstance(x, jax.Array):
+        return False
+    kind = np.dtype(getattr(x, "dtype", np.float64))
+    return kind.kind in "iuf" and not np.can_cast(kind, np.dtype(dtype))

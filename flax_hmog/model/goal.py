@@ -1,0 +1,240 @@
+"""The flat vector layout of goal-jax, to bring fitted parameters from there and to check against it.
+
+    natural = [ Psi^-1 b | shape(Psi^-1) | Theta row-major | component 0 | (component j - component 0) | cat ]
+    mean    = [ E[x] | shape(E[x x']) | E[x y'] row-major | E[s(y)] | E[s(y) 1(z = j)] | w_1 .. w_{K-1} ]
+
+A component is [ location | shape ]; the differences form a matrix (shape of a component, K-1), stored row-major.
+A precision P enters as theta with theta . s(x) = -1/2 x' P x: Scale -n p / 2, Diagonal -P_ii / 2, full -P_ii / 2 and
+-P_ij for i < j along the upper triangle, row by row. Second moments are stored plainly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.model.checks import check_finite, check_type
+from flax_hmog.model.conversions import in_units_of_x, with_prior
+from flax_hmog.model.coordinates import Mean, Natural, Precision, SharedBase, check_natural
+from flax_hmog.model.kinds import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep
+
+
+def ravel_natural(natural: Natural, head: Any) -> Array:
+    """Natural coordinates as the flat vector of goal-jax.
+
+    Args:
+        natural: the model.
+        head: unbound head with the model's dimensions and kinds; only these are read.
+
+    Returns:
+        The vector (P,).
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type.
+        ValueError: if the head leaves `obs_dim` open or its structure is another.
+    """
+    check_natural("ravel_natural", natural)
+    natural = in_units_of_x(natural)
+    obs_dim, lat_dim, _, obs_rep, rep, shared_base = _read_head("ravel_natural", head)
+    _check_structure("ravel_natural", natural.observable_precision, obs_rep)
+    precision: Any = natural.posterior_precision
+    if shared_base:
+        check_type("ravel_natural", "natural.posterior_precision", precision, SharedBase, "Use the head it came from.")
+        first = _pack_precision(precision.base, lat_dim)
+        shapes = _pack_precision(precision.differences, lat_dim)
+    else:
+        _check_structure("ravel_natural", precision, rep)
+        packed = _pack_precision(precision, lat_dim)
+        first, shapes = packed[0], packed[1:] - packed[:1]
+    locations = natural.posterior_location
+    differences = jnp.concatenate([locations[1:] - locations[:1], shapes], axis=-1)
+    return jnp.concatenate([
+        natural.observable_location,
+        _pack_precision(natural.observable_precision, obs_dim),
+        natural.interaction.reshape(-1),
+        locations[0],
+        first,
+        differences.T.reshape(-1),
+        natural.categorical_bias,
+    ])  # fmt: skip
+
+
+def unravel_natural(flat: Array, head: Any) -> Natural:
+    """Natural coordinates from the flat vector of goal-jax.
+
+    The prior precisions follow by subtraction, so that derivatives in the flat vector see both.
+
+    Args:
+        flat: the vector (P,).
+        head: unbound head with the model's dimensions and kinds; only these are read.
+
+    Returns:
+        `Natural`, with its prior location and precision.
+
+    Raises:
+        ValueError: for a wrong length, entries that are not finite, or a prior precision that is not positive definite.
+    """
+    obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head("unravel_natural", head)
+    base_rep = PositiveDefinite if shared_base else rep
+    location, precision, interaction, first, differences, bias = _split(
+        "unravel_natural", flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
+    )
+    first_location, first_shape = first[:lat_dim], first[lat_dim:]
+    locations = jnp.concatenate([first_location[None], first_location[None] + differences[:, :lat_dim]])
+    shapes = differences[:, lat_dim:]
+    if shared_base:
+        base: Any = _unpack_precision(first_shape, PositiveDefinite, lat_dim)
+        components: Precision = SharedBase(base, _unpack_precision(shapes, rep, lat_dim))
+    else:
+        packed = jnp.concatenate([first_shape[None], first_shape[None] + shapes])
+        components = _unpack_precision(packed, rep, lat_dim)
+    natural = Natural(
+        location, _unpack_precision(precision, obs_rep, obs_dim), interaction, locations, components, bias
+    )
+    return with_prior(natural, "unravel_natural")
+
+
+def ravel_mean(mean: Mean, head: Any) -> Array:
+    """Mean coordinates as the flat vector of goal-jax.
+
+    Args:
+        mean: expected statistics.
+        head: unbound head with the model's dimensions and kinds; only these are read.
+
+    Returns:
+        The vector (P,).
+
+    Raises:
+        TypeError: if `mean` is of another coordinate type.
+        ValueError: if the head leaves `obs_dim` open or its structure is another.
+    """
+    check_type("ravel_mean", "mean", mean, Mean, "Convert with natural_to_mean.")
+    *_, obs_rep, rep, shared_base = _read_head("ravel_mean", head)
+    _check_structure("ravel_mean", mean.observable_second_moment, obs_rep)
+    _check_structure("ravel_mean", mean.weighted_second_moments, rep)
+    shapes = _pack_moment(mean.weighted_second_moments)
+    pooled = _pack_moment(mean.pooled_second_moment) if shared_base else jnp.sum(shapes, axis=0)
+    components = jnp.concatenate([mean.weighted_means, shapes], axis=-1)[1:]
+    return jnp.concatenate([
+        mean.observable_mean,
+        _pack_moment(mean.observable_second_moment),
+        mean.cross_moment.reshape(-1),
+        jnp.sum(mean.weighted_means, axis=0),
+        pooled,
+        components.T.reshape(-1),
+        mean.weights[1:],
+    ])  # fmt: skip
+
+
+def unravel_mean(flat: Array, head: Any) -> Mean:
+    """Mean coordinates from the flat vector of goal-jax.
+
+    Args:
+        flat: the vector (P,).
+        head: unbound head with the model's dimensions and kinds; only these are read.
+
+    Returns:
+        `Mean`.
+
+    Raises:
+        ValueError: for a wrong length or entries that are not finite.
+    """
+    obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head("unravel_mean", head)
+    base_rep = PositiveDefinite if shared_base else rep
+    mean, second, cross, first, components, weights = _split(
+        "unravel_mean", flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
+    )
+    pooled: Any = _unpack_moment(first[lat_dim:], base_rep, lat_dim)
+    # component 0 is what the others leave of the average
+    total = _pack_moment(rep.project(pooled.entries)) if shared_base else first[lat_dim:]
+    means, shapes = components[:, :lat_dim], components[:, lat_dim:]
+    return Mean(
+        observable_mean=mean,
+        observable_second_moment=_unpack_moment(second, obs_rep, obs_dim),
+        cross_moment=cross,
+        weights=jnp.concatenate([1 - jnp.sum(weights, keepdims=True), weights]),
+        weighted_means=jnp.concatenate([first[None, :lat_dim] - jnp.sum(means, axis=0, keepdims=True), means]),
+        weighted_second_moments=_unpack_moment(
+            jnp.concatenate([total[None] - jnp.sum(shapes, axis=0, keepdims=True), shapes]), rep, lat_dim
+        ),
+        pooled_second_moment=pooled if shared_base else None,  # type: ignore[arg-type]
+    )
+
+
+def _read_head(caller: str, head: Any) -> tuple[int, int, int, Rep, Rep, bool]:
+    if head.obs_dim is None:
+        raise ValueError(f"{caller}: `head.obs_dim` must be a number; got None. Give the head its obs_dim.")
+    obs_rep = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep")
+    rep, shared_base = head.component_structure
+    return head.obs_dim, head.lat_dim, head.n_components, obs_rep, rep, shared_base
+
+
+def _check_structure(caller: str, value: Any, rep: Rep) -> None:
+    if type(value) is not rep:
+        raise ValueError(
+            f"{caller}: `head` must have the kinds of the coordinates; got {rep.__name__} for coordinates that hold "
+            f"{type(value).__name__}. Use the head they came from."
+        )
+
+
+def _shape_size(rep: Rep, dim: int) -> int:
+    return {Scale: 1, Diagonal: dim, PositiveDefinite: dim * (dim + 1) // 2}[rep]
+
+
+def _split(caller: str, flat: Any, obs_dim: int, lat_dim: int, n_components: int, reps: tuple) -> tuple:
+    """The six parts of a flat vector; the differences as (K-1, component size)."""
+    obs_rep, base_rep, rep = reps
+    flat = jnp.asarray(flat)
+    first = lat_dim + _shape_size(base_rep, lat_dim)
+    other = lat_dim + _shape_size(rep, lat_dim)
+    sizes = [
+        obs_dim, _shape_size(obs_rep, obs_dim), obs_dim * lat_dim, first, other * (n_components - 1), n_components - 1,
+    ]  # fmt: skip
+    if flat.shape != (sum(sizes),):
+        raise ValueError(
+            f"{caller}: `flat` must have shape ({sum(sizes)},) for this head; got {flat.shape}. "
+            "Check the head's dimensions and kinds."
+        )
+    check_finite(caller, "flat", flat)
+    location, shape, interaction, component, differences, bias = jnp.split(flat, np.cumsum(sizes)[:-1])
+    return (
+        location, shape, interaction.reshape(obs_dim, lat_dim), component,
+        differences.reshape(other, n_components - 1).T, bias,
+    )  # fmt: skip
+
+
+def _pack_moment(moment: Covariance) -> Array:
+    """Second moments, batch (...), as vectors (..., shape size)."""
+    if isinstance(moment, PositiveDefinite):
+        rows, columns = np.triu_indices(moment.entries.shape[-1])
+        return moment.entries[..., rows, columns]
+    return moment.entries[..., None] if isinstance(moment, Scale) else moment.entries
+
+
+def _unpack_moment(packed: Array, rep: Rep, dim: int) -> Covariance:
+    if rep is PositiveDefinite:
+        rows, columns = np.triu_indices(dim)
+        index = np.zeros((dim, dim), int)
+        index[rows, columns] = index[columns, rows] = np.arange(rows.size)
+        return PositiveDefinite(packed[..., index])
+    return Scale(packed[..., 0]) if rep is Scale else Diagonal(packed)
+
+
+def _precision_factor(rep: Rep, dim: int) -> np.ndarray:
+    """What turns the packed entries of a precision into natural parameters (shape size,)."""
+    if rep is PositiveDefinite:
+        rows, columns = np.triu_indices(dim)
+        return np.where(rows == columns, -0.5, -1.0)
+    return np.full(_shape_size(rep, dim), -dim / 2 if rep is Scale else -0.5)
+
+
+def _pack_precision(precision: Covariance, dim: int) -> Array:
+    packed = _pack_moment(precision)
+    return packed * jnp.broadcast_to(jnp.asarray(_precision_factor(type(precision), dim), packed.dtype), packed.shape)
+
+
+def _unpack_precision(theta: Array, rep: Rep, dim: int) -> Covariance:
+    factor = jnp.broadcast_to(jnp.asarray(_precision_factor(rep, dim), theta.dtype), theta.shape)
+    return _unpack_moment(theta / factor, rep, dim)

@@ -1,0 +1,254 @@
+"""What inference needs of a model, and the matrix products it takes per block of rows.
+
+All that does not depend on x is computed once per parameter value (`factorise`); what does is a few matrix products
+per block of rows. Everything is evaluated in coordinates u of the latent space in which the posterior of an average
+component has unit precision, because in float32 the plain formulas cancel (docs/derivations.md):
+
+    Qbar = G + R,   G = W'Psi^-1 W,   R = mean_k P_k,   Qbar = T'T,   u = T y,   t = T^-T W'Psi^-1 (x - b)
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.model.conversions import with_prior
+from flax_hmog.model.coordinates import Natural, SharedBase, observable_bias
+from flax_hmog.model.frames import Frame
+from flax_hmog.model.kinds import (
+    Array,
+    Covariance,
+    PositiveDefinite,
+    diagonal,
+    einsum,
+    inverse_and_log_det,
+    inverse_lower,
+    matmul,
+    pytree,
+    symmetrize,
+)
+
+
+@pytree
+class Factors:
+    """What inference needs of a model, computed once per parameter value.
+
+    With r = F'(x - b) and t = U'r, and C_k the posterior covariance of u = T y given component k:
+
+        log p(x) = offset - (|r - U t|^2 + |V t|^2) / 2 + logsumexp_k(constant_k + linear_k . t - t' curvature_k t / 2)
+
+    Component matrices are (K, L, L), or (K, L) where the posterior precisions are diagonal.
+
+    Attributes:
+        bias: b (D,).
+        precision: Psi^-1.
+        root: F with F F' = Psi^-1.
+        projection: U = F'W T^-1 (D, L).
+        projector: F U (D, L), so that t = (F U)'(x - b), in the dtype of that product.
+        prior_root: V (L, L) with V'V + U'U = I.
+        basis: T (L, L).
+        inverse_basis: T^-1 (L, L).
+        constant: terms of the logits free of x (K,).
+        linear: C_k h~_k (K, L).
+        curvature: I - C_k, the part of the quadratic that components do not share.
+        covariance: C_k.
+        location: h~_k = T^-T h_k (K, L).
+        offset: log|Psi^-1| / 2 - D log(2 pi) / 2 (), less the log-volume of the frame.
+        frame: what turns x into the rows that all the above are of, or None.
+    """
+
+    bias: Array
+    precision: Covariance
+    root: Covariance
+    projection: Array
+    projector: Array
+    prior_root: Array
+    basis: Array
+    inverse_basis: Array
+    constant: Array
+    linear: Array
+    curvature: Array
+    covariance: Array
+    location: Array
+    offset: Array
+    frame: Frame | None = None
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether component matrices are."""
+        return self.covariance.ndim == 2
+
+
+def factorise(natural: Natural) -> Factors:
+    """Everything inference needs that does not depend on x. Cost O(D L^2 + K L^3)."""
+    natural = with_prior(natural)
+    obs_dim = natural.observable_location.shape[0]
+    root = natural.observable_precision.cholesky()
+    whitened = root.lower_solve(natural.interaction)  # A = F^-1 Theta = F' W
+    prior_covariances, prior_log_det = inverse_and_log_det(natural.prior_precision.entries)
+    means = einsum("kij,kj->ki", prior_covariances, natural.prior_location)
+    pooled_root = jnp.linalg.cholesky(jnp.mean(natural.prior_precision.entries, axis=0)).T
+    basis = _full_basis if isinstance(natural.posterior_precision, PositiveDefinite | SharedBase) else _diagonal_basis
+    t, t_inverse, projection, prior_root, curvature, covariance, log_det = basis(natural, whitened, pooled_root)
+    frame = jax.lax.stop_gradient(natural.frame)
+    offset = natural.observable_precision.log_det(obs_dim) / 2 - obs_dim * math.log(2 * math.pi) / 2
+    location = matmul(natural.prior_location, t_inverse)
+    linear = component_product(covariance, location)
+    # Q_k = P_k + G, so  h'C h - h'P^-1 h = -h' C G P^-1 h
+    gram_means = matmul(matmul(matmul(means, t.T), projection.T), projection)
+    constant = natural.log_weights + (prior_log_det - log_det - jnp.sum(linear * gram_means, axis=-1)) / 2
+    return Factors(
+        bias=observable_bias(natural),
+        precision=natural.observable_precision,
+        root=root,
+        projection=projection,
+        projector=root.times(projection).astype(natural.projection_dtype or projection.dtype),
+        prior_root=prior_root,
+        basis=t,
+        inverse_basis=t_inverse,
+        constant=constant,
+        linear=linear,
+        curvature=curvature,
+        covariance=covariance,
+        location=location,
+        offset=offset if frame is None else offset - frame.log_volume,
+        frame=frame,
+    )
+
+
+def _full_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
+    """T from the QR factors of [R^1/2; A], so that the small prior is not lost beside A'A; C_k = Q~_k^-1 in full."""
+    lat_dim = pooled_root.shape[0]
+    orthonormal, t = jnp.linalg.qr(jnp.concatenate([pooled_root, whitened]))
+    prior_root, projection = orthonormal[:lat_dim], orthonormal[lat_dim:]
+    t_inverse = inverse_lower(t.T).T
+    prior = matmul(matmul(t_inverse.T[None], natural.prior_precision.entries), t_inverse[None])
+    # Q~_k = T^-T P_k T^-1 + U'U, and Q~_k - I = T^-T P_k T^-1 - V'V
+    precision = symmetrize(prior + matmul(projection.T, projection)[None])
+    covariance, log_det = inverse_and_log_det(precision)
+    curvature = matmul(prior - matmul(prior_root.T, prior_root)[None], covariance)
+    log_det = log_det + 2 * jnp.sum(jnp.log(jnp.abs(diagonal(t))))
+    return t, t_inverse, projection, prior_root, symmetrize(curvature), covariance, log_det
+
+
+def _diagonal_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
+    """T = diag(mean_k Q_k)^1/2, in which all Q~_k are diagonal."""
+    precision = natural.posterior_precision.diagonal(  # type: ignore[union-attr]
+        pooled_root.shape[0]
+    )
+    pooled = jnp.mean(precision, axis=0)
+    scale = jnp.sqrt(pooled)
+    covariance = pooled[None] / precision
+    curvature = (precision - pooled[None]) / precision
+    log_det = jnp.sum(jnp.log(precision), axis=-1)
+    t, t_inverse = jnp.diag(scale), jnp.diag(1 / scale)
+    return t, t_inverse, whitened / scale[None], pooled_root / scale[None], curvature, covariance, log_det
+
+
+def component_product(matrices: Array, vectors: Array) -> Array:
+    """M_k v_k (K, L) for component matrices (K, L, L), or (K, L) if diagonal."""
+    return matrices * vectors if matrices.ndim == 2 else einsum("kij,kj->ki", matrices, vectors)
+
+
+def latent_features(t: Array, *, squares_only: bool = False) -> Array:
+    """[t, its products t_i t_j] (B, L + F), of which logits are linear: F = L(L+1)/2, or L squares."""
+    if squares_only:
+        return jnp.concatenate([t, t * t], axis=-1)
+    i, j = np.triu_indices(t.shape[-1])
+    return jnp.concatenate([t, t[:, i] * t[:, j]], axis=-1)
+
+
+def distinct_entries(matrices: Array) -> Array:
+    """The distinct entries of symmetric matrices (K, L(L+1)/2); diagonals (K, L) as they are."""
+    if matrices.ndim == 2:
+        return matrices
+    i, j = np.triu_indices(matrices.shape[-1])
+    return matrices[:, i, j]
+
+
+def quadratic_coefficients(matrices: Array) -> Array:
+    """Coefficients (K, F) of the products t_i t_j in t' M_k t."""
+    if matrices.ndim == 2:
+        return matrices
+    i, j = np.triu_indices(matrices.shape[-1])
+    return distinct_entries(matrices) * jnp.asarray(np.where(i == j, 1, 2), matrices.dtype)[None]
+
+
+def symmetric_matrices(entries: Array) -> Array:
+    """Symmetric matrices (B, L, L) from their distinct entries (B, L(L+1)/2)."""
+    return entries[:, _entry_index(math.isqrt(2 * entries.shape[-1]))]
+
+
+def _entry_index(dim: int) -> np.ndarray:
+    """Where the entries of a symmetric matrix stand among its distinct ones (n, n)."""
+    i, j = np.triu_indices(dim)
+    index = np.zeros((dim, dim), np.int32)
+    index[i, j] = index[j, i] = np.arange(i.size)
+    return index
+
+
+def center_rows(factors: Factors, x: Array) -> Array:
+    """Rows x - b (B, D), in the frame of the model."""
+    rows = x if factors.frame is None else factors.frame.inward(x)
+    return rows - factors.bias[None]
+
+
+def project_rows(factors: Factors, centered: Array) -> Array:
+    """Latent coordinates t = (F U)'(x - b) (B, L) of rows x - b (B, D)."""
+    projector = factors.projector
+    return matmul(centered.astype(projector.dtype), projector, preferred_element_type=centered.dtype)
+
+
+def component_logits(factors: Factors, features: Array) -> Array:
+    """Log p(x, z = k) (B, K) up to a term that all components share: linear in the latent features."""
+    coefficients = jnp.concatenate([factors.linear, -quadratic_coefficients(factors.curvature) / 2], axis=-1)
+    return factors.constant[None] + matmul(features, coefficients.T)
+
+
+def normalize_logits(logits: Array) -> tuple[Array, Array, Array]:
+    """Of logits (B, K): log sum_k exp (B,), the logits less it (B, K), and the exponentials of these.
+
+    The largest is subtracted first: the logits of rows far from the model are so large that what is lost in
+    rounding their logsumexp would show in the responsibilities, which sum to 1 here.
+    """
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    shifted = logits - top
+    exponentials = jnp.exp(shifted)
+    total = jnp.sum(exponentials, axis=-1, keepdims=True)
+    log_total = jnp.log(total)
+    return (top + log_total)[:, 0], shifted - log_total, exponentials / total
+
+
+def shared_log_density(factors: Factors, centered: Array, t: Array) -> Array:
+    """The term of log p(x, z = k) that all components share (B,): offset - (|r - U t|^2 + |V t|^2) / 2."""
+    unexplained = factors.root.rows_times(centered) - matmul(t, factors.projection.T)
+    shrunk = matmul(t, factors.prior_root.T)
+    return factors.offset - (jnp.sum(unexplained**2, axis=-1) + jnp.sum(shrunk**2, axis=-1)) / 2
+
+
+def posterior_gain(factors: Factors, responsibilities: Array, t: Array) -> Array:
+    """G = E[u | x] - t = sum_k r_k (linear_k - curvature_k t) (B, L): what the prior adds to the projection."""
+    lat_dim = t.shape[-1]
+    coefficients = jnp.concatenate([factors.linear, distinct_entries(factors.curvature)], axis=-1)
+    if factors.is_diagonal:
+        mixed = matmul(responsibilities, coefficients)
+        return mixed[:, :lat_dim] - mixed[:, lat_dim:] * t
+    # column by column of the mixed matrices, rows along the last axis: no (B, L, L), and long vectors
+    mixed = matmul(coefficients.T, responsibilities.T)
+    index, columns = jnp.asarray(_entry_index(lat_dim)), t.T
+
+    def less_column(column: Array, gain: Array) -> Array:
+        return gain - mixed[lat_dim + index[column]] * columns[column][None]
+
+    return jax.lax.fori_loop(0, lat_dim, less_column, mixed[:lat_dim]).T
+
+
+def floats_per_row(factors: Factors) -> int:
+    """Floats that a pass holds per row of a block."""
+    (obs_dim, lat_dim), n_components = factors.projection.shape, factors.constant.shape[0]
+    features = 2 * (lat_dim if factors.is_diagonal else lat_dim * (lat_dim + 1) // 2)
+    return 2 * obs_dim + features + 4 * lat_dim + 2 * n_components

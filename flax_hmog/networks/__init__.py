@@ -1,0 +1,41 @@
+"""Encoders before a head, a head on an encoder as one module, and the objectives that train both."""
+
+from flax_hmog.networks.encoders import MLP, Autoencoder, Clusterer, ConvNet, train_arguments
+from flax_hmog.networks.objectives import (
+    combine,
+    conditional_entropy,
+    consistency,
+    distillation,
+    loading_penalty,
+    marginal_entropy,
+    merge_output,
+    negative_joint_information,
+    negative_log_likelihood,
+    negative_mutual_information,
+    negative_weight_entropy,
+    precision_penalty,
+    reconstruction,
+    virtual_adversarial,
+)
+
+__all__ = [
+    "MLP",
+    "Autoencoder",
+    "Clusterer",
+    "ConvNet",
+    "combine",
+    "conditional_entropy",
+    "consistency",
+    "distillation",
+    "loading_penalty",
+    "marginal_entropy",
+    "merge_output",
+    "negative_joint_information",
+    "negative_log_likelihood",
+    "negative_mutual_information",
+    "negative_weight_entropy",
+    "precision_penalty",
+    "reconstruction",
+    "train_arguments",
+    "virtual_adversarial",
+]

@@ -1,0 +1,354 @@
+"""Losses for heads on encoders: small functions of a head's output, averaged over the batch and to be minimised.
+
+The likelihood of the features alone collapses an encoder: shrinking all features raises it without limit. Train the
+head with it on features behind `stop_gradient`, and the encoder with an objective of the assignments: docs/encoders.md.
+Source: Krause et al. 2010 (RIM), Hu et al. 2017 (IMSAT), Ji et al. 2019 (IIC), Miyato et al. 2018 (VAT).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_hmog.em.step import prior_moments, within_covariance
+from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.checks import check_positive, check_shape, check_type, is_concrete
+from flax_hmog.model.conversions import natural_to_moments, own_moments, with_prior
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.kinds import Array, einsum, matmul
+
+ONE_OUTPUT = "Give what a head returns; joint_and_head_outputs returns two of them."
+PERTURBATION_STEP = 1e-2  # length of the step that asks for the most sensitive direction, relative to `radius`
+
+
+def negative_log_likelihood(output: HMoGOutput) -> Array:
+    """-mean log p(x), in nats per sample.
+
+    Args:
+        output: of a head, for a batch (..., D); of features behind `stop_gradient` where there is an encoder.
+
+    Returns:
+        The loss ().
+    """
+    check_type("negative_log_likelihood", "output", output, HMoGOutput, ONE_OUTPUT)
+    return -jnp.mean(output.log_density)
+
+
+def conditional_entropy(output: HMoGOutput) -> Array:
+    """H(z | x): mean entropy of the assignments in nats; 0 when all are certain.
+
+    Args:
+        output: of a head, for a batch (..., D).
+
+    Returns:
+        The entropy ().
+    """
+    rows = _rows("conditional_entropy", output)
+    return -jnp.mean(_expectation(jnp.exp(rows), rows))
+
+
+def marginal_entropy(output: HMoGOutput) -> Array:
+    """H(z): entropy of the batch's average assignment in nats; log K when clusters are used equally.
+
+    Args:
+        output: of a head, for a batch (..., D).
+
+    Returns:
+        The entropy ().
+    """
+    return -_sum_x_log_x(jnp.mean(jnp.exp(_rows("marginal_entropy", output)), axis=0))
+
+
+def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
+    """-I(x; z) = H(z | x) - marginal_weight H(z): confident and balanced assignments.
+
+    Args:
+        output: of a head, for a batch (..., D).
+        marginal_weight: weight of the balance, positive.
+
+    Returns:
+        The loss (), in nats.
+
+    Raises:
+        ValueError: for a weight that is not positive: a single cluster would be best.
+    """
+    check_positive("negative_mutual_information", "marginal_weight", marginal_weight, "1 gives the information.")
+    return conditional_entropy(output) - marginal_weight * marginal_entropy(output)
+
+
+def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
+    """-I(z; z') of the assignments of two views of the same samples: each view tells the cluster of the other.
+
+    With the table P_jk = mean_n r_nj r'_nk of the batch, made symmetric,
+
+        I = sum_jk P_jk log P_jk - 2 marginal_weight sum_j P_j log P_j
+
+    It is at most log K, for certain, equal and balanced assignments; no view can win by a collapse to one cluster. With
+    a weight the best are worth (2 marginal_weight - 1) log K, against 0 for a collapse.
+
+    Args:
+        output: of a head, for a batch (..., D).
+        twin: of the head, for other views of the same samples in the same order.
+        marginal_weight: weight of the balance, above 1/2; below 1 for clusters of unequal size.
+
+    Returns:
+        The loss (), in nats.
+
+    Raises:
+        ValueError: for outputs of different shapes, or a weight of at most 1/2: a single cluster would be best.
+
+    Source: Ji, Henriques and Vedaldi 2019.
+    """
+    caller = "negative_joint_information"
+    first, second = jnp.exp(_rows(caller, output)), jnp.exp(_rows(caller, twin, "twin"))
+    _check_like(caller, "twin", twin.log_responsibilities, output.log_responsibilities)
+    if is_concrete(marginal_weight) and not np.asarray(marginal_weight) > 0.5:
+        raise ValueError(
+            f"{caller}: `marginal_weight` must be above 1/2, below which a single cluster is best; "
+            f"got {marginal_weight}. 1 gives the information."
+        )
+    table = matmul(first.T, second) / first.shape[0]
+    table = (table + table.T) / 2
+    return marginal_weight * 2 * _sum_x_log_x(jnp.sum(table, axis=0)) - _sum_x_log_x(table)
+
+
+def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
+    """Mean KL of assignments of perturbed inputs from those of the inputs, which are taken as given.
+
+    Args:
+        output: of a head, for a batch (..., D); no gradient flows through it.
+        perturbed: of the head, for the same batch augmented.
+
+    Returns:
+        The loss (), in nats.
+
+    Raises:
+        ValueError: for outputs of different shapes.
+    """
+    _check_like("consistency", "perturbed", perturbed.log_responsibilities, output.log_responsibilities)
+    target = jax.lax.stop_gradient(output.log_responsibilities)
+    return jnp.mean(_expectation(jnp.exp(target), target - perturbed.log_responsibilities))
+
+
+def virtual_adversarial(
+    model: Callable[[Array], HMoGOutput], x: Array, key: Array, *, radius: float, steps: int = 1
+) -> Array:
+    """`consistency` under the small perturbation of each sample that changes its assignment most.
+
+    The direction is found by `steps` power iterations on the Hessian of the divergence, from a random start; no
+    gradient flows through it.
+
+    Args:
+        model: from inputs to a head's output, for example `lambda x: clusterer.apply(variables, x)`.
+        x: inputs (B, ...).
+        key: PRNG key of the start.
+        radius: Euclidean length of a sample's perturbation, in units of x.
+        steps: power iterations; each costs a forward and a backward pass.
+
+    Returns:
+        The loss (), in nats.
+
+    Raises:
+        ValueError: for a radius that is not positive.
+
+    Source: Miyato et al. 2018.
+    """
+    check_positive("virtual_adversarial", "radius", radius, "Use a share of the distance between samples.")
+    plain = model(x)
+    fixed = jax.lax.stop_gradient(plain)
+
+    def divergence(direction: Array) -> Array:
+        return consistency(fixed, model(x + PERTURBATION_STEP * radius * direction))
+
+    direction = _unit_rows(jax.random.normal(key, x.shape, x.dtype))
+    for _ in range(steps):
+        direction = _unit_rows(jax.grad(divergence)(direction))
+    return consistency(plain, model(x + radius * jax.lax.stop_gradient(direction)))
+
+
+def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
+    """Cross-entropy of the assignments against given ones: the clusters of one model taught to another.
+
+    Args:
+        output: of a head, for a batch (..., D).
+        responsibilities: probabilities of the clusters (..., K), for example those of a linear model, merged.
+
+    Returns:
+        The loss (), in nats.
+
+    Raises:
+        ValueError: unless there is a probability for each sample and cluster; `jax.nn.one_hot` makes them of labels.
+    """
+    if is_concrete(responsibilities) and np.any(np.asarray(responsibilities) < 0):
+        raise ValueError(
+            "distillation: `responsibilities` must be probabilities; got negative ones. Take exp of logarithms."
+        )
+    _check_like("distillation", "responsibilities", responsibilities, output.log_responsibilities)
+    return -jnp.mean(_expectation(responsibilities, output.log_responsibilities))
+
+
+def reconstruction(decoded: Array, x: Array) -> Array:
+    """Mean squared distance of inputs from what a decoder makes of their features; it keeps features from collapse.
+
+    Args:
+        decoded: the decoder's output (B, ...).
+        x: inputs (B, ...).
+
+    Returns:
+        The loss (): squared units of x, summed over an input and averaged over the batch.
+
+    Raises:
+        ValueError: unless both have one shape.
+    """
+    _check_like("reconstruction", "decoded", decoded, x)
+    return jnp.mean(jnp.sum(jnp.square(decoded - x).reshape(x.shape[0], -1), axis=-1))
+
+
+def negative_weight_entropy(natural: Natural) -> Array:
+    """-H(w) of the mixture weights in nats; -log K for equal weights. It keeps components alive.
+
+    Args:
+        natural: the model, `head.apply(variables, method="natural")`.
+
+    Returns:
+        The loss ().
+    """
+    return _sum_x_log_x(natural_to_moments(natural).weights)
+
+
+def precision_penalty(natural: Natural) -> Array:
+    """How unlike each other components are in width: 1/2 mean_k [tr(P_k C) - log|P_k C| - L], C = sum_k w_k S_k.
+
+    It is 0 where all components have one covariance, whatever their means, and grows as one becomes narrower or flatter
+    than the average. The latent basis and the units of x do not matter.
+
+    Args:
+        natural: the model.
+
+    Returns:
+        The loss (), in nats.
+    """
+    natural = with_prior(natural, "precision_penalty")
+    lat_dim = natural.interaction.shape[1]
+    within = within_covariance(own_moments(natural))
+    traces = einsum("kij,ij->k", natural.prior_precision.entries, within.entries)
+    log_dets = natural.prior_precision.log_det(lat_dim) + within.log_det(lat_dim)
+    return jnp.mean(traces - log_dets - lat_dim) / 2
+
+
+def loading_penalty(natural: Natural) -> Array:
+    """Signal over noise per column of x: tr(C W' Psi^-1 W) / D, C the prior's covariance.
+
+    The latent basis and the units of x do not matter.
+
+    Args:
+        natural: the model.
+
+    Returns:
+        The loss ().
+    """
+    moments = own_moments(natural)
+    gram = matmul(moments.loadings.T, natural.interaction)  # W' Psi^-1 W
+    _, covariance = prior_moments(moments)
+    return einsum("ij,ij->", covariance.entries, gram) / natural.interaction.shape[0]
+
+
+def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput:
+    """The output of a model whose components are merged to clusters: log-responsibilities summed within each.
+
+    Args:
+        output: of a head with K components, for a batch (..., D).
+        labels: the cluster of each component (K,), integers from 0, as `analysis.merge_components` gives them.
+        n_clusters: number of clusters.
+
+    Returns:
+        The output with log-responsibilities (..., n_clusters); gradients flow to all components.
+
+    Raises:
+        ValueError: unless there is one label for each component, below `n_clusters`.
+    """
+    check_shape("merge_output", "labels", labels, output.log_responsibilities.shape[-1:])
+    if is_concrete(labels):
+        host = np.asarray(labels)
+        smallest, largest = host.min(), host.max()
+        if host.dtype.kind not in "iu" or not 0 <= smallest <= largest < n_clusters:
+            raise ValueError(
+                f"merge_output: `labels` must be integers from 0 to {n_clusters - 1}; got {smallest} to {largest} in "
+                f"{host.dtype}. Give the number of clusters that the labels have."
+            )
+    merged = _log_sums(output.log_responsibilities, jnp.asarray(labels), n_clusters)
+    return dataclasses.replace(output, log_responsibilities=merged)
+
+
+def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: Any) -> Array:
+    """The weighted sum of losses, each weight a number or an optax schedule of the step.
+
+    Args:
+        terms: losses () by name.
+        weights: for each name a number, or a function of the step, as `optax.linear_schedule(0.0, 1.0, 1000)`.
+        step: number of the step.
+
+    Returns:
+        The loss ().
+
+    Raises:
+        ValueError: unless terms and weights have the same names.
+    """
+    if terms.keys() != weights.keys():
+        raise ValueError(
+            f"combine: `weights` must have one weight for each term, {sorted(terms)}; got {sorted(weights)}. "
+            "Give 0 to a term that does not count."
+        )
+    values = {name: weight(step) if callable(weight) else weight for name, weight in weights.items()}
+    return sum((values[name] * term for name, term in terms.items()), start=jnp.zeros(()))
+
+
+@partial(jax.jit, static_argnames="n_clusters")
+def _log_sums(log_responsibilities: Array, labels: Array, n_clusters: int) -> Array:
+    """The log of the sum of exponentials within each cluster (..., n_clusters), relative to its largest term."""
+    rows = jnp.moveaxis(log_responsibilities, -1, 0)  # (K, ...)
+    top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    totals = jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)
+    merged = jnp.where(totals > 0, jnp.log(jnp.where(totals > 0, totals, 1)) + top, -jnp.inf)
+    return jnp.moveaxis(merged, 0, -1)
+
+
+def _check_like(caller: str, argument: str, value: Any, like: Array) -> None:
+    """ValueError unless both have one shape: others would broadcast to a loss that means nothing."""
+    if jnp.shape(value) != jnp.shape(like):
+        raise ValueError(
+            f"{caller}: `{argument}` must have shape {jnp.shape(like)}, as what it is compared with; got "
+            f"{jnp.shape(value)}. Give both for the same samples."
+        )
+
+
+def _rows(caller: str, output: HMoGOutput, argument: str = "output") -> Array:
+    """Log-responsibilities (N, K), from (..., K)."""
+    check_type(caller, argument, output, HMoGOutput, ONE_OUTPUT)
+    return output.log_responsibilities.reshape(-1, output.log_responsibilities.shape[-1])
+
+
+def _unit_rows(x: Array) -> Array:
+    """Each sample of x (B, ...) scaled to length 1; a sample of zeros stays."""
+    rows = x.reshape(x.shape[0], -1)
+    largest = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)  # whose square may be below the smallest float
+    rows = rows / jnp.where(largest > 0, largest, 1)
+    length = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True))
+    return (rows / jnp.where(length > 0, length, 1)).reshape(x.shape)
+
+
+def _sum_x_log_x(p: Array) -> Array:
+    """Sum of p log p, with 0 log 0 = 0 and finite gradients."""
+    return jnp.sum(p * jnp.log(jnp.maximum(p, jnp.finfo(p.dtype).tiny)))
+
+
+def _expectation(p: Array, values: Array) -> Array:
+    """Sum of p times values over the last axis, with 0 log 0 = 0 and finite gradients."""
+    return jnp.sum(p * jnp.where(p > 0, values, 0), axis=-1)
