@@ -5,9 +5,9 @@ import json
 
 from rich.console import Console
 
-from experiments import train
-from experiments.config import EM, Checkpoints, Gradient, Model
 from experiments.configs import EXPERIMENTS
+from flax_hmog.recipe import train
+from flax_hmog.recipe.config import EM, Checkpoints, Gradient, Model
 
 SMALL = dataclasses.replace(
     EXPERIMENTS["digits"],

@@ -9,11 +9,11 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from experiments.analyze import clusters_in_use, pair_agreement
 from experiments.benchmarks import ablations
 from experiments.benchmarks.ablations import KMeansHead, final_scores, spread, variants
-from experiments.config import EM, Encoder, Gradient, Model, Rounds
 from experiments.configs import EXPERIMENTS
+from flax_hmog.recipe.config import EM, Encoder, Gradient, Model, Rounds
+from flax_hmog.recipe.report import clusters_in_use, pair_agreement
 
 
 def test_a_kmeans_head_is_a_mixture_of_equal_spheres():

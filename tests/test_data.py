@@ -12,10 +12,11 @@ import pytest
 from scipy.sparse import csr_matrix, random_array, save_npz
 from sklearn.datasets import load_digits
 
-from experiments.augment import distort
-from experiments.config import Augmentation, Data
-from experiments.data import Batches, data_shape, load, prepare_inputs
-from experiments.data.images import CIFAR_FILE, CIFAR_FILES, IDX_FILES, read_idx
+from experiments.images import CIFAR_FILE, CIFAR_FILES, IDX_FILES, read_idx
+from flax_hmog.networks.augment import distort
+from flax_hmog.recipe.config import Augmentation, Data
+from flax_hmog.recipe.inputs import Batches, prepare_inputs
+from flax_hmog.recipe.load import data_shape, load
 from flax_hmog.training import make_mesh
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 28, 28)).astype(np.uint8)

@@ -15,12 +15,15 @@ from rich.console import Console
 from sklearn.metrics import adjusted_rand_score
 from small_runs import SMALL, read_metrics, run, without_times
 
-from experiments import analyze, logs, models, processes, train
-from experiments.baselines import fit_baselines
-from experiments.config import EM, Augmentation, Checkpoints, Data, Experiment, Gradient, Logs, Model, flat_options
 from experiments.configs import EXPERIMENTS
-from experiments.data import load, prepare_inputs
-from flax_hmog.training import make_mesh, restore
+from experiments.train import main
+from flax_hmog.analysis.baselines import fit_baselines
+from flax_hmog.recipe import models, train
+from flax_hmog.recipe import report as analyze
+from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Experiment, Gradient, Logs, Model, flat_options
+from flax_hmog.recipe.inputs import prepare_inputs
+from flax_hmog.recipe.load import load
+from flax_hmog.training import logs, make_mesh, processes, restore
 from flax_hmog.training.lock import FolderLock
 
 
@@ -285,7 +288,7 @@ def test_a_new_process_reports_from_the_checkpoints_alone(folder):
 def test_bad_options_are_named(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train", *arguments, "--workdir", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stop:
-        train.main()
+        main()
     assert stop.value.code not in (None, 0)
     shown = capsys.readouterr()
     text = f"{shown.out} {shown.err} {stop.value.code}"

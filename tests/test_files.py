@@ -11,10 +11,11 @@ import scipy.sparse as sp
 from sklearn.metrics import normalized_mutual_info_score
 from small_runs import SMALL, read_metrics, run
 
-from experiments import analyze
-from experiments.config import EM, Data, Gradient, Model
-from experiments.data import load, prepare_inputs
-from experiments.data.files import read_file
+from flax_hmog.data.files import read_file
+from flax_hmog.recipe import report as analyze
+from flax_hmog.recipe.config import EM, Data, Gradient, Model
+from flax_hmog.recipe.inputs import prepare_inputs
+from flax_hmog.recipe.load import load
 from flax_hmog.training import make_mesh
 
 RNG = np.random.default_rng(0)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from devices import on_cpus
 
-from experiments.processes import STOPPED
 from flax_hmog.training import restore
+from flax_hmog.training.processes import STOPPED
 
 pytestmark = pytest.mark.slow
 # one start of EM: of several that end in the same model, rounding decides whose numbering of the clusters wins

@@ -12,16 +12,16 @@ import pytest
 from small_checkpoints import redescribe
 from small_runs import SMALL, read_metrics, run, without_times
 
-from experiments import analyze, processes
-from experiments.config import EM, Augmentation, Encoder, Gradient, Model, Rounds
 from experiments.configs import EXPERIMENTS
-from experiments.data import load
-from experiments.encoders import init_encoder, make_encoder
-from experiments.models import Extra, Teacher, Trainable
 from flax_hmog import AnalyticHMoG, fit_em
 from flax_hmog.em.step import compute_factors
 from flax_hmog.networks.encoders import ConvNet
-from flax_hmog.training import CheckpointError, restore
+from flax_hmog.recipe import report as analyze
+from flax_hmog.recipe.config import EM, Augmentation, Encoder, Gradient, Model, Rounds
+from flax_hmog.recipe.encoders import init_encoder, make_encoder
+from flax_hmog.recipe.load import load
+from flax_hmog.recipe.models import Extra, Teacher, Trainable
+from flax_hmog.training import CheckpointError, processes, restore
 from flax_hmog.training.named import named_arrays
 
 

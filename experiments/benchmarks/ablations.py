@@ -27,20 +27,24 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import train
-from experiments.analyze import clusters_in_use, clusters_of, pair_agreement
-from experiments.config import Augmentation, Encoder, Experiment, Gradient, Rounds
 from experiments.configs import EXPERIMENTS
-from experiments.data import Batches, Dataset, Inputs, load, prepare_inputs
-from experiments.encoders import features, join_module, split_module
-from experiments.logs import Log, Stage
-from experiments.models import Teacher, Trainable
-from experiments.processes import STOPPED, Stopped, StopRequest
-from experiments.stages import EMStage, RoundStage, Run, Start
-from experiments.stages.scores import evaluate
 from flax_hmog import HMoGOutput
 from flax_hmog.networks.encoders import Clusterer
+from flax_hmog.recipe import train
+from flax_hmog.recipe.config import Augmentation, Encoder, Experiment, Gradient, Rounds
+from flax_hmog.recipe.em import EMStage
+from flax_hmog.recipe.encoders import features, join_module, split_module
+from flax_hmog.recipe.inputs import Batches, Inputs, prepare_inputs
+from flax_hmog.recipe.load import load
+from flax_hmog.recipe.models import Teacher, Trainable
+from flax_hmog.recipe.parts import Dataset
+from flax_hmog.recipe.report import clusters_in_use, clusters_of, pair_agreement
+from flax_hmog.recipe.rounds import RoundStage
+from flax_hmog.recipe.run import Run, Start
+from flax_hmog.recipe.scores import evaluate
 from flax_hmog.training import create_state, make_mesh, restore
+from flax_hmog.training.logs import Log, Stage
+from flax_hmog.training.processes import STOPPED, Stopped, StopRequest
 
 FINE_TUNING = Gradient(epochs=5, batch_size=512)  # of a head alone
 OVER_CLUSTERED = 40

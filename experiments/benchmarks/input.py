@@ -22,10 +22,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.config import Augmentation, Data, Encoder, Experiment, Gradient, Model
-from experiments.data import Batches, load, prepare_inputs
-from experiments.models import Extra, Trainable
 from flax_hmog import PseudoCounts, natural_to_moments
+from flax_hmog.recipe.config import Augmentation, Data, Encoder, Experiment, Gradient, Model
+from flax_hmog.recipe.inputs import Batches, prepare_inputs
+from flax_hmog.recipe.load import load
+from flax_hmog.recipe.models import Extra, Trainable
 from flax_hmog.training import create_state, make_mesh
 
 ROWS, IMAGE = 60_000, (28, 28)

@@ -28,10 +28,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.logs import Stage
-from experiments.processes import STOPPED
 from flax_hmog.training import restore
 from flax_hmog.training.files import UNFINISHED
+from flax_hmog.training.logs import Stage
+from flax_hmog.training.processes import STOPPED
 
 STAGES = ("em", "differentiable")
 SIGNALS = {"SIGTERM": signal.SIGTERM, "kill -9": signal.SIGKILL}

@@ -1,5 +1,6 @@
 """One module per experiment, with its question, command and expected result; `EXPERIMENTS` names them."""
 
+import experiments.images  # noqa: F401  registers the image sets
 from experiments.configs import (
     cifar10,
     digits,

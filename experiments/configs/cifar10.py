@@ -5,7 +5,7 @@ Data: CIFAR-10 through tensorflow-datasets, 50,000 training and 10,000 test imag
 Expected: a held-out log-density above that of the warm start; raw pixels hold little of the classes.
 """
 
-from experiments.config import EM, Data, Experiment, Gradient, Model
+from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/cifar10",

@@ -7,7 +7,7 @@ The kind of the noise and the strength of its regulariser were chosen without la
 stability of assignments between halves of the training data: `python -m experiments.select_digits`.
 """
 
-from experiments.config import EM, Checkpoints, Data, Experiment, Gradient, Model
+from flax_hmog.recipe.config import EM, Checkpoints, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/digits",

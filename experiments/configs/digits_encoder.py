@@ -5,7 +5,7 @@ Data: scikit-learn's 1,797 digits of 8 x 8 pixels, scaled to [0, 1]; 20 % held o
 Expected on the test split: docs/results.md.
 """
 
-from experiments.config import EM, Augmentation, Checkpoints, Data, Encoder, Experiment, Gradient, Model, Rounds
+from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Encoder, Experiment, Gradient, Model, Rounds
 
 CONFIG = Experiment(
     workdir="runs/digits_encoder",

@@ -5,7 +5,7 @@ Data: Fashion-MNIST through tensorflow-datasets, 60,000 training and 10,000 test
 Expected on the test split: docs/results.md.
 """
 
-from experiments.config import EM, Data, Experiment, Gradient, Model
+from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/fashion_mnist",

@@ -7,8 +7,8 @@ Expected on the test split: docs/results.md.
 
 import dataclasses
 
-from experiments.config import Augmentation, Encoder, Gradient, Rounds
 from experiments.configs import fashion_mnist
+from flax_hmog.recipe.config import Augmentation, Encoder, Gradient, Rounds
 
 CONFIG = dataclasses.replace(
     fashion_mnist.CONFIG,

@@ -4,6 +4,6 @@ Data: .npy (memory-mapped), .npz, a CSR matrix as scipy saves it, or .h5ad; colu
 deviations unless `--data.scale none` says otherwise.
 """
 
-from experiments.config import Data, Experiment
+from flax_hmog.recipe.config import Data, Experiment
 
 CONFIG = Experiment(workdir="runs/file", data=Data("file", scale="standard"))

@@ -6,7 +6,7 @@ Expected: a held-out log-density above that of the warm start. Noise of single t
 does not hold; the terms are taken in units of their standard deviations.
 """
 
-from experiments.config import EM, Data, Experiment, Gradient, Model
+from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/newsgroups",

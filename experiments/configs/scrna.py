@@ -7,7 +7,7 @@ merged to cell types.
 Expected on the test split: docs/results.md.
 """
 
-from experiments.config import EM, Data, Experiment, Gradient, Model
+from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/scrna",

@@ -5,7 +5,7 @@ Data: 6,000 rows of 24 columns from 6 clusters in 4 latent dimensions, drawn wit
 Expected: NMI above .95 on the test split. Time: seconds.
 """
 
-from experiments.config import EM, Data, Experiment, Gradient, Model
+from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/synthetic",

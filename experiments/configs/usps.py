@@ -5,7 +5,7 @@ Data: a file with `X` (9298, 16, 16) in [0, 1], `y` and `n_train`.
 Expected on the test split: docs/results.md.
 """
 
-from experiments.config import EM, Data, Experiment, Gradient, Model
+from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/usps",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import Any
 
 import jax
@@ -187,18 +186,3 @@ def check_choice(caller: str, argument: str, value: Any, choices: tuple[str, ...
     """ValueError unless `value` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{caller}: `{argument}` must be one of {choices}; got {value!r}. Choose one of them.")
-
-
-def require(module: str, caller: str, extra: str) -> Any:
-    """Import an optional dependency.
-
-    Raises:
-        ImportError: with the command that installs it.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = {"sklearn": "scikit-learn"}.get(module.partition(".")[0], module.partition(".")[0])
-        raise ImportError(
-            f"{caller}: `{package}` must be installed; got {type(error).__name__}. pip install flax-hmog[{extra}]"
-        ) from error

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from flax_hmog.analysis.clusters import as_membership, merge_clusters
-from flax_hmog.analysis.inputs import as_array, require
+from flax_hmog.analysis.inputs import as_array
 from flax_hmog.model.checks import check_positive, check_size
+from flax_hmog.model.optional import require
 
 TEMPERATURE = 16.0
 SMALLEST_GAIN = 1e-12  # nats

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from flax_hmog.analysis.inputs import as_labels, require
+from flax_hmog.analysis.inputs import as_labels
 from flax_hmog.data.labels import as_vector, is_known, of_one_kind
+from flax_hmog.model.optional import require
 
 
 def contingency_table(labels: Any, assignments: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,8 +10,9 @@ from scipy.cluster import hierarchy
 
 from flax_hmog.analysis import style
 from flax_hmog.analysis.clusters import check_linkage
-from flax_hmog.analysis.inputs import as_array, as_images, as_labels, as_names, require
+from flax_hmog.analysis.inputs import as_array, as_images, as_labels, as_names
 from flax_hmog.analysis.metrics import contingency_table
+from flax_hmog.model.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_hmog.analysis.inputs import require
+from flax_hmog.model.optional import require
 
 RESOLUTION = 160  # dots per inch of embedded figures
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_hmog.analysis.inputs import require
+from flax_hmog.model.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.config import Experiment
 from flax_hmog.data.rows import map_rows, row_shards
 from flax_hmog.networks.encoders import MLP, Autoencoder, ConvNet, train_arguments
+from flax_hmog.recipe.config import Experiment
 from flax_hmog.training.describe import import_path
 
 FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained

@@ -9,27 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.data import Inputs
-from experiments.encoders import features, init_encoder, join_module, split_module, untrained_variables
-from experiments.logs import Stage
-from experiments.models import Teacher, abstract_fit
-from experiments.stages.merge import merged_clusters
-from experiments.stages.run import LinearFit, Run, Start
-from experiments.stages.scores import evaluate
-from flax_hmog import (
-    AnalyticHMoG,
-    Natural,
-    PseudoCounts,
-    fit_em,
-    infer,
-    moments_to_natural,
-    natural_to_moments,
-    warm_start,
-)
-from flax_hmog.em.step import compute_factors
+from flax_hmog.em.fit import fit_em
+from flax_hmog.em.step import PseudoCounts, compute_factors
 from flax_hmog.em.stepwise import stepwise_start
+from flax_hmog.heads.from_natural import warm_start
+from flax_hmog.heads.modules import AnalyticHMoG
+from flax_hmog.inference.posterior import infer
+from flax_hmog.model.conversions import moments_to_natural, natural_to_moments
+from flax_hmog.model.coordinates import Natural
 from flax_hmog.networks.objectives import merge_output
+from flax_hmog.recipe.encoders import features, init_encoder, join_module, split_module, untrained_variables
+from flax_hmog.recipe.inputs import Inputs
+from flax_hmog.recipe.merge import merged_clusters
+from flax_hmog.recipe.models import Teacher, abstract_fit
+from flax_hmog.recipe.run import LinearFit, Run, Start
+from flax_hmog.recipe.scores import evaluate
 from flax_hmog.training import restore, restore_like
+from flax_hmog.training.logs import Stage
 
 INIT_ROWS = 1024  # that the running averages of an untrained encoder are taken from
 MAX_STEPS, TOLERANCE = 30, 1e-2  # of EM on features

@@ -11,16 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.data import Inputs
-from experiments.logs import Stage
-from experiments.models import abstract_fit
-from experiments.processes import Stopped
-from experiments.stages.merge import merged_clusters
-from experiments.stages.run import LinearFit, Run
-from experiments.stages.scores import baseline_scores, evaluate
-from flax_hmog import EMResult, EMState, Natural, fit_em, infer, natural_to_moments, warm_start
+from flax_hmog.em.fit import EMResult, EMState, fit_em
 from flax_hmog.em.stepwise import stepwise_start
+from flax_hmog.heads.from_natural import warm_start
+from flax_hmog.inference.posterior import infer
+from flax_hmog.model.conversions import natural_to_moments
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.recipe.inputs import Inputs
+from flax_hmog.recipe.merge import merged_clusters
+from flax_hmog.recipe.models import abstract_fit
+from flax_hmog.recipe.run import LinearFit, Run
+from flax_hmog.recipe.scores import baseline_scores, evaluate
 from flax_hmog.training import CheckpointWriter, restore, restore_like
+from flax_hmog.training.logs import Stage
+from flax_hmog.training.processes import Stopped
 
 
 class EMStage:

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
-from experiments.config import Augmentation
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Random distortions of images in training by gradients; drawn anew in every step, on the device."""
+
+    shift: float = 0.0
+    """Pixels up, down, left or right at most."""
+    rotation: float = 0.0
+    """Degrees at most, either way."""
+    scale: float = 0.0
+    """Share by which images grow or shrink at most."""
+    mirror: bool = False
+    """Swap left and right in half of the images."""
+
+    def __post_init__(self) -> None:
+        if not (self.shift >= 0 and self.rotation >= 0 and 0 <= self.scale < 1):
+            raise ValueError(
+                "Augmentation: `shift` and `rotation` must be at least 0 and `scale` in [0, 1); got "
+                f"{self.shift}, {self.rotation} and {self.scale}. Use 0 for none."
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is any."""
+        return self.shift > 0 or self.rotation > 0 or self.scale > 0 or self.mirror
 
 
 def distort(key: jax.Array, rows: jax.Array, image_shape: tuple[int, ...], options: Augmentation) -> jax.Array:

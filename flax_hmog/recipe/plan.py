@@ -12,15 +12,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from experiments.config import Experiment
-from experiments.data import data_shape
-from experiments.data.inputs import input_dim, input_image_shape
-from experiments.models import Extra, Trainable, abstract_fit
-from experiments.processes import is_first
-from flax_hmog import Natural, PseudoCounts, Regularizer, em_step, natural_to_moments
+from flax_hmog.em.step import PseudoCounts, Regularizer, em_step
+from flax_hmog.model.conversions import natural_to_moments
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.recipe.config import Experiment
+from flax_hmog.recipe.inputs import input_dim, input_image_shape
+from flax_hmog.recipe.load import data_shape
+from flax_hmog.recipe.models import Extra, Trainable, abstract_fit
 from flax_hmog.training import batch_sharding
 from flax_hmog.training.mesh import rows_multiple
 from flax_hmog.training.named import named_arrays
+from flax_hmog.training.processes import is_first
 from flax_hmog.training.steps import abstract_state
 
 

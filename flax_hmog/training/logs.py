@@ -13,8 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.config import Experiment
-from experiments.processes import is_first
+from flax_hmog.training.processes import is_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Log:
     when a stage is resumed, so that a run that was interrupted leaves the same lines as one that was not.
     """
 
-    def __init__(self, workdir: Path, config: Experiment, console: Console) -> None:
+    def __init__(self, workdir: Path, config: Any, console: Console) -> None:
         self.path, self.writers = workdir / "metrics.jsonl", list[Callable[[dict, int], None]]()
         self.is_first, self.closers = is_first(), list[Callable[[], None]]()
         columns = (
@@ -116,7 +115,7 @@ class Log:
 
         self.writers.append(write)
 
-    def _add_wandb(self, config: Experiment) -> None:
+    def _add_wandb(self, config: Any) -> None:
         import wandb
 
         # the same run folder is the same run there, so that a resumed run goes on in it

@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from experiments.processes import gather, to_host
-from flax_hmog import Natural, infer
 from flax_hmog.analysis import merge_components
+from flax_hmog.inference.posterior import infer
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.training.processes import gather, to_host
 
 MERGED_ROWS = 100_000  # of which a merge looks at most
 

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from experiments.config import Processes
 from flax_hmog.training.several import on_first_process as on_first_process
 
 STOPPED = 75
@@ -20,7 +19,7 @@ class Stopped(Exception):  # noqa: N818  it is no error
     """The run was told to stop, and has saved."""
 
 
-def connect(processes: Processes) -> None:
+def connect(processes: Any) -> None:
     """Connect this process with the others of the run; before anything else of jax is used.
 
     Raises:
@@ -32,7 +31,7 @@ def connect(processes: Processes) -> None:
         multihost_utils.sync_global_devices("connected")
 
 
-def _initialize(processes: Processes) -> None:
+def _initialize(processes: Any) -> None:
     if processes.coordinator is None:
         if processes.count is not None or processes.index is not None:
             raise ValueError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from flax_hmog import AnalyticHMoG, DifferentiableHMoG, PseudoCounts, SymmetricHMoG
+from flax_hmog.em.step import PseudoCounts
+from flax_hmog.heads.modules import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
+from flax_hmog.networks.augment import Augmentation
 
 Kind = Literal["scale", "diagonal", "full"]
 HeadName = Literal["differentiable", "symmetric", "analytic"]
@@ -23,8 +25,8 @@ def _check_counts(group: Any, *names: str) -> None:
 class Data:
     """Where the samples come from, and what is made of them; everything is fitted on the training part."""
 
-    name: Literal["digits", "synthetic", "mnist", "fashion_mnist", "cifar10", "file"] = "digits"
-    """The data set."""
+    name: str = "digits"
+    """The data set: `digits`, `synthetic`, `file`, or another that is registered."""
     folder: str = "data"
     """Folder in which image sets are prepared once, and where files are looked for."""
     downloads: str | None = None
@@ -226,32 +228,6 @@ class Gradient:
 
 
 @dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """Random distortions of images in training by gradients; drawn anew in every step, on the device."""
-
-    shift: float = 0.0
-    """Pixels up, down, left or right at most."""
-    rotation: float = 0.0
-    """Degrees at most, either way."""
-    scale: float = 0.0
-    """Share by which images grow or shrink at most."""
-    mirror: bool = False
-    """Swap left and right in half of the images."""
-
-    def __post_init__(self) -> None:
-        if not (self.shift >= 0 and self.rotation >= 0 and 0 <= self.scale < 1):
-            raise ValueError(
-                "Augmentation: `shift` and `rotation` must be at least 0 and `scale` in [0, 1); got "
-                f"{self.shift}, {self.rotation} and {self.scale}. Use 0 for none."
-            )
-
-    @property
-    def is_on(self) -> bool:
-        """Whether there is any."""
-        return self.shift > 0 or self.rotation > 0 or self.scale > 0 or self.mirror
-
-
-@dataclasses.dataclass(frozen=True)
 class Devices:
     """The mesh."""
 
@@ -312,7 +288,7 @@ class Experiment:
     rounds: Rounds = Rounds()
     em: EM = EM()
     gradient: Gradient = Gradient()
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     heads: tuple[HeadName, ...] = ("differentiable",)
     """Heads that are trained; the first is the one that a report describes."""
     first_seed: int = 0

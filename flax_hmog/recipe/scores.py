@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.baselines import fit_baselines
-from experiments.config import Experiment
-from experiments.data import Inputs
-from experiments.processes import to_host
-from flax_hmog import HMoGOutput
+from flax_hmog.analysis.baselines import fit_baselines
+from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.networks.objectives import merge_output
+from flax_hmog.recipe.config import Experiment
+from flax_hmog.recipe.inputs import Inputs
+from flax_hmog.training.processes import to_host
 
 
 def evaluate(output: HMoGOutput, inputs: Inputs, clusters: np.ndarray | None = None) -> dict[str, float]:

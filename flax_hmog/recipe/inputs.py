@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.config import Data
-from experiments.data.parts import BLOCK_ROWS, Dataset, Part
-from experiments.processes import gather
+from flax_hmog.recipe.config import Data
+from flax_hmog.recipe.parts import BLOCK_ROWS, Dataset, Part
 from flax_hmog.training import Affine, Log1p, Preprocessing, SelectColumns, SizeFactor, Whiten, global_rows
 from flax_hmog.training.mesh import rows_multiple
+from flax_hmog.training.processes import gather
 
 PREFETCHED = 4  # batches that are read ahead
 

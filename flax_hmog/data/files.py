@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix, load_npz
 
-from experiments.data.tables import SUFFIXES, read_table
 from flax_hmog.data.labels import encode_labels
+from flax_hmog.data.tables import SUFFIXES, read_table
+from flax_hmog.model.optional import require
 
 ROWS, LABELS = ("X", "x", "data"), ("y", "labels")  # names under which an npz may hold them
 CSR = {"data", "indices", "indptr", "shape"}  # as written by hand; scipy writes `format` as well
@@ -31,6 +31,8 @@ class File:
         image_shape: of a row, where rows were images.
         class_names: of the labels, where they are no integers or some are unknown.
         column_names: of the columns, where the file says so.
+        title: what a report calls the data.
+        source: path of the file, where there is one.
     """
 
     rows: Any
@@ -39,6 +41,8 @@ class File:
     image_shape: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
     column_names: tuple[str, ...] | None = None
+    title: str = "The data"
+    source: str | None = None
 
 
 def find_file(path: str | None, folder: Path) -> Path:
@@ -96,7 +100,7 @@ def read_file(path: Path, labels: str | None = None, *, layer: str | None = None
             f"read_file: {path} must be a readable {path.suffix} file; got {type(error).__name__}: {error}. "
             "Copy it again."
         ) from error
-    return _checked(path, file)
+    return dataclasses.replace(_checked(path, file), title=path.name, source=str(path))
 
 
 def _checked(path: Path, file: File) -> File:
@@ -154,7 +158,9 @@ def _read_npz(path: Path, labels: str | None) -> File:
             rows: Any = _load_sparse(path)
         elif names >= CSR:
             index = parts["indices"].astype(np.int32)
-            rows = csr_matrix((parts["data"], index, parts["indptr"]), shape=tuple(parts["shape"]))
+            rows = require("scipy.sparse", "read_file", "train").csr_matrix(
+                (parts["data"], index, parts["indptr"]), shape=tuple(parts["shape"])
+            )
         elif rows_name is not None:
             rows = parts[rows_name]
         else:
@@ -203,7 +209,7 @@ def _read_h5ad(layer: str | None, obsm: str | None, path: Path, labels: str | No
 def _load_sparse(path: Path) -> Any:
     """What scipy saved, in any of its formats, as CSR."""
     try:
-        return load_npz(path).tocsr()
+        return require("scipy.sparse", "read_file", "train").load_npz(path).tocsr()
     except (ValueError, NotImplementedError) as error:
         raise OSError(f"it is no sparse matrix of scipy's ({error})") from error
 

@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.data import Batches, Inputs
-from experiments.encoders import features, split_module
-from experiments.logs import Stage
-from experiments.processes import Stopped, to_host
-from experiments.stages.run import Run, Start
-from experiments.stages.scores import evaluate
-from flax_hmog import HMoGOutput, infer
+from flax_hmog.inference.posterior import HMoGOutput, infer
+from flax_hmog.recipe.encoders import features, split_module
+from flax_hmog.recipe.inputs import Batches, Inputs
+from flax_hmog.recipe.run import Run, Start
+from flax_hmog.recipe.scores import evaluate
 from flax_hmog.training import CheckpointWriter, Restored, create_state, restore_like
 from flax_hmog.training.files import saved_steps
+from flax_hmog.training.logs import Stage
 from flax_hmog.training.mesh import place
 from flax_hmog.training.named import named_arrays
+from flax_hmog.training.processes import Stopped, to_host
 from flax_hmog.training.steps import TrainState
 
 

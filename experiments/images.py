@@ -13,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.processes import on_first_process
+from flax_hmog.data.files import File
+from flax_hmog.recipe import load
+from flax_hmog.recipe.config import Data
+from flax_hmog.training.processes import on_first_process
 
 IDX_FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
@@ -184,3 +187,14 @@ def prepare(name: str, folder: Path, downloads: Path | None) -> None:
             f"load_images: a set that is prepared already must be in array_record; {name} in {folder} is not "
             f"({error}). Choose another --data.folder."
         ) from error
+
+
+def _read_images(data: Data) -> File:
+    images, downloads = IMAGES[data.name], Path(data.downloads) if data.downloads else None
+    rows, labels, n_train = load_images(data.name, Path(data.folder), downloads)
+    return File(rows, labels, n_train, images.shape, title=images.title)
+
+
+for _name, _set in IMAGES.items():
+    load.DATA_SETS[_name] = _read_images
+    load.SHAPES[_name] = _set.n_train, _set.n_test, int(np.prod(_set.shape)), _set.shape

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.config import Experiment
-from experiments.data import Inputs
-from experiments.logs import Log, Stage
-from experiments.models import Extra, Teacher, Trainable
-from experiments.processes import StopRequest
-from flax_hmog import Natural, Regularizer
+from flax_hmog.em.step import Regularizer
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.recipe.config import Experiment
+from flax_hmog.recipe.inputs import Inputs
+from flax_hmog.recipe.models import Extra, Teacher, Trainable
 from flax_hmog.training import CheckpointWriter, Restored, restore
 from flax_hmog.training.files import saved_steps
+from flax_hmog.training.logs import Log, Stage
+from flax_hmog.training.processes import StopRequest
 
 
 @dataclasses.dataclass(frozen=True)

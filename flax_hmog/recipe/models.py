@@ -12,15 +12,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from experiments.augment import distort
-from experiments.config import Experiment, HeadName
-from experiments.encoders import apply_encoder, make_encoder
-from flax_hmog import AnalyticHMoG, Frame, Natural, Regularizer, mean_log_density, moments_to_natural, penalty
 from flax_hmog.em.initialize import random_moments
-from flax_hmog.em.step import EMInfo
+from flax_hmog.em.step import EMInfo, Regularizer, penalty
+from flax_hmog.heads.modules import AnalyticHMoG
+from flax_hmog.inference.likelihood import mean_log_density
 from flax_hmog.inference.posterior import infer_rows
+from flax_hmog.model.conversions import moments_to_natural
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import as_rep
 from flax_hmog.model.prepared import Factors
+from flax_hmog.networks.augment import distort
 from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.networks.objectives import (
     combine,
@@ -31,6 +33,8 @@ from flax_hmog.networks.objectives import (
     reconstruction,
     virtual_adversarial,
 )
+from flax_hmog.recipe.config import Experiment, HeadName
+from flax_hmog.recipe.encoders import apply_encoder, make_encoder
 from flax_hmog.training import make_train_step
 from flax_hmog.training.steps import TrainState
 

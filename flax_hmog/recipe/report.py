@@ -1,0 +1,395 @@
+"""Report on a finished run, from its checkpoints alone: tables, plots and one self-contained page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table as ConsoleTable
+from sklearn.metrics import adjusted_rand_score
+
+from flax_hmog.analysis import (
+    Picture,
+    Section,
+    Table,
+    canonical_loadings,
+    cluster_hierarchy,
+    cluster_prototypes,
+    component_summary,
+    format_cell,
+    mean_and_sd,
+    plot_contingency,
+    plot_dendrogram,
+    plot_latent_space,
+    plot_loadings,
+    plot_objective,
+    plot_prototypes,
+    write_report,
+)
+from flax_hmog.inference.posterior import HMoGOutput, infer
+from flax_hmog.recipe.config import Data, flat_options
+from flax_hmog.recipe.load import load
+from flax_hmog.recipe.parts import Dataset, Part
+from flax_hmog.training import CheckpointError, Restored, restore
+from flax_hmog.training.files import saved_steps
+from flax_hmog.training.logs import Stage
+
+COLUMNS = {
+    "train_log_density": "train log p(x)",
+    "test_log_density": "test log p(x)",
+    "nmi": "NMI",
+    "ari": "ARI",
+    "accuracy": "ACC",
+    "labelled": "labelled rows",
+}
+FILE_WIDTH = 132  # of output that goes to no terminal
+MAX_ROWS = 30  # clusters that the table lists
+MODELS = {
+    "em": "HMoG by exact EM",
+    "differentiable": "DifferentiableHMoG",
+    "symmetric": "SymmetricHMoG",
+    "analytic": "AnalyticHMoG",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the checkpoints of a run hold.
+
+    Attributes:
+        config: the configuration.
+        dataset: the data, as the first seed splits them.
+        models: restored model by seed and name.
+        scores: per model or baseline, a dict of metrics for each seed.
+        agreement: per model, how far each pair of seeds agrees on the training rows of the first; empty for one seed.
+        in_use: per model, how many clusters each seed uses for these rows; empty for one seed.
+        unfinished: stages that are still to be trained.
+    """
+
+    config: dict[str, Any]
+    dataset: Dataset
+    models: dict[tuple[int, str], Restored]
+    scores: dict[str, list[dict[str, float]]]
+    agreement: dict[str, list[float]]
+    in_use: dict[str, list[float]]
+    unfinished: list[str]
+
+
+def main(folder: Path, /, allow_import: bool = False) -> None:
+    """Report on a finished run, from its checkpoints alone.
+
+    Args:
+        folder: the run's folder, as train's --workdir.
+        allow_import: import the encoder that config.json names, if it is not of flax_hmog; this runs its code.
+    """
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    try:
+        run = load_run(folder, allow_import=allow_import)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    for name in run.unfinished:
+        console.print(f"not finished, and left out: {name}")
+    rows = table_rows(run)
+    model, encoder = run.config["model"], run.config["encoder"]
+    merged = f", merged to {model['n_clusters']} clusters" if model["n_clusters"] else ""
+    before = (
+        ""
+        if encoder["name"] == "none"
+        else f"; encoder {encoder['name']}, head of latent dimension {encoder['lat_dim']}"
+    )
+    page = write_report(
+        folder / "report.html",
+        f"{run.dataset.title}, clustered by hierarchical mixtures of Gaussians",
+        list(sections(run, rows)),
+        summary=f"Seeds: {len(run.scores['em'])}; latent dimension {model['lat_dim']}, "
+        f"{model['n_components']} components{merged}, {model['obs_rep']} noise covariance{before}.",
+    )
+    result = {
+        "scores": run.scores,
+        "agreement": run.agreement,
+        "clusters_in_use": run.in_use,
+        "config": run.config,
+        "class_names": run.dataset.test.class_names,
+        "data_sha256": run.dataset.digest,
+        "versions": run_versions(run),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print_table(console, rows)
+    console.print(f"report: {page}")
+
+
+def load_run(folder: Path, *, allow_import: bool = False) -> Run:
+    """Restore every finished model of a run and score it on its own split of the data.
+
+    Raises:
+        CheckpointError: if the folder holds no finished seed, or a damaged one.
+    """
+    config = _read_config(folder)
+    allowed = config["encoder"]["name"] if allow_import else False
+    seeds = sorted(int(path.name.removeprefix("seed")) for path in folder.glob("checkpoints/seed*"))
+    models: dict[tuple[int, str], Restored] = {}
+    scores: dict[str, list[dict[str, float]]] = {}
+    datasets, unfinished = [], []
+    for seed in seeds:
+        heads = sorted(path.name for path in (folder / "checkpoints" / f"seed{seed}").iterdir())
+        found = {
+            name: restore(folder / Stage(seed, name).folder, allow_import=allowed)
+            for name in heads
+            if saved_steps(folder / Stage(seed, name).folder)
+        }
+        unfinished += [f"seed {seed}, {name}" for name in heads if name not in found or not is_finished(found[name])]
+        if "em" not in found or not is_finished(found["em"]):
+            continue
+        em = found["em"]
+        datasets.append(load(Data(**em.config["data"]), seed))
+        for name, baseline in em.progress["baselines"].items():
+            scores.setdefault(name, []).append(baseline)
+        for name in sorted(found, key=_order):
+            if is_finished(found[name]):
+                models[seed, name] = found[name]
+                scores.setdefault(name, []).append(score(found[name], datasets[-1]))
+    if not models:
+        raise CheckpointError(
+            f"load_run: `folder` must hold checkpoints of a run with EM done; got none in {folder}. Train first."
+        )
+    of_stage = {stage: [model for (_, name), model in models.items() if name == stage] for _, stage in models}
+    compared = {stage: clusters_of(same, datasets[0].train) for stage, same in of_stage.items() if len(same) > 1}
+    agreement = {stage: pair_agreement(clusters) for stage, clusters in compared.items()}
+    in_use = {stage: clusters_in_use(clusters) for stage, clusters in compared.items()}
+    return Run(config, datasets[0], models, scores, agreement, in_use, unfinished)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text())["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "load_run: `folder` must hold checkpoints of a run, and its config.json; got "
+            f"{type(error).__name__}: {error}. Check the path, or train first."
+        ) from None
+
+
+def _order(name: str) -> tuple[bool, str, bool]:
+    """EM on the inputs first; within a round EM before training."""
+    return name != "em", name.removesuffix("-em"), not name.endswith("-em")
+
+
+def title(name: str) -> str:
+    """What a stage is called in tables: that of a head, of a round of it, or a baseline."""
+    head, *rest = name.split("-")
+    if head not in MODELS or name == "em":
+        return MODELS.get(name, name)
+    if not rest:
+        return MODELS[head]
+    return f"{MODELS[head]}, round {rest[0]}" + (": EM before it" if rest[1:] else "")
+
+
+def reported(run: Run) -> tuple[int, str]:
+    """Seed and stage of the model that a report describes: the last round of the first head, or EM."""
+    seed = min(seed for seed, _ in run.models)
+    head = run.config["heads"][0]
+    trained = [name for s, name in run.models if s == seed and name.split("-")[0] == head and name[-3:] != "-em"]
+    return seed, max(trained, key=lambda name: (len(name), name), default="em")
+
+
+def is_finished(restored: Restored) -> bool:
+    """Whether a stage has come to its end."""
+    return restored.progress["done"]
+
+
+def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
+    """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part if it has labels."""
+    outputs = {name: output_of(restored, part) for name, part in (("train", dataset.train), ("test", dataset.test))}
+    scores = {f"{name}_log_density": float(np.mean(output.log_density)) for name, output in outputs.items()}
+    return scores | dataset.test.agreement(outputs["test"].log_responsibilities.argmax(axis=-1))
+
+
+def output_of(restored: Restored, part: Part) -> HMoGOutput:
+    """What a model says of all rows of a part, in numpy."""
+    blocks = [restored(block) for block in part.blocks(slice(None))]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *blocks)
+
+
+def clusters_of(models: list[Restored], part: Part) -> list[np.ndarray]:
+    """Every model's clusters (N,) of the same rows."""
+    return [np.argmax(output_of(model, part).log_responsibilities, axis=-1) for model in models]
+
+
+def pair_agreement(clusters: list[np.ndarray]) -> list[float]:
+    """The adjusted Rand index between every two models' clusters of the same rows: 1 where they say the same.
+
+    Clusters that another seed finds again are no chance of the initialisation; that needs no labels. Two models that
+    put all rows in one cluster agree on nothing: 0.
+    """
+    pairs = combinations(clusters, 2)
+    return [float(adjusted_rand_score(*pair)) if all(map(np.ptp, pair)) else 0.0 for pair in pairs]
+
+
+def clusters_in_use(clusters: list[np.ndarray]) -> list[float]:
+    """How many clusters each model uses, exp of their entropy: as many as there are where all are of one size."""
+    shares = [np.unique(found, return_counts=True)[1] / len(found) for found in clusters]
+    return [float(np.exp(-np.sum(share * np.log(share)))) for share in shares]
+
+
+def table_rows(run: Run) -> list[dict[str, Any]]:
+    """One row per method, with mean and standard deviation over seeds, and of the agreement over their pairs."""
+    columns = {key: title for key, title in COLUMNS.items() if key in run.scores["em"][0]}
+    rows = []
+    for name, seeds in run.scores.items():
+        row: dict[str, Any] = {"method": title(name)}
+        row |= {title: _summary([seed[key] for seed in seeds]) for key, title in columns.items()}
+        if run.agreement:
+            row["agreement"] = _summary(run.agreement[name]) if name in run.agreement else None
+            row["in use"] = float(np.mean(run.in_use[name])) if name in run.in_use else None
+        rows.append(row)
+    return rows
+
+
+def _summary(values: list[float]) -> tuple[float, float] | float | None:
+    """Mean and standard deviation, the value of a single seed, or nothing where a method has no density."""
+    if np.isnan(values).all():
+        return None
+    return mean_and_sd(values) if len(values) > 1 else values[0]
+
+
+def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
+    """The parts of the page."""
+    seed, name = reported(run)
+    yield Section(
+        "Results",
+        "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "
+        "Log-densities are in nats per sample and exact for every method, since each two-stage baseline is itself a "
+        "model of this family; k-means has none. Those of rounds with an encoder are of its features, and compare with "
+        "no other. Labels are used for NMI, ARI and ACC only, over the test rows that have one; agreement is "
+        "the adjusted Rand index between the clusters that two seeds find in the training rows of the first, and in "
+        "use are as many clusters there as exp of the entropy of their sizes says.",
+        tables=[Table(rows, "Held-out log-density, and clusters beside labels and beside those of other seeds")],
+    )
+    yield objective_section(run, seed)
+    yield from model_sections(run.models[seed, name], run.dataset, title(name), seed)
+    options = flat_options(run.config)
+    yield Section(
+        "How this was made",
+        f"Data SHA-256 {run.dataset.digest}. Versions: {run_versions(run)}. "
+        "The options below are those of the command.",
+        tables=[
+            Table([{"option": key, "value": str(value)} for key, value in flat_options(options).items()], "Options")
+        ],
+    )
+
+
+def objective_section(run: Run, seed: int) -> Section:
+    """EM's objective and the course of fine-tuning."""
+    em = {f"seed {s}": r.progress["objective"] for (s, name), r in run.models.items() if name == "em"}
+    heads = {
+        title(name): [epoch["test_log_density"] for epoch in restored.history]
+        for (s, name), restored in run.models.items()
+        if s == seed and len(restored.history) > 1
+    }
+    pictures = [
+        Picture(plot_objective(em, title="Exact EM"), "Penalised log-likelihood per sample, best of the starts",
+                "Curves of the EM objective rising over steps, one for each seed"),
+    ]  # fmt: skip
+    if heads:
+        pictures.append(
+            Picture(
+                plot_objective(heads, step_name="epoch", quantity="test log-density (nats per sample)",
+                               title="Training of heads"),
+                f"Held-out log-density while heads are trained, seed {seed}; epoch 0 is the start. "
+                "On an encoder it is that of its features",
+                "Curves of the held-out log-density over epochs for each head")
+        )  # fmt: skip
+    text = "Exact EM never decreases its penalised log-likelihood. Heads start from its model or its clusters."
+    return Section("Fit", text, pictures=pictures)
+
+
+def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) -> Iterator[Section]:
+    """What the reported head found, on the test split of one seed."""
+    natural = restored.head.apply(restored.variables, method="natural")
+    clusters = restored.clusters
+    test = np.asarray(restored.features(dataset.test.read(slice(None))))
+    assignments = np.argmax(restored.merged(infer(natural, test)).log_responsibilities, axis=-1)
+    is_image = restored.encoder_variables is None and natural.interaction.shape[0] == dataset.obs_dim
+    image_shape = dataset.image_shape if is_image else None
+    prototypes, linkage = cluster_prototypes(natural), cluster_hierarchy(natural)
+    shown = prototypes if clusters is None else cluster_prototypes(natural, labels=clusters)
+    pictures = [
+        Picture(plot_prototypes(shown, image_shape=image_shape), "Cluster prototypes E[x | z]",
+                "The mean of each cluster in the space of the model's inputs"),
+    ]  # fmt: skip
+    if dataset.test.is_labelled.any():
+        pictures.append(contingency_picture(dataset.test, assignments))
+    yield Section(
+        "Clusters",
+        f"{title}, seed {seed}. A prototype is the mean of its cluster in the space of the model's inputs.",
+        tables=[summary_table(component_summary(natural, test).rows())],
+        pictures=pictures,
+    )
+    yield Section(
+        "How the clusters relate",
+        "Average linkage on the exact distance between components.",
+        pictures=[
+            Picture(
+                plot_dendrogram(linkage, labels=clusters, prototypes=prototypes if image_shape else None,
+                                image_shape=image_shape,
+                                distance_name="Bhattacharyya distance (nats)"),
+                "Hierarchy of the clusters", "Dendrogram of the clusters"),
+        ] if len(prototypes) > 1 else [],
+    )  # fmt: skip
+    loadings_shape = image_shape if image_shape and len(image_shape) == 2 else None
+    yield Section(
+        "Latent space",
+        "Posterior means E[y | x] of the test samples, along the directions that separate the clusters best; and the "
+        "loadings in a canonical rotation, ordered by the variance they explain.",
+        pictures=[
+            Picture(plot_latent_space(natural, test, groups=assignments),
+                    "Test samples in the latent space, coloured by cluster",
+                    "Scatter plot of latent means coloured by cluster"),
+            Picture(plot_loadings(canonical_loadings(natural), image_shape=loadings_shape), "Loadings",
+                    "The loadings of each latent axis"),
+        ],
+    )  # fmt: skip
+
+
+def contingency_picture(part: Part, assignments: np.ndarray) -> Picture:
+    """Labels beside clusters, for the rows that have a label; classes by their names."""
+    is_labelled, names = part.is_labelled, part.occurring_names
+    labels: Any = part.part_labels
+    shown = "" if is_labelled.all() else f", {is_labelled.sum():,} of {len(part):,} that have a label"
+    called = f" ({', '.join(names[:MAX_ROWS])})" if names else ""
+    figure = plot_contingency(labels[is_labelled], assignments[is_labelled], label_names=names)
+    return Picture(
+        figure, f"Test samples by label and cluster{shown}", f"Table of counts of labels{called} in each cluster"
+    )
+
+
+def summary_table(rows: list[dict[str, Any]]) -> Table:
+    """The clusters, or the largest of very many."""
+    caption = "Components on the test split"
+    if len(rows) <= MAX_ROWS:
+        return Table(rows, caption)
+    largest = sorted(rows, key=lambda row: -row["weight"])[:MAX_ROWS]
+    return Table(largest, f"{caption}: the {MAX_ROWS} of largest weight, of {len(rows)}")
+
+
+def run_versions(run: Run) -> str:
+    """Versions of the libraries that trained the run, as one line."""
+    return ", ".join(f"{name} {version}" for name, version in next(iter(run.models.values())).versions.items())
+
+
+def print_table(console: Console, rows: list[dict[str, Any]]) -> None:
+    """The results on the terminal."""
+    title = "Test split, mean ± sd over seeds; log p(x) in nats per sample"
+    title += "; agreement on training rows" if "agreement" in rows[-1] else ""
+    table = ConsoleTable(*rows[-1], title=title)
+    for row in rows:
+        table.add_row(*(format_cell(value) for value in row.values()))
+    console.print(table)
