@@ -1,5 +1,7 @@
 """Hierarchical mixtures of Gaussians as Flax modules: exact likelihood, inference and EM."""
 
+from importlib.metadata import version as _version
+
 from flax_hmog import serialization as _serialization  # noqa: F401  registers the classes below with flax
 from flax_hmog.em.begin import WildRowsWarning
 from flax_hmog.em.fit import ConvergenceWarning, EMResult, EMState, fit_em
@@ -44,6 +46,8 @@ from flax_hmog.model.frames import Frame
 from flax_hmog.model.goal import ravel_mean, ravel_natural, unravel_mean, unravel_natural
 from flax_hmog.model.information import kl_divergence, log_partition, negative_entropy
 from flax_hmog.model.kinds import Diagonal, PositiveDefinite, Scale
+
+__version__ = _version("flax-hmog")
 
 __all__ = [
     "AnalyticHMoG",

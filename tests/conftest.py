@@ -1,4 +1,4 @@
-"""What every test shares: strict JAX settings, seeded keys, float64, the shared folder and a compilation counter."""
+"""What every test shares: strict JAX settings, seeded keys, float64 and a compilation counter."""
 
 import importlib.metadata
 import os
@@ -20,7 +20,6 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 COMPILED = []  # one entry for every program that XLA has compiled in this process
 
 
@@ -95,13 +94,6 @@ def optimized():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="session")
-def shared():
-    if not (SHARED / "fixtures").is_dir():
-        pytest.skip(f"the golden numbers are missing: no folder {SHARED / 'fixtures'} beside the checkout")
-    return SHARED
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""Every array of the golden fixtures (goal-jax commit 4b957a6, jax 0.12.0.1, float64; ../shared/fixtures/README.md)."""
+"""Every array of the golden numbers of goal-jax (float64; `fixtures/README.md`)."""
 
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from flax_hmog import (
 )
 from flax_hmog.model.conversions import conjugation
 
+FOLDER = Path(__file__).parent / "fixtures"
 FILES = (
     "analytic_diagonal_d5_l2_k3",
     "analytic_scale_d4_l1_k2",
@@ -75,8 +77,8 @@ GROUPS = {
 
 
 @functools.cache
-def load(folder, name):
-    with np.load(folder / "fixtures" / f"{name}.npz") as file:
+def load(name):
+    with np.load(FOLDER / f"{name}.npz") as file:
         return {key: file[key] for key in file.files}
 
 
@@ -105,8 +107,8 @@ SLOW = (
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FILES])
-def fixture(request, shared, float64):
-    return Fixture(load(shared, request.param))
+def fixture(request, float64):
+    return Fixture(load(request.param))
 
 
 def model_arrays(natural, head):
@@ -262,8 +264,8 @@ def test_no_array_is_left_uncovered(fixture):
     assert set(fixture.arrays) == covered
 
 
-def test_no_file_is_left_uncovered(shared):
-    assert {path.stem for path in (shared / "fixtures").glob("*.npz")} == set(FILES)
+def test_no_file_is_left_uncovered():
+    assert {path.stem for path in FOLDER.glob("*.npz")} == set(FILES)
 
 
 def test_mean_vectors_survive_a_round_trip(fixture):
@@ -282,8 +284,8 @@ def test_densities_are_those_of_dense_gaussians(fixture):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_densities_hold_in_float32(name, shared):
-    arrays = load(shared, name)
+def test_densities_hold_in_float32(name):
+    arrays = load(name)
     head = head_of(arrays)
     density = jax.jit(lambda flat, x: log_observable_density(unravel_natural(flat, head), x))
     got = density(*(np.asarray(arrays[key], np.float32) for key in ("flat", "x")))
