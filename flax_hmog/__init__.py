@@ -45,7 +45,7 @@ from flax_hmog.model.coordinates import Mean, Moments, Natural, SharedBase
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.goal import ravel_mean, ravel_natural, unravel_mean, unravel_natural
 from flax_hmog.model.information import kl_divergence, log_partition, negative_entropy
-from flax_hmog.model.kinds import Diagonal, PositiveDefinite, Scale
+from flax_hmog.model.kinds import Diagonal, Kind, PositiveDefinite, Scale, register_kind
 
 __version__ = _version("flax-hmog")
 
@@ -59,6 +59,7 @@ __all__ = [
     "EMState",
     "Frame",
     "HMoGOutput",
+    "Kind",
     "LinearGaussian",
     "Mean",
     "Mixture",
@@ -104,6 +105,7 @@ __all__ = [
     "posterior_soft_assignments",
     "ravel_mean",
     "ravel_natural",
+    "register_kind",
     "sample",
     "split_conjugated",
     "symmetric_hmog",

@@ -45,8 +45,7 @@ CASES = [
 
 def dense(moments):
     """Means (K, D) and covariances (K, D, D) of x given each component, and the noise (D, D), in float64."""
-    obs_dim = moments.loadings.shape[0]
-    noise = np.asarray(jax.tree.map(jax.numpy.asarray, moments.noise).dense(obs_dim), np.float64)
+    noise = np.asarray(jax.tree.map(jax.numpy.asarray, moments.noise).dense(), np.float64)
     loadings = np.asarray(moments.loadings, np.float64)
     covariances = loadings @ np.asarray(moments.covariances.entries, np.float64) @ loadings.T + noise
     return np.asarray(moments.means, np.float64) @ loadings.T + moments.bias, covariances, noise

@@ -144,7 +144,7 @@ def test_split_and_join_are_inverse_to_rounding(case):
     assert_trees_close(join_conjugated(likelihood, prior), natural, 1e-11)
     dense = truth(case)
     P = np.linalg.inv(dense.S)
-    assert_close(prior.precision.dense(case.lat_dim), P, 1e-9)
+    assert_close(prior.precision.dense(), P, 1e-9)
     assert_close(prior.location, np.einsum("kij,kj->ki", P, dense.m), 1e-9)
     assert_close(likelihood.location, np.linalg.solve(dense.Psi, dense.b), 1e-9)
     assert_close(likelihood.interaction, np.linalg.solve(dense.Psi, dense.W), 1e-9)

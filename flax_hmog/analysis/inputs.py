@@ -7,13 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy.linalg import solve_triangular
 
 from flax_hmog.data.containers import in_memory
 from flax_hmog.data.labels import as_vector, is_known, of_one_kind
 from flax_hmog.model.conversions import with_prior
 from flax_hmog.model.coordinates import check_natural
-from flax_hmog.model.kinds import PositiveDefinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +64,8 @@ def geometry(caller: str, natural: Any) -> Geometry:
     frame = natural.frame
     natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(natural, caller))
     theta, precision = natural.interaction, natural.observable_precision
-    if isinstance(precision, PositiveDefinite):
-        noise = np.linalg.inv(precision.entries)
-        loadings, bias = noise @ theta, noise @ natural.observable_location
-        whitened = solve_triangular(np.linalg.cholesky(precision.entries), theta, lower=True)
-    else:
-        diagonal = np.broadcast_to(precision.entries, theta.shape[:1])
-        loadings, bias = theta / diagonal[:, None], natural.observable_location / diagonal
-        whitened = theta / np.sqrt(diagonal)[:, None]
+    noise, whitened = precision.inverse(), precision.cholesky().lower_solve(theta)
+    loadings, bias = noise.times(theta), noise.times(natural.observable_location[:, None])[:, 0]
     if frame is not None:  # in float64, which holds what the dtype of the model may not
         origin, unit = frame.exact()
         loadings, bias = unit[:, None] * loadings, origin + unit * bias

@@ -31,7 +31,7 @@ from flax_hmog.model.checks import check_head_and_key, check_outside_transformat
 from flax_hmog.model.conversions import moments_to_natural, own_moments, reframe
 from flax_hmog.model.coordinates import Moments, Natural, check_full
 from flax_hmog.model.frames import Frame, has_more_digits
-from flax_hmog.model.kinds import Array, as_rep, rep_name
+from flax_hmog.model.kinds import Array, as_rep
 from flax_hmog.model.prepared import Factors
 
 MAX_DISTANCE = 1e3  # of a row from the median, in typical distances
@@ -168,9 +168,8 @@ def _given_model(caller: str, head: Any, source: Source, init: Moments | Natural
     if isinstance(init, Moments):
         init = moments_to_natural(init)
     check_type(caller, "init", init, Natural, 'Give "pca", "fa", Moments or Natural.')
-    kind = type(init.observable_precision)
-    got = (*init.interaction.shape, init.posterior_location.shape[0], rep_name(kind))
-    obs_rep = rep_name(as_rep(head.obs_rep, caller=caller, argument="head.obs_rep"))
+    got = (*init.interaction.shape, init.posterior_location.shape[0], init.observable_precision.name)
+    obs_rep = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep").name
     wanted = (source.obs_dim, head.lat_dim, head.n_components, obs_rep)
     if got != wanted:
         raise ValueError(

@@ -14,11 +14,9 @@ from flax_hmog.model.coordinates import outer
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import (
     Array,
-    Covariance,
-    Diagonal,
+    Kind,
     PositiveDefinite,
     Rep,
-    Scale,
     matmul,
     pytree,
     symmetrize,
@@ -47,7 +45,7 @@ class Directions:
 
     center: Array
     loadings: Array
-    noise: Covariance
+    noise: Kind
 
 
 @partial(jax.jit, static_argnames=("lat_dim", "by_column", "obs_rep", "method", "shards"))
@@ -72,7 +70,7 @@ def latent_directions(
         key: PRNG key; subspace iteration starts from it.
         lat_dim: L.
         by_column: whether wild entries are drawn in one by one, or whole rows.
-        obs_rep: kind of the noise. With scale or full noise a start turns with x, but for "fa", which looks at columns.
+        obs_rep: kind of the noise. Isotropic or full, a start turns with x, but for "fa", which looks at columns.
         method: "pca", "fa" or "kurtosis".
         shards: where the rows lie.
 
@@ -96,7 +94,7 @@ def latent_directions(
     total = jnp.mean(variance)
     floor = NOISE_FLOOR * jnp.where(total > 0, total, 1)
     covariance: Any = partial(_covariance_product, weighted_sum, center)
-    if obs_dim <= EXACT_DIM or obs_rep is PositiveDefinite:
+    if obs_dim <= EXACT_DIM or not obs_rep.is_diagonal:
         covariance = weighted_sum(
             lambda center, x, share: PositiveDefinite.second_moment(x - center[None], share).entries, center
         )
@@ -108,13 +106,12 @@ def latent_directions(
         noise = jnp.maximum(variance - jnp.sum(loadings**2, axis=-1), floor)
     else:
         loadings, noise = _loadings(covariance, variance, floor, lat_dim, method, key)
-    if obs_rep is PositiveDefinite and method != "fa":
-        return Directions(center, loadings, _full_residual(covariance, loadings, floor))
-    kinds: dict[Rep, Covariance] = {Scale: Scale(jnp.mean(noise)), Diagonal: Diagonal(noise)}
-    return Directions(center, loadings, kinds.get(obs_rep, PositiveDefinite(jnp.diag(noise))))
+    if obs_rep.is_diagonal or method == "fa":
+        return Directions(center, loadings, obs_rep.from_diagonal(noise))
+    return Directions(center, loadings, obs_rep.project(_full_residual(covariance, loadings, floor)))
 
 
-def _full_residual(covariance: Array, loadings: Array, floor: Array) -> PositiveDefinite:
+def _full_residual(covariance: Array, loadings: Array, floor: Array) -> Array:
     """Psi (D, D): what the loadings leave of the covariance, and along them its average elsewhere."""
     obs_dim, lat_dim = loadings.shape
     residual = symmetrize(covariance - matmul(loadings, loadings.T))

@@ -219,7 +219,7 @@ def in_whitened_basis(
     moments = own_moments(natural)
     whitened = moments_to_natural(whiten_moments(moments))
     natural = dataclasses.replace(whitened, frame=natural.frame, projection_dtype=projection_dtype)
-    smallest = 1 / jnp.max(natural.prior_precision.diagonal(natural.interaction.shape[-1]))
+    smallest = 1 / jnp.max(natural.prior_precision.diagonal())
     info = dataclasses.replace(info, smallest_latent_variance=smallest)
     return natural, info, None if regularizer is None else whiten_regularizer(regularizer, moments)
 

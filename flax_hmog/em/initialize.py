@@ -20,7 +20,7 @@ from flax_hmog.model.checks import check_head_and_key, check_precision
 from flax_hmog.model.conversions import reframe
 from flax_hmog.model.coordinates import Moments
 from flax_hmog.model.frames import Frame
-from flax_hmog.model.kinds import Array, Diagonal, PositiveDefinite, Rep, as_rep, matmul
+from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, matmul
 from flax_hmog.model.prepared import latent_features, symmetric_matrices
 
 METHODS = ("pca", "fa")
@@ -77,9 +77,9 @@ def frame_of(caller: str, head: Any, rows: np.ndarray, weights: np.ndarray, colu
         raise ValueError(
             f"{caller}: `column_units` must be one of {COLUMN_UNITS}; got {column_units!r}. Choose one of them."
         )
-    by_column = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep") is Diagonal and (
-        column_units == "own" or (column_units == "auto" and not share_bounds(rows))
-    )
+    rep = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep")
+    has_units = rep.is_diagonal and not rep.is_isotropic
+    by_column = has_units and (column_units == "own" or (column_units == "auto" and not share_bounds(rows)))
     return robust_frame(rows, weights, by_column, head.param_dtype), by_column
 
 
@@ -218,7 +218,7 @@ def random_moments(
     return Moments(
         loadings=jax.random.normal(loadings_key, (obs_dim, lat_dim), dtype) / math.sqrt(lat_dim),
         bias=jnp.zeros(obs_dim, dtype),
-        noise=obs_rep.project(jnp.eye(obs_dim, dtype=dtype)),
+        noise=obs_rep.from_diagonal(jnp.ones(obs_dim, dtype)),
         weights=jnp.full(n_components, 1 / n_components, dtype),
         means=jax.random.normal(means_key, (n_components, lat_dim), dtype),
         covariances=PositiveDefinite(jnp.broadcast_to(jnp.eye(lat_dim, dtype=dtype), (n_components, lat_dim, lat_dim))),

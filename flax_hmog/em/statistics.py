@@ -16,10 +16,8 @@ from flax_hmog.model.conversions import in_units_of_x
 from flax_hmog.model.coordinates import Mean, Natural, check_natural, outer, structure
 from flax_hmog.model.kinds import (
     Array,
-    Covariance,
-    Diagonal,
+    Kind,
     PositiveDefinite,
-    Scale,
     diagonal,
     inverse_lower,
     matmul,
@@ -65,7 +63,7 @@ class Statistics:
 
     count: Array
     residual: Array
-    residual_square: Covariance
+    residual_square: Kind
     cross: Array
     responsibilities: Array
     latent: Array
@@ -169,7 +167,7 @@ def log_likelihood(factors: Factors, statistics: Statistics) -> Array:
     """
     tt, tg, gg = statistics.pooled()
     latent = tt + tg + tg.T + gg
-    square = trace_product(factors.precision, statistics.residual_square, statistics.residual.shape[0])
+    square = trace_product(factors.precision, statistics.residual_square)
     square = square + jnp.sum(matmul(factors.prior_root, latent) * factors.prior_root) - jnp.trace(gg)
     return statistics.count * factors.offset + statistics.evidence - square / 2
 
@@ -232,10 +230,9 @@ def _statistics_to_mean(natural: Natural, factors: Factors, statistics: Statisti
     first, _, second = component_sums(factors, statistics)
     first, second = matmul(first, t_inverse.T) / count, second / count
     dense: Any = None
-    component: Covariance
     if factors.is_diagonal:
         squares = second * (diagonal(t_inverse) ** 2)[None]
-        component = Scale(jnp.mean(squares, axis=-1)) if rep is Scale else Diagonal(squares)
+        component = rep.from_diagonal(squares)
     else:
         dense = matmul(matmul(t_inverse[None], second), t_inverse.T[None])
         component = rep.project(dense)
@@ -266,8 +263,8 @@ def _statistics_to_mean(natural: Natural, factors: Factors, statistics: Statisti
 def whiten_prior(mean: Mean) -> Mean:
     """Statistics in the latent basis y' = H^-1 (y - E[y]), H H' = Cov(y), in which y has mean 0 and covariance I.
 
-    The basis is not identifiable: p(x) is unchanged. With restricted second moments only what their kind allows: per
-    axis for `Diagonal` and for a shared base, one common scale for `Scale`.
+    The basis is not identifiable: p(x) is unchanged. With restricted second moments only what their kind allows: one
+    common scale for `Scale`, one for each axis for another diagonal kind and for a shared base.
 
     Args:
         mean: expected statistics.
@@ -280,21 +277,16 @@ def whiten_prior(mean: Mean) -> Mean:
     """
     check_type("whiten_prior", "mean", mean, Mean, "Convert with natural_to_mean.")
     second = mean.weighted_second_moments
-    rep, lat_dim = type(second), mean.weighted_means.shape[-1]
     center = jnp.sum(mean.weighted_means, axis=0)
-    spread = rep.project(outer(center, center))
+    spread = second.project(outer(center, center))
     covariance = jax.tree.map(lambda total, shift: jnp.sum(total, axis=0) - shift, second, spread)
-    inverse = inverse_lower(covariance.cholesky().dense(lat_dim))
+    inverse = inverse_lower(covariance.cholesky().dense())
 
-    def whiten(square: Covariance, weights: Array, means: Array) -> Covariance:
+    def whiten(square: Kind, weights: Array, means: Array) -> Kind:
         """Weighted second moments about the centre, in the new basis."""
         # w E[(y-c)(y-c)'] = w E[y y'] - w E[y] c' - c w E[y]' + w c c'
         mixed = outer(means - outer(weights, center) / 2, jnp.broadcast_to(center[None], means.shape))
-        kind = type(square)
-        centered = jax.tree.map(jnp.subtract, square, kind.project(mixed + transpose(mixed)))
-        if kind is PositiveDefinite:
-            return PositiveDefinite(symmetrize(matmul(matmul(inverse[None], centered.entries), inverse.T[None])))
-        return kind(centered.entries / covariance.entries[None])
+        return jax.tree.map(jnp.subtract, square, square.project(mixed + transpose(mixed))).whitened(covariance)
 
     pooled = mean.pooled_second_moment
     if pooled is not None:

@@ -18,8 +18,7 @@ from flax_hmog.model.coordinates import Mean, Moments, Natural, check_full, chec
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import (
     Array,
-    Covariance,
-    Diagonal,
+    Kind,
     PositiveDefinite,
     einsum,
     inverse_and_log_det,
@@ -28,7 +27,6 @@ from flax_hmog.model.kinds import (
     pytree,
     symmetrize,
     trace_product,
-    with_least_eigenvalue,
 )
 from flax_hmog.model.prepared import Factors, factorise
 
@@ -58,7 +56,7 @@ class Regularizer:
     noise: Array
     component_mean: Array
     component_covariance: PositiveDefinite
-    noise_covariance: Covariance
+    noise_covariance: Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,20 +88,13 @@ class PseudoCounts:
     def regularizer(self, moments: Moments) -> Regularizer:
         """The pseudo-statistics of this strength for EM that starts from `moments`."""
         dtype = moments.loadings.dtype
-        noise = moments.noise
-        variances = noise.diagonal(moments.bias.shape[0])
-        floored = jnp.maximum(variances, self.noise_floor * jnp.mean(variances))
-        if isinstance(noise, Diagonal):
-            noise = Diagonal(floored)
-        elif isinstance(noise, PositiveDefinite):
-            noise = with_least_eigenvalue(noise.entries, self.noise_floor * jnp.mean(variances))
         return Regularizer(
             weights=jnp.asarray(self.weights, dtype),
             components=jnp.asarray(self.components, dtype),
             noise=jnp.asarray(self.noise, dtype),
             component_mean=matmul(moments.weights, moments.means),
             component_covariance=within_covariance(moments),
-            noise_covariance=noise,
+            noise_covariance=moments.noise.floored(self.noise_floor),
         )
 
 
@@ -182,7 +173,7 @@ def next_natural(
     natural = moments_to_natural(next_moments(factors, statistics, regularizer))
     natural = dataclasses.replace(natural, frame=frame)
     # Cholesky factors of what is not positive definite are NaN
-    signs = (natural.observable_precision.log_det(natural.interaction.shape[0]), natural.prior_precision.entries)
+    signs = (natural.observable_precision.log_det(), natural.prior_precision.entries)
     exists = [jnp.all(jnp.isfinite(values)) for values in (*signs, natural.log_weights)]
     return natural, jnp.all(jnp.stack(exists))
 
@@ -242,7 +233,7 @@ def penalty(natural: Natural, regularizer: Regularizer) -> Array:
     log_2pi = math.log(2 * math.pi)
     # E[log N(y; m, S)] = -1/2 (L log 2 pi + log|S| + tr S^-1 E[(y - m)(y - m)'])
     component = lat_dim * log_2pi - log_det + jnp.sum(natural.prior_precision.entries * spread, axis=(-1, -2))
-    noise = obs_dim * log_2pi - precision.log_det(obs_dim) + trace_product(precision, r.noise_covariance, obs_dim)
+    noise = obs_dim * log_2pi - precision.log_det() + trace_product(precision, r.noise_covariance)
     if natural.frame is not None:
         noise = noise + 2 * natural.frame.log_volume
     weights = r.weights * jnp.sum(natural.log_weights)
@@ -305,10 +296,9 @@ def _change_basis(
 @jax.jit
 def em_info(natural: Natural, factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> EMInfo:
     """Diagnostics of `natural`, whose pass over the data gave these statistics."""
-    obs_dim, lat_dim = natural.interaction.shape
     value = log_likelihood(factors, statistics)
     objective = value if regularizer is None else value + penalty(natural, regularizer)
-    noise = natural.observable_precision.inverse().diagonal(obs_dim)
+    noise = natural.observable_precision.inverse().diagonal()
     if natural.frame is not None:
         noise = noise * natural.frame.unit**2
     return EMInfo(
@@ -316,5 +306,5 @@ def em_info(natural: Natural, factors: Factors, statistics: Statistics, regulari
         objective=objective / statistics.count,
         occupancy=statistics.responsibilities,
         smallest_noise=jnp.min(noise),
-        smallest_latent_variance=1 / jnp.max(natural.prior_precision.diagonal(lat_dim)),
+        smallest_latent_variance=1 / jnp.max(natural.prior_precision.diagonal()),
     )

@@ -20,7 +20,7 @@ from flax_hmog.em.statistics import accumulate, residual_mean
 from flax_hmog.em.step import Regularizer, compute_factors, maximize, prior_moments, within_covariance
 from flax_hmog.model.conversions import moments_to_natural
 from flax_hmog.model.coordinates import Mean, Moments, outer
-from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, Scale, matmul
+from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, matmul
 
 NOISE_SHARE = 0.1  # of the mean variance of x, which a pseudo-sample of the noise has
 JUMP = 1e3  # standard deviations of the model that a batch lies away or is wider by, or narrower
@@ -69,7 +69,7 @@ def first_moments(
         moments,
         loadings=moments.loadings * jnp.sqrt(variances)[:, None],
         bias=center,
-        noise=obs_rep.project(jnp.diag(variances)),
+        noise=obs_rep.from_diagonal(variances),
     )
 
 
@@ -136,9 +136,8 @@ def _exists(em: dict[str, Any]) -> Array:
     """Whether all is finite and the model exists ()."""
     natural = moments_to_natural(em["moments"])
     # Cholesky factors of what is not positive definite are NaN
-    obs_dim = em["moments"].bias.shape[0]
     precisions = (natural.observable_precision, natural.prior_precision)
-    signs = (natural.log_weights, *(precision.log_det(obs_dim) for precision in precisions))
+    signs = (natural.log_weights, *(precision.log_det() for precision in precisions))
     leaves = (*jax.tree.leaves(em), *jax.tree.leaves(natural), *signs)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
@@ -154,12 +153,12 @@ def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> tuple[Moment
     variances = jnp.maximum(variances, LEAST_VARIANCE * jnp.mean(variances))
     _, covariance = prior_moments(moments)
     signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
-    present = jnp.sqrt(signal + moments.noise.diagonal(moments.bias.shape[0]))
+    present = jnp.sqrt(signal + moments.noise.diagonal())
     ratio = unit * jnp.sqrt(jnp.where(variances > 0, variances, jnp.nan)) / present
     model_center = moments.bias + matmul(moments.loadings, matmul(moments.weights, moments.means))
     distance = jnp.abs(unit * center - model_center) / present
     is_jump = (jnp.max(distance) > JUMP) | (jnp.max(ratio) > JUMP) | (jnp.max(ratio) < 1 / JUMP)
-    if isinstance(moments.noise, Scale):
+    if moments.noise.is_isotropic:
         ratio = jnp.broadcast_to(jnp.sqrt(jnp.mean(ratio**2)), ratio.shape)
     moved = dataclasses.replace(
         moments,
@@ -213,12 +212,11 @@ def about(mean: Mean, *, turn: Array, shift: Array) -> Mean:
 
 def _pseudo_samples(moments: Moments, share: float) -> Regularizer:
     """Pseudo-samples that follow the model: the scale of features that are being learnt is not known beforehand."""
-    obs_dim, _ = moments.loadings.shape
     count = moments.weights.shape[0]
     center, covariance = prior_moments(moments)
     signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
-    variance = jnp.mean(signal + moments.noise.diagonal(obs_dim))
-    noise = type(moments.noise).project(NOISE_SHARE * variance * jnp.eye(obs_dim, dtype=signal.dtype))
+    variance = jnp.mean(signal + moments.noise.diagonal())
+    noise = moments.noise.from_diagonal(jnp.broadcast_to(NOISE_SHARE * variance, signal.shape))
     strength = jnp.asarray(share, signal.dtype)
     return Regularizer(
         weights=strength / count,

@@ -6,7 +6,6 @@ Everything here is computed once, in numpy float64.
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from typing import Any
 
@@ -24,7 +23,7 @@ from flax_hmog.model.checks import check_head, check_precision
 from flax_hmog.model.conversions import moments_to_natural, own_moments, with_prior
 from flax_hmog.model.coordinates import Moments, Natural, check_natural
 from flax_hmog.model.frames import Frame
-from flax_hmog.model.kinds import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, pytree
+from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep, pytree
 
 ROUNDING = 1e-5  # of the log-likelihood and of one nat per column, which float32 may lose
 REFERENCE_DRAWS = 4096  # draws of the model on which it is compared when no data are given
@@ -51,7 +50,7 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     Full heads (`pst_rep="full"`, `lat_rep="full"`, Analytic) hold the model exactly, within their bounds. For
     restricted ones the latent basis is first changed to the generalised eigenvectors of (W'Psi^-1 W, mean P_k), in
     which both are diagonal; then the component covariances are reduced to the head's kind by their variances in that
-    basis. For `Scale` the basis is also scaled so that the average posterior precision is I.
+    basis. For an isotropic kind the basis is also scaled so that the average posterior precision is I.
 
     Args:
         head: unbound head to start; its dimensions, kinds and bounds are read.
@@ -75,7 +74,7 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     check_observations("warm_start", x, obs_dim, natural.interaction.dtype)
     given = _in_units_of_x(whiten_moments(own_moments(natural)), natural.frame)
     obs_rep = as_rep(head.obs_rep, caller="warm_start", argument="head.obs_rep")
-    moments = dataclasses.replace(given, noise=_restrict_noise(given.noise, obs_rep, obs_dim))
+    moments = dataclasses.replace(given, noise=_restricted(given.noise, obs_rep))
     if isinstance(head, AnalyticHMoG):
         own = jax.tree.map(lambda a: jnp.asarray(a, head.param_dtype), moments)
         _check_held(moments, own, head.param_dtype)
@@ -90,9 +89,8 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
         started = leaves_to_natural(params, obs_rep, rep, shared_base, bounds)
         variables = {"params": params}
     info = WarmStartInfo(jnp.mean(log_observable_density(natural, x)), jnp.mean(log_observable_density(started, x)))
-    is_exact = head.component_structure == (PositiveDefinite, False) and (
-        obs_rep in (PositiveDefinite, type(given.noise)) or type(given.noise) is Scale
-    )
+    holds_noise = given.noise.is_isotropic or obs_rep in (PositiveDefinite, type(given.noise))
+    is_exact = holds_noise and head.component_structure == (PositiveDefinite, False)
     _warn_of_loss(head, moments, started, info, is_exact)
     return variables, info
 
@@ -106,7 +104,7 @@ def _warn_of_loss(head: Any, moments: Moments, started: Natural, info: WarmStart
     before, after = float(info.log_likelihood_before), float(info.log_likelihood_after)
     obs_dim = moments.bias.shape[0]
     lost, rounding = before - after, ROUNDING * (abs(before) + obs_dim)
-    noise, wanted = (_variances(kind, obs_dim) for kind in (started.observable_precision.inverse(), moments.noise))
+    wanted, noise = moments.noise.diagonal(), np.asarray(started.observable_precision.inverse().diagonal(), np.float64)
     outside = not np.allclose(noise, wanted, rtol=1e-2, atol=0)
     spacing = np.spacing(np.abs(moments.bias).astype(head.param_dtype))
     rounded = bool((spacing > LEAST_DIGITS * np.sqrt(wanted)).any())
@@ -132,15 +130,13 @@ def _warn_of_loss(head: Any, moments: Moments, started: Natural, info: WarmStart
 
 def _leaves(moments: Any, rep: Rep, shared_base: bool, bounds: Bounds) -> dict[str, np.ndarray]:
     """All leaves of a trainable head, for a model in a whitened basis."""
-    noise: Any = moments.noise.entries
     common: dict[str, Any] = {
         "bias": moments.bias,
-        "noise": _positive_definite_leaf(noise, bounds.noise, bounds.relative_floor)
-        if isinstance(moments.noise, PositiveDefinite)
-        else _unbounded(noise, bounds.noise),
+        "noise": moments.noise.leaf(bounds.noise, bounds.relative_floor),
         "logits": np.log(moments.weights),
     }
-    whitened = _whiten_columns(moments.noise, moments.loadings)  # A = Psi^-1/2 W
+    root = moments.noise.inverse().cholesky()
+    whitened = root.rows_times(moments.loadings.T).T  # A = F' W with F F' = Psi^-1, F as inference takes it
     covariances = moments.covariances.entries
     if rep is PositiveDefinite:
         return common | _full_leaves(whitened, moments.means, np.linalg.inv(covariances), bounds)
@@ -149,7 +145,7 @@ def _leaves(moments: Any, rep: Rep, shared_base: bool, bounds: Bounds) -> dict[s
     gram, rotation = np.linalg.eigh(_both_sides(np.linalg.inv(root), whitened.T @ whitened))
     gram = np.maximum(gram, 0)
     basis = np.linalg.inv(root).T @ rotation
-    if rep is Scale and not shared_base:
+    if rep.is_isotropic and not shared_base:
         scale = 1 / np.sqrt(1 + gram)
         basis, gram = basis * scale, gram * scale**2
     inverse = np.linalg.inv(basis)
@@ -165,7 +161,7 @@ def _full_leaves(whitened: np.ndarray, means: np.ndarray, prior: np.ndarray, bou
     return {
         "loadings": _unbounded_columns(whitened / spread, bounds.signal),
         "means": means,
-        "precisions": _positive_definite_leaf(own, bounds.precision, bounds.relative_floor),
+        "precisions": PositiveDefinite(own).leaf(bounds.precision, bounds.relative_floor),
     }
 
 
@@ -174,16 +170,14 @@ def _symmetric_leaves(
 ) -> dict[str, np.ndarray]:
     """Base precision diag(c) plus differences; precisions (K, L) along the axes of the basis."""
     base = BASE_SHARE * precisions.min(axis=0)
-    own = precisions - base
-    if rep is Scale:
-        own = own.mean(axis=1)
-    spread = np.sqrt(base + (own if own.ndim == 2 else own[:, None]).mean(axis=0))
+    own = rep.from_diagonal(precisions - base).diagonal()
+    spread = np.sqrt(base + own.mean(axis=0))
     own = np.maximum(_unbalance(own, bounds.relative_floor), bounds.precision[0])
     return {
         "loadings": _unbounded_columns(whitened / spread, bounds.signal),
         "means": means,
-        "precisions": _unbounded(own, bounds.precision),
-        "base_precision": _positive_definite_leaf(np.diag(base), bounds.precision, bounds.relative_floor),
+        "precisions": rep.from_diagonal(own).leaf(bounds.precision, bounds.relative_floor),
+        "base_precision": PositiveDefinite(np.diag(base)).leaf(bounds.precision, bounds.relative_floor),
     }
 
 
@@ -192,31 +186,20 @@ def _restricted_leaves(
 ) -> dict[str, np.ndarray]:
     """Posterior precisions s (1 + delta_k) with s above A'A = diag(gram) and below all of gram + precisions."""
     posterior = gram + precisions
-    if rep is Scale:
+    base = gram + BASE_SHARE * precisions.min(axis=0)
+    if rep.is_isotropic:
         # the prior precision q_k - gram must stay positive on every axis
         least = gram.max() + BASE_SHARE * (1 - gram).min()
-        posterior = np.maximum(posterior.mean(axis=1), least)
-        margin = BASE_SHARE * (posterior.min() - gram.max())
-        base = np.full_like(gram, gram.max() + margin)
-        delta = posterior / base[0] - 1
-    else:
-        base = gram + BASE_SHARE * precisions.min(axis=0)
-        delta = posterior / base - 1
+        posterior = np.maximum(rep.from_diagonal(posterior).diagonal(), least)
+        base = np.full_like(gram, gram.max() + BASE_SHARE * (posterior.min() - gram.max()))
+    delta = rep.from_diagonal(posterior / base - 1)
     # in units of s: U = A / sqrt(s), B = A / sqrt(s - gram), mu = T^-1 sqrt(s) m = sqrt(s - gram) m
     margin = np.sqrt(base - gram)
     return {
         "loadings": _unbounded_columns(whitened / margin, bounds.signal),
         "means": means * margin,
-        "precisions": _unbounded(delta, bounds.precision),
+        "precisions": delta.leaf(bounds.precision, bounds.relative_floor),
     }
-
-
-def _unbounded(value: np.ndarray, interval: tuple[float, float]) -> np.ndarray:
-    """Inverse of `leaves.bounded`; what lies outside goes to the edge."""
-    lower, upper = (math.log(bound) for bound in interval)
-    middle, half = (upper + lower) / 2, (upper - lower) / 2
-    edge = 1 - 1e-6
-    return half * np.arctanh(np.clip((np.log(value) - middle) / half, -edge, edge))
 
 
 def _unbounded_columns(matrix: np.ndarray, bound: float) -> np.ndarray:
@@ -225,19 +208,6 @@ def _unbounded_columns(matrix: np.ndarray, bound: float) -> np.ndarray:
     inside = np.minimum(norm, (1 - 1e-4) * bound)
     scale = np.where(norm > 0, inside / np.where(norm > 0, norm, 1), 1)
     return matrix * scale / np.sqrt(1 - (inside / bound) ** 2)
-
-
-def _positive_definite_leaf(matrix: np.ndarray, interval: tuple[float, float], floor: float) -> np.ndarray:
-    """Inverse of `leaves.positive_definite`; a correlation with smaller eigenvalues goes to the floor."""
-    identity = np.eye(matrix.shape[-1])
-    variances = np.maximum(np.einsum("...ii->...i", matrix), interval[0])
-    scale = np.sqrt(variances)
-    correlation = matrix / (scale[..., :, None] * scale[..., None, :])
-    values, vectors = np.linalg.eigh((1 + floor) * correlation - floor * identity)
-    clipped = np.maximum(values, 1e-2 * floor)
-    factor = np.linalg.cholesky((vectors * clipped[..., None, :]) @ np.swapaxes(vectors, -1, -2))
-    rows = np.tril(factor / np.einsum("...ii->...i", factor)[..., :, None], -1)
-    return rows + identity * _unbounded(variances, interval)[..., :, None]
 
 
 def _unbalance(own: np.ndarray, floor: float) -> np.ndarray:
@@ -249,25 +219,9 @@ def _both_sides(left: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return left @ matrix @ left.T
 
 
-def _whiten_columns(noise: Covariance, loadings: np.ndarray) -> np.ndarray:
-    """A = F' W (D, L) with F F' = Psi^-1, F as inference.factorise takes it."""
-    if isinstance(noise, PositiveDefinite):
-        return np.linalg.cholesky(np.linalg.inv(noise.entries)).T @ loadings
-    return loadings / np.sqrt(noise.entries[..., None] if isinstance(noise, Diagonal) else noise.entries)
-
-
-def _variances(noise: Covariance, obs_dim: int) -> np.ndarray:
-    """Noise variances (D,) in float64."""
-    entries = np.asarray(noise.entries, np.float64)
-    return np.diagonal(entries) if isinstance(noise, PositiveDefinite) else np.broadcast_to(entries, obs_dim)
-
-
-def _restrict_noise(noise: Covariance, obs_rep: Rep, obs_dim: int) -> Covariance:
-    """The noise in the head's kind: its variances where that is diagonal, their average where it is isotropic."""
-    variances = _variances(noise, obs_dim)
-    if obs_rep is PositiveDefinite:
-        return noise if isinstance(noise, PositiveDefinite) else PositiveDefinite(np.diag(variances))
-    return Diagonal(variances) if obs_rep is Diagonal else Scale(np.mean(variances))
+def _restricted(noise: Kind, rep: Rep) -> Kind:
+    """The noise in another kind: its variances where that is diagonal."""
+    return rep.from_diagonal(noise.diagonal()) if rep.is_diagonal else rep.project(noise.dense())
 
 
 def _in_units_of_x(moments: Moments, frame: Frame | None) -> Moments:
@@ -276,19 +230,17 @@ def _in_units_of_x(moments: Moments, frame: Frame | None) -> Moments:
     if frame is None:
         return own
     origin, unit = frame.exact()
-    noise = own.noise.entries
-    scale = {Scale: unit[0] ** 2, Diagonal: unit**2, PositiveDefinite: np.outer(unit, unit)}[type(own.noise)]
     return dataclasses.replace(
         own,
         loadings=own.loadings * unit[:, None],
         bias=origin + unit * own.bias,
-        noise=type(own.noise)(noise * scale),
+        noise=own.noise.scaled(unit),
     )
 
 
 def _check_held(moments: Moments, own: Moments, dtype: Any) -> None:
     """ValueError unless a model in the dtype of a head is still one."""
-    kept, variances = _variances(own.noise, own.bias.shape[0]), _variances(moments.noise, own.bias.shape[0])
+    kept, variances = np.asarray(own.noise.diagonal(), np.float64), moments.noise.diagonal()
     finite = all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(own))
     if not finite or kept.min() < jnp.finfo(dtype).tiny:
         raise ValueError(

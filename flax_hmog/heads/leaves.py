@@ -15,19 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.model.coordinates import Natural, SharedBase, natural_bias
-from flax_hmog.model.kinds import (
-    Array,
-    Covariance,
-    Diagonal,
-    PositiveDefinite,
-    Rep,
-    Scale,
-    diagonal,
-    einsum,
-    identity_like,
-    matmul,
-    transpose,
-)
+from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, diagonal, einsum, matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +50,13 @@ def leaf_specs(
     obs_dim: int, lat_dim: int, n_components: int, obs_rep: Rep, rep: Rep, shared_base: bool
 ) -> dict[str, LeafSpec]:
     """The trainable leaves of a head of this structure."""
-    noise_axes = {Scale: (), Diagonal: ("observed",), PositiveDefinite: ("observed", None)}[obs_rep]
-    component_axes = {Scale: (), Diagonal: ("latent",), PositiveDefinite: ("latent", None)}[rep]
     specs = {
         "bias": LeafSpec((obs_dim,), ("observed",)),
-        "noise": LeafSpec(obs_rep.shape(obs_dim), noise_axes),
+        "noise": LeafSpec(obs_rep.shape(obs_dim), obs_rep.leaf_axes("observed")),
         "loadings": LeafSpec((obs_dim, lat_dim), ("observed", "latent"), 1 / math.sqrt(obs_dim)),
         "logits": LeafSpec((n_components,), ("component",)),
         "means": LeafSpec((n_components, lat_dim), ("component", "latent"), 1.0),
-        "precisions": LeafSpec((n_components, *rep.shape(lat_dim)), ("component", *component_axes)),
+        "precisions": LeafSpec((n_components, *rep.shape(lat_dim)), ("component", *rep.leaf_axes("latent"))),
     }
     if shared_base and rep is not PositiveDefinite:
         specs["base_precision"] = LeafSpec((lat_dim, lat_dim), ("latent", None))
@@ -97,10 +83,12 @@ def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, rep: Rep, shared_b
     else:
         whitened, means, location, prior, posterior = _restricted_components(leaves, rep, bounds)
     prior_precision = PositiveDefinite(prior)
-    observable_precision = _precision(leaves["noise"], obs_rep, bounds.noise, bounds)
+    observable_precision = obs_rep.inverse_from_leaf(
+        leaves["noise"], len(leaves["bias"]), bounds.noise, bounds.relative_floor
+    )
     interaction = observable_precision.cholesky().times(whitened)  # Theta = F A
     log_weights = jax.nn.log_softmax(leaves["logits"])
-    bias = natural_bias(log_weights, means, location, -prior_precision.log_det(means.shape[-1]))
+    bias = natural_bias(log_weights, means, location, -prior_precision.log_det())
     return Natural(
         observable_location=observable_precision.times(leaves["bias"][:, None])[:, 0],
         observable_precision=observable_precision,
@@ -118,12 +106,13 @@ def _full_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -> tupl
     """A, m_k, P_k and Q_k = P_k + A'A for a full posterior or a shared base."""
     base, raw = leaves.get("base_precision"), leaves["precisions"]
     lat_dim = leaves["means"].shape[-1]
-    own = _covariance(raw, rep, bounds.precision, bounds)
+    own = rep.from_leaf(raw, lat_dim, bounds.precision, bounds.relative_floor)
     # no component may fall below a fixed share of the average one
     own = jax.tree.map(lambda a: a + bounds.relative_floor * jnp.mean(a, axis=0, keepdims=True), own)
-    prior = own.dense(lat_dim)
+    prior = own.dense()
     if base is not None:
-        prior = prior + _covariance(base, PositiveDefinite, bounds.precision, bounds).entries[None]
+        shared = PositiveDefinite.from_leaf(base, lat_dim, bounds.precision, bounds.relative_floor)
+        prior = prior + shared.entries[None]
     spread = jnp.sqrt(jnp.mean(diagonal(prior), axis=0))
     whitened = bounded_columns(leaves["loadings"], bounds.signal) * spread[None]
     precision = prior + matmul(whitened.T, whitened)[None]
@@ -134,7 +123,7 @@ def _full_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -> tupl
 
 
 def _restricted_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -> tuple:
-    """A, m_k, h_k, P_k and Q_k = I + delta_k, delta_k > 0, for a diagonal or isotropic posterior.
+    """A, m_k, h_k, P_k and Q_k = I + delta_k, delta_k > 0, for a posterior of a diagonal kind.
 
     With [I; B] = [V; U] T (QR), A = U leaves I - A'A = V'V, so P_k = delta_k + V'V is a sum. The leaves B and mu hold
     the model in the latent basis T^-1 y, in which the base prior is N(0, I) and the noise-whitened loadings are B.
@@ -145,53 +134,14 @@ def _restricted_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -
     signs = jnp.where(diagonal(t) < 0, -1, 1).astype(t.dtype)
     orthonormal, t = orthonormal * signs[None], t * signs[:, None]
     root, whitened = orthonormal[:lat_dim], orthonormal[lat_dim:]
-    delta = _covariance(leaves["precisions"], rep, bounds.precision, bounds)
-    prior = delta.dense(lat_dim) + matmul(root.T, root)[None]
+    delta = rep.from_leaf(leaves["precisions"], lat_dim, bounds.precision, bounds.relative_floor)
+    prior = delta.dense() + matmul(root.T, root)[None]
     # m_k = T mu_k and V = T^-1, so h_k = P_k m_k = delta_k T mu_k + V' mu_k
     means = matmul(leaves["means"], t.T)
-    location = delta.diagonal(lat_dim) * means + matmul(leaves["means"], root)
-    return whitened, means, location, prior, rep(1 + delta.entries)
-
-
-def _covariance(leaf: Array, rep: Rep, interval: tuple[float, float], bounds: Bounds) -> Covariance:
-    if rep is PositiveDefinite:
-        return PositiveDefinite(positive_definite(leaf, interval, bounds.relative_floor))
-    return rep(bounded(leaf, interval))
-
-
-def _precision(leaf: Array, rep: Rep, interval: tuple[float, float], bounds: Bounds) -> Covariance:
-    """Inverse of `_covariance`; a full one through the correlations, as derivatives hold the square of its entries."""
-    if rep is not PositiveDefinite:
-        return _covariance(leaf, rep, interval, bounds).inverse()
-    units = jnp.sqrt(bounded(diagonal(leaf), interval))
-    inverse = PositiveDefinite(correlations(leaf, bounds.relative_floor)).inverse().entries
-    return PositiveDefinite(inverse / units[..., :, None] / units[..., None, :])
-
-
-def bounded(leaf: Array, interval: tuple[float, float]) -> Array:
-    """Smooth map of real numbers onto (lower, upper): exp(middle + h tanh(leaf / h)) in logarithms; 0 to the middle."""
-    lower, upper = (math.log(bound) for bound in interval)
-    middle, half = (upper + lower) / 2, (upper - lower) / 2
-    return jnp.exp(middle + half * jnp.tanh(leaf / half))
+    location = delta.diagonal() * means + matmul(leaves["means"], root)
+    return whitened, means, location, prior, jax.tree.map(lambda entries: 1 + entries, delta)
 
 
 def bounded_columns(matrix: Array, bound: float) -> Array:
     """Columns b / sqrt(1 + |b|^2 / bound^2): their norms stay below `bound`."""
     return matrix / jnp.sqrt(1 + jnp.sum((matrix / bound) ** 2, axis=0, keepdims=True))
-
-
-def positive_definite(leaf: Array, interval: tuple[float, float], floor: float) -> Array:
-    """Positive definite matrices (..., n, n): the diagonal of the leaf sets variances, the part below it correlations.
-
-    The part above the diagonal is not used.
-    """
-    units = jnp.sqrt(bounded(diagonal(leaf), interval))
-    return correlations(leaf, floor) * units[..., :, None] * units[..., None, :]
-
-
-def correlations(leaf: Array, floor: float) -> Array:
-    """Correlations (F F' + floor I) / (1 + floor), F the unit lower triangle of the leaf with normalised rows."""
-    identity = identity_like(leaf)
-    rows = jnp.tril(leaf, -1) + identity
-    rows = rows / jnp.sqrt(jnp.sum(rows**2, axis=-1, keepdims=True))
-    return (matmul(rows, transpose(rows)) + floor * identity) / (1 + floor)

@@ -21,7 +21,7 @@ from flax_hmog.model.checks import check_interval, check_positive, check_precisi
 from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.model.coordinates import Mean, Moments, Natural
-from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, rep_name
+from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep
 
 
 class HMoGHead(nn.Module):
@@ -152,6 +152,11 @@ class DifferentiableHMoG(HMoGHead):
 
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep", "pst_rep")
+        if not (REPS[self.pst_rep].is_diagonal or self.pst_rep == "full"):
+            raise ValueError(
+                f'DifferentiableHMoG: `pst_rep` must be "full" or of a diagonal kind; got {self.pst_rep!r}. Use '
+                "SymmetricHMoG with `lat_rep`."
+            )
         super().__post_init__()
 
     @property
@@ -343,7 +348,7 @@ def _check_head(head: Any, *reps: str) -> None:
     caller = type(head).__name__
     for argument in reps:
         rep = as_rep(getattr(head, argument), caller=caller, argument=argument)
-        object.__setattr__(head, argument, rep_name(rep))
+        object.__setattr__(head, argument, rep.name)
     check_size(caller, "n_components", head.n_components)
     if head.obs_dim is not None:
         check_size(caller, "obs_dim", head.obs_dim)

@@ -86,7 +86,6 @@ def _tangent(factors: Factors, statistics: Statistics, d: Factors) -> Array:
     Of log p(x) = offset - (|r - U t|^2 + |V t|^2) / 2 + logsumexp_k(...) with t = U'r, r = F'(x - b): where
     U'U + V'V = I, d/dt = g, d/dr = -F'e, d/dU = F'e w' + U (g t' + w g') and d/dV = -V t t'.
     """
-    obs_dim = statistics.residual.shape[0]
     tt, tg, gg = statistics.pooled()
     by_projection = factors.root.rows_times(statistics.cross.T).T + matmul(factors.projection, tg + tg.T + gg)
     # sum v (x - b) e', as x - b = e + W w
@@ -99,7 +98,7 @@ def _tangent(factors: Factors, statistics: Statistics, d: Factors) -> Array:
     return (
         statistics.count * d.offset
         + jnp.sum(residual * d.bias)
-        - trace_product(d.root, by_root, obs_dim)
+        - trace_product(d.root, by_root)
         + jnp.sum(by_projection * d.projection)
         - jnp.sum(matmul(factors.prior_root, tt) * d.prior_root)
         + jnp.sum(statistics.responsibilities * d.constant)

@@ -17,7 +17,7 @@ from flax_hmog.data.samples import enter
 from flax_hmog.model.checks import check_size
 from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
 from flax_hmog.model.coordinates import Natural, Precision, check_natural
-from flax_hmog.model.kinds import Array, PositiveDefinite, matmul, pytree
+from flax_hmog.model.kinds import Array, matmul, pytree
 from flax_hmog.model.prepared import (
     Factors,
     center_rows,
@@ -232,8 +232,7 @@ def _sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
         batch_size=min(n, 4096),
     )
     noise = jax.random.normal(noise_key, (n, obs_dim), dtype)
-    root = moments.noise.cholesky()
-    scaled = matmul(noise, root.entries.T) if isinstance(root, PositiveDefinite) else root.rows_times(noise)
+    scaled = moments.noise.cholesky().times(noise.T).T
     x = matmul(y, moments.loadings.T) + moments.bias[None] + scaled
     frame = natural.frame
     return x if frame is None else frame.outward(x), y, z.astype(jnp.int32)

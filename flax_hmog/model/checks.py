@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from flax_hmog.model.kinds import Array
+from jax import Array
 
 MISSING_VALUES = (
     "Missing values are not supported by any function here: drop or impute these rows, and rescale entries too large "

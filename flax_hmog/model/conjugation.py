@@ -16,7 +16,7 @@ from flax_hmog.model.coordinates import (
     categorical_logits,
     gaussian_log_partition,
 )
-from flax_hmog.model.kinds import Array, Covariance, PositiveDefinite, pytree
+from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, fill_sizes, pytree
 
 
 @pytree
@@ -30,8 +30,11 @@ class LinearGaussian:
     """
 
     location: Array
-    precision: Covariance
+    precision: Kind
     interaction: Array
+
+    def __post_init__(self) -> None:
+        fill_sizes(self, self.location, "precision")
 
 
 @pytree
@@ -94,8 +97,7 @@ def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
     """
     check_type("join_conjugated", "likelihood", likelihood, LinearGaussian, "Take it from split_conjugated.")
     check_type("join_conjugated", "prior", prior, Mixture, "Take it from split_conjugated.")
-    lat_dim = likelihood.interaction.shape[-1]
-    log_partitions, *_ = gaussian_log_partition(prior.location, PositiveDefinite(prior.precision.dense(lat_dim)))
+    log_partitions, *_ = gaussian_log_partition(prior.location, PositiveDefinite(prior.precision.dense()))
     natural = Natural(
         observable_location=likelihood.location,
         observable_precision=likelihood.precision,
@@ -104,7 +106,7 @@ def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
         posterior_precision=prior.precision,
         categorical_bias=prior.bias,
         prior_location=prior.location,
-        prior_precision=PositiveDefinite(prior.precision.dense(lat_dim)),
+        prior_precision=PositiveDefinite(prior.precision.dense()),
         log_weights=jax.nn.log_softmax(categorical_logits(prior.bias) + log_partitions),
     )
     location, gram = conjugation(natural)
@@ -113,7 +115,7 @@ def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
             prior.precision, base=PositiveDefinite(prior.precision.base.entries + gram)
         )
     else:
-        posterior = PositiveDefinite(prior.precision.dense(lat_dim) + gram[None])
+        posterior = PositiveDefinite(prior.precision.dense() + gram[None])
     return dataclasses.replace(
         natural, posterior_location=prior.location - location[None], posterior_precision=posterior
     )

@@ -37,7 +37,7 @@ from flax_hmog.model.coordinates import (
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import (
     Array,
-    Covariance,
+    Kind,
     PositiveDefinite,
     Rep,
     as_rep,
@@ -65,15 +65,10 @@ def with_prior(natural: Natural, caller: str = "with_prior") -> Natural:
     """
     if not any(known is None for known in (natural.prior_location, natural.prior_precision, natural.log_weights)):
         return natural
-    lat_dim = natural.interaction.shape[-1]
-    precision, remedy = natural.observable_precision, "Check where the model comes from."
-    if isinstance(precision, PositiveDefinite):
-        check_positive_definite(caller, "observable_precision", precision.entries, remedy)
-    else:
-        check_positive(caller, "observable_precision", precision.entries, remedy)
+    natural.observable_precision.check(caller, "observable_precision", "Check where the model comes from.")
     shift, gram = conjugation(natural)
     location = natural.posterior_location + shift[None]
-    prior = PositiveDefinite(symmetrize(natural.posterior_precision.dense(lat_dim) - gram[None]))
+    prior = PositiveDefinite(symmetrize(natural.posterior_precision.dense() - gram[None]))
     check_positive_definite(
         caller,
         "prior precision Q_k - W'Psi^-1 W",
@@ -104,8 +99,7 @@ def natural_to_moments(natural: Natural) -> Moments:
         return moments
     moments = reframe(moments, natural.frame, None)
     remedy = "The dtype cannot hold them in units of x: rescale the data, or use float64."
-    if not isinstance(moments.noise, PositiveDefinite):
-        check_positive("natural_to_moments", "noise variances", moments.noise.entries, remedy)
+    check_positive("natural_to_moments", "noise variances", moments.noise.diagonal(), remedy)
     for argument in ("loadings", "bias", "noise"):
         for leaf in jax.tree.leaves(getattr(moments, argument)):
             check_finite("natural_to_moments", argument, leaf, remedy)
@@ -181,7 +175,7 @@ def fits_units_of_x(natural: Natural) -> bool:
         return True
     frame, kind = natural.frame, jnp.finfo(natural.interaction.dtype)
     origin, unit = frame.exact()
-    noise = np.sqrt(np.asarray(natural.observable_precision.inverse().diagonal(unit.size), np.float64)) * unit
+    noise = np.sqrt(np.asarray(natural.observable_precision.inverse().diagonal(), np.float64)) * unit
     bias = origin + unit * np.asarray(observable_bias(natural), np.float64)
     safe = float(kind.max) ** 0.25  # squares and their products stay in range
     digits = kind.eps * np.abs(bias) / noise
@@ -318,7 +312,7 @@ def _mean_to_moments(mean: Mean) -> Moments:
     return Moments(loadings, bias, noise, mean.weights, means, covariances)
 
 
-def regress_observed(mean: Mean) -> tuple[Array, Array, Covariance]:
+def regress_observed(mean: Mean) -> tuple[Array, Array, Kind]:
     """Linear regression of x on y: W = Cov(x, y) Cov(y)^-1, b = E[x] - W E[y], Psi the residual covariance."""
     latent_mean = jnp.sum(mean.weighted_means, axis=0)
     second = jnp.sum(mean.weighted_second_moments.entries, axis=0)
@@ -332,8 +326,7 @@ def regress_observed(mean: Mean) -> tuple[Array, Array, Covariance]:
         jnp.concatenate([cross, mean.observable_mean[:, None]], axis=-1),
     )
     noise = jax.tree.map(jnp.subtract, mean.observable_second_moment, explained)
-    noise = PositiveDefinite(symmetrize(noise.entries)) if kind is PositiveDefinite else noise
-    return loadings, mean.observable_mean - matmul(loadings, latent_mean), noise
+    return loadings, mean.observable_mean - matmul(loadings, latent_mean), noise.symmetrized()
 
 
 def component_moments(mass: Array, first: Array, second: Array) -> tuple[Array, PositiveDefinite]:
@@ -377,10 +370,7 @@ def _check_moments(moments: Moments) -> Moments:
     as_rep(moments.noise, caller=caller, argument="noise")
     check_shape(caller, "noise", moments.noise.entries, moments.noise.shape(obs_dim))
     remedy = "Regularise it, for example by fit_em's `regularizer`."
-    if isinstance(moments.noise, PositiveDefinite):
-        check_positive_definite(caller, "noise", moments.noise.entries, remedy)
-    else:
-        check_positive(caller, "noise", moments.noise.entries, remedy)
+    moments.noise.check(caller, "noise", remedy)
     check_positive_definite(caller, "covariances", moments.covariances.entries, remedy)
     check_positive(caller, "weights", moments.weights, "Drop empty components.")
     if is_concrete(moments.weights) and abs(float(np.sum(np.asarray(moments.weights))) - 1) > 1e-3:
@@ -396,7 +386,7 @@ def _check_nothing_dropped(dense: Array, precision: Precision, rep: Rep) -> None
     if not is_concrete(dense) or rep is PositiveDefinite:
         return
     with jax.ensure_compile_time_eval():
-        lost = np.abs(np.asarray(dense - precision.dense(dense.shape[-1])))
+        lost = np.abs(np.asarray(dense - precision.dense()))
     scale = np.abs(np.asarray(dense)).max(axis=(-1, -2))
     rounding = 1e3 * float(jnp.finfo(dense.dtype).eps)
     if (lost.max(axis=(-1, -2)) > rounding * scale).any():

@@ -7,12 +7,12 @@ L latent, K components; W loadings, Psi noise, Theta = Psi^-1 W.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import jax.numpy as jnp
 
 from flax_hmog.model.frames import Frame
-from flax_hmog.model.kinds import Array, Covariance, PositiveDefinite, Rep, einsum, inverse_and_log_det, pytree
+from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, einsum, fill_sizes, inverse_and_log_det, pytree
 
 FULL_ONLY = "Only models with full component covariances have this form; `warm_start` carries one to a restricted head."
 
@@ -27,15 +27,20 @@ class SharedBase:
     """
 
     base: PositiveDefinite
-    differences: Covariance
+    differences: Kind
 
-    def dense(self, dim: int) -> Array:
+    is_diagonal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        fill_sizes(self, getattr(self.base, "entries", None), "differences")
+
+    def dense(self) -> Array:
         """The precisions (K, L, L)."""
         base = self.base.entries[None]
-        return jnp.concatenate([base, base + self.differences.dense(dim)])
+        return jnp.concatenate([base, base + self.differences.dense()])
 
 
-Precision: TypeAlias = Covariance | SharedBase
+Precision: TypeAlias = Kind | SharedBase
 
 
 @pytree
@@ -53,10 +58,13 @@ class Moments:
 
     loadings: Array
     bias: Array
-    noise: Covariance
+    noise: Kind
     weights: Array
     means: Array
     covariances: PositiveDefinite
+
+    def __post_init__(self) -> None:
+        fill_sizes(self, self.bias, "noise")
 
 
 @pytree
@@ -84,7 +92,7 @@ class Natural:
     """
 
     observable_location: Array
-    observable_precision: Covariance
+    observable_precision: Kind
     interaction: Array
     posterior_location: Array
     posterior_precision: Precision
@@ -94,6 +102,10 @@ class Natural:
     log_weights: Array = None  # type: ignore[assignment]
     frame: Frame | None = None
     projection_dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        fill_sizes(self, self.observable_location, "observable_precision")
+        fill_sizes(self, self.posterior_location, "posterior_precision")
 
 
 def check_natural(caller: str, value: Any) -> None:
@@ -123,12 +135,16 @@ class Mean:
     """
 
     observable_mean: Array
-    observable_second_moment: Covariance
+    observable_second_moment: Kind
     cross_moment: Array
     weights: Array
     weighted_means: Array
-    weighted_second_moments: Covariance
+    weighted_second_moments: Kind
     pooled_second_moment: PositiveDefinite = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        fill_sizes(self, self.observable_mean, "observable_second_moment")
+        fill_sizes(self, self.weighted_means, "weighted_second_moments")
 
 
 def outer(u: Array, v: Array) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from flax_hmog.model.checks import check_finite, check_type
 from flax_hmog.model.conversions import in_units_of_x, with_prior
 from flax_hmog.model.coordinates import Mean, Natural, Precision, SharedBase, check_natural
-from flax_hmog.model.kinds import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep
+from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep
 
 
 def ravel_natural(natural: Natural, head: Any) -> Array:
@@ -114,12 +114,12 @@ def ravel_mean(mean: Mean, head: Any) -> Array:
     *_, obs_rep, rep, shared_base = _read_head("ravel_mean", head)
     _check_structure("ravel_mean", mean.observable_second_moment, obs_rep)
     _check_structure("ravel_mean", mean.weighted_second_moments, rep)
-    shapes = _pack_moment(mean.weighted_second_moments)
-    pooled = _pack_moment(mean.pooled_second_moment) if shared_base else jnp.sum(shapes, axis=0)
+    shapes = mean.weighted_second_moments.pack()
+    pooled = mean.pooled_second_moment.pack() if shared_base else jnp.sum(shapes, axis=0)
     components = jnp.concatenate([mean.weighted_means, shapes], axis=-1)[1:]
     return jnp.concatenate([
         mean.observable_mean,
-        _pack_moment(mean.observable_second_moment),
+        mean.observable_second_moment.pack(),
         mean.cross_moment.reshape(-1),
         jnp.sum(mean.weighted_means, axis=0),
         pooled,
@@ -146,18 +146,18 @@ def unravel_mean(flat: Array, head: Any) -> Mean:
     mean, second, cross, first, components, weights = _split(
         "unravel_mean", flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
     )
-    pooled: Any = _unpack_moment(first[lat_dim:], base_rep, lat_dim)
+    pooled: Any = base_rep.unpack(first[lat_dim:], lat_dim)
     # component 0 is what the others leave of the average
-    total = _pack_moment(rep.project(pooled.entries)) if shared_base else first[lat_dim:]
+    total = rep.project(pooled.entries).pack() if shared_base else first[lat_dim:]
     means, shapes = components[:, :lat_dim], components[:, lat_dim:]
     return Mean(
         observable_mean=mean,
-        observable_second_moment=_unpack_moment(second, obs_rep, obs_dim),
+        observable_second_moment=obs_rep.unpack(second, obs_dim),
         cross_moment=cross,
         weights=jnp.concatenate([1 - jnp.sum(weights, keepdims=True), weights]),
         weighted_means=jnp.concatenate([first[None, :lat_dim] - jnp.sum(means, axis=0, keepdims=True), means]),
-        weighted_second_moments=_unpack_moment(
-            jnp.concatenate([total[None] - jnp.sum(shapes, axis=0, keepdims=True), shapes]), rep, lat_dim
+        weighted_second_moments=rep.unpack(
+            jnp.concatenate([total[None] - jnp.sum(shapes, axis=0, keepdims=True), shapes]), lat_dim
         ),
         pooled_second_moment=pooled if shared_base else None,  # type: ignore[arg-type]
     )
@@ -179,18 +179,14 @@ def _check_structure(caller: str, value: Any, rep: Rep) -> None:
         )
 
 
-def _shape_size(rep: Rep, dim: int) -> int:
-    return {Scale: 1, Diagonal: dim, PositiveDefinite: dim * (dim + 1) // 2}[rep]
-
-
 def _split(caller: str, flat: Any, obs_dim: int, lat_dim: int, n_components: int, reps: tuple) -> tuple:
     """The six parts of a flat vector; the differences as (K-1, component size)."""
     obs_rep, base_rep, rep = reps
     flat = jnp.asarray(flat)
-    first = lat_dim + _shape_size(base_rep, lat_dim)
-    other = lat_dim + _shape_size(rep, lat_dim)
+    first = lat_dim + base_rep.packed_size(lat_dim)
+    other = lat_dim + rep.packed_size(lat_dim)
     sizes = [
-        obs_dim, _shape_size(obs_rep, obs_dim), obs_dim * lat_dim, first, other * (n_components - 1), n_components - 1,
+        obs_dim, obs_rep.packed_size(obs_dim), obs_dim * lat_dim, first, other * (n_components - 1), n_components - 1,
     ]  # fmt: skip
     if flat.shape != (sum(sizes),):
         raise ValueError(
@@ -205,36 +201,11 @@ def _split(caller: str, flat: Any, obs_dim: int, lat_dim: int, n_components: int
     )  # fmt: skip
 
 
-def _pack_moment(moment: Covariance) -> Array:
-    """Second moments, batch (...), as vectors (..., shape size)."""
-    if isinstance(moment, PositiveDefinite):
-        rows, columns = np.triu_indices(moment.entries.shape[-1])
-        return moment.entries[..., rows, columns]
-    return moment.entries[..., None] if isinstance(moment, Scale) else moment.entries
+def _pack_precision(precision: Kind, dim: int) -> Array:
+    """Natural parameters (..., packed size) of precisions."""
+    packed = precision.pack()
+    return packed * jnp.broadcast_to(jnp.asarray(precision.natural_factor(dim), packed.dtype), packed.shape)
 
 
-def _unpack_moment(packed: Array, rep: Rep, dim: int) -> Covariance:
-    if rep is PositiveDefinite:
-        rows, columns = np.triu_indices(dim)
-        index = np.zeros((dim, dim), int)
-        index[rows, columns] = index[columns, rows] = np.arange(rows.size)
-        return PositiveDefinite(packed[..., index])
-    return Scale(packed[..., 0]) if rep is Scale else Diagonal(packed)
-
-
-def _precision_factor(rep: Rep, dim: int) -> np.ndarray:
-    """What turns the packed entries of a precision into natural parameters (shape size,)."""
-    if rep is PositiveDefinite:
-        rows, columns = np.triu_indices(dim)
-        return np.where(rows == columns, -0.5, -1.0)
-    return np.full(_shape_size(rep, dim), -dim / 2 if rep is Scale else -0.5)
-
-
-def _pack_precision(precision: Covariance, dim: int) -> Array:
-    packed = _pack_moment(precision)
-    return packed * jnp.broadcast_to(jnp.asarray(_precision_factor(type(precision), dim), packed.dtype), packed.shape)
-
-
-def _unpack_precision(theta: Array, rep: Rep, dim: int) -> Covariance:
-    factor = jnp.broadcast_to(jnp.asarray(_precision_factor(rep, dim), theta.dtype), theta.shape)
-    return _unpack_moment(theta / factor, rep, dim)
+def _unpack_precision(theta: Array, rep: Rep, dim: int) -> Kind:
+    return rep.unpack(theta / jnp.broadcast_to(jnp.asarray(rep.natural_factor(dim), theta.dtype), theta.shape), dim)

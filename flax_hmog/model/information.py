@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax_hmog.model.checks import check_type
 from flax_hmog.model.conversions import in_units_of_x, mean_to_moments, natural_to_moments, with_prior
 from flax_hmog.model.coordinates import Mean, Natural, categorical_logits, check_natural, gaussian_log_partition
-from flax_hmog.model.kinds import Array, Covariance, einsum, matmul, trace_product
+from flax_hmog.model.kinds import Array, Kind, einsum, matmul, trace_product
 
 
 def log_partition(natural: Natural) -> Array:
@@ -30,7 +30,7 @@ def log_partition(natural: Natural) -> Array:
     latent = jax.nn.logsumexp(categorical_logits(natural.categorical_bias) + log_partitions)
     location, precision = natural.observable_location, natural.observable_precision
     half = precision.cholesky().lower_solve(location[:, None])[:, 0]
-    return latent + (jnp.sum(half**2) - precision.log_det(location.shape[0])) / 2
+    return latent + (jnp.sum(half**2) - precision.log_det()) / 2
 
 
 def negative_entropy(mean: Mean) -> Array:
@@ -48,8 +48,8 @@ def negative_entropy(mean: Mean) -> Array:
     moments = mean_to_moments(mean, caller="negative_entropy")
     obs_dim, lat_dim = moments.loadings.shape
     # sum_k w_k (log w_k - (log|S_k| + L) / 2) - (log|Psi| + D) / 2
-    component = jnp.log(moments.weights) - (moments.covariances.log_det(lat_dim) + lat_dim) / 2
-    return jnp.sum(moments.weights * component) - (moments.noise.log_det(obs_dim) + obs_dim) / 2
+    component = jnp.log(moments.weights) - (moments.covariances.log_det() + lat_dim) / 2
+    return jnp.sum(moments.weights * component) - (moments.noise.log_det() + obs_dim) / 2
 
 
 def kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
@@ -93,8 +93,8 @@ def _kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
     latent = (
         einsum("kij,kij->k", precision, p.covariances.entries)
         - lat_dim
-        + q.covariances.log_det(lat_dim)
-        - p.covariances.log_det(lat_dim)
+        + q.covariances.log_det()
+        - p.covariances.log_det()
         + einsum("ki,kij,kj->k", gap, precision, gap)
     ) / 2
     categorical = jnp.log(p.weights) - jnp.log(q.weights)
@@ -106,15 +106,15 @@ def _kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
     shift = matmul(loadings_gap, p.means.T) + bias_gap[:, None]
     gap_square = jnp.sum(matmul(loadings_gap, spread) * loadings_gap) + jnp.sum(shift**2 * p.weights[None])
     observable = (
-        trace_product(natural_q.observable_precision, p.noise, obs_dim)
+        trace_product(natural_q.observable_precision, p.noise)
         - obs_dim
-        + q.noise.log_det(obs_dim)
-        - p.noise.log_det(obs_dim)
+        + q.noise.log_det()
+        - p.noise.log_det()
         + gap_square
     ) / 2
     return jnp.sum(p.weights * (categorical + latent)) + observable
 
 
-def _root_times(root: Covariance, columns: Array) -> Array:
+def _root_times(root: Kind, columns: Array) -> Array:
     """F' columns (D, m), for a factor F that `cholesky` returned."""
     return root.rows_times(columns.T).T

@@ -1,48 +1,43 @@
-"""Three kinds of symmetric positive definite matrix: `Scale`, `Diagonal`, `PositiveDefinite`.
-
-A covariance, precision or second moment is an instance of its kind, so that a function knows the structure
-without being told. All three offer the same handful of functions and take any leading batch dimensions.
-"""
+"""Three kinds of symmetric positive definite matrix, and the linear algebra that they and the formulas are made of."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, dataclass_transform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-Array: TypeAlias = jax.Array
-T = TypeVar("T")
+from flax_hmog.model.checks import check_positive_definite
+from flax_hmog.model.kind import (
+    Array,
+    Kind,
+    Rep,
+    as_rep,
+    bounded,
+    diagonal_matrices,
+    fill_sizes,
+    for_each_pytree,
+    identity_like,
+    pytree,
+    register_kind,
+    trace_product,
+    unbounded,
+)
+
+__all__ = [
+    "Array", "Diagonal", "Kind", "PositiveDefinite", "Rep", "Scale", "as_rep", "diagonal", "einsum", "fill_sizes",
+    "for_each_pytree", "identity_like", "inverse_and_log_det", "inverse_lower", "matmul", "namespace", "one_by_one",
+    "pytree", "register_kind", "symmetrize", "trace_product", "transpose", "with_least_eigenvalue",
+]  # fmt: skip
 
 # Sums of squares cancel, so products are asked for in full float32 (GPUs and TPUs round more by default).
 matmul = partial(jnp.matmul, precision="highest")
 einsum = partial(jnp.einsum, precision="highest")
-
-
-_PYTREES: list[type] = []
-_TOLD: list[Callable[[type], None]] = []
-
-
-@dataclass_transform(frozen_default=True)
-def pytree(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass whose fields are the children of a JAX pytree, but for those marked static."""
-    made = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-    _PYTREES.append(made)
-    for function in _TOLD:
-        function(made)
-    return made
-
-
-def for_each_pytree(function: Callable[[type], None]) -> None:
-    """Call `function` with every class that `pytree` has made, and will make."""
-    _TOLD.append(function)
-    for cls in _PYTREES:
-        function(cls)
 
 
 def transpose(matrix: Array) -> Array:
@@ -60,20 +55,20 @@ def diagonal(matrix: Array) -> Array:
     return jnp.diagonal(matrix, axis1=-2, axis2=-1)
 
 
-def identity_like(matrix: Array) -> Array:
-    """Identity matrices of the shape and dtype of `matrix` (..., n, n)."""
-    return jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+def namespace(array: Any) -> Any:
+    """`numpy` for its own arrays, which stay on the host and in float64; `jax.numpy` for all others."""
+    return np if isinstance(array, np.ndarray | np.generic) else jnp
 
 
-def with_least_eigenvalue(matrix: Array, floor: Array) -> PositiveDefinite:
+def with_least_eigenvalue(matrix: Array, floor: Array) -> Array:
     """A symmetric matrix (n, n), its eigenvalues raised to `floor` () where they are below."""
     values, vectors = jnp.linalg.eigh(matrix)
-    return PositiveDefinite(symmetrize(matmul(vectors * jnp.maximum(values, floor)[None], vectors.T)))
+    return symmetrize(matmul(vectors * jnp.maximum(values, floor)[None], vectors.T))
 
 
 def inverse_lower(factor: Array) -> Array:
     """Inverse of a lower triangular matrix (n, n)."""
-    return solve_triangular(factor, identity_like(factor), lower=True)
+    return solve_triangular(factor, jnp.eye(factor.shape[-1], dtype=factor.dtype), lower=True)
 
 
 def one_by_one(function: Callable[[Array], Any], matrices: Array) -> Any:
@@ -121,190 +116,154 @@ def _inverse_and_log_det_jvp(primals: tuple, tangents: tuple) -> tuple:
     return (inverse, log_det), (slope, jnp.sum(inverse * tangent, axis=(-2, -1)))
 
 
-@pytree
-class Scale:
-    """Isotropic: c I, held as the one number c. In `Mean` it is the average of the diagonal.
+@register_kind("scale")
+class Scale(Kind):
+    """Isotropic: c I, held as the one number c (...). In `Mean` it is the average of the diagonal.
 
     Attributes:
-        entries: c, shape (...). Left out, the instance only names the kind, as in `obs_rep=Scale()`.
+        entries: c (...).
+        dim: n; static. `Moments`, `Natural` and `Mean` fill it in, so that users write `noise=Scale(0.5)`.
     """
 
     entries: Any = None
+    dim: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    is_isotropic = True
 
     @staticmethod
     def shape(dim: int) -> tuple[int, ...]:
-        """Shape of `entries` for matrices of dimension `dim`."""
         return ()
 
     @classmethod
-    def project_product(cls, left: Array, right: Array) -> Scale:
-        """Restriction of `left @ right.T` to this kind, for (..., n, m) factors."""
-        return cls(jnp.sum(left * right, axis=(-2, -1)) / left.shape[-2])
+    def project(cls, matrix: Array) -> Scale:
+        return cls.from_diagonal(diagonal(matrix))
 
     @classmethod
-    def project(cls, matrix: Array) -> Scale:
-        """Restriction of dense (..., n, n) to this kind: the average of the diagonal."""
-        return cls(jnp.mean(diagonal(matrix), axis=-1))
+    def project_product(cls, left: Array, right: Array) -> Scale:
+        return cls(jnp.sum(left * right, axis=(-2, -1)) / left.shape[-2], left.shape[-2])
 
     @classmethod
     def second_moment(cls, rows: Array, weights: Array) -> Scale:
-        """sum_i weights_i rows_i rows_i' in this kind, for rows (B, n)."""
-        return cls(matmul(weights, jnp.mean(rows * rows, axis=-1)))
+        return cls(matmul(weights, jnp.mean(rows * rows, axis=-1)), rows.shape[-1])
 
-    def dense(self, dim: int) -> Array:
-        """The matrices (..., dim, dim)."""
-        return Diagonal(self.diagonal(dim)).dense(dim)
+    @classmethod
+    def from_diagonal(cls, diagonals: Any) -> Scale:
+        """The averages of diagonals (..., n)."""
+        return cls(namespace(diagonals).mean(diagonals, axis=-1), diagonals.shape[-1])
 
-    def diagonal(self, dim: int) -> Array:
-        """The diagonals (..., dim)."""
-        return jnp.broadcast_to(self.entries[..., None], (*self.entries.shape, dim))
+    def sized(self, dim: int) -> Scale:
+        return Scale(self.entries, dim) if self.dim is None else self
+
+    def diagonal(self) -> Any:
+        return namespace(self.entries).broadcast_to(self.entries[..., None], (*self.entries.shape, self._size()))
 
     def inverse(self) -> Scale:
-        """The inverse, of the same kind."""
-        return Scale(1 / self.entries)
-
-    def log_det(self, dim: int) -> Array:
-        """Logarithm of the determinant, shape (...)."""
-        return dim * jnp.log(self.entries)
+        return Scale(1 / self.entries, self.dim)
 
     def cholesky(self) -> Scale:
-        """Lower factor F with F F' equal to the matrix, of the same kind."""
-        return Scale(jnp.sqrt(self.entries))
+        return Scale(namespace(self.entries).sqrt(self.entries), self.dim)
 
-    def times(self, columns: Array) -> Array:
-        """Matrix @ columns, for columns (n, m)."""
+    def log_det(self) -> Array:
+        return self._size() * jnp.log(self.entries)
+
+    def times(self, columns: Any) -> Any:
         return self.entries * columns
 
-    def rows_times(self, rows: Array) -> Array:
-        """Rows @ matrix, for rows (B, n)."""
+    def rows_times(self, rows: Any) -> Any:
         return rows * self.entries
 
-    def lower_solve(self, columns: Array) -> Array:
-        """F^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
+    def lower_solve(self, columns: Any) -> Any:
         return columns / self.entries
 
-    def upper_solve(self, columns: Array) -> Array:
-        """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
-        return columns / self.entries
+    upper_solve = lower_solve
 
-    def scaled(self, columns: Array) -> Scale:
-        """A M A for A = diag(columns), whose entries (n,) are all equal."""
-        return Scale(self.entries * columns[0] * columns[0])
-
-    def product(self, other: Scale) -> Scale:
-        """Matrix product with another of the same kind; it need not be symmetric."""
-        return Scale(self.entries * other.entries)
+    def scaled(self, columns: Any) -> Scale:
+        return Scale(self.entries * columns[0] * columns[0], self.dim)
 
     def weighted(self, weights: Array) -> Scale:
-        """Each matrix of the batch times its weight (...)."""
-        return Scale(self.entries * weights)
+        return Scale(self.entries * weights, self.dim)
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.entries, dtype)
+    def floored(self, share: float) -> Scale:
+        """As it is: all eigenvalues are their average."""
+        return self
+
+    def _size(self) -> int:
+        if self.dim is None:
+            raise ValueError("Scale: `dim` must be known here; got None. Give it, as in Scale(0.5, dim=3).")
+        return self.dim
 
 
-@pytree
-class Diagonal:
-    """Diagonal matrices, held as their diagonals.
-
-    Attributes:
-        entries: diagonals (..., n). Left out, the instance only names the kind, as in `obs_rep=Diagonal()`.
-    """
+@register_kind("diagonal")
+class Diagonal(Kind):
+    """Diagonal matrices, held as their diagonals (..., n)."""
 
     entries: Any = None
 
     @staticmethod
     def shape(dim: int) -> tuple[int, ...]:
-        """Shape of `entries` for matrices of dimension `dim`."""
         return (dim,)
 
     @classmethod
-    def project_product(cls, left: Array, right: Array) -> Diagonal:
-        """Restriction of `left @ right.T` to this kind, for (..., n, m) factors."""
-        return cls(jnp.sum(left * right, axis=-1))
-
-    @classmethod
     def project(cls, matrix: Array) -> Diagonal:
-        """Restriction of dense (..., n, n) to this kind: its diagonal."""
         return cls(diagonal(matrix))
 
     @classmethod
+    def project_product(cls, left: Array, right: Array) -> Diagonal:
+        return cls(jnp.sum(left * right, axis=-1))
+
+    @classmethod
     def second_moment(cls, rows: Array, weights: Array) -> Diagonal:
-        """sum_i weights_i rows_i rows_i' in this kind, for rows (B, n)."""
         return cls(matmul(weights, rows * rows))
 
-    def dense(self, dim: int) -> Array:
-        """The matrices (..., dim, dim)."""
-        columns = jnp.broadcast_to(self.entries[..., None], (*self.entries.shape, dim))
-        return columns * identity_like(columns)
+    @classmethod
+    def from_diagonal(cls, diagonals: Any) -> Diagonal:
+        return cls(diagonals)
 
-    def diagonal(self, dim: int) -> Array:
-        """The diagonals (..., dim)."""
+    def diagonal(self) -> Any:
         return self.entries
 
     def inverse(self) -> Diagonal:
-        """The inverse, of the same kind."""
         return Diagonal(1 / self.entries)
 
-    def log_det(self, dim: int) -> Array:
-        """Logarithm of the determinant, shape (...)."""
+    def cholesky(self) -> Diagonal:
+        return Diagonal(namespace(self.entries).sqrt(self.entries))
+
+    def log_det(self) -> Array:
         return jnp.sum(jnp.log(self.entries), axis=-1)
 
-    def cholesky(self) -> Diagonal:
-        """Lower factor F with F F' equal to the matrix, of the same kind."""
-        return Diagonal(jnp.sqrt(self.entries))
-
-    def times(self, columns: Array) -> Array:
-        """Matrix @ columns, for columns (n, m)."""
+    def times(self, columns: Any) -> Any:
         return self.entries[..., None] * columns
 
-    def rows_times(self, rows: Array) -> Array:
-        """Rows @ matrix, for rows (B, n)."""
+    def rows_times(self, rows: Any) -> Any:
         return rows * self.entries[None]
 
-    def lower_solve(self, columns: Array) -> Array:
-        """F^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
+    def lower_solve(self, columns: Any) -> Any:
         return columns / self.entries[..., None]
 
-    def upper_solve(self, columns: Array) -> Array:
-        """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
-        return columns / self.entries[..., None]
+    upper_solve = lower_solve
 
-    def scaled(self, columns: Array) -> Diagonal:
-        """A M A for A = diag(columns) (n,)."""
+    def scaled(self, columns: Any) -> Diagonal:
         return Diagonal(self.entries * columns * columns)
 
-    def product(self, other: Diagonal) -> Diagonal:
-        """Matrix product with another of the same kind; it need not be symmetric."""
-        return Diagonal(self.entries * other.entries)
-
     def weighted(self, weights: Array) -> Diagonal:
-        """Each matrix of the batch times its weight (...)."""
         return Diagonal(self.entries * weights[..., None])
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.entries, dtype)
+    def floored(self, share: float) -> Diagonal:
+        """Entries raised to `share` times their average where they are below."""
+        return Diagonal(jnp.maximum(self.entries, share * jnp.mean(self.entries)))
 
 
-@pytree
-class PositiveDefinite:
-    """Full symmetric positive definite matrices, held plainly.
-
-    Attributes:
-        entries: matrices (..., n, n). Left out, the instance only names the kind, as in `obs_rep=PositiveDefinite()`.
-    """
+@register_kind("full")
+class PositiveDefinite(Kind):
+    """Full symmetric positive definite matrices, held plainly (..., n, n)."""
 
     entries: Any = None
 
+    is_diagonal = False
+
     @staticmethod
     def shape(dim: int) -> tuple[int, ...]:
-        """Shape of `entries` for matrices of dimension `dim`."""
         return (dim, dim)
-
-    @classmethod
-    def project_product(cls, left: Array, right: Array) -> PositiveDefinite:
-        """`left @ right.T`, for (..., n, m) factors."""
-        return cls(matmul(left, transpose(right)))
 
     @classmethod
     def project(cls, matrix: Array) -> PositiveDefinite:
@@ -312,91 +271,131 @@ class PositiveDefinite:
         return cls(matrix)
 
     @classmethod
+    def project_product(cls, left: Array, right: Array) -> PositiveDefinite:
+        """`left @ right.T`, for (..., n, m) factors."""
+        return cls(matmul(left, transpose(right)))
+
+    @classmethod
     def second_moment(cls, rows: Array, weights: Array) -> PositiveDefinite:
-        """sum_i weights_i rows_i rows_i', for rows (B, n)."""
         return cls(matmul(transpose(rows * weights[:, None]), rows))
 
-    def dense(self, dim: int) -> Array:
-        """The matrices (..., dim, dim)."""
+    @classmethod
+    def from_diagonal(cls, diagonals: Any) -> PositiveDefinite:
+        return cls(diagonal_matrices(diagonals))
+
+    def dense(self) -> Any:
         return self.entries
 
-    def diagonal(self, dim: int) -> Array:
-        """The diagonals (..., dim)."""
-        return diagonal(self.entries)
+    def diagonal(self) -> Any:
+        return namespace(self.entries).diagonal(self.entries, axis1=-2, axis2=-1)
 
-    def inverse(self) -> PositiveDefinite:
-        """The inverse, of the same kind."""
-        return PositiveDefinite(inverse_and_log_det(self.entries)[0])
-
-    def log_det(self, dim: int) -> Array:
-        """Logarithm of the determinant, shape (...)."""
+    def log_det(self) -> Array:
         return inverse_and_log_det(self.entries)[1]
 
-    def cholesky(self) -> PositiveDefinite:
-        """Lower factor F with F F' equal to the matrix (n, n) or (K, n, n); NaN where it is not positive definite."""
-        if self.entries.ndim == 2:
-            return PositiveDefinite(jnp.linalg.cholesky(self.entries))
-        return PositiveDefinite(_batched_cholesky(self.entries))
+    def times(self, columns: Any) -> Any:
+        return _product(self.entries, columns)
 
-    def times(self, columns: Array) -> Array:
-        """Matrix @ columns, for columns (n, m)."""
-        return matmul(self.entries, columns)
+    def rows_times(self, rows: Any) -> Any:
+        return _product(rows, self.entries)
 
-    def rows_times(self, rows: Array) -> Array:
-        """Rows @ matrix, for rows (B, n)."""
-        return matmul(rows, self.entries)
-
-    def lower_solve(self, columns: Array) -> Array:
-        """F^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
+    def lower_solve(self, columns: Any) -> Any:
+        if namespace(self.entries) is np:
+            return np.linalg.solve(self.entries, columns)
         return solve_triangular(self.entries, columns, lower=True)
 
     def upper_solve(self, columns: Array) -> Array:
-        """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
         return solve_triangular(self.entries, columns, trans="T", lower=True)
 
-    def scaled(self, columns: Array) -> PositiveDefinite:
-        """A M A for A = diag(columns) (n,)."""
+    def scaled(self, columns: Any) -> PositiveDefinite:
         return PositiveDefinite(self.entries * columns[:, None] * columns[None])
 
-    def product(self, other: PositiveDefinite) -> PositiveDefinite:
-        """Matrix product with another of the same kind; it need not be symmetric."""
-        return PositiveDefinite(matmul(self.entries, other.entries))
-
     def weighted(self, weights: Array) -> PositiveDefinite:
-        """Each matrix of the batch times its weight (...)."""
         return PositiveDefinite(self.entries * weights[..., None, None])
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.entries, dtype)
+    def floored(self, share: float) -> PositiveDefinite:
+        """One matrix, its eigenvalues raised to `share` times the average of the diagonal where they are below."""
+        return PositiveDefinite(with_least_eigenvalue(self.entries, share * jnp.mean(self.diagonal())))
+
+    def inverse(self) -> PositiveDefinite:
+        if namespace(self.entries) is np:
+            return PositiveDefinite(np.linalg.inv(self.entries))
+        return PositiveDefinite(inverse_and_log_det(self.entries)[0])
+
+    def cholesky(self) -> PositiveDefinite:
+        is_one = self.entries.ndim == 2 or namespace(self.entries) is np
+        factor = namespace(self.entries).linalg.cholesky if is_one else _batched_cholesky
+        return PositiveDefinite(factor(self.entries))
+
+    def product(self, other: PositiveDefinite) -> PositiveDefinite:
+        return PositiveDefinite(matmul(self.entries, other.entries))
+
+    def whitened(self, covariance: Kind) -> PositiveDefinite:
+        inverse = inverse_lower(covariance.cholesky().dense())
+        return PositiveDefinite(matmul(matmul(inverse[None], self.entries), inverse.T[None])).symmetrized()
+
+    def symmetrized(self) -> PositiveDefinite:
+        return PositiveDefinite(symmetrize(self.entries))
+
+    def check(self, caller: str, argument: str, remedy: str) -> None:
+        check_positive_definite(caller, argument, self.entries, remedy)
+
+    @classmethod
+    def from_leaf(cls, leaf: Array, dim: int, interval: tuple[float, float], floor: float) -> PositiveDefinite:
+        """Matrices (..., n, n): the diagonal of the leaf sets variances, the part below it correlations.
+
+        The part above the diagonal is not used.
+        """
+        units = jnp.sqrt(bounded(diagonal(leaf), interval))
+        return cls(correlations(leaf, floor) * units[..., :, None] * units[..., None, :])
+
+    @classmethod
+    def inverse_from_leaf(cls, leaf: Array, dim: int, interval: tuple[float, float], floor: float) -> PositiveDefinite:
+        """The inverse of `from_leaf`, through the correlations, as derivatives hold the square of its entries."""
+        units = jnp.sqrt(bounded(diagonal(leaf), interval))
+        inverse = cls(correlations(leaf, floor)).inverse().entries
+        return cls(inverse / units[..., :, None] / units[..., None, :])
+
+    def leaf(self, interval: tuple[float, float], floor: float) -> np.ndarray:
+        identity = np.eye(self.entries.shape[-1])
+        variances = np.maximum(np.einsum("...ii->...i", self.entries), interval[0])
+        scale = np.sqrt(variances)
+        correlation = self.entries / (scale[..., :, None] * scale[..., None, :])
+        values, vectors = np.linalg.eigh((1 + floor) * correlation - floor * identity)
+        clipped = np.maximum(values, 1e-2 * floor)
+        factor = np.linalg.cholesky((vectors * clipped[..., None, :]) @ np.swapaxes(vectors, -1, -2))
+        rows = np.tril(factor / np.einsum("...ii->...i", factor)[..., :, None], -1)
+        return rows + identity * unbounded(variances, interval)[..., :, None]
+
+    @classmethod
+    def packed_size(cls, dim: int) -> int:
+        return dim * (dim + 1) // 2
+
+    def pack(self) -> Array:
+        """The upper triangles (..., n (n + 1) / 2), row by row."""
+        rows, columns = np.triu_indices(self.entries.shape[-1])
+        return self.entries[..., rows, columns]
+
+    @classmethod
+    def unpack(cls, packed: Array, dim: int) -> PositiveDefinite:
+        rows, columns = np.triu_indices(dim)
+        index = np.zeros((dim, dim), int)
+        index[rows, columns] = index[columns, rows] = np.arange(rows.size)
+        return cls(packed[..., index])
+
+    @classmethod
+    def natural_factor(cls, dim: int) -> np.ndarray:
+        """-1/2 for entries of the diagonal, -1 for the others, which stand twice in x' P x."""
+        rows, columns = np.triu_indices(dim)
+        return np.where(rows == columns, -0.5, -1.0)
 
 
-Covariance: TypeAlias = Scale | Diagonal | PositiveDefinite
-Rep: TypeAlias = type[Scale] | type[Diagonal] | type[PositiveDefinite]
+def correlations(leaf: Array, floor: float) -> Array:
+    """Correlations (F F' + floor I) / (1 + floor), F the unit lower triangle of the leaf with normalised rows."""
+    identity = identity_like(leaf)
+    rows = jnp.tril(leaf, -1) + identity
+    rows = rows / jnp.sqrt(jnp.sum(rows**2, axis=-1, keepdims=True))
+    return (matmul(rows, transpose(rows)) + floor * identity) / (1 + floor)
 
 
-def trace_product(left: Covariance, right: Covariance, dim: int) -> Array:
-    """tr(left' right) () of two matrices of dimension `dim`, of any kinds."""
-    if isinstance(left, PositiveDefinite) and isinstance(right, PositiveDefinite):
-        return jnp.sum(left.entries * right.entries)
-    return jnp.sum(left.diagonal(dim) * right.diagonal(dim))
-
-
-REPS: dict[str, Rep] = {"scale": Scale, "diagonal": Diagonal, "full": PositiveDefinite}
-
-
-def as_rep(rep: Any, *, caller: str, argument: str = "rep") -> Rep:
-    """Resolve a kind given by class, instance or name.
-
-    Raises:
-        ValueError: for anything else, with the choices.
-    """
-    kind: Any = REPS.get(rep.lower()) if isinstance(rep, str) else rep if isinstance(rep, type) else type(rep)
-    if kind not in REPS.values():
-        choices = ", ".join(f'"{name}" ({kind.__name__})' for name, kind in REPS.items())
-        raise ValueError(f"{caller}: `{argument}` must be one of {choices}; got {rep!r}. Give the name or the class.")
-    return kind
-
-
-def rep_name(rep: Rep) -> str:
-    """The name of a kind: "scale", "diagonal" or "full"."""
-    return next(name for name, kind in REPS.items() if kind is rep)
+def _product(left: Any, right: Any) -> Any:
+    return left @ right if namespace(left) is np and namespace(right) is np else matmul(left, right)

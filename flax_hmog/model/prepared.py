@@ -16,12 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.model.conversions import with_prior
-from flax_hmog.model.coordinates import Natural, SharedBase, observable_bias
+from flax_hmog.model.coordinates import Natural, observable_bias
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import (
     Array,
-    Covariance,
-    PositiveDefinite,
+    Kind,
     diagonal,
     einsum,
     inverse_and_log_det,
@@ -61,8 +60,8 @@ class Factors:
     """
 
     bias: Array
-    precision: Covariance
-    root: Covariance
+    precision: Kind
+    root: Kind
     projection: Array
     projector: Array
     prior_root: Array
@@ -91,10 +90,10 @@ def factorise(natural: Natural) -> Factors:
     prior_covariances, prior_log_det = inverse_and_log_det(natural.prior_precision.entries)
     means = einsum("kij,kj->ki", prior_covariances, natural.prior_location)
     pooled_root = jnp.linalg.cholesky(jnp.mean(natural.prior_precision.entries, axis=0)).T
-    basis = _full_basis if isinstance(natural.posterior_precision, PositiveDefinite | SharedBase) else _diagonal_basis
+    basis = _diagonal_basis if natural.posterior_precision.is_diagonal else _full_basis
     t, t_inverse, projection, prior_root, curvature, covariance, log_det = basis(natural, whitened, pooled_root)
     frame = jax.lax.stop_gradient(natural.frame)
-    offset = natural.observable_precision.log_det(obs_dim) / 2 - obs_dim * math.log(2 * math.pi) / 2
+    offset = natural.observable_precision.log_det() / 2 - obs_dim * math.log(2 * math.pi) / 2
     location = matmul(natural.prior_location, t_inverse)
     linear = component_product(covariance, location)
     # Q_k = P_k + G, so  h'C h - h'P^-1 h = -h' C G P^-1 h
@@ -136,9 +135,7 @@ def _full_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
 
 def _diagonal_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
     """T = diag(mean_k Q_k)^1/2, in which all Q~_k are diagonal."""
-    precision = natural.posterior_precision.diagonal(  # type: ignore[union-attr]
-        pooled_root.shape[0]
-    )
+    precision = natural.posterior_precision.diagonal()  # type: ignore[union-attr]
     pooled = jnp.mean(precision, axis=0)
     scale = jnp.sqrt(pooled)
     covariance = pooled[None] / precision

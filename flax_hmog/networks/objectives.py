@@ -238,7 +238,7 @@ def precision_penalty(natural: Natural) -> Array:
     lat_dim = natural.interaction.shape[1]
     within = within_covariance(own_moments(natural))
     traces = einsum("kij,ij->k", natural.prior_precision.entries, within.entries)
-    log_dets = natural.prior_precision.log_det(lat_dim) + within.log_det(lat_dim)
+    log_dets = natural.prior_precision.log_det() + within.log_det()
     return jnp.mean(traces - log_dets - lat_dim) / 2
 
 
