@@ -40,7 +40,13 @@ def redescribe(folder, change):
 
 def older(folder):
     """A step as version 4 of the format has it: no list of its files."""
-    redescribe(folder, lambda description: description.update(format=4) or description.pop("step"))
+
+    def change(description):
+        description |= {"format": 4, "head": description.pop("module"), "encoder": None}
+        for name in ("step", "place", "inputs"):
+            description.pop(name)
+
+    redescribe(folder, change)
     (folder / "SHA256SUMS").unlink()
 
 

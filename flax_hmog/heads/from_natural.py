@@ -18,7 +18,7 @@ from flax_hmog.data.samples import check_observations
 from flax_hmog.em.step import whiten_moments
 from flax_hmog.em.stepwise import stepwise_start
 from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
-from flax_hmog.heads.modules import AnalyticHMoG, head_bounds
+from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, head_bounds
 from flax_hmog.inference.posterior import log_observable_density, sample
 from flax_hmog.model.checks import check_head, check_precision
 from flax_hmog.model.conversions import moments_to_natural, own_moments, with_prior
@@ -54,7 +54,8 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     basis. For `Scale` the basis is also scaled so that the average posterior precision is I.
 
     Args:
-        head: unbound head to start; its dimensions, kinds and bounds are read.
+        head: unbound head to start; its dimensions, kinds and bounds are read. One of others has a method
+            `start(moments) -> variables` (`Head`).
         natural: the fitted model, for example `fit_em(...).natural`.
         x: observations (N, D) to compare on; None draws them from the model.
 
@@ -62,10 +63,15 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
         Variables for `head.apply`, and `WarmStartInfo`.
 
     Raises:
-        TypeError: if `natural` is of another coordinate type.
+        TypeError: if `natural` is of another coordinate type, or the head is of others and has no method `start`.
         ValueError: if the dimensions of head and model differ.
     """
     check_head("warm_start", head, "(head, natural, x); a `Clusterer` has its `head`")
+    if not (hasattr(head, "start") or isinstance(head, HMoGHead)):
+        raise TypeError(
+            f"warm_start: `head` must be one of ours, or have a method `start`; got {type(head).__name__}. Give its "
+            "class a method start(moments) that returns its variables."
+        )
     check_precision("warm_start", head.param_dtype)
     check_natural("warm_start", natural)
     natural = with_prior(natural, "warm_start")
@@ -76,11 +82,14 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     given = _in_units_of_x(whiten_moments(own_moments(natural)), natural.frame)
     obs_rep = as_rep(head.obs_rep, caller="warm_start", argument="head.obs_rep")
     moments = dataclasses.replace(given, noise=_restrict_noise(given.noise, obs_rep, obs_dim))
-    if isinstance(head, AnalyticHMoG):
+    if hasattr(head, "start"):
+        variables: dict[str, Any] = head.start(moments)
+        started = head.apply(variables, method="natural")
+    elif isinstance(head, AnalyticHMoG):
         own = jax.tree.map(lambda a: jnp.asarray(a, head.param_dtype), moments)
         _check_held(moments, own, head.param_dtype)
         started = moments_to_natural(own)
-        variables: dict[str, Any] = {"em": stepwise_start(own)}
+        variables = {"em": stepwise_start(own)}
     else:
         rep, shared_base = head.component_structure
         bounds = head_bounds(head)

@@ -351,7 +351,7 @@ def _check_head(head: Any, *reps: str) -> None:
     for size in ("lat_dim", "n_components", "obs_dim"):  # numpy's integers are not JSON
         if getattr(head, size) is not None:
             object.__setattr__(head, size, int(getattr(head, size)))
-    if not isinstance(head, AnalyticHMoG):
+    if hasattr(head, "noise_bounds"):
         check_interval(caller, "noise_bounds", head.noise_bounds)
         check_interval(caller, "precision_bounds", head.precision_bounds)
         check_positive(caller, "signal_bound", head.signal_bound, "Say how far axes may spread, as 1e3.")

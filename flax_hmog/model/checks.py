@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
 
 MISSING_VALUES = (
@@ -50,11 +51,11 @@ def check_type(caller: str, argument: str, value: Any, expected: type, remedy: s
 
 
 def check_head(caller: str, head: Any, signature: str) -> None:
-    """TypeError, naming the order of arguments, unless `head` has what is read of one of the three heads."""
-    if not hasattr(head, "component_structure"):
+    """TypeError, naming the order of arguments, unless `head` is one."""
+    if isinstance(head, type) or not isinstance(head, Head):
         raise TypeError(
-            f"{caller}: `head` must be a DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG; got {type(head).__name__}. "
-            f"Call {caller}{signature}."
+            f"{caller}: `head` must be a head, as DifferentiableHMoG, or offer what flax_hmog.Head lists; got "
+            f"{type(head).__name__}. Call {caller}{signature}."
         )
 
 

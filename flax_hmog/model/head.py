@@ -1,0 +1,52 @@
+"""What a head offers to fits, checkpoints and whoever builds networks on it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.kinds import Rep
+
+
+@runtime_checkable
+class Head(Protocol):
+    """A linen module that is a hierarchical mixture of Gaussians; any class with these members is one.
+
+    Nothing has to be inherited from or registered. What a head has besides, as leaves, bounds and training, is its own.
+    With a method `start(moments) -> variables` it can also be warm-started: `moments` are those of a fitted model in
+    standard form, in numpy float64 and with noise of the kind `obs_rep`.
+    """
+
+    @property
+    def lat_dim(self) -> int:
+        """Latent dimension L."""
+
+    @property
+    def n_components(self) -> int:
+        """Number of components K."""
+
+    @property
+    def obs_dim(self) -> int | None:
+        """Observed dimension D; None takes it from the data at init."""
+
+    @property
+    def obs_rep(self) -> Any:
+        """Kind of the noise covariance."""
+
+    @property
+    def param_dtype(self) -> Any:
+        """Dtype in which the model is computed."""
+
+    @property
+    def projection_dtype(self) -> Any:
+        """Dtype in which x is multiplied by the D x L projection; None for `param_dtype`."""
+
+    @property
+    def component_structure(self) -> tuple[Rep, bool]:
+        """Kind of the component precisions, and whether they differ from a full base."""
+
+    def natural(self) -> Natural:
+        """The model in natural coordinates, of variables that are there."""
+
+    def __call__(self, x: Any) -> Any:
+        """`HMoGOutput` of x (..., D)."""
