@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from flax_hmog.model.checks import check_head, check_precision
 from flax_hmog.model.conversions import moments_to_natural, own_moments, with_prior
 from flax_hmog.model.coordinates import Moments, Natural, check_natural
 from flax_hmog.model.frames import Frame
+from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array, Covariance, Diagonal, PositiveDefinite, Rep, Scale, as_rep, pytree
 
 ROUNDING = 1e-5  # of the log-likelihood and of one nat per column, which float32 may lose
@@ -45,7 +46,7 @@ class WarmStartInfo:
     log_likelihood_after: Array
 
 
-def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, Any], WarmStartInfo]:
+def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, Any], WarmStartInfo]:
     """Variables of a head for a fitted model.
 
     Full heads (`pst_rep="full"`, `lat_rep="full"`, Analytic) hold the model exactly, within their bounds. For
@@ -84,7 +85,7 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     moments = dataclasses.replace(given, noise=_restrict_noise(given.noise, obs_rep, obs_dim))
     if hasattr(head, "start"):
         variables: dict[str, Any] = head.start(moments)
-        started = head.apply(variables, method="natural")
+        started = cast(Natural, head.apply(variables, method="natural"))
     elif isinstance(head, AnalyticHMoG):
         own = jax.tree.map(lambda a: jnp.asarray(a, head.param_dtype), moments)
         _check_held(moments, own, head.param_dtype)
@@ -92,7 +93,7 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
         variables = {"em": stepwise_start(own)}
     else:
         rep, shared_base = head.component_structure
-        bounds = head_bounds(head)
+        bounds = head_bounds(cast(Any, head))
         leaves = _leaves(moments, rep, shared_base, bounds)
         specs = leaf_specs(obs_dim, head.lat_dim, head.n_components, obs_rep, rep, shared_base)
         params = {name: jnp.asarray(leaves[name], head.param_dtype).reshape(spec.shape) for name, spec in specs.items()}
@@ -110,7 +111,7 @@ class WarmStartWarning(UserWarning):
     """A head does not hold the model that it was started from."""
 
 
-def _warn_of_loss(head: Any, moments: Moments, started: Natural, info: WarmStartInfo, is_avoidable: bool) -> None:
+def _warn_of_loss(head: Head, moments: Moments, started: Natural, info: WarmStartInfo, is_avoidable: bool) -> None:
     """`WarmStartWarning` if more is lost than rounding explains, and by no restriction of the head's kinds."""
     before, after = float(info.log_likelihood_before), float(info.log_likelihood_after)
     obs_dim = moments.bias.shape[0]

@@ -45,6 +45,9 @@ class Head(Protocol):
     def component_structure(self) -> tuple[Rep, bool]:
         """Kind of the component precisions, and whether they differ from a full base."""
 
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call or method on variables, as of any linen module."""
+
     def natural(self) -> Natural:
         """The model in natural coordinates, of variables that are there."""
 

@@ -102,15 +102,9 @@ class Restored:
         Raises:
             ValueError: for another number of columns, or a module that was not imported.
         """
-        if not self.place or isinstance(self.module, Clusterer):
-            return self.merged(self._imported(self.head).apply(self.variables, self.features(raw)))
-        return self.output(self.preprocessed(raw))
-
-    def output(self, x: Any) -> Any:
-        """What the module makes of its inputs; components are merged to clusters, where they are."""
-        module = self._imported(self.module)
+        module = self._imported_module()
         positional, named = train_arguments(module, False)
-        output = module.apply(self.module_variables, x, *positional, **named)
+        output = module.apply(self.module_variables, self.preprocessed(raw), *positional, **named)
         return self.merged(output) if isinstance(output, HMoGOutput) else output
 
     def merged(self, output: HMoGOutput) -> HMoGOutput:
@@ -125,19 +119,19 @@ class Restored:
         Of a module of one's own this is what its method `features` returns.
         """
         x = self.preprocessed(raw)
-        return self._imported(self.module).apply(self.module_variables, x, method="features") if self.place else x
+        return self._imported_module().apply(self.module_variables, x, method="features") if self.place else x
 
     def preprocessed(self, raw: Any) -> Array:
         """The inputs of the module for raw data (..., D)."""
         return jnp.asarray(dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw))
 
-    def _imported(self, module: Any) -> Any:
-        if module is None:
+    def _imported_module(self) -> Any:
+        if self.module is None:
             raise ValueError(
                 "Restored: `module` must be imported to take raw data; got a checkpoint with a class that is not of "
                 "flax_hmog, or of a notebook. Restore with allow_import=True if you trust it, or with module=..."
             )
-        return module
+        return self.module
 
 
 def restore(
