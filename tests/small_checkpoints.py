@@ -38,16 +38,19 @@ def redescribe(folder, change):
     (folder / "SHA256SUMS").write_text(sums(folder))
 
 
-def older(folder):
-    """A step as version 4 of the format has it: no list of its files."""
+def older(folder, version=4):
+    """A step as version 4 or 5 of the format has it: head and encoder; in 4 no list of the files."""
 
     def change(description):
-        description |= {"format": 4, "head": description.pop("module"), "encoder": None}
-        for name in ("step", "place", "inputs"):
+        module = description.pop("module")
+        parts = module["arguments"] if module["class"] == "Clusterer" else {"head": module, "encoder": None}
+        description |= {"format": version} | parts
+        for name in ("place", "inputs", "step")[: 3 if version == 4 else 2]:
             description.pop(name)
 
     redescribe(folder, change)
-    (folder / "SHA256SUMS").unlink()
+    if version == 4:
+        (folder / "SHA256SUMS").unlink()
 
 
 def contents(restored):

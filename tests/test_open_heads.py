@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from own_networks import SMALL, Foreign, Inline, SphericalHMoG, Twins
-from small_checkpoints import redescribe
+from small_checkpoints import older, redescribe
 
 from flax_hmog import (
     AnalyticHMoG,
@@ -269,3 +269,18 @@ def test_a_notebook_gives_its_module(tmp_path):
     assert "got __main__:Mine. Put the class into a module file" in said
     assert "restore(path, module=...)" in said
     assert same
+
+
+def test_checkpoints_of_a_head_and_an_encoder_restore(tmp_path):
+    """Of the format before, which held these two."""
+    for name, module in (
+        ("head", AnalyticHMoG(2, 3)),
+        ("encoder", Clusterer(MLP(4, (8,), "batch"), AnalyticHMoG(2, 3))),
+    ):
+        variables = nn.unbox(module.init(KEY, X))
+        folder = save(tmp_path / name, module, variables)
+        older(folder / "1", version=5)
+        restored = restore(folder)
+        assert restored.module == module
+        equal(restored.module_variables, variables)
+        equal(restored(X), module.apply(variables, X))

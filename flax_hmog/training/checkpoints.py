@@ -87,7 +87,7 @@ class CheckpointWriter:
         self.module = _whole_module(module, head, encoder)
         self.place, self.head = head if isinstance(head, str) else None, cast(Any, None)
         self.keep, self.best, self.mode, self.preprocessing = keep, best, mode, preprocessing
-        self.inputs = _abstract_inputs(inputs, preprocessing)
+        self.inputs, self.abstract = _abstract_inputs(inputs, preprocessing), cast(Any, None)
         self.description = {
             "format": FORMAT,
             "module": describe_module(self.module) if describe else None,
@@ -248,15 +248,17 @@ class CheckpointWriter:
         """
         if self.head is None:
             self._find_head(variables)
-        part, of_what = part_of(variables, self.place or ""), "the head"
-        obs_dim = observed_dim(self.head, part)
-        abstract = {} if obs_dim is None else abstract_variables(self.head, head_inputs(self.head, obs_dim))
         if self.inputs is not None and not isinstance(self.module, Clusterer | Head):
-            part, of_what = variables, "`module`"
-            abstract = abstract_variables(self.module, self.inputs)
+            part, of_what, is_known = variables, "`module`", True
+            abstract = self.abstract = self.abstract or abstract_variables(self.module, self.inputs)
+        else:
+            part, of_what = part_of(variables, self.place or ""), "the head"
+            obs_dim = observed_dim(self.head, part)
+            is_known = obs_dim is not None
+            abstract = {} if obs_dim is None else abstract_variables(self.head, head_inputs(self.head, obs_dim))
         given, wanted = named_arrays(part), named_arrays(abstract)
         wrong = sorted(given.keys() ^ wanted.keys()) or [n for n in wanted if wanted[n].shape != given[n].shape]
-        if wrong or not given:
+        if wrong or not is_known:
             raise CheckpointError(
                 f"CheckpointWriter.save: `variables` must be those of {of_what}, with their collections"
                 f"{f', under {self.place!r}' if self.place else ''}; leaf {(wrong or ['params'])[0]!r} is not as in "

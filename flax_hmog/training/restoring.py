@@ -95,9 +95,9 @@ class Restored:
     def __call__(self, raw: Any) -> Any:
         """The module's output for raw data (..., D), numpy or jax: preprocessing, module, merge of components.
 
-        Of a head, or a `Clusterer`, this is `HMoGOutput`. Methods of the module by name:
-        `restored.module.apply(restored.module_variables, x, method="name")`. For components that are not merged,
-        `dataclasses.replace(restored, clusters=None)`.
+        Of a head, or a `Clusterer`, this is `HMoGOutput`; other modules return what they return, in which components
+        are merged if it is a `HMoGOutput` itself. Other methods: `restored.module.apply(restored.module_variables, x,
+        method="name")`. For components that are not merged, `dataclasses.replace(restored, clusters=None)`.
 
         Raises:
             ValueError: for another number of columns, or a module that was not imported.

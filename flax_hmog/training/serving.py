@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import export as jax_export
 
 from flax_hmog.em.step import compute_factors
+from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
 from flax_hmog.inference.posterior import HMoGOutput, infer_rows
 from flax_hmog.model.checks import check_type
 from flax_hmog.model.kinds import Array
@@ -17,6 +18,7 @@ from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.training.restoring import Restored
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+CALLS = (HMoGHead.__call__, AnalyticHMoG.__call__)  # of heads whose output is that of `infer_rows`
 
 
 def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[str] = PLATFORMS) -> jax_export.Exported:
@@ -25,7 +27,7 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
     Where components are merged, as the checkpoint says, K is the number of clusters.
 
     Preprocessing, encoder and the model's factorisation are part of it; nothing is factorised when it runs, but in
-    modules of one's own. A call needs memory for its whole batch.
+    modules and heads of one's own. A call needs memory for its whole batch.
 
     Args:
         model: of `restore`.
@@ -46,7 +48,7 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
     check_type("export", "model", model, Restored, "Give flax_hmog.training.restore(path).")
     if isinstance(platforms, str):
         raise ValueError(f"export: `platforms` must be a sequence of names; got {platforms!r}. Write ({platforms!r},).")
-    is_head = not model.place or isinstance(model.module, Clusterer)
+    is_head = (not model.place or isinstance(model.module, Clusterer)) and type(model.head).__call__ in CALLS
     factors: Any = compute_factors(model.natural) if is_head else None
     raw = _raw(model, obs_dim)
 
