@@ -38,10 +38,19 @@ def redescribe(folder, change):
     (folder / "SHA256SUMS").write_text(sums(folder))
 
 
-def older(folder):
-    """A step as version 4 of the format has it: no list of its files."""
-    redescribe(folder, lambda description: description.update(format=4) or description.pop("step"))
-    (folder / "SHA256SUMS").unlink()
+def older(folder, version=4):
+    """A step as version 4 or 5 of the format has it: head and encoder; in 4 no list of the files."""
+
+    def change(description):
+        module = description.pop("module")
+        parts = module["arguments"] if module["class"] == "Clusterer" else {"head": module, "encoder": None}
+        description |= {"format": version} | parts
+        for name in ("place", "inputs", "step")[: 3 if version == 4 else 2]:
+            description.pop(name)
+
+    redescribe(folder, change)
+    if version == 4:
+        (folder / "SHA256SUMS").unlink()
 
 
 def contents(restored):

@@ -138,22 +138,14 @@ def test_training_goes_on_with_what_was_restored(x, tmp_path):
         create_state(module, {"params": variables["params"]}, optax.adam(1e-3), x, make_mesh())
 
 
-class Nested(nn.Module):
-    """An encoder with another module as a field."""
-
-    inner: nn.Module
-
-    def __call__(self, x):
-        return self.inner(x)
-
-
 @pytest.mark.parametrize(
     ("encoder", "message"),
     [
         (nn.remat(MLP, static_argnums=2)(4), "apply transformations as nn.remat within"),
-        (Nested(nn.Dense(4)), "`inner` of .*Nested must be a plain JSON value or a dtype; got Dense"),
+        (nn.Dense(4, kernel_init=nn.initializers.normal(2.0)), "`kernel_init` of .*Dense must be a plain JSON value"),
+        (nn.Sequential([nn.Dense(4), nn.relu]), "`layers` of .*Sequential must be a plain JSON value"),
     ],
-    ids=["transformed", "nested"],
+    ids=["transformed", "initializer", "function"],
 )
 def test_encoders_that_could_not_be_read_again_are_refused(encoder, message, tmp_path):
     with pytest.raises(CheckpointError, match=message):
@@ -379,12 +371,9 @@ def test_what_the_best_is_chosen_by_must_be_a_number(x, tmp_path):
 
 
 def test_a_writer_takes_what_can_be_restored(tmp_path):
-    class Subclass(DifferentiableHMoG):
-        pass
-
-    for head in (DifferentiableHMoG, Subclass(L, K), None):
-        with pytest.raises(CheckpointError, match="`head` must be a DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG"):
-            CheckpointWriter(tmp_path, head=head)
+    for modules in ({"head": DifferentiableHMoG}, {"head": MLP(4)}, {}, {"module": HEADS[0], "head": HEADS[0]}):
+        with pytest.raises(CheckpointError, match=r"`head` must be an instance of .*flax_hmog\.Head lists"):
+            CheckpointWriter(tmp_path, **modules)
     with pytest.raises(ValueError, match='`mode` must be "max" or "min"'):
         CheckpointWriter(tmp_path, head=HEADS[0], mode="maximum")
     with pytest.raises(ValueError, match="`keep` must be"):

@@ -187,19 +187,22 @@ def test_checkpoints_of_the_format_before_restore_with_a_warning(saved):
         assert refused(saved, "leaf `variables/params/means` as")
 
 
+ENCODER = {"class": "MLP", "arguments": {"features": 4}}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda d: d.update(format=6), "got format 6, this version reads 4 and 5"),
+        (lambda d: d.update(format=7), "got format 7, this version reads 4 to 6"),
         (lambda d: d.update(format=4), "got format 4 with SHA256SUMS, which it did not have"),
-        (lambda d: d["head"].update({"class": "MLP"}), r"the head must be one of .*got 'MLP'.*The checkpoint is .*/2\."),
-        (lambda d: d["head"].update({"class": "os:system"}), "the head must be one of .*got 'os:system'"),
-        (lambda d: d["head"]["arguments"].update(parent=None), "got no field parent"),
-        (lambda d: d["head"]["arguments"].update(param_dtype={"dtype": "b"}), r"DifferentiableHMoG must take .*got ValueError"),
+        (lambda d: d.update(module=ENCODER), r"the head must offer .*got MLP.*The checkpoint is .*/2\."),
+        (lambda d: d["module"].update({"class": "Else"}), "`class` must be an import path or one of .*got 'Else'"),
+        (lambda d: d["module"]["arguments"].update(parent=None), "got no field parent"),
+        (lambda d: d["module"]["arguments"].update(param_dtype={"dtype": "b"}), r"HMoG must take .*got ValueError"),
         (lambda d: d.pop("clusters"), r"checkpoint .*/2 must be of a known structure; got KeyError: 'clusters'"),
         (lambda d: d.update(preprocessing={"obs_dim": 6, "steps": ["eval"]}), "must be of a known structure"),
     ],
-    ids=["newer", "older", "encoder as head", "function as head", "argument", "dtype", "without a part", "step"],
+    ids=["newer", "older", "encoder as head", "unknown", "argument", "dtype", "without a part", "step"],
 )  # fmt: skip
 def test_what_this_version_cannot_rebuild_is_named(change, said, saved):
     """Descriptions that are as they were saved, by something else."""
@@ -218,7 +221,7 @@ def with_encoder(tmp_path):
     CALLED.clear()
 
     def renamed(name):
-        redescribe(tmp_path / "1", lambda description: description["encoder"].update({"class": name}))
+        redescribe(tmp_path / "1", lambda d: d["module"]["arguments"]["encoder"].update({"class": name}))
         return tmp_path
 
     return renamed
@@ -247,7 +250,7 @@ def test_only_the_encoder_that_is_named_is_imported(with_encoder):
     np.testing.assert_array_equal(restore(folder, allow_import=path)(X).log_density, want(X).log_density)
     assert restore(folder, allow_import=f"{__name__}:Alias").encoder == Own(4)
     for other in (f"{__name__}:Other", "mlp"):
-        with pytest.raises(CheckpointError, match=f"the encoder must be {other}, as `allow_import` says; got {path}"):
+        with pytest.raises(CheckpointError, match=f"the module must be {other}, as `allow_import` says; got {path}"):
             restore(folder, allow_import=other)
     with_encoder(f"{__name__}:nowhere")
     with pytest.raises(CheckpointError, match="must be importable; got AttributeError"):

@@ -149,7 +149,8 @@ def _sum_blocks(function: Callable, operands: Any, rows: Any, limit: int, names:
 
 def _map_blocks(function: Callable, operands: Any, rows: Array, limit: int) -> Any:
     count = rows.shape[0]
-    size, blocks = _blocks(count, limit)
+    # an exported program for any number of rows takes them at once
+    size, blocks = _blocks(count, limit) if isinstance(count, int) else (count, 1)
     if blocks <= 1:
         return function(operands, rows)
 

@@ -27,10 +27,11 @@ from flax_hmog.em.step import (
     whiten_moments,
     whiten_regularizer,
 )
-from flax_hmog.model.checks import check_head_and_key, check_outside_transformations, check_type
+from flax_hmog.model.checks import check_outside_transformations, check_type
 from flax_hmog.model.conversions import moments_to_natural, own_moments, reframe
 from flax_hmog.model.coordinates import Moments, Natural, check_full
 from flax_hmog.model.frames import Frame, has_more_digits
+from flax_hmog.model.head import check_head_and_key
 from flax_hmog.model.kinds import Array, as_rep
 from flax_hmog.model.prepared import Factors
 

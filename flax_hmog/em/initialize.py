@@ -16,10 +16,11 @@ from flax_hmog.data.rows import Shards, block_rows, on_host, row_shards, sum_row
 from flax_hmog.data.samples import check_observations, check_weights, effective_weights
 from flax_hmog.em.directions import Directions, latent_directions, project
 from flax_hmog.em.k_means import k_means, members
-from flax_hmog.model.checks import check_head_and_key, check_precision
+from flax_hmog.model.checks import check_precision
 from flax_hmog.model.conversions import reframe
 from flax_hmog.model.coordinates import Moments
 from flax_hmog.model.frames import Frame
+from flax_hmog.model.head import check_head_and_key
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, matmul
 from flax_hmog.model.prepared import latent_features, symmetric_matrices
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,13 @@ from flax_hmog.data.samples import check_observations
 from flax_hmog.em.step import whiten_moments
 from flax_hmog.em.stepwise import stepwise_start
 from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
-from flax_hmog.heads.modules import AnalyticHMoG, head_bounds
+from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, head_bounds
 from flax_hmog.inference.posterior import log_observable_density, sample
-from flax_hmog.model.checks import check_head, check_precision
+from flax_hmog.model.checks import check_precision
 from flax_hmog.model.conversions import moments_to_natural, own_moments, with_prior
 from flax_hmog.model.coordinates import Moments, Natural, check_natural
 from flax_hmog.model.frames import Frame
+from flax_hmog.model.head import Head, check_head
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep, pytree
 
 ROUNDING = 1e-5  # of the log-likelihood and of one nat per column, which float32 may lose
@@ -44,7 +45,7 @@ class WarmStartInfo:
     log_likelihood_after: Array
 
 
-def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, Any], WarmStartInfo]:
+def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, Any], WarmStartInfo]:
     """Variables of a head for a fitted model.
 
     Full heads (`pst_rep="full"`, `lat_rep="full"`, Analytic) hold the model exactly, within their bounds. For
@@ -53,7 +54,8 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     basis. For an isotropic kind the basis is also scaled so that the average posterior precision is I.
 
     Args:
-        head: unbound head to start; its dimensions, kinds and bounds are read.
+        head: unbound head to start; its dimensions, kinds and bounds are read. One of others has a method
+            `start(moments) -> variables` (`Head`).
         natural: the fitted model, for example `fit_em(...).natural`.
         x: observations (N, D) to compare on; None draws them from the model.
 
@@ -61,10 +63,15 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
         Variables for `head.apply`, and `WarmStartInfo`.
 
     Raises:
-        TypeError: if `natural` is of another coordinate type.
+        TypeError: if `natural` is of another coordinate type, or the head is of others and has no method `start`.
         ValueError: if the dimensions of head and model differ.
     """
     check_head("warm_start", head, "(head, natural, x); a `Clusterer` has its `head`")
+    if not (hasattr(head, "start") or isinstance(head, HMoGHead)):
+        raise TypeError(
+            f"warm_start: `head` must be one of ours, or have a method `start`; got {type(head).__name__}. Give its "
+            "class a method start(moments) that returns its variables."
+        )
     check_precision("warm_start", head.param_dtype)
     check_natural("warm_start", natural)
     natural = with_prior(natural, "warm_start")
@@ -75,14 +82,17 @@ def warm_start(head: Any, natural: Natural, x: Any = None) -> tuple[dict[str, An
     given = _in_units_of_x(whiten_moments(own_moments(natural)), natural.frame)
     obs_rep = as_rep(head.obs_rep, caller="warm_start", argument="head.obs_rep")
     moments = dataclasses.replace(given, noise=_restricted(given.noise, obs_rep))
-    if isinstance(head, AnalyticHMoG):
+    if hasattr(head, "start"):
+        variables: dict[str, Any] = head.start(moments)
+        started = cast(Natural, head.apply(variables, method="natural"))
+    elif isinstance(head, AnalyticHMoG):
         own = jax.tree.map(lambda a: jnp.asarray(a, head.param_dtype), moments)
         _check_held(moments, own, head.param_dtype)
         started = moments_to_natural(own)
-        variables: dict[str, Any] = {"em": stepwise_start(own)}
+        variables = {"em": stepwise_start(own)}
     else:
         rep, shared_base = head.component_structure
-        bounds = head_bounds(head)
+        bounds = head_bounds(cast(Any, head))
         leaves = _leaves(moments, rep, shared_base, bounds)
         specs = leaf_specs(obs_dim, head.lat_dim, head.n_components, obs_rep, rep, shared_base)
         params = {name: jnp.asarray(leaves[name], head.param_dtype).reshape(spec.shape) for name, spec in specs.items()}
@@ -99,7 +109,7 @@ class WarmStartWarning(UserWarning):
     """A head does not hold the model that it was started from."""
 
 
-def _warn_of_loss(head: Any, moments: Moments, started: Natural, info: WarmStartInfo, is_avoidable: bool) -> None:
+def _warn_of_loss(head: Head, moments: Moments, started: Natural, info: WarmStartInfo, is_avoidable: bool) -> None:
     """`WarmStartWarning` if more is lost than rounding explains, and by no restriction of the head's kinds."""
     before, after = float(info.log_likelihood_before), float(info.log_likelihood_after)
     obs_dim = moments.bias.shape[0]

@@ -152,7 +152,8 @@ class DifferentiableHMoG(HMoGHead):
 
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep", "pst_rep")
-        if not (REPS[self.pst_rep].is_diagonal or self.pst_rep == "full"):
+        rep, _ = self.component_structure
+        if not (rep.is_diagonal or rep is PositiveDefinite):
             raise ValueError(
                 f'DifferentiableHMoG: `pst_rep` must be "full" or of a diagonal kind; got {self.pst_rep!r}. Use '
                 "SymmetricHMoG with `lat_rep`."
@@ -356,7 +357,7 @@ def _check_head(head: Any, *reps: str) -> None:
     for size in ("lat_dim", "n_components", "obs_dim"):  # numpy's integers are not JSON
         if getattr(head, size) is not None:
             object.__setattr__(head, size, int(getattr(head, size)))
-    if not isinstance(head, AnalyticHMoG):
+    if hasattr(head, "noise_bounds"):
         check_interval(caller, "noise_bounds", head.noise_bounds)
         check_interval(caller, "precision_bounds", head.precision_bounds)
         check_positive(caller, "signal_bound", head.signal_bound, "Say how far axes may spread, as 1e3.")

@@ -48,24 +48,6 @@ def check_type(caller: str, argument: str, value: Any, expected: type, remedy: s
         raise TypeError(f"{caller}: `{argument}` must be {expected.__name__}; got {type(value).__name__}. {remedy}")
 
 
-def check_head(caller: str, head: Any, signature: str) -> None:
-    """TypeError, naming the order of arguments, unless `head` has what is read of one of the three heads."""
-    if not hasattr(head, "component_structure"):
-        raise TypeError(
-            f"{caller}: `head` must be a DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG; got {type(head).__name__}. "
-            f"Call {caller}{signature}."
-        )
-
-
-def check_head_and_key(caller: str, head: Any, key: Any) -> None:
-    """TypeError unless `head` is a head, and `key` a PRNG key, typed or raw."""
-    check_head(caller, head, "(head, data, key)")
-    dtype = getattr(key, "dtype", None)
-    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not is_typed and dtype != jnp.uint32:
-        raise TypeError(f"{caller}: `key` must be a PRNG key; got {type(key).__name__}. Use jax.random.key(0).")
-
-
 def check_size(caller: str, argument: str, value: Any, *, at_most: int | None = None, at_least: int = 1) -> None:
     """ValueError unless `value` is a whole number within the bounds."""
     bound = "" if at_most is None else f" and at most {at_most}"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
 
 Normalization = Literal["none", "layer", "batch"]
@@ -144,10 +145,10 @@ class Clusterer(nn.Module):
     """
 
     encoder: nn.Module
-    head: Any
+    head: Head
 
     def __post_init__(self) -> None:
-        if hasattr(self.encoder, "component_structure"):
+        if isinstance(self.encoder, Head):
             raise TypeError(
                 f"Clusterer: `encoder` must come before `head`; got {type(self.encoder).__name__}. Swap the two."
             )
@@ -180,7 +181,7 @@ class Clusterer(nn.Module):
         return self.head(features, *positional, **named)
 
 
-def train_arguments(module: nn.Module, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
+def train_arguments(module: nn.Module | Head, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
     """What tells a module whether it is trained: positional and named arguments of its `__call__` after the inputs.
 
     These are the arguments named `train`, `training` or `is_training`, and `deterministic` or `use_running_average`,

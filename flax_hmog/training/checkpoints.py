@@ -12,7 +12,7 @@ import math
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -21,10 +21,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from flax_hmog.model.checks import check_size
-from flax_hmog.training.describe import CheckpointError, describe_head, describe_module
+from flax_hmog.model.head import Head
+from flax_hmog.networks.encoders import Clusterer
+from flax_hmog.training.describe import NAMED, CheckpointError, describe_module
 from flax_hmog.training.files import delete_leftovers, delete_step, read_description, saved_steps, write_step
+from flax_hmog.training.inside import abstract_variables, find_heads, head_inputs, observed_dim, part_of
 from flax_hmog.training.lock import FolderLock
-from flax_hmog.training.named import FORMAT, abstract_variables, describe_array, named_arrays, split_variables
+from flax_hmog.training.named import FORMAT, describe_array, named_arrays
 from flax_hmog.training.plain import plain
 from flax_hmog.training.preprocessing import Preprocessing
 from flax_hmog.training.several import on_first_process
@@ -42,8 +45,15 @@ class CheckpointWriter:
 
     Args:
         path: the folder; it is made if it is not there.
-        head: the head.
-        encoder: the encoder before it, or None.
+        module: what is trained: any linen module with a head in it, or a head itself. It is saved by its import path
+            and arguments, and those of the modules among these.
+        head: in place of `module`, a head; or, for a module with several heads, the place of one in its variables, as
+            "encoder/head": the one that `Restored.head` is.
+        encoder: in place of `module`, the encoder before `head`, as in `Clusterer`.
+        inputs: a batch of inputs of `module`, of which shape and dtype count. Needed for a head that is made in a
+            compact call; None takes what `preprocessing` makes.
+        describe: False for a module that cannot be named by an import path, as one of a notebook: who restores gives
+            it, `restore(path, module=...)`.
         config: the run's configuration, JSON values.
         preprocessing: from raw data to inputs, or None.
         keep: how many of the latest checkpoints stay.
@@ -59,9 +69,12 @@ class CheckpointWriter:
     def __init__(
         self,
         path: str | Path,
+        module: nn.Module | None = None,
         *,
-        head: nn.Module,
+        head: Head | str | None = None,
         encoder: nn.Module | None = None,
+        inputs: Any = None,
+        describe: bool = True,
         config: Any = None,
         preprocessing: Preprocessing | None = None,
         keep: int = 2,
@@ -71,12 +84,14 @@ class CheckpointWriter:
         check_size("CheckpointWriter", "keep", keep)
         if mode not in ("max", "min"):
             raise ValueError(f'CheckpointWriter: `mode` must be "max" or "min"; got {mode!r}. Choose one of them.')
-        self.head, self.has_encoder, self.keep, self.best, self.mode = head, encoder is not None, keep, best, mode
-        self.preprocessing = preprocessing
+        self.module = _whole_module(module, head, encoder)
+        self.place, self.head = head if isinstance(head, str) else None, cast(Any, None)
+        self.keep, self.best, self.mode, self.preprocessing = keep, best, mode, preprocessing
+        self.inputs, self.abstract = _abstract_inputs(inputs, preprocessing), cast(Any, None)
         self.description = {
             "format": FORMAT,
-            "head": describe_head(head),
-            "encoder": None if encoder is None else describe_module(encoder),
+            "module": describe_module(self.module) if describe else None,
+            "inputs": self.inputs and {"shape": list(self.inputs.shape), "dtype": str(self.inputs.dtype)},
             "config": config,
             "preprocessing": None if preprocessing is None else preprocessing.describe(),
             "best": None if best is None else [best, mode],
@@ -127,7 +142,7 @@ class CheckpointWriter:
 
         Args:
             step: number of the step, above those that are there.
-            variables: of the head; with an encoder, of `Clusterer`.
+            variables: of the module; with an encoder, of `Clusterer`.
             state: any tree of arrays and PRNG keys that the run needs to go on.
             progress: JSON values that the run needs to go on.
             history: metrics so far.
@@ -136,18 +151,19 @@ class CheckpointWriter:
                 merged: what is restored then speaks of clusters.
 
         Raises:
-            CheckpointError: for a step that is not above the latest, variables that are not those of head and encoder
-                or are not finite, clusters that do not have a component each, leaves that are no
+            CheckpointError: for a step that is not above the latest, variables that are not those of the
+                module or are not finite, clusters that do not have a component each, leaves that are no
                 arrays, or values that JSON cannot hold; and if the step cannot be written, for want of room or rights.
         """
         self._check_step(step)
         metrics = plain(metrics)
         self._check_metrics(metrics)
+        variables = nn.unbox(variables)
+        self._check_variables(variables)
         arrays = named_arrays(nn.unbox({"variables": variables, "state": state}))
         if self.preprocessing is not None:
             arrays |= named_arrays({"preprocessing": self.preprocessing.arrays()})
         arrays = {name: _storable(name, leaf) for name, leaf in arrays.items()}
-        _check_variables(self.head, self.has_encoder, arrays)
         described = {"progress": progress or {}, "history": history or [], "metrics": metrics or {}}
         labels = None if clusters is None else self._checked_clusters(clusters)
         try:
@@ -225,6 +241,61 @@ class CheckpointWriter:
                 "Go on from the latest step, or use another folder."
             )
 
+    def _check_variables(self, variables: Any) -> None:
+        """Find the head, and raise CheckpointError unless the variables are those of the module.
+
+        Without inputs those of an encoder, or of a module around the head, are taken as they are.
+        """
+        if self.head is None:
+            self._find_head(variables)
+        if self.inputs is not None and not isinstance(self.module, Clusterer | Head):
+            part, of_what, is_known = variables, "`module`", True
+            abstract = self.abstract = self.abstract or abstract_variables(self.module, self.inputs)
+        else:
+            part, of_what = part_of(variables, self.place or ""), "the head"
+            obs_dim = observed_dim(self.head, part)
+            is_known = obs_dim is not None
+            abstract = {} if obs_dim is None else abstract_variables(self.head, head_inputs(self.head, obs_dim))
+        given, wanted = named_arrays(part), named_arrays(abstract)
+        wrong = sorted(given.keys() ^ wanted.keys()) or [n for n in wanted if wanted[n].shape != given[n].shape]
+        if wrong or not is_known:
+            raise CheckpointError(
+                f"CheckpointWriter.save: `variables` must be those of {of_what}, with their collections"
+                f"{f', under {self.place!r}' if self.place else ''}; leaf {(wrong or ['params'])[0]!r} is not as in "
+                f"{type(self.head).__name__}. Give `state.variables`, or what `init` returned, with all collections."
+            )
+
+    def _find_head(self, variables: Any) -> None:
+        """Take note of the head in the module, and of its place.
+
+        Raises:
+            CheckpointError: for a module without a head, or with several none of which is named.
+        """
+        if isinstance(self.module, Clusterer | Head):
+            self.place = "head" if isinstance(self.module, Clusterer) else ""
+            self.head = self.module.head if isinstance(self.module, Clusterer) else self.module
+        else:
+            try:
+                found = find_heads(self.module, variables, self.inputs)
+            except Exception as error:
+                raise CheckpointError(
+                    "CheckpointWriter.save: `variables` must be those of `module`, and `inputs` what it takes; got "
+                    f"{type(error).__name__}: {str(error)[:300]}. Give what `init` was given and returned."
+                ) from error
+            if self.place not in found and (self.place is not None or len(found) != 1):
+                raise CheckpointError(
+                    "CheckpointWriter.save: `head` must be the place of one of the heads in "
+                    f"{type(self.module).__name__}, {sorted(found)}; got {self.place!r}. Choose one of them; heads "
+                    "that are made in a compact call are found with inputs=x."
+                )
+            (self.place,) = found if self.place is None else (self.place,)
+            self.head = found[self.place]
+        is_named = self.description["module"] is not None or type(self.head) in NAMED.values()
+        self.description |= {
+            "place": self.place,
+            "head": describe_module(self.head) if self.place and is_named else None,
+        }
+
     def _checked_clusters(self, clusters: Any) -> list[int]:
         labels = np.asarray(clusters)
         shape = (self.head.n_components,)
@@ -272,20 +343,23 @@ def _storable(name: str, leaf: Any) -> np.ndarray:
     return leaf
 
 
-def _check_variables(head: Any, has_encoder: bool, arrays: dict[str, Any]) -> None:
-    """CheckpointError unless the variables are those of the head, or of `Clusterer` with it."""
-    named = {name.removeprefix("variables/"): leaf for name, leaf in arrays.items() if name.startswith("variables/")}
-    wanted = "of the head" if not has_encoder else "of a `Clusterer`, under `encoder` and `head`"
-    try:
-        of_head, _ = split_variables(named, has_encoder)
-        abstract = named_arrays(abstract_variables(head, of_head))
-    except (KeyError, ValueError, StopIteration):
-        abstract, of_head = {}, named
-    wrong = sorted(set(abstract) ^ set(of_head)) or [
-        name for name in abstract if abstract[name].shape != of_head[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"CheckpointWriter.save: `variables` must be those {wanted}, with their collections; leaf {wrong[0]!r} is "
-            f"not as in {type(head).__name__}. Give `state.variables`, or what `init` returned, with all collections."
-        )
+def _whole_module(module: Any, head: Any, encoder: Any) -> nn.Module:
+    """What is trained, from what a writer was given."""
+    if module is None and head is not None and not isinstance(head, str):
+        check = encoder is None or isinstance(encoder, nn.Module)
+        if check and isinstance(head, nn.Module) and isinstance(head, Head):
+            return head if encoder is None else Clusterer(encoder, head)
+    elif isinstance(module, nn.Module) and encoder is None and (head is None or isinstance(head, str)):
+        return module
+    names = ", ".join(type(given).__name__ for given in (module, head, encoder))
+    raise CheckpointError(
+        "CheckpointWriter: `module` must be a linen module; or `head` must be an instance of a linen class that offers "
+        f"what flax_hmog.Head lists, and `encoder` a linen module or None; got {names}. Give either module or head."
+    )
+
+
+def _abstract_inputs(inputs: Any, preprocessing: Preprocessing | None) -> jax.ShapeDtypeStruct | None:
+    """Shape (1, ...) and dtype of inputs of a module."""
+    if inputs is None and preprocessing is not None:
+        inputs = jax.eval_shape(preprocessing, jax.ShapeDtypeStruct((1, preprocessing.obs_dim), jnp.float32))
+    return None if inputs is None else jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,94 +14,125 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_hmog.em.step import PseudoCounts
 from flax_hmog.heads import modules as heads
 from flax_hmog.networks import encoders
 from flax_hmog.training.plain import plain
 
-HEADS: dict[str, Any] = {
-    cls.__name__: cls for cls in (heads.DifferentiableHMoG, heads.SymmetricHMoG, heads.AnalyticHMoG)
+NAMED: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (
+        *(heads.DifferentiableHMoG, heads.SymmetricHMoG, heads.AnalyticHMoG, PseudoCounts),
+        *(encoders.MLP, encoders.ConvNet, encoders.Autoencoder, encoders.Clusterer),
+    )
 }
-MODULES: dict[str, Any] = HEADS | {cls.__name__: cls for cls in (encoders.MLP, encoders.ConvNet, encoders.Autoencoder)}
-"""The modules that a checkpoint names without a path."""
+"""The classes that a checkpoint names without a path."""
+TRUSTED = "flax.linen."  # beginning of paths whose modules are loaded already
+REMEDY = (
+    "Put the class into a module file, and apply transformations as nn.remat within its `__call__`; or leave the "
+    "description out with describe=False, and restore with restore(path, module=...)."
+)
+
+Allowed = bool | str | Collection[str]
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged, or of another structure; the message names the file or leaf."""
 
 
-def describe_head(head: Any) -> dict[str, Any]:
-    """`describe_module` of one of the three heads.
-
-    Raises:
-        CheckpointError: for anything else.
-    """
-    if not isinstance(head, heads.HMoGHead) or MODULES.get(type(head).__name__) is not type(head):
-        raise CheckpointError(
-            "CheckpointWriter: `head` must be a DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG, not a subclass; got "
-            f"{type(head).__name__}. Give the head by itself, and what comes before it as `encoder`."
-        )
-    return describe_module(head)
+class _NotAllowedError(Exception):
+    """A class of others stands in a description, and may not be imported."""
 
 
-def describe_module(module: nn.Module) -> dict[str, Any]:
+def describe_module(module: Any) -> dict[str, Any]:
     """Class and constructor arguments of a module: by name if it is ours, else by its import path.
+
+    Arguments may be modules themselves. Those that JSON cannot hold are left out if they are the default.
 
     Raises:
         CheckpointError: for arguments that JSON cannot hold, or a class that cannot be imported.
     """
     cls = type(module)
-    name = cls.__name__ if MODULES.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__qualname__}"
+    name = cls.__name__ if NAMED.get(cls.__name__) is cls else f"{cls.__module__}:{cls.__qualname__}"
     if ":" in name and not _leads_to(name, cls):
         raise CheckpointError(
-            f"CheckpointWriter: `encoder` must be of a class at the top of a module that can be imported; got {name}. "
-            "Move it into a module of its own; apply transformations as nn.remat within its `__call__`."
+            "CheckpointWriter: `module` must be of a class at the top of a module that can be imported, and so its "
+            f"head, its encoder and what they hold; got {name}. {REMEDY}"
         )
-    arguments = {argument: _as_json(name, argument, getattr(module, argument)) for argument in _arguments(cls)}
+    arguments = {}
+    for field in _arguments(cls):
+        value = getattr(module, field.name)
+        try:
+            arguments[field.name] = _as_json(value)
+        except TypeError:
+            if value is not field.default:
+                raise CheckpointError(
+                    f"CheckpointWriter: `{field.name}` of {name} must be a plain JSON value, a dtype or a module; got "
+                    f"{value!r}. Choose it inside the module by name, or leave the description out with describe=False."
+                ) from None
     return {"class": name, "arguments": arguments}
 
 
-def rebuild_head(description: dict[str, Any]) -> Any:
-    """The head that `describe_head` described.
+def rebuild(description: dict[str, Any], allow_import: Allowed = False) -> Any:
+    """The module that `describe_module` described; None if a class of others is in it that may not be imported.
 
-    Raises:
-        CheckpointError: for anything else than one of the three heads.
-    """
-    if description["class"] not in HEADS:
-        raise CheckpointError(
-            f"restore: the head must be one of {sorted(HEADS)}; got {description['class']!r}. Update flax_hmog."
-        )
-    return _rebuilt(description, HEADS[description["class"]])
-
-
-def rebuild_encoder(description: dict[str, Any], *, allow_import: bool | str = False) -> Any:
-    """The encoder that `describe_module` described; None for a class of others unless it may be imported.
-
-    Nothing is called but the class, and it must be a linen module. Its arguments are JSON values, tuples and dtypes.
+    Nothing is called but classes, and those of others must be linen modules. Arguments are JSON values, tuples, dtypes
+    and modules.
 
     Args:
         description: of `describe_module`.
-        allow_import: whether a class of others may be imported: any, or the one with this path MODULE:CLASS.
+        allow_import: whether classes of others may be imported: any, or those with these paths MODULE:CLASS.
 
     Raises:
-        CheckpointError: for a class that is not there, is another than that allowed, is no linen module, or no longer
+        CheckpointError: for a class that is not there, is another than those allowed, is no linen module, or no longer
             takes these arguments.
     """
-    name = description["class"]
-    if name in MODULES:
-        return _rebuilt(description, MODULES[name])
+    try:
+        return _rebuilt(description, allow_import)
+    except _NotAllowedError:
+        return None
+
+
+def _rebuilt(description: dict[str, Any], allowed: Allowed) -> Any:
+    name, described = description["class"], description["arguments"]
+    cls = _class_of(name, allowed)
+    unknown = described.keys() - {field.name for field in _arguments(cls)}
+    if unknown:
+        raise CheckpointError(
+            f"restore: {name} must take {sorted(described)}; got no field {', '.join(sorted(unknown))}. "
+            "Use the version of its code that saved it."
+        )
+    arguments = {key: _from_json(value, allowed) for key, value in described.items()}
+    try:
+        return cls(**_in_precision(arguments, name))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"restore: {name} must take {sorted(described)}; got {type(error).__name__}: {error}. "
+            "Use the version of its code that saved it."
+        ) from error
+
+
+def _class_of(name: str, allowed: Allowed) -> Any:
+    """The class that a description names."""
+    if name in NAMED:
+        return NAMED[name]
     if ":" not in name:
         raise CheckpointError(
-            f"restore: `class` must be an import path or one of {sorted(MODULES)}; got {name!r}. Update flax_hmog."
+            f"restore: `class` must be an import path or one of {sorted(NAMED)}; got {name!r}. Update flax_hmog."
         )
-    if not allow_import:
-        return None
-    wanted = allow_import if isinstance(allow_import, str) else name
-    cls = _imported_module(wanted) if ":" in wanted else None
-    if cls is None or name not in (wanted, f"{cls.__module__}:{cls.__qualname__}"):
-        raise CheckpointError(
-            f"restore: the encoder must be {wanted}, as `allow_import` says; got {name}. Give its path if you trust it."
-        )
-    return _rebuilt(description, cls)
+    if name.startswith(TRUSTED) or allowed is True:
+        return _imported_module(name)
+    if not allowed:
+        raise _NotAllowedError
+    paths = [allowed] if isinstance(allowed, str) else list(allowed)
+    for path in sorted(paths, key=lambda path: path != name):
+        cls = _imported_module(path) if ":" in path else None
+        if cls is not None and name in (path, f"{cls.__module__}:{cls.__qualname__}"):
+            return cls
+    raise CheckpointError(
+        f"restore: the module must be {' or '.join(paths)}, as `allow_import` says; got {name}. "
+        "Give its path if you trust it."
+    )
 
 
 def _imported_module(path: str) -> type[nn.Module]:
@@ -114,29 +146,10 @@ def _imported_module(path: str) -> type[nn.Module]:
         ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise CheckpointError(
-            f"restore: the encoder must be a linen module; got {path}, which is none, and is not called. "
+            f"restore: the class must be a linen module; got {path}, which is none, and is not called. "
             "Do not trust this checkpoint."
         )
     return found
-
-
-def _rebuilt(description: dict[str, Any], cls: type) -> Any:
-    """An instance of a linen class with the arguments that were described."""
-    arguments = description["arguments"]
-    unknown = arguments.keys() - set(_arguments(cls))
-    if unknown:
-        raise CheckpointError(
-            f"restore: {description['class']} must take {sorted(arguments)}; got no field "
-            f"{', '.join(sorted(unknown))}. Use the version of its code that saved it."
-        )
-    arguments = _in_precision({key: _from_json(value) for key, value in arguments.items()}, description["class"])
-    try:
-        return cls(**arguments)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"restore: {description['class']} must take {sorted(arguments)}; got {type(error).__name__}: {error}. "
-            "Use the version of its code that saved it."
-        ) from error
 
 
 def _in_precision(arguments: dict[str, Any], name: str) -> dict[str, Any]:
@@ -153,9 +166,9 @@ def _in_precision(arguments: dict[str, Any], name: str) -> dict[str, Any]:
     return arguments | {"param_dtype": jnp.dtype("float32")}
 
 
-def _arguments(cls: Any) -> list[str]:
-    """Constructor arguments of a linen class, but for its place among modules."""
-    return [field.name for field in dataclasses.fields(cls) if field.init and field.name not in ("parent", "name")]
+def _arguments(cls: Any) -> list[dataclasses.Field]:
+    """Constructor arguments of a class, but for its place among modules."""
+    return [field for field in dataclasses.fields(cls) if field.init and field.name not in ("parent", "name")]
 
 
 def import_path(name: str) -> Any:
@@ -180,21 +193,30 @@ def _leads_to(name: str, cls: type) -> bool:
         return False
 
 
-def _as_json(module: str, argument: str, value: Any) -> Any:
+def _as_json(value: Any) -> Any:
+    """A constructor argument; TypeError for what JSON cannot hold."""
+    if isinstance(value, nn.Module) or type(value) in NAMED.values():
+        return describe_module(value)
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return {"dtype": jnp.dtype(value).name}
-    if hasattr(value, "dtype") and callable(value) and not isinstance(value, nn.Module):  # jnp.float32 and its like
+    if hasattr(value, "dtype") and callable(value):  # jnp.float32 and its like
         return {"dtype": jnp.dtype(value).name}
-    try:
-        return json.loads(json.dumps(plain(value)))
-    except TypeError:
-        raise CheckpointError(
-            f"CheckpointWriter: `{argument}` of {module} must be a plain JSON value or a dtype; got {value!r}. "
-            "Choose it inside the module by name."
-        ) from None
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("keys that are no strings")
+        return {"dict": {key: _as_json(entry) for key, entry in value.items()}}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    return json.loads(json.dumps(plain(value)))
 
 
-def _from_json(value: Any) -> Any:
-    if isinstance(value, dict) and set(value) == {"dtype"}:
+def _from_json(value: Any, allowed: Allowed) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_json(entry, allowed) for entry in value)
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"dtype"}:
         return jnp.dtype(value["dtype"])
-    return tuple(_from_json(entry) for entry in value) if isinstance(value, list) else value
+    if value.keys() == {"class", "arguments"}:
+        return _rebuilt(value, allowed)
+    return {key: _from_json(entry, allowed) for key, entry in value.get("dict", value).items()}

@@ -144,14 +144,14 @@ def read_description(folder: Path) -> dict[str, Any]:
     if listed:
         _check_file(folder, DESCRIPTION, _sums(folder).get(DESCRIPTION, "no line"))
     description = json.loads((folder / DESCRIPTION).read_text())
-    found = description.get("format") if isinstance(description, dict) else None
-    if found not in (UNDIGESTED, FORMAT):
-        raise DamageError(f"format {found}, this version reads {UNDIGESTED} and {FORMAT}")
+    found: Any = description.get("format") if isinstance(description, dict) else None
+    if found not in range(UNDIGESTED, FORMAT + 1):
+        raise DamageError(f"format {found}, this version reads {UNDIGESTED} to {FORMAT}")
     if found == UNDIGESTED and listed:
         raise DamageError(f"format {UNDIGESTED} with {SUMS}, which it did not have")
-    if found == FORMAT and not listed:
+    if found > UNDIGESTED and not listed:
         raise DamageError(f"no {SUMS}")
-    if found == FORMAT and str(description["step"]) != folder.name:
+    if found > UNDIGESTED and str(description["step"]) != folder.name:
         raise DamageError(f"step {description['step']} under another name")
     return description
 

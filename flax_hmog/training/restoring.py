@@ -15,13 +15,23 @@ import numpy as np
 
 from flax_hmog.data.containers import dense
 from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
 from flax_hmog.networks.encoders import Clusterer, train_arguments
 from flax_hmog.networks.objectives import merge_output
-from flax_hmog.training.describe import CheckpointError, rebuild_encoder, rebuild_head
+from flax_hmog.training.describe import Allowed, CheckpointError, rebuild
 from flax_hmog.training.files import DESCRIPTION, LEFTOVERS, DamageError, read_description, read_step, saved_steps
-from flax_hmog.training.mesh import place
-from flax_hmog.training.named import abstract_variables, named_arrays, split_variables
+from flax_hmog.training.inside import (
+    abstract_variables,
+    find_heads,
+    head_inputs,
+    observed_dim,
+    part_of,
+    replace_part,
+)
+from flax_hmog.training.mesh import place as place_on
+from flax_hmog.training.named import FORMAT, named_arrays
 from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessing
 
 
@@ -31,11 +41,13 @@ class Restored:
 
     Attributes:
         step: the step it was saved at.
-        head: the unbound head.
-        variables: for `head.apply`.
-        encoder: the unbound encoder; None if there is none, or if its code was not to be imported.
-        encoder_variables: for `encoder.apply`, or None.
-        preprocessing: from raw data to the inputs of encoder or head, or None.
+        module: the unbound module that was trained: a head, a `Clusterer` or another one with a head in it; None if its
+            code was not to be imported.
+        module_variables: for `module.apply`.
+        head: the unbound head in it; None if its code was not to be imported.
+        place: where the head lies in the module, as "encoder/head"; "" if it is the module.
+        inputs: shape (1, ...) and dtype of the module's inputs, or None where the writer did not know them.
+        preprocessing: from raw data to the inputs of the module, or None.
         clusters: cluster of each component (K,) where components are merged, or None.
         state: all other arrays by name, as "opt_state/0/mu/params/means"; see `restore_like`.
         progress: where the run stood, as it was saved.
@@ -46,10 +58,11 @@ class Restored:
     """
 
     step: int
+    module: Any
+    module_variables: dict[str, Any]
     head: Any
-    variables: dict[str, Any]
-    encoder: Any
-    encoder_variables: dict[str, Any] | None
+    place: str
+    inputs: jax.ShapeDtypeStruct | None
     preprocessing: Preprocessing | None
     clusters: np.ndarray | None
     state: dict[str, np.ndarray]
@@ -60,32 +73,39 @@ class Restored:
     versions: dict[str, str]
 
     @property
-    def module(self) -> Any:
-        """The unbound module that was trained: the head, or a `Clusterer` of encoder and head.
-
-        Raises:
-            ValueError: for an encoder that was not imported.
-        """
-        return self.head if self.encoder_variables is None else Clusterer(self._imported_encoder(), self.head)
+    def variables(self) -> dict[str, Any]:
+        """The variables of the head, for `head.apply`."""
+        return part_of(self.module_variables, self.place)
 
     @property
-    def module_variables(self) -> dict[str, Any]:
-        """The variables of `module`."""
-        if self.encoder_variables is None:
-            return self.variables
-        parts = {"head": self.variables, "encoder": self.encoder_variables}
-        collections = sorted({name for part in parts.values() for name in part})
-        return {name: {key: part[name] for key, part in parts.items() if name in part} for name in collections}
+    def encoder(self) -> Any:
+        """The unbound encoder of a `Clusterer`, or None."""
+        return self.module.encoder if isinstance(self.module, Clusterer) else None
 
-    def __call__(self, raw: Any) -> HMoGOutput:
-        """The head's output for raw data (..., D), numpy or jax: preprocessing, encoder, head, merge of components.
+    @property
+    def encoder_variables(self) -> dict[str, Any] | None:
+        """The variables of the module's part `encoder`, for `encoder.apply`; None for a head by itself."""
+        return part_of(self.module_variables, "encoder") if self.place else None
 
-        For components that are not merged, `dataclasses.replace(restored, clusters=None)`.
+    @property
+    def natural(self) -> Natural:
+        """The model of the head, on its inputs."""
+        return self.head.apply(self.variables, method="natural")
+
+    def __call__(self, raw: Any) -> Any:
+        """The module's output for raw data (..., D), numpy or jax: preprocessing, module, merge of components.
+
+        Of a head, or a `Clusterer`, this is `HMoGOutput`; other modules return what they return, in which components
+        are merged if it is a `HMoGOutput` itself. Other methods: `restored.module.apply(restored.module_variables, x,
+        method="name")`. For components that are not merged, `dataclasses.replace(restored, clusters=None)`.
 
         Raises:
-            ValueError: for another number of columns, or an encoder that was not imported.
+            ValueError: for another number of columns, or a module that was not imported.
         """
-        return self.merged(self.head.apply(self.variables, self.features(raw)))
+        module = self._imported_module()
+        positional, named = train_arguments(module, False)
+        output = module.apply(self.module_variables, self.preprocessed(raw), *positional, **named)
+        return self.merged(output) if isinstance(output, HMoGOutput) else output
 
     def merged(self, output: HMoGOutput) -> HMoGOutput:
         """The head's output with its components merged to clusters, where they are."""
@@ -94,34 +114,42 @@ class Restored:
         return merge_output(output, self.clusters, int(self.clusters.max()) + 1)
 
     def features(self, raw: Any) -> Array:
-        """The inputs of the head for raw data (..., D): numpy, jax or a scipy sparse matrix."""
-        x = dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw)
-        if self.encoder_variables is None:
-            return jnp.asarray(x)
-        encoder = self._imported_encoder()
-        positional, named = train_arguments(encoder, False)
-        return encoder.apply(self.encoder_variables, x, *positional, **named)
+        """The inputs of the head for raw data (..., D): numpy, jax or a scipy sparse matrix.
 
-    def _imported_encoder(self) -> Any:
-        if self.encoder is None:
+        Of a module of one's own this is what its method `features` returns.
+        """
+        x = self.preprocessed(raw)
+        return self._imported_module().apply(self.module_variables, x, method="features") if self.place else x
+
+    def preprocessed(self, raw: Any) -> Array:
+        """The inputs of the module for raw data (..., D)."""
+        return jnp.asarray(dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw))
+
+    def _imported_module(self) -> Any:
+        if self.module is None:
             raise ValueError(
-                "Restored: `encoder` must be imported to take raw data; got a checkpoint with a class that is not of "
-                "flax_hmog. Restore with allow_import=True if you trust it."
+                "Restored: `module` must be imported to take raw data; got a checkpoint with a class that is not of "
+                "flax_hmog, or of a notebook. Restore with allow_import=True if you trust it, or with module=..."
             )
-        return self.encoder
+        return self.module
 
 
 def restore(
-    path: str | Path, *, step: int | Literal["best"] | None = None, allow_import: bool | str = False
+    path: str | Path,
+    *,
+    step: int | Literal["best"] | None = None,
+    allow_import: Allowed = False,
+    module: nn.Module | None = None,
 ) -> Restored:
     """Restore a checkpoint with nothing but its folder.
 
     Args:
         path: folder that `CheckpointWriter` wrote.
         step: which step; None takes the latest, "best" that with the best metric.
-        allow_import: import an encoder that is not of this library: True by the path that the checkpoint names, or
-            MODULE:CLASS by this path, if it is the one. This runs the code of that module. What is not a linen module
-            is never called.
+        allow_import: import classes that are not of this library: True by the paths that the checkpoint names, or
+            MODULE:CLASS, one or several, by these paths, if they are the ones. This runs the code of their modules.
+            What is not a linen module is never called.
+        module: the module itself, as the writer was given it; then nothing is imported.
 
     Returns:
         `Restored`; its variables lie on this process's first device.
@@ -141,7 +169,7 @@ def restore(
     with _named(folder, chosen, [other for other in steps if other != chosen]):
         arrays, description = read_step(folder / str(chosen))
     try:
-        return _assembled(chosen, arrays, description, allow_import)
+        return _assembled(chosen, arrays, description, allow_import, module)
     except CheckpointError as error:
         raise CheckpointError(f"{error} The checkpoint is {folder / str(chosen)}.") from error.__cause__
     except Exception as error:  # it is as it was saved, by another version
@@ -151,20 +179,34 @@ def restore(
         ) from error
 
 
-def _assembled(step: int, arrays: dict[str, Any], description: dict[str, Any], allow_import: bool | str) -> Restored:
+def _assembled(
+    step: int, arrays: dict[str, Any], description: dict[str, Any], allow_import: Allowed, module: Any
+) -> Restored:
     """Modules and variables from what was read."""
     groups: dict[str, dict[str, Any]] = {"variables": {}, "state": {}, "preprocessing": {}}
     for name, array in arrays.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = array
-    head, has_encoder = rebuild_head(description["head"]), description["encoder"] is not None
-    of_head, of_encoder = split_variables(groups["variables"], has_encoder)
+    described, place, inputs = _of_this_format(description)
+    if module is None and described["module"] is not None:
+        module = rebuild(described["module"], allow_import)
+    variables = jax.tree.map(jnp.asarray, _nested(groups["variables"]))
+    is_known = module is not None and inputs is not None and not isinstance(module, Clusterer | Head)
+    if is_known:
+        variables = restore_like(abstract_variables(module, inputs), groups["variables"], "variables")
+    head = _head_in(module, place, variables, inputs, described["head"], allow_import)
+    obs_dim = None if is_known or head is None else observed_dim(head, part_of(variables, place))
+    if obs_dim is not None:
+        template = abstract_variables(head, head_inputs(head, obs_dim))
+        own = restore_like(template, named_arrays(part_of(variables, place)), "variables")
+        variables = replace_part(variables, place, own)
     return Restored(
         step=step,
+        module=module,
+        module_variables=variables,
         head=head,
-        variables=restore_like(abstract_variables(head, of_head), of_head, "variables"),
-        encoder=rebuild_encoder(description["encoder"], allow_import=allow_import) if has_encoder else None,
-        encoder_variables=jax.tree.map(jnp.asarray, _nested(of_encoder)) if has_encoder else None,
+        place=place,
+        inputs=inputs,
         preprocessing=None
         if description["preprocessing"] is None
         else rebuild_preprocessing(description["preprocessing"], groups["preprocessing"]),
@@ -172,6 +214,37 @@ def _assembled(step: int, arrays: dict[str, Any], description: dict[str, Any], a
         state=groups["state"],
         **{name: description[name] for name in ("progress", "history", "metrics", "config", "versions")},
     )
+
+
+def _of_this_format(description: dict[str, Any]) -> tuple[dict[str, Any], str, jax.ShapeDtypeStruct | None]:
+    """Module and head as they are described, the head's place, and abstract inputs.
+
+    Formats 4 and 5 have a head, and an encoder or none.
+    """
+    if description["format"] == FORMAT:
+        inputs = description["inputs"]
+        abstract = None if inputs is None else jax.ShapeDtypeStruct(tuple(inputs["shape"]), inputs["dtype"])
+        return description, description["place"], abstract
+    head, encoder = description["head"], description["encoder"]
+    if encoder is None:
+        return {"module": head, "head": None}, "", None
+    module = {"class": "Clusterer", "arguments": {"encoder": encoder, "head": head}}
+    return {"module": module, "head": head}, "head", None
+
+
+def _head_in(module: Any, place: str, variables: Any, inputs: Any, described: Any, allow_import: Allowed) -> Any:
+    """The head of a module: the module itself, or as it is described, or as it is found; or None."""
+    head = module
+    if place:
+        head = None if described is None else rebuild(described, allow_import)
+        if head is None and module is not None:
+            head = find_heads(module, variables, inputs).get(place)
+    if head is not None and not isinstance(head, Head):
+        raise CheckpointError(
+            f"restore: the head must offer what flax_hmog.Head lists; got {type(head).__name__}. Give the module that "
+            "was saved."
+        )
+    return head
 
 
 def restore_like(template: Any, arrays: dict[str, Any], what: str) -> Any:
@@ -223,7 +296,7 @@ def _placed(array: np.ndarray, leaf: Any) -> Array:
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         return jnp.asarray(array)
-    return place(array, sharding)
+    return place_on(array, sharding)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,76 @@
+"""What a head offers to fits, checkpoints and whoever builds networks on it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.kinds import Rep
+
+
+@runtime_checkable
+class Head(Protocol):
+    """A linen module that is a hierarchical mixture of Gaussians; any class with these members is one.
+
+    Nothing has to be inherited from or registered. What a head has besides, as leaves, bounds and training, is its own.
+    With a method `start(moments) -> variables` it can also be warm-started: `moments` are those of a fitted model in
+    standard form, in numpy float64 and with noise of the kind `obs_rep`.
+    """
+
+    @property
+    def lat_dim(self) -> int:
+        """Latent dimension L."""
+
+    @property
+    def n_components(self) -> int:
+        """Number of components K."""
+
+    @property
+    def obs_dim(self) -> int | None:
+        """Observed dimension D; None takes it from the data at init."""
+
+    @property
+    def obs_rep(self) -> Any:
+        """Kind of the noise covariance."""
+
+    @property
+    def param_dtype(self) -> Any:
+        """Dtype in which the model is computed."""
+
+    @property
+    def projection_dtype(self) -> Any:
+        """Dtype in which x is multiplied by the D x L projection; None for `param_dtype`."""
+
+    @property
+    def component_structure(self) -> tuple[Rep, bool]:
+        """Kind of the component precisions, and whether they differ from a full base."""
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call or method on variables, as of any linen module."""
+
+    def natural(self) -> Natural:
+        """The model in natural coordinates, of variables that are there."""
+
+    def __call__(self, x: Any) -> Any:
+        """`HMoGOutput` of x (..., D)."""
+
+
+def check_head(caller: str, head: Any, signature: str) -> None:
+    """TypeError, naming the order of arguments, unless `head` is one."""
+    if isinstance(head, type) or not isinstance(head, Head):
+        raise TypeError(
+            f"{caller}: `head` must be a head, as DifferentiableHMoG, or offer what flax_hmog.Head lists; got "
+            f"{type(head).__name__}. Call {caller}{signature}."
+        )
+
+
+def check_head_and_key(caller: str, head: Any, key: Any) -> None:
+    """TypeError unless `head` is a head, and `key` a PRNG key, typed or raw."""
+    check_head(caller, head, "(head, data, key)")
+    dtype = getattr(key, "dtype", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_typed and dtype != jnp.uint32:
+        raise TypeError(f"{caller}: `key` must be a PRNG key; got {type(key).__name__}. Use jax.random.key(0).")
