@@ -41,7 +41,7 @@ from flax_hmog.model.conversions import (
     natural_to_mean,
     natural_to_moments,
 )
-from flax_hmog.model.coordinates import Mean, Moments, Natural, SharedBase
+from flax_hmog.model.coordinates import Mean, Moments, Natural, ResidualMoments, SharedBase
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.goal import ravel_mean, ravel_natural, unravel_mean, unravel_natural
 from flax_hmog.model.information import kl_divergence, log_partition, negative_entropy
@@ -68,6 +68,7 @@ __all__ = [
     "Posterior",
     "PseudoCounts",
     "Regularizer",
+    "ResidualMoments",
     "Scale",
     "SharedBase",
     "Statistics",

@@ -17,10 +17,10 @@ from flax_hmog.em.begin import MAX_DISTANCE, evaluate, first_model, source_of, u
 from flax_hmog.em.fit import EMResult, ProgressBar, in_whitened_basis, result_in_units_of_x
 from flax_hmog.em.statistics import accumulate, log_likelihood, residual_mean
 from flax_hmog.em.step import PseudoCounts, Regularizer, maximize, penalty
-from flax_hmog.em.stepwise import about, mix, own_statistics
+from flax_hmog.em.stepwise import mix
 from flax_hmog.model.checks import check_size
 from flax_hmog.model.conversions import moments_to_natural, own_moments
-from flax_hmog.model.coordinates import Mean, Moments
+from flax_hmog.model.coordinates import Moments, ResidualMoments
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import Array, pytree
 from flax_hmog.model.prepared import factorise
@@ -37,8 +37,8 @@ class OnlineState:
     """
 
     moments: Moments
-    running: Mean
-    average: Mean
+    running: ResidualMoments
+    average: ResidualMoments
 
 
 def fit_online_em(
@@ -101,7 +101,7 @@ def fit_online_em(
     frame = use_robust_frame(caller, head, source, column_units, max_distance)
     natural, strength = first_model(caller, head, source, init_key, init, regularizer, frame)
     moments = own_moments(natural)
-    state = OnlineState(moments, own_statistics(moments), own_statistics(moments))
+    state = OnlineState(moments, ResidualMoments.of(moments), ResidualMoments.of(moments))
     with ProgressBar("online EM", progress, passes + 1) as report:
         step = partial(_step, regularizer=strength, frame=source.framing.frame, projection_dtype=head.projection_dtype)
         state, history, total = _passes(state, source, batch_size, passes, rate, order_key, step, report)
@@ -211,5 +211,5 @@ def _step(
     running = mix(state.running, batch, rate)
     average = mix(state.average, running, rates[1])
     moments = maximize(old.loadings, old.bias, running, total, regularizer)
-    move = partial(about, turn=moments.loadings - old.loadings, shift=moments.bias - old.bias)
-    return OnlineState(moments, move(running), move(average)), jnp.stack([value, penalties])
+    move = {"turn": moments.loadings - old.loadings, "shift": moments.bias - old.bias}
+    return OnlineState(moments, running.about(**move), average.about(**move)), jnp.stack([value, penalties])

@@ -14,7 +14,7 @@ from flax_hmog.data.samples import check_samples
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
 from flax_hmog.model.checks import check_type, is_concrete
 from flax_hmog.model.conversions import component_moments, moments_to_natural, regress_observed, with_prior
-from flax_hmog.model.coordinates import Mean, Moments, Natural, check_full, check_natural, outer
+from flax_hmog.model.coordinates import Moments, Natural, ResidualMoments, check_full, check_natural, outer
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import (
     Array,
@@ -188,7 +188,7 @@ def next_natural(
 
 
 def maximize(
-    loadings: Array, bias: Array, mean: Mean, count: Array | float, regularizer: Regularizer | None
+    loadings: Array, bias: Array, mean: ResidualMoments, count: Array | float, regularizer: Regularizer | None
 ) -> Moments:
     """The model with these average statistics of (x - b - W y, y, z), and with pseudo-samples.
 

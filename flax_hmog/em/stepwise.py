@@ -19,8 +19,8 @@ from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.statistics import accumulate, residual_mean
 from flax_hmog.em.step import Regularizer, compute_factors, maximize, prior_moments, within_covariance
 from flax_hmog.model.conversions import moments_to_natural
-from flax_hmog.model.coordinates import Mean, Moments, outer
-from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, Scale, matmul
+from flax_hmog.model.coordinates import Moments, ResidualMoments
+from flax_hmog.model.kinds import Array, Rep, Scale, matmul
 
 NOISE_SHARE = 0.1  # of the mean variance of x, which a pseudo-sample of the noise has
 JUMP = 1e3  # standard deviations of the model that a batch lies away or is wider by, or narrower
@@ -36,7 +36,7 @@ def stepwise_start(moments: Moments) -> dict[str, Any]:
     Returns:
         `moments`, `running` (its average statistics of (x - b - W y, y, z)) and `step`.
     """
-    return {"moments": moments, "running": own_statistics(moments), "step": jnp.zeros((), jnp.int32)}
+    return {"moments": moments, "running": ResidualMoments.of(moments), "step": jnp.zeros((), jnp.int32)}
 
 
 def first_moments(
@@ -74,8 +74,8 @@ def first_moments(
 
 
 def stepwise_update(
-    moments: Moments, running: Mean, x: Array, rate: Array, pseudo_share: float, axis_name: str | None = None
-) -> tuple[Moments, Mean]:
+    moments: Moments, running: ResidualMoments, x: Array, rate: Array, pseudo_share: float, axis_name: str | None = None
+) -> tuple[Moments, ResidualMoments]:
     """One step of stepwise EM: running statistics (1 - rate) old + rate batch, and the model that maximises them.
 
     Args:
@@ -99,7 +99,7 @@ def stepwise_update(
         statistics = jax.lax.psum(statistics, axis_name)
     mixed = mix(running, residual_mean(factors, statistics), jnp.asarray(rate, x.dtype))
     new = maximize(moments.loadings, moments.bias, mixed, 1.0, _pseudo_samples(moments, pseudo_share))
-    return new, about(mixed, turn=new.loadings - moments.loadings, shift=new.bias - moments.bias)
+    return new, mixed.about(turn=new.loadings - moments.loadings, shift=new.bias - moments.bias)
 
 
 def accepted_update(
@@ -124,7 +124,7 @@ def accepted_update(
     moments, step = em["moments"], em["step"] + 1
     learnt = stepwise_update(moments, em["running"], x, rate, pseudo_share, axis_name)
     moved, is_jump = _moved_to(moments, x, axis_name)
-    states = [dict(zip(em, (*state, step), strict=True)) for state in (learnt, (moved, own_statistics(moved)))]
+    states = [dict(zip(em, (*state, step), strict=True)) for state in (learnt, (moved, ResidualMoments.of(moved)))]
     can_learn, can_move = (_exists(state) for state in states)
     use_moved = can_move & (is_jump | ~can_learn)
     return jax.tree.map(
@@ -170,45 +170,9 @@ def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> tuple[Moment
     return moved, is_jump
 
 
-def mix(old: Mean, new: Mean, rate: Array | float) -> Mean:
+def mix(old: ResidualMoments, new: ResidualMoments, rate: Array | float) -> ResidualMoments:
     """(1 - rate) old + rate new."""
     return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, old, new)
-
-
-def own_statistics(moments: Moments) -> Mean:
-    """The average statistics of (x - b - W y, y, z) of a model that has seen no data: those of its own samples."""
-    weights, means = moments.weights, moments.means
-    weighted_means = weights[:, None] * means
-    second = moments.covariances.weighted(weights).entries + outer(weighted_means, means)
-    return Mean(
-        observable_mean=jnp.zeros_like(moments.bias),
-        observable_second_moment=moments.noise,
-        cross_moment=jnp.zeros_like(moments.loadings),
-        weights=weights,
-        weighted_means=weighted_means,
-        weighted_second_moments=PositiveDefinite(second),
-    )
-
-
-def about(mean: Mean, *, turn: Array, shift: Array) -> Mean:
-    """Average statistics of (q - shift - turn y, y, z) from those of (q, y, z)."""
-    # with Y = (1, y) and A = (shift, turn):  q' = q - A Y
-    first = jnp.sum(mean.weighted_means, axis=0)
-    second = jnp.sum(mean.weighted_second_moments.entries, axis=0)
-    one = jnp.concatenate([jnp.ones_like(first[:1]), first])
-    square = jnp.concatenate([one[None], jnp.concatenate([first[:, None], second], axis=1)])
-    change = jnp.concatenate([shift[:, None], turn], axis=1)
-    cross = jnp.concatenate([mean.observable_mean[:, None], mean.cross_moment], axis=1)
-    moved = cross - matmul(change, square)
-    # E[q'q''] = E[q q'] - E[q Y'] A' - A E[Y q'] + A E[Y Y'] A' = E[q q'] - E[q Y'] A' - A E[Y q'']
-    kind = type(mean.observable_second_moment)
-    explained = kind.project_product(jnp.concatenate([cross, change], axis=1), jnp.concatenate([change, moved], axis=1))
-    return dataclasses.replace(
-        mean,
-        observable_mean=moved[:, 0],
-        observable_second_moment=jax.tree.map(jnp.subtract, mean.observable_second_moment, explained),
-        cross_moment=moved[:, 1:],
-    )
 
 
 def _pseudo_samples(moments: Moments, share: float) -> Regularizer:

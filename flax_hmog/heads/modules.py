@@ -12,7 +12,7 @@ from flax.core import meta
 from flax_hmog.data.containers import in_memory
 from flax_hmog.em.statistics import whiten_prior
 from flax_hmog.em.step import EMInfo, Regularizer, em_step
-from flax_hmog.em.stepwise import accepted_update, first_moments, own_statistics
+from flax_hmog.em.stepwise import accepted_update, first_moments
 from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.inference import posterior as inference
 from flax_hmog.inference.likelihood import mean_log_density
@@ -20,7 +20,7 @@ from flax_hmog.inference.posterior import HMoGOutput, Posterior
 from flax_hmog.model.checks import check_interval, check_positive, check_precision, check_size
 from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
-from flax_hmog.model.coordinates import Mean, Moments, Natural
+from flax_hmog.model.coordinates import Mean, Moments, Natural, ResidualMoments
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, rep_name
 
 
@@ -280,7 +280,7 @@ class AnalyticHMoG(HMoGHead):
             return first_moments(self.make_rng("params"), x, *sizes, obs_rep, self.param_dtype)
 
         moments = self.variable("em", "moments", first)
-        self.variable("em", "running", lambda: own_statistics(moments.value))
+        self.variable("em", "running", lambda: ResidualMoments.of(moments.value))
         self.variable("em", "step", lambda: jnp.zeros((), jnp.int32))
         return moments_to_natural(moments.value)
 
