@@ -3,12 +3,12 @@
 from importlib.metadata import version as _version
 
 from flax_hmog import serialization as _serialization  # noqa: F401  registers the classes below with flax
-from flax_hmog.em.begin import WildRowsWarning
-from flax_hmog.em.fit import ConvergenceWarning, EMResult, EMState, fit_em
+from flax_hmog.em.fit import ConvergenceWarning, EMResult, EMState, WildRowsWarning, fit_em
 from flax_hmog.em.initialize import initialize_moments
 from flax_hmog.em.online import fit_online_em
+from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer
 from flax_hmog.em.statistics import Statistics, expected_statistics, whiten_prior
-from flax_hmog.em.step import EMInfo, PseudoCounts, Regularizer, em_step, penalty
+from flax_hmog.em.step import EMInfo, em_step, penalty
 from flax_hmog.heads.from_natural import WarmStartInfo, WarmStartWarning, warm_start
 from flax_hmog.heads.modules import (
     AnalyticHMoG,
@@ -55,6 +55,7 @@ __all__ = [
     "Diagonal",
     "DifferentiableHMoG",
     "EMInfo",
+    "EMOptions",
     "EMResult",
     "EMState",
     "Frame",

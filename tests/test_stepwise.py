@@ -26,7 +26,7 @@ from flax_hmog import (
     warm_start,
     whiten_prior,
 )
-from flax_hmog.em.stepwise import stepwise_update
+from flax_hmog.em.online import stepwise_update
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
 WIDER = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)

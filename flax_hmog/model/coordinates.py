@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.model.frames import Frame
-from flax_hmog.model.kinds import Array, Covariance, PositiveDefinite, Rep, einsum, inverse_and_log_det, matmul, pytree
+from flax_hmog.model.kinds import (
+    Array,
+    Covariance,
+    PositiveDefinite,
+    Rep,
+    einsum,
+    inverse_and_log_det,
+    matmul,
+    pytree,
+    symmetrize,
+)
 
 FULL_ONLY = "Only models with full component covariances have this form; `warm_start` carries one to a restricted head."
 
@@ -225,6 +235,20 @@ def gaussian_log_partition(location: Array, precision: PositiveDefinite) -> tupl
     covariances, log_det = inverse_and_log_det(precision.entries)
     means = einsum("kij,kj->ki", covariances, location)
     return (jnp.sum(location * means, axis=-1) - log_det) / 2, means, covariances
+
+
+def prior_moments(moments: Moments) -> tuple[Array, PositiveDefinite]:
+    """E[y] (L,) and Cov(y) of the mixture."""
+    center = matmul(moments.weights, moments.means)
+    gap = moments.means - center[None]
+    within = moments.covariances.weighted(moments.weights).entries
+    covariance = jnp.sum(within + outer(moments.weights[:, None] * gap, gap), axis=0)
+    return center, PositiveDefinite(symmetrize(covariance))
+
+
+def within_covariance(moments: Moments) -> PositiveDefinite:
+    """The pooled covariance within components, sum_k w_k S_k (L, L)."""
+    return PositiveDefinite(jnp.sum(moments.covariances.weighted(moments.weights).entries, axis=0))
 
 
 def categorical_logits(bias: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from flax_hmog.em.step import PseudoCounts
+from flax_hmog.em.options import PseudoCounts
 from flax_hmog.heads.modules import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
 from flax_hmog.networks.augment import Augmentation
 

@@ -13,7 +13,8 @@ import optax
 from jax.sharding import Mesh
 
 from flax_hmog.em.initialize import random_moments
-from flax_hmog.em.step import EMInfo, Regularizer, penalty
+from flax_hmog.em.options import Regularizer
+from flax_hmog.em.step import EMInfo, penalty
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.likelihood import mean_log_density
 from flax_hmog.inference.posterior import infer_rows

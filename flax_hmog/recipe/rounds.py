@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.em.fit import fit_em
-from flax_hmog.em.step import PseudoCounts, compute_factors
-from flax_hmog.em.stepwise import stepwise_start
+from flax_hmog.em.online import stepwise_start
+from flax_hmog.em.options import PseudoCounts
+from flax_hmog.em.step import compute_factors
 from flax_hmog.heads.from_natural import warm_start
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.posterior import infer
