@@ -83,7 +83,7 @@ def fit_em(
     *,
     weights: Any = None,
     labels: Any = None,
-    options: EMOptions = EMOptions(),  # noqa: B008
+    options: EMOptions = EMOptions(),
     progress: bool = False,
     state: EMState | None = None,
     on_step: Callable[[EMState], None] | None = None,

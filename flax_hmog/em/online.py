@@ -94,7 +94,7 @@ def fit_online_em(
     *,
     weights: Any = None,
     labels: Any = None,
-    options: EMOptions = EMOptions(),  # noqa: B008
+    options: EMOptions = EMOptions(),
     progress: bool = False,
     **changes: Any,
 ) -> EMResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -192,19 +192,23 @@ def chosen_options(caller: str, options: Any, changes: Mapping[str, Any]) -> EMO
     """The options of a fit, those that were given by name in place of those of `options`.
 
     Raises:
-        TypeError: for a name that is no option or one that `caller` does not use, whether it was given by name or is
-            changed in `options`.
+        TypeError: for a name that is no option of `caller`, or as `check_used`.
         ValueError: for a value that is none.
     """
     check_type(caller, "options", options, EMOptions, "Give EMOptions(...), and single options by their names.")
+    check_used(caller, options, changes)
+    check_options(caller, changes)
+    return dataclasses.replace(options, **changes)
+
+
+def check_used(caller: str, options: EMOptions, names: Iterable[str] = ()) -> None:
+    """TypeError unless `caller` uses the options with these names, and all those that differ from their defaults."""
     used = USED[caller]
     changed = [name for name in NAMES if name not in used and getattr(options, name) != getattr(EMOptions, name)]
-    for name in (*changes, *changed):
+    for name in (*names, *changed):
         if name not in used:
-            users = " and ".join(user for user, names in USED.items() if name in names)
+            users = " and ".join(user for user, known in USED.items() if name in known)
             raise TypeError(
                 f"{caller}: `{name}` must be an option of {caller}; got {f'one of {users}' if users else 'no option'}. "
                 f"Choose from {', '.join(used)}."
             )
-    check_options(caller, changes)
-    return dataclasses.replace(options, **changes)

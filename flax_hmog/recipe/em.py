@@ -79,11 +79,7 @@ class EMStage:
                 x,
                 self.key,
                 weights=weights,
-                regularizer=config.pseudo_counts(count),
-                n_restarts=config.n_restarts,
-                max_steps=config.max_steps,
-                tolerance=config.tolerance,
-                column_units=config.column_units,
+                options=config,
                 state=self._state(restored) if restored else None,
                 on_step=on_step,
             )

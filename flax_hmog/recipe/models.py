@@ -199,7 +199,7 @@ def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding:
         info = EMInfo(number, number, moments.weights, number, number)
         frame = Frame(moments.bias, moments.bias, moments.bias, number) if has_frame else None
         natural = dataclasses.replace(moments_to_natural(moments), frame=frame)
-        return natural, config.em.pseudo_counts(1).regularizer(moments), info
+        return natural, config.em.regularizer.regularizer(moments), info
 
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(example)
