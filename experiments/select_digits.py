@@ -43,10 +43,11 @@ def main() -> None:
     """Print the table."""
     table = Table("components", "noise", "pseudo-samples per sample", "held-out log p(x)", "stability (ARI)")
     for n_components, obs_rep, share in CANDIDATES:
+        counts = dataclasses.replace(CONFIG.em.regularizer, noise_share=share)
         config = dataclasses.replace(
             CONFIG,
             model=dataclasses.replace(CONFIG.model, n_components=n_components, obs_rep=obs_rep),
-            em=dataclasses.replace(CONFIG.em, noise_pseudo_share=share),
+            em=dataclasses.replace(CONFIG.em, regularizer=counts),
         )
         densities, stabilities = zip(*(score(config, s, split) for s in SEEDS for split in range(SPLITS)), strict=True)
         spread = np.std(stabilities, ddof=1) / np.sqrt(len(stabilities))
@@ -78,15 +79,7 @@ def clusters(config: Experiment, natural: Natural, fitted: np.ndarray, x: np.nda
 
 def fit(config: Experiment, x: np.ndarray, key: int) -> Natural:
     """EM as the experiment runs it."""
-    return fit_em(
-        config.analytic,
-        x,
-        jax.random.key(key),
-        regularizer=config.em.pseudo_counts(len(x)),
-        n_restarts=config.em.n_restarts,
-        max_steps=config.em.max_steps,
-        tolerance=config.em.tolerance,
-    ).natural
+    return fit_em(config.analytic, x, jax.random.key(key), options=config.em).natural
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 from importlib.metadata import version as _version
 
 from flax_hmog import serialization as _serialization  # noqa: F401  registers the classes below with flax
-from flax_hmog.em.begin import WildRowsWarning
-from flax_hmog.em.fit import ConvergenceWarning, EMResult, EMState, fit_em
+from flax_hmog.em.fit import ConvergenceWarning, EMResult, EMState, WildRowsWarning, fit_em
 from flax_hmog.em.initialize import initialize_moments
 from flax_hmog.em.online import fit_online_em
+from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer
 from flax_hmog.em.statistics import Statistics, expected_statistics, whiten_prior
-from flax_hmog.em.step import EMInfo, PseudoCounts, Regularizer, em_step, penalty
+from flax_hmog.em.step import EMInfo, em_step, penalty
 from flax_hmog.heads.from_natural import WarmStartInfo, WarmStartWarning, warm_start
 from flax_hmog.heads.modules import (
     AnalyticHMoG,
@@ -41,7 +41,7 @@ from flax_hmog.model.conversions import (
     natural_to_mean,
     natural_to_moments,
 )
-from flax_hmog.model.coordinates import Mean, Moments, Natural, SharedBase
+from flax_hmog.model.coordinates import Mean, Moments, Natural, ResidualMoments, SharedBase
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.goal import ravel_mean, ravel_natural, unravel_mean, unravel_natural
 from flax_hmog.model.head import Head
@@ -56,6 +56,7 @@ __all__ = [
     "Diagonal",
     "DifferentiableHMoG",
     "EMInfo",
+    "EMOptions",
     "EMResult",
     "EMState",
     "Frame",
@@ -71,6 +72,7 @@ __all__ = [
     "Posterior",
     "PseudoCounts",
     "Regularizer",
+    "ResidualMoments",
     "Scale",
     "SharedBase",
     "Statistics",

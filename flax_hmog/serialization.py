@@ -35,7 +35,7 @@ def _from_state(target: Any, state: Any) -> Any:
     cls = type(target)
     fields = {field.name: field for field in _state_fields(cls)}
     missing = [name for name in fields if name not in state and fields[name].default is dataclasses.MISSING]
-    extra = [name for name in state if name not in fields]
+    extra = [name for name in state if name not in fields and state[name] is not None]
     if missing or extra:
         raise ValueError(
             f"from_state_dict: `state` must have the fields of {cls.__name__}, {', '.join(fields)}; got "

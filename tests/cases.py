@@ -19,7 +19,7 @@ from flax_hmog import (
     Scale,
     SymmetricHMoG,
 )
-from flax_hmog.em.stepwise import stepwise_start
+from flax_hmog.em.online import stepwise_start
 from flax_hmog.heads.leaves import leaf_specs
 from flax_hmog.model.kinds import as_rep
 

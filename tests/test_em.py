@@ -14,9 +14,11 @@ from sklearn.decomposition import FactorAnalysis
 
 from flax_hmog import (
     AnalyticHMoG,
+    EMOptions,
     PseudoCounts,
     em_step,
     expected_statistics,
+    fit_em,
     initialize_moments,
     log_observable_density,
     mean_to_natural,
@@ -257,3 +259,15 @@ def test_float32_holds_at_any_signal_to_noise_ratio(ratio, key):
     assert abs(single.objective_history[-1] - double.objective_history[-1]) < 1e-3
     noise = [np.asarray(result.natural.observable_precision.entries) / ratio**2 for result in (single, double)]
     assert_close(*noise, 1e-2)
+
+
+def test_options_are_the_same_by_name_and_together(float64):
+    moments, x, _ = problem(SMALL, 60, 1)
+    together = EMOptions(init=moments, max_steps=4, tolerance=-np.inf, regularizer=PseudoCounts(noise=30))
+    by_name = fit(SMALL, x, init=moments, max_steps=4, regularizer=PseudoCounts(noise_share=0.5))
+    for result in (
+        fit_em(SMALL.head(), x, jax.random.key(0), options=together),
+        fit_em(SMALL.head(), x, jax.random.key(0), options=dataclasses.replace(together, max_steps=9), max_steps=4),
+        fit(SMALL, [x[:20], x[20:]], init=moments, max_steps=4, regularizer=PseudoCounts(noise_share=0.5)),
+    ):
+        assert_close(result.objective_history, by_name.objective_history, 1e-10)

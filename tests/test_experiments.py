@@ -131,10 +131,19 @@ def test_a_run_of_before_an_option_had_what_is_its_default(folder, tmp_path):
     path = tmp_path / "run" / "config.json"
     config = json.loads(path.read_text())
     del config["result_options"]["augmentation"]["mirror"]
+    # and options have the names that they had then
+    counts = config["result_options"]["em"].pop("regularizer")
+    names = {
+        "weights": "weight_pseudo_count",
+        "components": "component_pseudo_count",
+        "noise_share": "noise_pseudo_share",
+    }
+    config["result_options"]["em"] |= {names.get(name, name): counts[name] for name in (*names, "noise_floor")}
     path.write_text(json.dumps(config))
     run(tmp_path / "run")
+    config["result_options"]["em"]["component_pseudo_count"] = 7.0
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"another augmentation\.mirror"):
+    with pytest.raises(ValueError, match=r"another em\.regularizer\.components, augmentation\.mirror"):
         run(tmp_path / "run", augmentation=Augmentation(mirror=True))
 
 

@@ -12,15 +12,21 @@ from flax_hmog import (
     Diagonal,
     Moments,
     PositiveDefinite,
+    ResidualMoments,
     em_step,
     fit_em,
     log_observable_density,
+    mean_to_natural,
     moments_to_natural,
+    natural_to_mean,
     natural_to_moments,
+    negative_entropy,
+    ravel_mean,
     sample,
     warm_start,
+    whiten_prior,
 )
-from flax_hmog.em.stepwise import own_statistics, stepwise_update
+from flax_hmog.em.online import stepwise_update
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
 WIDER = Case(AnalyticHMoG, "diagonal", "full", 6, 2, 3)
@@ -100,7 +106,7 @@ def test_expectation_maximization_is_em_step(float64):
 def test_a_step_at_rate_1_is_an_em_step(float64):
     """Without pseudo-samples, and with all old samples forgotten."""
     x, moments = CASE.x(40), natural_to_moments(CASE.natural())
-    got, _ = stepwise_update(moments, own_statistics(moments), jnp.asarray(x), jnp.ones(()), 0.0)
+    got, _ = stepwise_update(moments, ResidualMoments.of(moments), jnp.asarray(x), jnp.ones(()), 0.0)
     want, _ = em_step(CASE.natural(), x)
     dense, wanted = Dense.of_moments(got), Dense.of_natural(want)
     assert_close(dense.log_density(x), wanted.log_density(x), 1e-8)
@@ -109,8 +115,21 @@ def test_a_step_at_rate_1_is_an_em_step(float64):
 def test_statistics_are_those_of_the_model_without_data(float64):
     """A step at rate 0 changes nothing: a model's own statistics have it as their maximum."""
     moments = natural_to_moments(CASE.natural())
-    got, _ = stepwise_update(moments, own_statistics(moments), jnp.asarray(CASE.x(5)), jnp.zeros(()), 0.0)
+    got, _ = stepwise_update(moments, ResidualMoments.of(moments), jnp.asarray(CASE.x(5)), jnp.zeros(()), 0.0)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-10), got, moments)
+
+
+@pytest.mark.parametrize(
+    "function", [mean_to_natural, negative_entropy, whiten_prior, lambda m: ravel_mean(m, CASE.head())]
+)
+def test_statistics_about_a_model_are_none_of_x(function, float64):
+    moments = natural_to_moments(CASE.natural())
+    running = ResidualMoments.of(moments)
+    with pytest.raises(TypeError, match=r"`mean` must be Mean; got ResidualMoments\. .*to_mean\(moments\)"):
+        function(running)
+    mean = running.to_mean(moments)
+    function(mean)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-10), mean, natural_to_mean(CASE.natural()))
 
 
 def test_many_tight_clusters_stay_as_they_are(key):

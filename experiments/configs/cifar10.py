@@ -5,12 +5,13 @@ Data: CIFAR-10 through tensorflow-datasets, 50,000 training and 10,000 test imag
 Expected: a held-out log-density above that of the warm start; raw pixels hold little of the classes.
 """
 
+from flax_hmog import PseudoCounts
 from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/cifar10",
     data=Data("cifar10", scale="range"),
     model=Model(lat_dim=60, n_components=50),
-    em=EM(max_steps=30, tolerance=0.05, noise_pseudo_share=0.01),
+    em=EM(max_steps=30, tolerance=0.05, regularizer=PseudoCounts(noise_share=0.01)),
     gradient=Gradient(epochs=5, batch_size=1000, learning_rate=1e-3),
 )

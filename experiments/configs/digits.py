@@ -7,13 +7,14 @@ The kind of the noise and the strength of its regulariser were chosen without la
 stability of assignments between halves of the training data: `python -m experiments.select_digits`.
 """
 
+from flax_hmog import PseudoCounts
 from flax_hmog.recipe.config import EM, Checkpoints, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/digits",
     data=Data("digits", scale="range"),
     model=Model(lat_dim=10, n_components=40, n_clusters=10, obs_rep="full", pst_rep="full", lat_rep="full"),
-    em=EM(n_restarts=3, noise_pseudo_share=1.0, noise_floor=0.005, component_pseudo_count=0.2),
+    em=EM(n_restarts=3, regularizer=PseudoCounts(components=0.2, noise_floor=0.005, noise_share=1.0)),
     gradient=Gradient(epochs=20, batch_size=256, learning_rate=1e-3),
     heads=("differentiable", "symmetric"),
     n_seeds=5,

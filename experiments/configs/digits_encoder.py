@@ -5,6 +5,7 @@ Data: scikit-learn's 1,797 digits of 8 x 8 pixels, scaled to [0, 1]; 20 % held o
 Expected on the test split: docs/results.md.
 """
 
+from flax_hmog import PseudoCounts
 from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Encoder, Experiment, Gradient, Model, Rounds
 
 CONFIG = Experiment(
@@ -13,7 +14,7 @@ CONFIG = Experiment(
     model=Model(lat_dim=15, n_components=40, n_clusters=10),
     encoder=Encoder("conv", features=32, lat_dim=8),
     rounds=Rounds(distil_epochs=8, mixed_epochs=4),
-    em=EM(max_steps=30, tolerance=0.01, noise_pseudo_share=0.01),
+    em=EM(max_steps=30, tolerance=0.01, regularizer=PseudoCounts(noise_share=0.01)),
     gradient=Gradient(epochs=80, batch_size=128, learning_rate=2e-3),
     augmentation=Augmentation(shift=0.5, rotation=10.0, scale=0.1),
     checkpoints=Checkpoints(gradient_steps=5000),

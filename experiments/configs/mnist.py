@@ -5,12 +5,13 @@ Data: MNIST through tensorflow-datasets, 60,000 training and 10,000 test images,
 Expected on the test split: docs/results.md.
 """
 
+from flax_hmog import PseudoCounts
 from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/mnist",
     data=Data("mnist", scale="range"),
     model=Model(lat_dim=50, n_components=200, n_clusters=10),
-    em=EM(max_steps=30, tolerance=0.05, noise_pseudo_share=0.01),
+    em=EM(max_steps=30, tolerance=0.05, regularizer=PseudoCounts(noise_share=0.01)),
     gradient=Gradient(epochs=5, batch_size=1024, learning_rate=1e-3),
 )

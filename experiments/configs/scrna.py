@@ -7,12 +7,15 @@ merged to cell types.
 Expected on the test split: docs/results.md.
 """
 
+from flax_hmog import PseudoCounts
 from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
 
 CONFIG = Experiment(
     workdir="runs/scrna",
     data=Data("file", path="pbmc4k.npz", size_factor=True, log1p=True, scale="standard"),
     model=Model(lat_dim=10, n_components=40, n_clusters=8),
-    em=EM(column_units="common", max_steps=30, tolerance=0.01, component_pseudo_count=10.0, noise_pseudo_share=0.01),
+    em=EM(
+        column_units="common", max_steps=30, tolerance=0.01, regularizer=PseudoCounts(components=10.0, noise_share=0.01)
+    ),
     gradient=Gradient(epochs=10, batch_size=512),
 )

@@ -150,6 +150,7 @@ class Stream:
     """A collection of batches that can be iterated repeatedly."""
 
     count = None
+    n_rows = 0  # until the initialisation has read them
     total_weight = 0.0  # not known before the first pass ends
     classes = None
 
@@ -218,6 +219,7 @@ class Stream:
             kept = kept.astype(np.result_type(kept, rows), copy=False)
             kept[place[is_taken]], numbers[place[is_taken]] = rows[new:][is_taken], index[new:][is_taken]
             parts = [kept]
+        self.n_rows = int(index[-1]) + 1
         kept = np.concatenate(parts)
         order = np.argsort(numbers)
         return kept[order], numbers[order]

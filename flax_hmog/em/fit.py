@@ -1,12 +1,12 @@
-"""`fit_em`: initialisation, restarts, passes over arrays or streams of batches, convergence, history."""
+"""`fit_em`: starts, passes over arrays or streams of batches, convergence, history; and what `fit_online_em` shares."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,21 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from flax_hmog.data.sources import Source
-from flax_hmog.em.begin import (
-    MAX_DISTANCE,
-    evaluate,
-    first_model,
-    rounding,
-    source_of,
-    use_robust_frame,
-    warn_of_wild_rows,
-)
-from flax_hmog.em.step import EMInfo, PseudoCounts, Regularizer, next_natural, whiten_moments, whiten_regularizer
-from flax_hmog.model.checks import check_size
-from flax_hmog.model.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments
-from flax_hmog.model.coordinates import Moments, Natural
-from flax_hmog.model.kinds import Array
+from flax_hmog.data.framing import Framing
+from flax_hmog.data.rows import row_shards
+from flax_hmog.data.sources import Block, Stream, as_source
+from flax_hmog.em.initialize import check_counts, frame_of, starts
+from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
+from flax_hmog.em.statistics import Statistics, accumulate
+from flax_hmog.em.step import EMInfo, compute_factors, em_info, next_natural, whiten_moments, whiten_regularizer
+from flax_hmog.model.checks import check_outside_transformations
+from flax_hmog.model.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
+from flax_hmog.model.coordinates import Moments, Natural, check_full
+from flax_hmog.model.frames import Frame, has_more_digits
+from flax_hmog.model.head import check_head_and_key
+from flax_hmog.model.kinds import Array, as_rep
+from flax_hmog.model.prepared import Factors
+
+FOLLOWED_STEPS = 2  # of EM, after which starts are compared
+ROUNDING = 100  # units in the last place of objective and dimension that objectives of one model may differ by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +84,11 @@ def fit_em(
     *,
     weights: Any = None,
     labels: Any = None,
-    init: str | Moments | Natural = "pca",
-    regularizer: PseudoCounts | Regularizer | None = PseudoCounts(),  # noqa: B008
-    n_restarts: int = 1,
-    max_steps: int = 200,
-    tolerance: float = 1e-3,
-    column_units: str = "auto",
-    max_distance: float = MAX_DISTANCE,
+    options: EMOptions = EMOptions(),
     progress: bool = False,
     state: EMState | None = None,
     on_step: Callable[[EMState], None] | None = None,
+    **changes: Any,
 ) -> EMResult:
     """Fit a HMoG by exact EM.
 
@@ -107,150 +104,276 @@ def fit_em(
         weights: sample weights (N,); not for a collection of batches.
         labels: known components (N,), which clamp responsibilities: integers, -1 where unknown, or names, numbered as
             they sort (`EMResult.classes`). None, NaN, NA and "" are unknown too. Not for a collection of batches.
-        init: "pca" or "fa" (see `initialize_moments`), or a model to start from; its prior is whitened first.
-        regularizer: strength of pseudo-samples that look like the initial model, or the pseudo-samples themselves (in
-            the latent basis of `init`); None for maximum likelihood, whose maximum need not exist.
-        n_restarts: starts from different keys, each run to its end; the best objective wins.
-        max_steps: steps per start at most.
-        tolerance: a gain in nats per sample below which a start has converged.
-        column_units: with diagonal noise, whether columns have units of their own ("own": the fit is the same in any
-            units) or one for all ("common", as pixels); "auto" takes common ones if most columns share their bounds.
-        max_distance: rows farther than this from the median, in typical distances, are left out with a warning; `inf`
-            keeps all (docs/sharp_bits.md).
+        options: start, regulariser, restarts, convergence and units: see `EMOptions`.
         progress: show a progress bar.
         state: what `on_step` was given: goes on from there, with all other arguments as before, to the same result.
         on_step: called after every step, for example to save its `EMState`.
+        changes: single options by name, in place of those of `options`: init, regularizer, n_restarts, max_steps,
+            tolerance, column_units, max_distance.
 
     Returns:
         `EMResult`.
 
     Raises:
-        TypeError: for a head with restricted component matrices (see `warm_start`), or data that cannot be read twice.
+        TypeError: for a head with restricted component matrices (see `warm_start`), data that cannot be read twice, or
+            an option that is not of this function.
         ValueError: for unusable data or arguments, or if the objective stops being finite.
     """
-    caller = "fit_em"
-    check_size(caller, "n_restarts", n_restarts)
-    check_size(caller, "max_steps", max_steps)
-    source = source_of(caller, head, data, key, weights, labels, init, regularizer)
-    if not isinstance(init, str) and n_restarts > 1:
+    options = chosen_options("fit_em", options, changes)
+    n_starts, passes = options.n_restarts, options.max_steps + 1
+    fit = Fit("fit_em", head, data, key, weights, labels, options)
+    if not isinstance(options.init, str) and n_starts > 1:
         raise ValueError(
-            f"{caller}: `n_restarts` must be 1 for a given `init`; got {n_restarts}. All starts would be the same."
+            f"fit_em: `n_restarts` must be 1 for a given `init`; got {n_starts}. All starts would be the same."
         )
     state = EMState() if state is None else state
-    keys = jax.random.split(key, n_restarts)
-    frame = use_robust_frame(caller, head, source, column_units, max_distance)
-    start_at = partial(first_model, caller, head, source, init=init, regularizer=regularizer, frame=frame)
-    step = partial(
-        _step, source=source, max_steps=max_steps, tolerance=tolerance, projection_dtype=head.projection_dtype
-    )
-    with ProgressBar("EM", progress, n_restarts * (max_steps + 1)) as report:
-        while (start := len(state.finals)) < n_restarts:
+    keys = jax.random.split(key, n_starts)
+    with progress_bar("EM", progress, n_starts * passes) as report:
+        while (start := len(state.finals)) < n_starts:
             if state.natural is None:
-                natural, strength = start_at(keys[start])
-                state = dataclasses.replace(state, natural=natural, regularizer=strength)
-            state, objective = step(state)
-            report(start * (max_steps + 1) + max(len(state.history) - 1, 0), start + 1, objective)
+                natural, regularizer = fit.start(keys[start])
+                state = dataclasses.replace(state, natural=natural, regularizer=regularizer)
+            state, objective = fit.step(state)
+            report(start * passes + max(len(state.history) - 1, 0), start + 1, objective)
             if on_step is not None:
                 on_step(state)
     if state.best is None:
-        raise ValueError(f"{caller}: `state` must be one of these starts; got {state.finals}. Give that of this fit.")
-    warn_of_wild_rows(caller, source, max_distance)
-    warn_of_fall(state.best)
-    best = dataclasses.replace(state.best, restart_objectives=np.asarray(state.finals), classes=source.classes)
-    return result_in_units_of_x(best)
-
-
-def _step(
-    state: EMState, source: Source, max_steps: int, tolerance: float, projection_dtype: str | None
-) -> tuple[EMState, float]:
-    """One pass: the next model of the start, or the end of the start; and the objective of the model before."""
-    natural, regularizer = state.natural, state.regularizer
-    # the penalty refers to the first latent basis, so that whitening waits for the end
-    at = evaluate(source.blocks(), source, natural, regularizer, projection_dtype)
-    info, objective = at.info, at.objective
-    if not math.isfinite(objective):
-        raise ValueError(
-            f"fit_em: `regularizer` must keep the likelihood bounded on these data; got objective {objective} "
-            f"after {len(state.history)} steps. Use PseudoCounts() or raise its counts."
-        )
-    history = (*state.history, objective)
-    top = natural if objective >= max(history) else state.top
-    small_gain = len(history) > 1 and history[-1] - history[-2] < tolerance
-    if not small_gain and len(history) <= max_steps:
-        natural, _ = next_natural(at.factors, at.statistics, regularizer, natural.frame)
-        return dataclasses.replace(state, natural=natural, top=top, history=history), objective
-    if fell(history, natural, projection_dtype):
-        natural, objective = top, max(history)
-        info = evaluate(source.blocks(), source, natural, regularizer, projection_dtype).info
-    best = state.best
-    if best is None or objective > max(state.finals):
-        converged = small_gain and not fell(history, natural, projection_dtype)
-        natural, info, regularizer = in_whitened_basis(natural, info, regularizer, projection_dtype)
-        best = EMResult(natural, np.asarray(history), converged, info, np.asarray([objective]), regularizer)
-    return EMState(best=best, finals=(*state.finals, objective)), objective
-
-
-def fell(history: Sequence[float], natural: Natural, projection_dtype: str | None) -> bool:
-    """Whether the last objective is below the best one by more than rounding explains."""
-    return max(history) - history[-1] > rounding(history[-1], natural, projection_dtype)
-
-
-def warn_of_fall(result: EMResult) -> None:
-    """`ConvergenceWarning` if EM ended below the best model it saw, which rounding alone does not explain."""
-    history = result.objective_history
-    if fell(history.tolist(), result.natural, result.natural.projection_dtype):
+        raise ValueError(f"fit_em: `state` must be one of these starts; got {state.finals}. Give that of this fit.")
+    history = state.best.objective_history
+    if fit.fell(history.tolist(), state.best.natural):
         warnings.warn(
             f"fit_em: the objective fell from {history.max():.6g} to {history[-1]:.6g} nats per sample after "
             f"{len(history) - 1} steps, beyond rounding; the best model is returned, `converged` is False. Raise the "
             "counts of `regularizer`, or fit in float64.",
             ConvergenceWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
+    return fit.finished(dataclasses.replace(state.best, restart_objectives=np.asarray(state.finals)))
 
 
 class ConvergenceWarning(UserWarning):
     """EM stopped where its objective fell."""
 
 
-def in_whitened_basis(
-    natural: Natural, info: EMInfo, regularizer: Regularizer | None, projection_dtype: str | None
-) -> tuple[Natural, EMInfo, Any]:
-    """Model, diagnostics and regulariser in the latent basis in which y has mean 0 and covariance I."""
-    moments = own_moments(natural)
-    whitened = moments_to_natural(whiten_moments(moments))
-    natural = dataclasses.replace(whitened, frame=natural.frame, projection_dtype=projection_dtype)
-    smallest = 1 / jnp.max(natural.prior_precision.diagonal())
-    info = dataclasses.replace(info, smallest_latent_variance=smallest)
-    return natural, info, None if regularizer is None else whiten_regularizer(regularizer, moments)
+class WildRowsWarning(UserWarning):
+    """Rows far from all others took no part in a fit."""
 
 
-def result_in_units_of_x(result: EMResult) -> EMResult:
-    """The result with model and regulariser in units of x, where the dtype can hold them."""
-    natural, regularizer = result.natural, result.regularizer
-    if natural.frame is None or not fits_units_of_x(natural):
-        return result
-    if regularizer is not None:
-        noise = regularizer.noise_covariance.scaled(natural.frame.unit)
-        regularizer = dataclasses.replace(regularizer, noise_covariance=noise)
-    return dataclasses.replace(result, natural=in_units_of_x(natural), regularizer=regularizer)
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What one pass says of a model.
+
+    Attributes:
+        factors: of the model.
+        statistics: sums over the rows.
+        info: diagnostics; densities are those of x.
+        objective: penalised log-likelihood per sample of x, in nats.
+    """
+
+    factors: Factors
+    statistics: Statistics
+    info: EMInfo
+    objective: float
 
 
-class ProgressBar:
-    """A progress bar over steps, or nothing; entering gives the function to report to."""
+class Fit:
+    """A head and samples, checked and moved to the frame that the fit computes in.
 
-    def __init__(self, name: str, show: bool, total: int) -> None:
-        columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self.bar = Progress(*columns, TimeElapsedColumn(), disable=not show)
-        self.task = self.bar.add_task("", total=total)
+    Args:
+        caller: the function that fits, as errors name it.
+        head: as of `fit_em`.
+        data: as of `fit_em`.
+        key: as of `fit_em`.
+        weights: as of `fit_em`.
+        labels: as of `fit_em`.
+        options: as of `fit_em`.
 
-    def __enter__(self) -> Any:
-        self.bar.start()
-        return self.report
+    Raises:
+        TypeError, ValueError: for what `fit_em` says.
+    """
 
-    def __exit__(self, *_: Any) -> None:
-        self.bar.stop()
+    def __init__(
+        self, caller: str, head: Any, data: Any, key: Any, weights: Any, labels: Any, options: EMOptions
+    ) -> None:
+        check_head_and_key(caller, head, key)
+        check_outside_transformations(caller, data=data, key=key, weights=weights, labels=labels, init=options.init)
+        check_full(caller, "head", head.component_structure[0]())
+        self.caller, self.head, self.options, self.dtype = caller, head, options, head.projection_dtype
+        self.source = source = as_source(caller, head, data, weights, labels)
+        if source.count is not None:
+            check_counts(caller, (source.count, source.obs_dim), head)
+        rows, row_weights = source.host_sample()
+        self.frame, by_column = frame_of(caller, head, rows, row_weights, options.column_units)
+        exact = has_more_digits(rows, head.param_dtype)
+        # from now on the source gives rows that go with the frame
+        source.use_frame(Framing(self.frame, head.param_dtype, options.max_distance, by_column, exact))
+        self.n_samples = source.n_rows if isinstance(source, Stream) else source.total_weight
 
-    def report(self, step: int, start: int, objective: float) -> None:
-        """Show that a step of a start (from 1) is done, and the objective there."""
-        text = f"start {start}, objective {objective:.4f} nats/sample"
-        self.bar.update(self.task, completed=step + 1, description=text)
+    def start(self, key: Array) -> tuple[Natural, Regularizer | None]:
+        """The model that EM starts from, in the frame, and the regulariser in its latent basis.
+
+        Of starts that measure distances in several metrics, each followed for some steps on the sample that starts are
+        made from, the one with the best objective, the first of those that are equal to rounding.
+        """
+        init = self.options.init
+        if not isinstance(init, str):
+            natural = self._checked_model(init)
+            return self._whitened(reframe(own_moments(natural, self.caller), natural.frame, self.frame), natural.frame)
+        x, weights, labels = block = self.source.sample()
+        best: Any = None
+        framing = self.source.framing
+        for moments in starts(self.head, x, weights, labels, framing.frame, framing.by_column, key, method=init):
+            natural, regularizer = self._whitened(moments, None)
+            for step in range(FOLLOWED_STEPS + 1):
+                at = self.evaluate(natural, regularizer, [block])
+                objective = at.objective
+                if step < FOLLOWED_STEPS:
+                    natural, _ = next_natural(at.factors, at.statistics, regularizer, self.frame)
+            # starts that end at one optimum differ by rounding, which must not choose how components are numbered
+            least = 0.0 if best is None else best[0] + self._rounding(best[0], natural)
+            if math.isfinite(objective) and (best is None or objective > least):
+                best = objective, natural, regularizer
+        if best is None:
+            raise ValueError(
+                f"{self.caller}: `regularizer` must keep the likelihood bounded on these data; got no start whose "
+                "objective is finite. Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
+            )
+        return best[1], best[2]
+
+    def _checked_model(self, init: Moments | Natural) -> Natural:
+        """The model to start from, once its size is that of head and data."""
+        natural, head = moments_to_natural(init) if isinstance(init, Moments) else init, self.head
+        got = (*natural.interaction.shape, natural.posterior_location.shape[0], natural.observable_precision.name)
+        obs_rep = as_rep(head.obs_rep, caller=self.caller, argument="head.obs_rep").name
+        wanted = (self.source.obs_dim, head.lat_dim, head.n_components, obs_rep)
+        if got != wanted:
+            raise ValueError(
+                f"{self.caller}: `init` must have (D, L, K, obs_rep) {wanted}; got {got}. Start from a model of one "
+                "size."
+            )
+        return natural
+
+    def _whitened(self, moments: Moments, own: Frame | None) -> tuple[Natural, Regularizer | None]:
+        """A model in the frame with its prior whitened, and the regulariser for EM that starts from there.
+
+        Args:
+            moments: the model in the frame, as it is.
+            own: the frame in whose units a given `Regularizer` holds its noise; None for units of x.
+        """
+        regularizer, whitened = self.options.regularizer, whiten_moments(moments)
+        if isinstance(regularizer, PseudoCounts):
+            regularizer = regularizer.regularizer(whitened, self.n_samples)
+        elif regularizer is not None:
+            ratio = (1 if own is None else own.unit) / self.frame.unit
+            noise = regularizer.noise_covariance.scaled(ratio)
+            regularizer = whiten_regularizer(dataclasses.replace(regularizer, noise_covariance=noise), moments)
+        return dataclasses.replace(moments_to_natural(whitened), frame=self.frame), regularizer
+
+    def evaluate(
+        self, natural: Natural, regularizer: Regularizer | None, blocks: Iterable[Block] | None = None
+    ) -> Evaluation:
+        """One pass over the samples, or over some blocks of them, with a model in the frame."""
+        frame: Any = natural.frame
+        # the log-volume is added in float64 at the end: gains do not hang on the units of x
+        inner = dataclasses.replace(self.source.framing.frame, log_volume=jnp.zeros_like(frame.log_volume))
+        factors = compute_factors(dataclasses.replace(natural, frame=inner, projection_dtype=self.dtype))
+        statistics: Any = None
+        for x, weights, labels in self.source.blocks() if blocks is None else blocks:
+            part = accumulate(factors, x, weights, labels, shards=row_shards(x))
+            statistics = part if statistics is None else jax.tree.map(jnp.add, statistics, part)
+        same_units = dataclasses.replace(frame, log_volume=inner.log_volume)
+        info = em_info(dataclasses.replace(natural, frame=same_units), factors, statistics, regularizer)
+        volume = float(np.log(np.asarray(frame.unit, np.float64)).sum())
+        penalised = 0.0 if regularizer is None else float(regularizer.noise) / float(statistics.count)
+        objective = float(info.objective) - volume * (1 + penalised)
+        of_x = {
+            "log_likelihood": info.log_likelihood - volume,
+            "objective": jnp.asarray(objective, info.objective.dtype),
+        }
+        return Evaluation(factors, statistics, dataclasses.replace(info, **of_x), objective)
+
+    def step(self, state: EMState) -> tuple[EMState, float]:
+        """One pass: the next model of the start, or the end of the start; and the objective of the model before."""
+        natural, regularizer = state.natural, state.regularizer
+        # the penalty refers to the first latent basis, so that whitening waits for the end
+        at = self.evaluate(natural, regularizer)
+        info, objective = at.info, at.objective
+        if not math.isfinite(objective):
+            raise ValueError(
+                f"fit_em: `regularizer` must keep the likelihood bounded on these data; got objective {objective} "
+                f"after {len(state.history)} steps. Use PseudoCounts() or raise its counts."
+            )
+        history = (*state.history, objective)
+        top = natural if objective >= max(history) else state.top
+        small_gain = len(history) > 1 and history[-1] - history[-2] < self.options.tolerance
+        if not small_gain and len(history) <= self.options.max_steps:
+            natural, _ = next_natural(at.factors, at.statistics, regularizer, natural.frame)
+            return dataclasses.replace(state, natural=natural, top=top, history=history), objective
+        if self.fell(history, natural):
+            natural, objective = top, max(history)
+            info = self.evaluate(natural, regularizer).info
+        best = state.best
+        if best is None or objective > max(state.finals):
+            best = self.result(natural, info, regularizer, history, small_gain and not self.fell(history, natural))
+        return EMState(best=best, finals=(*state.finals, objective)), objective
+
+    def fell(self, history: Sequence[float], natural: Natural) -> bool:
+        """Whether the last objective is below the best one by more than rounding explains."""
+        return max(history) - history[-1] > self._rounding(history[-1], natural)
+
+    def _rounding(self, objective: float, natural: Natural) -> float:
+        """What rounding explains of a difference of objectives, in nats per sample; the same in any units of x."""
+        obs_dim, dtype = natural.interaction.shape[0], natural.interaction.dtype
+        volume = 0.0 if natural.frame is None else float(natural.frame.log_volume)
+        explained = ROUNDING * float(jnp.finfo(dtype).eps) * (abs(objective + volume) + obs_dim)
+        if self.dtype is not None:
+            explained += float(jnp.finfo(self.dtype).eps) * obs_dim
+        return explained
+
+    def result(
+        self, natural: Natural, info: EMInfo, regularizer: Regularizer | None, history: Sequence[float], converged: bool
+    ) -> EMResult:
+        """A model in the frame as a result, in the latent basis in which y has mean 0 and covariance I."""
+        moments = own_moments(natural)
+        whitened = moments_to_natural(whiten_moments(moments))
+        smallest = 1 / jnp.max(natural.prior_precision.diagonal())
+        return EMResult(
+            natural=dataclasses.replace(whitened, frame=natural.frame, projection_dtype=self.dtype),
+            objective_history=np.asarray(history),
+            converged=converged,
+            info=dataclasses.replace(info, smallest_latent_variance=smallest),
+            restart_objectives=np.asarray(history[-1:]),
+            regularizer=None if regularizer is None else whiten_regularizer(regularizer, moments),
+        )
+
+    def finished(self, result: EMResult) -> EMResult:
+        """The result with model and regulariser in units of x, where the dtype can hold them; warns of wild rows."""
+        wild, limit = self.source.framing.wild, self.options.max_distance
+        if wild:
+            warnings.warn(
+                f"{self.caller}: {len(wild)} rows are left out, as an entry is more than `max_distance` = {limit:g} "
+                f"typical distances from the median; the first is row {min(wild)}. Check them, or raise max_distance.",
+                WildRowsWarning,
+                stacklevel=3,
+            )
+        natural, regularizer = result.natural, result.regularizer
+        result = dataclasses.replace(result, classes=self.source.classes)
+        if natural.frame is None or not fits_units_of_x(natural):
+            return result
+        if regularizer is not None:
+            noise = regularizer.noise_covariance.scaled(natural.frame.unit)
+            regularizer = dataclasses.replace(regularizer, noise_covariance=noise)
+        return dataclasses.replace(result, natural=in_units_of_x(natural), regularizer=regularizer)
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, show: bool, total: int) -> Iterator[Callable[[int, int, float], None]]:
+    """A progress bar over steps, or nothing; what to tell it: steps done, the start (from 1), the objective there."""
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, TimeElapsedColumn(), disable=not show) as bar:
+        task = bar.add_task("", total=total)
+
+        def report(step: int, start: int, objective: float) -> None:
+            bar.update(task, completed=step + 1, description=f"start {start}, objective {objective:.4f} nats/sample")
+
+        yield report

@@ -16,6 +16,7 @@ from flax_hmog.data.rows import Shards, block_rows, on_host, row_shards, sum_row
 from flax_hmog.data.samples import check_observations, check_weights, effective_weights
 from flax_hmog.em.directions import Directions, latent_directions, project
 from flax_hmog.em.k_means import k_means, members
+from flax_hmog.em.options import METHODS, check_options
 from flax_hmog.model.checks import check_precision
 from flax_hmog.model.conversions import reframe
 from flax_hmog.model.coordinates import Moments
@@ -24,8 +25,6 @@ from flax_hmog.model.head import check_head_and_key
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, matmul
 from flax_hmog.model.prepared import latent_features, symmetric_matrices
 
-METHODS = ("pca", "fa")
-COLUMN_UNITS = ("auto", "own", "common")
 POOLED_SAMPLES = 10  # samples with the pooled covariance that each initial cluster covariance is shrunk by
 ISOTROPIC_SHARE = 1e-2  # unit variance mixed into the pooled covariance, so that no direction is lost
 
@@ -63,6 +62,7 @@ def initialize_moments(
     check_head_and_key(caller, head, key)
     if method not in METHODS:
         raise ValueError(f"{caller}: `method` must be one of {METHODS}; got {method!r}. Choose one of them.")
+    check_options(caller, {"column_units": column_units})
     check_precision(caller, head.param_dtype)
     x = check_observations(caller, data, head.obs_dim, head.param_dtype, argument="data")
     check_counts(caller, x.shape, head)
@@ -74,10 +74,6 @@ def initialize_moments(
 
 def frame_of(caller: str, head: Any, rows: np.ndarray, weights: np.ndarray, column_units: str) -> tuple[Frame, bool]:
     """The frame that a fit of this head to rows (N, D) on the host computes in, and whether columns have own units."""
-    if column_units not in COLUMN_UNITS:
-        raise ValueError(
-            f"{caller}: `column_units` must be one of {COLUMN_UNITS}; got {column_units!r}. Choose one of them."
-        )
     rep = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep")
     has_units = rep.is_diagonal and not rep.is_isotropic
     by_column = has_units and (column_units == "own" or (column_units == "auto" and not share_bounds(rows)))

@@ -1,8 +1,14 @@
-"""Online EM over data: a step after every batch, for data that are large or read from a stream."""
+"""Online EM: a step after every batch, over large or streamed data (`fit_online_em`) and inside a network.
+
+Both take the same step, `online_step`: statistics about the model are mixed with those of the batch, and moved to the
+model that maximises them. They differ in what regularises them: a fit knows the scale of its data beforehand, a network
+that learns its features does not.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,18 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.data.rows import Shards, row_shards
-from flax_hmog.data.sources import Source
-from flax_hmog.em.begin import MAX_DISTANCE, evaluate, first_model, source_of, use_robust_frame, warn_of_wild_rows
-from flax_hmog.em.fit import EMResult, ProgressBar, in_whitened_basis, result_in_units_of_x
+from flax_hmog.data.samples import check_observations, check_samples
+from flax_hmog.em.fit import EMResult, Fit, progress_bar
+from flax_hmog.em.initialize import random_moments
+from flax_hmog.em.options import EMOptions, Regularizer, chosen_options
 from flax_hmog.em.statistics import accumulate, log_likelihood, residual_mean
-from flax_hmog.em.step import PseudoCounts, Regularizer, maximize, penalty
-from flax_hmog.em.stepwise import about, mix, own_statistics
-from flax_hmog.model.checks import check_size
+from flax_hmog.em.step import compute_factors, maximize, penalty
 from flax_hmog.model.conversions import moments_to_natural, own_moments
-from flax_hmog.model.coordinates import Mean, Moments
+from flax_hmog.model.coordinates import Moments, ResidualMoments, prior_moments, within_covariance
 from flax_hmog.model.frames import Frame
-from flax_hmog.model.kinds import Array, pytree
+from flax_hmog.model.kinds import Array, Rep, matmul, pytree
 from flax_hmog.model.prepared import factorise
+
+NOISE_SHARE = 0.1  # of the mean variance of x, which a pseudo-sample of the noise has inside a network
+JUMP = 1e3  # standard deviations of the model that a batch lies away or is wider by, or narrower
+LEAST_VARIANCE = 1e-6  # of a column of the first batch, relative to the average column
 
 
 @pytree
@@ -32,13 +41,50 @@ class OnlineState:
 
     Attributes:
         moments: the model.
-        running: average statistics of (x - b - W y, y, z), old samples forgotten at the rate of the steps.
-        average: the mean of `running` over the last steps.
+        running: average statistics, old samples forgotten at the rate of the steps.
+        average: the mean of `running` over the last steps, or None.
     """
 
     moments: Moments
-    running: Mean
-    average: Mean
+    running: ResidualMoments
+    average: ResidualMoments | None = None
+
+
+def online_step(
+    state: OnlineState,
+    batch: ResidualMoments,
+    rate: Array | float,
+    count: Array | float,
+    regularizer: Regularizer | None,
+    *,
+    average_rate: Array | float = 0.0,
+) -> OnlineState:
+    """One step of online EM: running statistics (1 - rate) old + rate batch, and the model that maximises them.
+
+    Args:
+        state: the model and its statistics.
+        batch: average statistics of a batch about the model.
+        rate: step size ().
+        count: number of samples that the statistics stand for beside the pseudo-samples.
+        regularizer: pseudo-statistics or None.
+        average_rate: step size of `state.average`.
+
+    Returns:
+        The new state, its statistics about the new model.
+
+    Source: Cappe and Moulines 2009.
+    """
+    old = state.moments
+    running = mix(state.running, batch, rate)
+    average = None if state.average is None else mix(state.average, running, average_rate)
+    new = maximize(old.loadings, old.bias, running, count, regularizer)
+    move = {"turn": new.loadings - old.loadings, "shift": new.bias - old.bias}
+    return OnlineState(new, running.about(**move), None if average is None else average.about(**move))
+
+
+def mix(old: ResidualMoments, new: ResidualMoments, rate: Array | float) -> ResidualMoments:
+    """(1 - rate) old + rate new."""
+    return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, old, new)
 
 
 def fit_online_em(
@@ -46,112 +92,82 @@ def fit_online_em(
     data: Any,
     key: Array,
     *,
-    batch_size: int = 512,
-    passes: int = 3,
-    step_delay: float = 2.0,
-    step_decay: float = 0.75,
-    average: bool = False,
     weights: Any = None,
     labels: Any = None,
-    init: str | Moments | Any = "pca",
-    regularizer: PseudoCounts | Regularizer | None = PseudoCounts(),  # noqa: B008
-    column_units: str = "auto",
-    max_distance: float = MAX_DISTANCE,
+    options: EMOptions = EMOptions(),
     progress: bool = False,
+    **changes: Any,
 ) -> EMResult:
     """Fit a HMoG by online (stepwise) EM: an M-step after every batch.
 
-    Step t takes the batch's statistics with the rate (t + step_delay) ** -step_decay into the running ones; E-step and
-    M-step are those of `fit_em`. The objective need not rise at every step.
+    Step t takes the batch's statistics with the rate max(min_rate, (t + step_delay) ** -step_decay) into the running
+    ones; E-step and M-step are those of `fit_em`. The objective need not rise at every step.
 
     Args:
         head: unbound head with full component matrices (`AnalyticHMoG`); dimensions, `obs_rep` and `param_dtype` count.
         data: as in `fit_em`. A collection of batches is taken as it comes, other rows in an order drawn for each pass.
         key: PRNG key of the initialisation and of the order.
-        batch_size: samples per step, where the data are no batches.
-        passes: passes over the data.
-        step_delay: delay of the rate, at least 1.
-        step_decay: exponent of the rate, in (0.5, 1] for convergence.
-        average: average the statistics over the last pass; for small batches or a slow decay.
         weights: as in `fit_em`.
         labels: as in `fit_em`.
-        init: as in `fit_em`.
-        regularizer: as in `fit_em`; its counts are relative to the samples of one pass (over a collection of batches,
-            in the first pass, to those seen so far).
-        column_units: as in `fit_em`.
-        max_distance: as in `fit_em`.
+        options: start, regulariser, batches, rates and units: see `EMOptions`. The counts of the regulariser are
+            relative to the samples of one pass (over a collection of batches, in the first pass, to those seen so far).
         progress: show a progress bar.
+        changes: single options by name, in place of those of `options`: init, regularizer, batch_size, passes, average,
+            step_delay, step_decay, min_rate, column_units, max_distance.
 
     Returns:
         `EMResult`. `objective_history` (passes + 1,) holds for each pass the objective averaged over its batches, each
         before the step it serves for, and at the end that of the returned model on all data; `converged` is False.
 
     Raises:
-        TypeError: for a head with restricted component matrices (see `warm_start`), or data that cannot be read twice.
+        TypeError: for a head with restricted component matrices (see `warm_start`), data that cannot be read twice, or
+            an option that is not of this function.
         ValueError: for unusable data or arguments, or if the objective stops being finite.
 
     Source: Cappe and Moulines 2009; averaging: Polyak and Juditsky 1992.
     """
-    caller = "fit_online_em"
-    check_size(caller, "batch_size", batch_size)
-    check_size(caller, "passes", passes)
-    rate = _rate(step_delay, step_decay)
-    source = source_of(caller, head, data, key, weights, labels, init, regularizer)
-    init_key, order_key = jax.random.split(key)
-    frame = use_robust_frame(caller, head, source, column_units, max_distance)
-    natural, strength = first_model(caller, head, source, init_key, init, regularizer, frame)
-    moments = own_moments(natural)
-    state = OnlineState(moments, own_statistics(moments), own_statistics(moments))
-    with ProgressBar("online EM", progress, passes + 1) as report:
-        step = partial(_step, regularizer=strength, frame=source.framing.frame, projection_dtype=head.projection_dtype)
-        state, history, total = _passes(state, source, batch_size, passes, rate, order_key, step, report)
-        if average:
-            moments = maximize(state.moments.loadings, state.moments.bias, state.average, total, strength)
-        else:
-            moments = state.moments
-        _check_objective(moments.means, passes)
-        natural = dataclasses.replace(moments_to_natural(moments), frame=frame)
-        at = evaluate(source.blocks(), source, natural, strength, head.projection_dtype)
-        history.append(at.objective)
-        report(passes, 1, history[-1])
-    warn_of_wild_rows(caller, source, max_distance)
-    natural, info, whitened = in_whitened_basis(natural, at.info, strength, head.projection_dtype)
-    final = np.asarray(history[-1:])
-    return result_in_units_of_x(EMResult(natural, np.asarray(history), False, info, final, whitened, source.classes))
-
-
-def _rate(delay: float, decay: float) -> Callable[[int], float]:
-    """The rate of a step from its number."""
-    if not delay >= 1 or not 0.5 < decay <= 1:
+    options = chosen_options("fit_online_em", options, changes)
+    if not options.step_decay > 0.5:
         raise ValueError(
-            f"fit_online_em: `step_delay` must be at least 1 and `step_decay` in (0.5, 1]; got {delay!r} and "
-            f"{decay!r}. Use 2.0 and 0.75."
+            f"fit_online_em: `step_decay` must be above 0.5, for steps to converge; got {options.step_decay!r}. Use "
+            f"{EMOptions.step_decay}."
         )
-    return lambda step: (step + delay) ** -decay
+    fit = Fit("fit_online_em", head, data, key, weights, labels, options)
+    init_key, order_key = jax.random.split(key)
+    natural, regularizer = fit.start(init_key)
+    moments = own_moments(natural)
+    statistics = ResidualMoments.of(moments)
+    with progress_bar("online EM", progress, options.passes + 1) as report:
+        state = OnlineState(moments, statistics, statistics)
+        state, history, total = _passes(fit, state, regularizer, order_key, report)
+        moments = state.moments
+        if options.average:
+            moments = maximize(moments.loadings, moments.bias, state.average, total, regularizer)  # type: ignore[arg-type]
+        _check_objective(moments.means, options.passes)
+        natural = dataclasses.replace(moments_to_natural(moments), frame=fit.frame)
+        at = fit.evaluate(natural, regularizer)
+        history.append(at.objective)
+        report(options.passes, 1, history[-1])
+    return fit.finished(fit.result(natural, at.info, regularizer, history, converged=False))
 
 
 def _passes(
-    state: OnlineState,
-    source: Source,
-    batch_size: int,
-    passes: int,
-    rate: Callable[[int], float],
-    key: Array,
-    step_of: Callable,
-    report: Callable,
+    fit: Fit, state: OnlineState, regularizer: Regularizer | None, key: Array, report: Callable
 ) -> tuple[OnlineState, list[float], float]:
     """All passes: the last state, the mean objective of each pass and the samples of a pass."""
+    source, options = fit.source, fit.options
+    given = {"regularizer": regularizer, "frame": source.framing.frame, "projection_dtype": fit.dtype}
     total, steps, history = source.total_weight, 0, []
-    batch_size = min(batch_size, source.count or batch_size)
-    for number in range(passes):
+    batch_size = min(options.batch_size, source.count or options.batch_size)
+    for number in range(options.passes):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number), source.count or 0))
         values, seen = [], 0.0
         for step, (x, weights, labels) in enumerate(source.batches(order, batch_size)):
             seen += float(jnp.sum(weights))
             total = max(total, seen)  # grows in the first pass over a stream only
             mean_weight = 1 if source.count is None else total / source.count
-            rates = rate(steps + step) / (x.shape[0] * mean_weight), 1 / (step + 1)
-            state, value = step_of(state, x, weights, labels, rates, total, shards=row_shards(x))
+            rates = options.rate(steps + step) / (x.shape[0] * mean_weight), 1 / (step + 1)
+            state, value = _step(state, x, weights, labels, rates, total, shards=row_shards(x), **given)
             values.append(value)
         steps += len(values)
         sums: Any = np.sum(np.asarray(jax.device_get(values), np.float64), axis=0)
@@ -197,8 +213,7 @@ def _step(
         shards: where the rows lie.
         projection_dtype: as in a head.
     """
-    old = state.moments
-    natural = dataclasses.replace(moments_to_natural(old), frame=frame)
+    natural = dataclasses.replace(moments_to_natural(state.moments), frame=frame)
     factors = factorise(dataclasses.replace(natural, projection_dtype=projection_dtype))
     statistics = accumulate(factors, x, weights, labels, shards=shards)
     value = log_likelihood(factors, statistics)
@@ -208,8 +223,161 @@ def _step(
     batch = residual_mean(
         factors, dataclasses.replace(statistics, count=jnp.where(statistics.count > 0, statistics.count, 1))
     )
-    running = mix(state.running, batch, rate)
-    average = mix(state.average, running, rates[1])
-    moments = maximize(old.loadings, old.bias, running, total, regularizer)
-    move = partial(about, turn=moments.loadings - old.loadings, shift=moments.bias - old.bias)
-    return OnlineState(moments, move(running), move(average)), jnp.stack([value, penalties])
+    state = online_step(state, batch, rate, total, regularizer, average_rate=rates[1])
+    return state, jnp.stack([value, penalties])
+
+
+def stepwise_start(moments: Moments) -> dict[str, Any]:
+    """The collection `em` of `AnalyticHMoG` for a model: itself, its own statistics, and no step taken.
+
+    Args:
+        moments: the model, as `natural_to_moments(fit_em(...).natural)`.
+
+    Returns:
+        `moments`, `running` (its average statistics of (x - b - W y, y, z)) and `step`.
+    """
+    return {"moments": moments, "running": ResidualMoments.of(moments), "step": jnp.zeros((), jnp.int32)}
+
+
+def first_moments(
+    key: Array, x: Array | None, obs_dim: int, lat_dim: int, n_components: int, obs_rep: Rep, dtype: Any
+) -> Moments:
+    """A model to start stepwise EM from: random, with the mean and the variances of a first batch.
+
+    Args:
+        key: PRNG key.
+        x: the batch (..., D); None, or a single sample, leaves mean 0 and variances 1.
+        obs_dim: D.
+        lat_dim: L.
+        n_components: K.
+        obs_rep: kind of the noise.
+        dtype: of the model.
+
+    Returns:
+        `Moments`.
+    """
+    moments = random_moments(key, obs_dim, lat_dim, n_components, obs_rep, dtype)
+    if x is None or math.prod(jnp.shape(x)[:-1]) < 2:
+        return moments
+    x = check_observations("AnalyticHMoG", x, obs_dim, dtype)
+    rows = jax.lax.stop_gradient(x).reshape(-1, obs_dim)
+    center = jnp.mean(rows, axis=0)
+    variances = jnp.mean(jnp.square(rows - center[None]), axis=0)
+    average = jnp.mean(variances)
+    variances = jnp.where(average > 0, jnp.maximum(variances, LEAST_VARIANCE * average), 1)
+    return dataclasses.replace(
+        moments,
+        loadings=moments.loadings * jnp.sqrt(variances)[:, None],
+        bias=center,
+        noise=obs_rep.from_diagonal(variances),
+    )
+
+
+def stepwise_update(
+    moments: Moments, running: ResidualMoments, x: Array, rate: Array, pseudo_share: float, axis_name: str | None = None
+) -> tuple[Moments, ResidualMoments]:
+    """`online_step` inside a network, with pseudo-samples that follow the model.
+
+    Args:
+        moments: the model.
+        running: its average statistics of (x - b - W y, y, z).
+        x: the batch (..., D); no gradient flows through it.
+        rate: step size ().
+        pseudo_share: pseudo-samples per sample: spread over the components, with the mean of the whole prior and the
+            pooled within-component covariance; of the noise, with a tenth of the mean variance of x in every column.
+        axis_name: axis of `shard_map` or `vmap` over which the batch is spread, or None.
+
+    Returns:
+        The new model and its running statistics.
+    """
+    natural, x, weights = check_samples("stepwise_update", moments_to_natural(moments), jax.lax.stop_gradient(x), None)
+    factors = compute_factors(natural)
+    statistics = accumulate(factors, x, weights, shards=row_shards(x))
+    if axis_name is not None:
+        statistics = jax.lax.psum(statistics, axis_name)
+    rate, pseudo_samples = jnp.asarray(rate, x.dtype), _pseudo_samples(moments, pseudo_share)
+    batch = residual_mean(factors, statistics)
+    state = online_step(OnlineState(moments, running), batch, rate, 1.0, pseudo_samples)
+    return state.moments, state.running
+
+
+def accepted_update(em: dict[str, Any], x: Array, options: EMOptions, axis_name: str | None = None) -> dict[str, Any]:
+    """The collection `em` after a batch, of which the model exists in any case.
+
+    Where the batch lies farther from the model than `JUMP` of its standard deviations, or is narrower by as much, and
+    where the statistics make no model, the model is moved to location and scale of the batch instead of a step, so that
+    it goes on learning from there. A batch that makes no model either way leaves everything as it is.
+
+    Args:
+        em: the collection, as of `stepwise_start`.
+        x: the batch (..., D).
+        options: rates and `pseudo_share`.
+        axis_name: as in `stepwise_update`.
+
+    Returns:
+        The new collection.
+    """
+    moments, step = em["moments"], em["step"] + 1
+    learnt = stepwise_update(moments, em["running"], x, options.rate(em["step"]), options.pseudo_share, axis_name)
+    moved, is_jump = _moved_to(moments, x, axis_name)
+    states = [dict(zip(em, (*state, step), strict=True)) for state in (learnt, (moved, ResidualMoments.of(moved)))]
+    can_learn, can_move = (_exists(state) for state in states)
+    use_moved = can_move & (is_jump | ~can_learn)
+    return jax.tree.map(
+        lambda old, learnt, moved: jnp.where(use_moved, moved, jnp.where(can_learn, learnt, old)), em, *states
+    )
+
+
+def _exists(em: dict[str, Any]) -> Array:
+    """Whether all is finite and the model exists ()."""
+    natural = moments_to_natural(em["moments"])
+    # Cholesky factors of what is not positive definite are NaN
+    precisions = (natural.observable_precision, natural.prior_precision)
+    signs = (natural.log_weights, *(precision.log_det() for precision in precisions))
+    leaves = (*jax.tree.leaves(em), *jax.tree.leaves(natural), *signs)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> tuple[Moments, Array]:
+    """The model with mean and variances of a batch, NaN if it is not finite or does not vary; whether it is far ()."""
+    rows = jax.lax.stop_gradient(x).reshape(-1, x.shape[-1]).astype(moments.bias.dtype)
+    average = lambda values: values if axis_name is None else jax.lax.pmean(values, axis_name)  # noqa: E731
+    unit = average(jnp.max(jnp.abs(rows)))  # so that no square overflows
+    rows = rows / unit
+    center = average(jnp.mean(rows, axis=0))
+    variances = average(jnp.mean(jnp.square(rows - center[None]), axis=0))
+    variances = jnp.maximum(variances, LEAST_VARIANCE * jnp.mean(variances))
+    _, covariance = prior_moments(moments)
+    signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
+    present = jnp.sqrt(signal + moments.noise.diagonal())
+    ratio = unit * jnp.sqrt(jnp.where(variances > 0, variances, jnp.nan)) / present
+    model_center = moments.bias + matmul(moments.loadings, matmul(moments.weights, moments.means))
+    distance = jnp.abs(unit * center - model_center) / present
+    is_jump = (jnp.max(distance) > JUMP) | (jnp.max(ratio) > JUMP) | (jnp.max(ratio) < 1 / JUMP)
+    if moments.noise.is_isotropic:
+        ratio = jnp.broadcast_to(jnp.sqrt(jnp.mean(ratio**2)), ratio.shape)
+    moved = dataclasses.replace(
+        moments,
+        loadings=moments.loadings * ratio[:, None],
+        bias=unit * center - ratio * matmul(moments.loadings, matmul(moments.weights, moments.means)),
+        noise=moments.noise.scaled(ratio),
+    )
+    return moved, is_jump
+
+
+def _pseudo_samples(moments: Moments, share: float) -> Regularizer:
+    """Pseudo-samples that follow the model: the scale of features that are being learnt is not known beforehand."""
+    count = moments.weights.shape[0]
+    center, covariance = prior_moments(moments)
+    signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
+    variance = jnp.mean(signal + moments.noise.diagonal())
+    noise = moments.noise.from_diagonal(jnp.broadcast_to(NOISE_SHARE * variance, signal.shape))
+    strength = jnp.asarray(share, signal.dtype)
+    return Regularizer(
+        weights=strength / count,
+        components=strength / count,
+        noise=strength,
+        component_mean=center,
+        component_covariance=within_covariance(moments),
+        noise_covariance=noise,
+    )

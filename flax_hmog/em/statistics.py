@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from flax_hmog.data.rows import Shards, block_rows, row_shards, sum_rows
 from flax_hmog.data.samples import check_samples
-from flax_hmog.model.checks import check_type
 from flax_hmog.model.conversions import in_units_of_x
-from flax_hmog.model.coordinates import Mean, Natural, check_natural, outer, structure
+from flax_hmog.model.coordinates import Mean, Natural, ResidualMoments, check_mean, check_natural, outer, structure
 from flax_hmog.model.kinds import (
     Array,
     Kind,
@@ -196,7 +195,7 @@ def component_sums(factors: Factors, statistics: Statistics) -> tuple[Array, Arr
     return total + n[:, None] * linear - pull, spread, spread + mixed + square
 
 
-def residual_mean(factors: Factors, statistics: Statistics) -> Mean:
+def residual_mean(factors: Factors, statistics: Statistics) -> ResidualMoments:
     """Average statistics of (q, y, z) with q = x - b - W y: what the M-step regresses. Full component matrices only."""
     count, t_inverse = statistics.count, factors.inverse_basis
     loadings = basis_loadings(factors)
@@ -207,7 +206,7 @@ def residual_mean(factors: Factors, statistics: Statistics) -> Mean:
     kind = type(statistics.residual_square)
     noise = jax.tree.map(lambda total: total / count, statistics.residual_square)
     noise = jax.tree.map(jnp.add, noise, kind.project_product(matmul(loadings, posterior), loadings))
-    return Mean(
+    return ResidualMoments(
         observable_mean=statistics.residual / count,
         observable_second_moment=noise,
         cross_moment=matmul(statistics.cross / count - matmul(loadings, posterior), t_inverse.T),
@@ -275,7 +274,7 @@ def whiten_prior(mean: Mean) -> Mean:
     Raises:
         TypeError: if `mean` is of another coordinate type.
     """
-    check_type("whiten_prior", "mean", mean, Mean, "Convert with natural_to_mean.")
+    check_mean("whiten_prior", mean)
     second = mean.weighted_second_moments
     center = jnp.sum(mean.weighted_means, axis=0)
     spread = second.project(outer(center, center))

@@ -1,4 +1,4 @@
-"""Exact expectation-maximisation: what regularises it, the M-step, and one whole step. The fit around them: fit.py."""
+"""Exact expectation-maximisation: the M-step, its penalty, and one whole step. The fit around them: fit.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,22 @@ import jax.numpy as jnp
 
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.samples import check_samples
+from flax_hmog.em.options import Regularizer
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
 from flax_hmog.model.checks import check_type, is_concrete
 from flax_hmog.model.conversions import component_moments, moments_to_natural, regress_observed, with_prior
-from flax_hmog.model.coordinates import Mean, Moments, Natural, check_full, check_natural, outer
+from flax_hmog.model.coordinates import (
+    Moments,
+    Natural,
+    ResidualMoments,
+    check_full,
+    check_natural,
+    outer,
+    prior_moments,
+)
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import (
     Array,
-    Kind,
     PositiveDefinite,
     einsum,
     inverse_and_log_det,
@@ -29,73 +37,6 @@ from flax_hmog.model.kinds import (
     trace_product,
 )
 from flax_hmog.model.prepared import Factors, factorise
-
-
-@pytree
-class Regularizer:
-    """Pseudo-statistics that EM adds to those of the data: samples "seen" before any data.
-
-    They are fixed before the first step, so that the penalised log-likelihood
-
-        sum_i log p(x_i) + weights sum_k log w_k + components sum_k E[log N(y; m_k, S_k)] + noise E[log N(e; 0, Psi)],
-        y ~ N(component_mean, component_covariance),  e ~ N(0, noise_covariance),
-
-    never decreases, and an empty component or a constant column does no harm.
-
-    Attributes:
-        weights: pseudo-count added to each component's weight ().
-        components: pseudo-samples added to each component's mean and covariance ().
-        noise: pseudo-samples added to the noise ().
-        component_mean: (L,), in the latent basis of the model.
-        component_covariance: `PositiveDefinite` (L, L), in the latent basis of the model.
-        noise_covariance: of kind `obs_rep`, in squared units of x; of a model with a frame, in those of its frame.
-    """
-
-    weights: Array
-    components: Array
-    noise: Array
-    component_mean: Array
-    component_covariance: PositiveDefinite
-    noise_covariance: Kind
-
-
-@dataclasses.dataclass(frozen=True)
-class PseudoCounts:
-    """Strength of the regulariser, in samples; what the samples look like is taken from the initial model.
-
-    Attributes:
-        weights: added to each component's weight.
-        components: added to each component's mean and covariance; such a sample has the pooled within-component
-            covariance and lies at the mean of the latent space.
-        noise: added to the noise; such a sample has the noise variances of the initial model, but no less than
-            `noise_floor` times their average (of full noise, along its principal axes).
-        noise_floor: see `noise`; a share, not a number of samples.
-    """
-
-    weights: float = 1.0
-    components: float = 1.0
-    noise: float = 1.0
-    noise_floor: float = 1e-2
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(
-                    f"PseudoCounts: `{field.name}` must be at least 0; got {value!r}. Use 0 for none of this kind."
-                )
-
-    def regularizer(self, moments: Moments) -> Regularizer:
-        """The pseudo-statistics of this strength for EM that starts from `moments`."""
-        dtype = moments.loadings.dtype
-        return Regularizer(
-            weights=jnp.asarray(self.weights, dtype),
-            components=jnp.asarray(self.components, dtype),
-            noise=jnp.asarray(self.noise, dtype),
-            component_mean=matmul(moments.weights, moments.means),
-            component_covariance=within_covariance(moments),
-            noise_covariance=moments.noise.floored(self.noise_floor),
-        )
 
 
 @pytree
@@ -179,7 +120,7 @@ def next_natural(
 
 
 def maximize(
-    loadings: Array, bias: Array, mean: Mean, count: Array | float, regularizer: Regularizer | None
+    loadings: Array, bias: Array, mean: ResidualMoments, count: Array | float, regularizer: Regularizer | None
 ) -> Moments:
     """The model with these average statistics of (x - b - W y, y, z), and with pseudo-samples.
 
@@ -268,20 +209,6 @@ def whitening(moments: Moments) -> tuple[Array, Array]:
     """E[y] (L,) and the lower factor H (L, L) of Cov(y)."""
     center, covariance = prior_moments(moments)
     return center, covariance.cholesky().entries
-
-
-def prior_moments(moments: Moments) -> tuple[Array, PositiveDefinite]:
-    """E[y] (L,) and Cov(y) of the mixture."""
-    center = matmul(moments.weights, moments.means)
-    gap = moments.means - center[None]
-    within = moments.covariances.weighted(moments.weights).entries
-    covariance = jnp.sum(within + outer(moments.weights[:, None] * gap, gap), axis=0)
-    return center, PositiveDefinite(symmetrize(covariance))
-
-
-def within_covariance(moments: Moments) -> PositiveDefinite:
-    """The pooled covariance within components, sum_k w_k S_k (L, L)."""
-    return PositiveDefinite(jnp.sum(moments.covariances.weighted(moments.weights).entries, axis=0))
 
 
 def _change_basis(

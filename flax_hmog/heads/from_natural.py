@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.data.samples import check_observations
+from flax_hmog.em.online import stepwise_start
 from flax_hmog.em.step import whiten_moments
-from flax_hmog.em.stepwise import stepwise_start
 from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, head_bounds
 from flax_hmog.inference.posterior import log_observable_density, sample

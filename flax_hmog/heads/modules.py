@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from flax_hmog.data.containers import in_memory
+from flax_hmog.em.online import accepted_update, first_moments
+from flax_hmog.em.options import USED, EMOptions, Regularizer, check_options
 from flax_hmog.em.statistics import whiten_prior
-from flax_hmog.em.step import EMInfo, Regularizer, em_step
-from flax_hmog.em.stepwise import accepted_update, first_moments, own_statistics
+from flax_hmog.em.step import EMInfo, em_step
 from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.inference import posterior as inference
 from flax_hmog.inference.likelihood import mean_log_density
@@ -20,7 +21,7 @@ from flax_hmog.inference.posterior import HMoGOutput, Posterior
 from flax_hmog.model.checks import check_interval, check_positive, check_precision, check_size
 from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
-from flax_hmog.model.coordinates import Mean, Moments, Natural
+from flax_hmog.model.coordinates import Mean, Moments, Natural, ResidualMoments
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep
 
 
@@ -258,18 +259,23 @@ class AnalyticHMoG(HMoGHead):
     n_components: int
     obs_dim: int | None = None
     obs_rep: Any = "diagonal"
-    step_delay: float = 2.0
+    step_delay: float = EMOptions.step_delay
     step_decay: float = 0.7
-    min_rate: float = 0.0
-    pseudo_share: float = 1e-4
+    min_rate: float = EMOptions.min_rate
+    pseudo_share: float = EMOptions.pseudo_share
     axis_name: str | None = None
     param_dtype: Any = jnp.float32
     projection_dtype: Any = None
 
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep")
-        _check_rates(self)
+        check_options("AnalyticHMoG", {name: getattr(self, name) for name in USED["AnalyticHMoG"]})
         super().__post_init__()
+
+    @property
+    def options(self) -> EMOptions:
+        """The options of its steps of EM, which are attributes."""
+        return EMOptions(**{name: getattr(self, name) for name in USED["AnalyticHMoG"]})
 
     @property
     def component_structure(self) -> tuple[Rep, bool]:
@@ -286,7 +292,7 @@ class AnalyticHMoG(HMoGHead):
             return first_moments(self.make_rng("params"), x, *sizes, obs_rep, self.param_dtype)
 
         moments = self.variable("em", "moments", first)
-        self.variable("em", "running", lambda: own_statistics(moments.value))
+        self.variable("em", "running", lambda: ResidualMoments.of(moments.value))
         self.variable("em", "step", lambda: jnp.zeros((), jnp.int32))
         return moments_to_natural(moments.value)
 
@@ -300,8 +306,7 @@ class AnalyticHMoG(HMoGHead):
         natural = self._natural("__call__", x)
         if train and not self.is_initializing():
             em: Any = {name: self.get_variable("em", name) for name in ("moments", "running", "step")}
-            rate = jnp.maximum((em["step"] + self.step_delay) ** -self.step_decay, self.min_rate)
-            for name, value in accepted_update(em, x, rate, self.pseudo_share, self.axis_name).items():
+            for name, value in accepted_update(em, x, self.options, self.axis_name).items():
                 self.put_variable("em", name, value)
         return inference.infer(natural, x)
 
@@ -378,21 +383,6 @@ def _check_head(head: Any, *reps: str) -> None:
                 'Use "bfloat16" or None.'
             )
         object.__setattr__(head, "projection_dtype", jnp.dtype(head.projection_dtype).name)
-
-
-def _check_rates(head: AnalyticHMoG) -> None:
-    """ValueError for rates of stepwise EM that are no rates."""
-    rules = (
-        ("step_delay", head.step_delay >= 1, "at least 1"),
-        ("step_decay", 0 < head.step_decay <= 1, "above 0 and at most 1"),
-        ("min_rate", 0 <= head.min_rate <= 1, "from 0 to 1"),
-        ("pseudo_share", head.pseudo_share >= 0, "at least 0"),
-    )
-    for name, holds, rule in rules:
-        if not holds:
-            raise ValueError(
-                f"AnalyticHMoG: `{name}` must be {rule}; got {getattr(head, name)}. Leave it out for the default."
-            )
 
 
 def _trainable_model(head: DifferentiableHMoG | SymmetricHMoG, obs_dim: int) -> Natural:

@@ -24,8 +24,10 @@ from flax_hmog.model.coordinates import (
     Moments,
     Natural,
     Precision,
+    ResidualMoments,
     categorical_logits,
     check_full,
+    check_mean,
     check_natural,
     gaussian_log_partition,
     natural_bias,
@@ -300,7 +302,7 @@ def mean_to_moments(mean: Mean, *, caller: str = "mean_to_moments") -> Moments:
     Raises:
         TypeError: if `mean` is of another coordinate type or its latent second moments are restricted.
     """
-    check_type(caller, "mean", mean, Mean, "Convert with natural_to_mean.")
+    check_mean(caller, mean)
     check_full(caller, "mean", mean.weighted_second_moments)
     return _mean_to_moments(mean)
 
@@ -312,7 +314,7 @@ def _mean_to_moments(mean: Mean) -> Moments:
     return Moments(loadings, bias, noise, mean.weights, means, covariances)
 
 
-def regress_observed(mean: Mean) -> tuple[Array, Array, Kind]:
+def regress_observed(mean: Mean | ResidualMoments) -> tuple[Array, Array, Kind]:
     """Linear regression of x on y: W = Cov(x, y) Cov(y)^-1, b = E[x] - W E[y], Psi the residual covariance."""
     latent_mean = jnp.sum(mean.weighted_means, axis=0)
     second = jnp.sum(mean.weighted_second_moments.entries, axis=0)

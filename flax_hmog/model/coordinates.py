@@ -1,4 +1,5 @@
-"""The three coordinate systems of a HMoG: `Moments` for people, `Natural` for densities and gradients, `Mean` for EM.
+"""The three coordinate systems of a HMoG: `Moments` for people, `Natural` for densities and gradients, `Mean` for EM;
+and `ResidualMoments`, the statistics about a model that steps of EM carry.
 
 Conversions: conversions.py. Symbols as in docs/notation.md: D observed,
 L latent, K components; W loadings, Psi noise, Theta = Psi^-1 W.
@@ -9,10 +10,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar, TypeAlias
 
+import jax
 import jax.numpy as jnp
 
 from flax_hmog.model.frames import Frame
-from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, einsum, fill_sizes, inverse_and_log_det, pytree
+from flax_hmog.model.kinds import (
+    Array,
+    Kind,
+    PositiveDefinite,
+    Rep,
+    einsum,
+    fill_sizes,
+    inverse_and_log_det,
+    matmul,
+    pytree,
+    symmetrize,
+)
 
 FULL_ONLY = "Only models with full component covariances have this form; `warm_start` carries one to a restricted head."
 
@@ -147,6 +160,91 @@ class Mean:
         fill_sizes(self, self.weighted_means, "weighted_second_moments")
 
 
+def check_mean(caller: str, value: Any) -> None:
+    """TypeError, with the way to a `Mean`, unless `value` is one."""
+    if isinstance(value, Mean):
+        return
+    remedy = "Convert with natural_to_mean."
+    if isinstance(value, ResidualMoments):
+        remedy = "They are about a model: `to_mean(moments)` gives those of x, as em['running'].to_mean(em['moments'])."
+    raise TypeError(f"{caller}: `mean` must be Mean; got {type(value).__name__}. {remedy}")
+
+
+@pytree
+class ResidualMoments:
+    """Average statistics of (q, y, z) about a model, with q = x - b - W y what its W and b leave of x.
+
+    Sums of squares of x itself would lose all accuracy where its mean is far above its spread. Fields are named as
+    those of `Mean`, with q in place of x. They say nothing of x without the model:
+
+    >>> import jax, numpy as np
+    >>> from flax_hmog import AnalyticHMoG, mean_to_natural
+    >>> head, x = AnalyticHMoG(1, 2), np.random.default_rng(0).standard_normal((50, 3))
+    >>> em = head.init(jax.random.key(0), x)["em"]
+    >>> natural = mean_to_natural(em["running"].to_mean(em["moments"]))
+
+    Attributes:
+        observable_mean: E[q] (D,).
+        observable_second_moment: E[q q'], of kind `obs_rep`.
+        cross_moment: E[q y'] (D, L).
+        weights: w_k = P(z = k) (K,).
+        weighted_means: w_k E[y | k] (K, L).
+        weighted_second_moments: w_k E[y y' | k], `PositiveDefinite` (K, L, L).
+    """
+
+    observable_mean: Array
+    observable_second_moment: Kind
+    cross_moment: Array
+    weights: Array
+    weighted_means: Array
+    weighted_second_moments: PositiveDefinite
+
+    def __post_init__(self) -> None:
+        fill_sizes(self, self.observable_mean, "observable_second_moment")
+
+    @classmethod
+    def of(cls, moments: Moments) -> ResidualMoments:
+        """Those of a model that has seen no data: of its own samples."""
+        weights, means = moments.weights, moments.means
+        weighted_means = weights[:, None] * means
+        second = moments.covariances.weighted(weights).entries + outer(weighted_means, means)
+        return cls(
+            observable_mean=jnp.zeros_like(moments.bias),
+            observable_second_moment=moments.noise,
+            cross_moment=jnp.zeros_like(moments.loadings),
+            weights=weights,
+            weighted_means=weighted_means,
+            weighted_second_moments=PositiveDefinite(second),
+        )
+
+    def about(self, *, turn: Array, shift: Array) -> ResidualMoments:
+        """Those about a model with loadings W + turn (D, L) and bias b + shift (D,)."""
+        # with Y = (1, y) and A = (shift, turn):  q' = q - A Y
+        first = jnp.sum(self.weighted_means, axis=0)
+        second = jnp.sum(self.weighted_second_moments.entries, axis=0)
+        one = jnp.concatenate([jnp.ones_like(first[:1]), first])
+        square = jnp.concatenate([one[None], jnp.concatenate([first[:, None], second], axis=1)])
+        change = jnp.concatenate([shift[:, None], turn], axis=1)
+        cross = jnp.concatenate([self.observable_mean[:, None], self.cross_moment], axis=1)
+        moved = cross - matmul(change, square)
+        # E[q'q''] = E[q q'] - E[q Y'] A' - A E[Y q'] + A E[Y Y'] A' = E[q q'] - E[q Y'] A' - A E[Y q'']
+        kind = type(self.observable_second_moment)
+        explained = kind.project_product(
+            jnp.concatenate([cross, change], axis=1), jnp.concatenate([change, moved], axis=1)
+        )
+        return dataclasses.replace(
+            self,
+            observable_mean=moved[:, 0],
+            observable_second_moment=jax.tree.map(jnp.subtract, self.observable_second_moment, explained),
+            cross_moment=moved[:, 1:],
+        )
+
+    def to_mean(self, moments: Moments) -> Mean:
+        """Expected statistics of x, where these are about `moments`."""
+        of_x = self.about(turn=-moments.loadings, shift=-moments.bias)
+        return Mean(**{field.name: getattr(of_x, field.name) for field in dataclasses.fields(of_x)})
+
+
 def outer(u: Array, v: Array) -> Array:
     """U v', over leading batch dimensions."""
     return u[..., :, None] * v[..., None, :]
@@ -157,6 +255,20 @@ def gaussian_log_partition(location: Array, precision: PositiveDefinite) -> tupl
     covariances, log_det = inverse_and_log_det(precision.entries)
     means = einsum("kij,kj->ki", covariances, location)
     return (jnp.sum(location * means, axis=-1) - log_det) / 2, means, covariances
+
+
+def prior_moments(moments: Moments) -> tuple[Array, PositiveDefinite]:
+    """E[y] (L,) and Cov(y) of the mixture."""
+    center = matmul(moments.weights, moments.means)
+    gap = moments.means - center[None]
+    within = moments.covariances.weighted(moments.weights).entries
+    covariance = jnp.sum(within + outer(moments.weights[:, None] * gap, gap), axis=0)
+    return center, PositiveDefinite(symmetrize(covariance))
+
+
+def within_covariance(moments: Moments) -> PositiveDefinite:
+    """The pooled covariance within components, sum_k w_k S_k (L, L)."""
+    return PositiveDefinite(jnp.sum(moments.covariances.weighted(moments.weights).entries, axis=0))
 
 
 def categorical_logits(bias: Array) -> Array:

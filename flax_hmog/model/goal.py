@@ -17,7 +17,7 @@ import numpy as np
 
 from flax_hmog.model.checks import check_finite, check_type
 from flax_hmog.model.conversions import in_units_of_x, with_prior
-from flax_hmog.model.coordinates import Mean, Natural, Precision, SharedBase, check_natural
+from flax_hmog.model.coordinates import Mean, Natural, Precision, SharedBase, check_mean, check_natural
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep
 
 
@@ -110,7 +110,7 @@ def ravel_mean(mean: Mean, head: Any) -> Array:
         TypeError: if `mean` is of another coordinate type.
         ValueError: if the head leaves `obs_dim` open or its structure is another.
     """
-    check_type("ravel_mean", "mean", mean, Mean, "Convert with natural_to_mean.")
+    check_mean("ravel_mean", mean)
     *_, obs_rep, rep, shared_base = _read_head("ravel_mean", head)
     _check_structure("ravel_mean", mean.observable_second_moment, obs_rep)
     _check_structure("ravel_mean", mean.weighted_second_moments, rep)

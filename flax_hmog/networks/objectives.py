@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.em.step import prior_moments, within_covariance
 from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.checks import check_positive, check_shape, check_type, is_concrete
 from flax_hmog.model.conversions import natural_to_moments, own_moments, with_prior
-from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.coordinates import Natural, prior_moments, within_covariance
 from flax_hmog.model.kinds import Array, einsum, matmul
 
 ONE_OUTPUT = "Give what a head returns; joint_and_head_outputs returns two of them."

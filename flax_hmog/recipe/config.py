@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from flax_hmog.em.step import PseudoCounts
+from flax_hmog.em.options import EMOptions, PseudoCounts, check_used
 from flax_hmog.heads.modules import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
 from flax_hmog.networks.augment import Augmentation
 
@@ -112,6 +112,35 @@ class Encoder:
 
 
 @dataclasses.dataclass(frozen=True)
+class EM(EMOptions):
+    """The warm start by exact EM."""
+
+    init: Literal["pca", "fa"] = "pca"
+    regularizer: PseudoCounts = PseudoCounts()
+    rows: int | None = None
+    """Fit only so many training rows, drawn by the seed, where all do not fit the devices; None takes all."""
+
+    def __post_init__(self) -> None:
+        check_used("fit_em", self)
+        super().__post_init__()
+        _check_counts(self, "rows")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureEM(EMOptions):
+    """EM on features, of which those of one cluster are nearly alike."""
+
+    init: Literal["pca", "fa"] = "pca"
+    regularizer: PseudoCounts = PseudoCounts(components=10.0, noise_share=0.01)
+    max_steps: int = 30
+    tolerance: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_used("fit_em", self)
+        super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True)
 class Rounds:
     """Training with an encoder: in every round EM finds clusters, which encoder and head learn and then improve."""
 
@@ -127,6 +156,8 @@ class Rounds:
     """Components of EM on features, before they are merged to clusters."""
     refit: bool = True
     """Whether later rounds find clusters by EM on the learnt features, or merge those of the head as they are."""
+    em: FeatureEM = FeatureEM()
+    """EM on features."""
     fresh: bool = True
     """Whether every round starts with an untrained encoder, or goes on with that of the round before."""
     distil_epochs: int = 2
@@ -168,42 +199,6 @@ class Rounds:
     def clusters_features(self) -> bool:
         """Whether any round has clusters of features."""
         return (self.count > 1 and self.refit) or self.start == "features"
-
-
-@dataclasses.dataclass(frozen=True)
-class EM:
-    """The warm start by exact EM."""
-
-    n_restarts: int = 1
-    """Starts; the best objective wins."""
-    max_steps: int = 200
-    """Steps per start at most."""
-    tolerance: float = 1e-3
-    """Gain of the objective, in nats per sample, below which a start has converged."""
-    column_units: Literal["auto", "own", "common"] = "auto"
-    """With diagonal noise: every column in its own robust unit, or one for all; auto: one if columns share bounds."""
-    rows: int | None = None
-    """Fit only so many training rows, drawn by the seed, where all do not fit the devices; None takes all."""
-    weight_pseudo_count: float = 1.0
-    """Regulariser: pseudo-samples added to each component's weight."""
-    component_pseudo_count: float = 1.0
-    """Regulariser: pseudo-samples of each component."""
-    noise_pseudo_share: float = 0.0
-    """Regulariser: pseudo-samples of the initial noise, per training sample (at least 1 in all)."""
-    noise_floor: float = 0.01
-    """Regulariser: smallest variance of a pseudo-sample, as a share of the average noise variance."""
-
-    def __post_init__(self) -> None:
-        _check_counts(self, "n_restarts", "max_steps", "rows")
-
-    def pseudo_counts(self, n_samples: int) -> PseudoCounts:
-        """The regulariser's strength for this many training samples."""
-        return PseudoCounts(
-            weights=self.weight_pseudo_count,
-            components=self.component_pseudo_count,
-            noise=max(1.0, self.noise_pseudo_share * n_samples),
-            noise_floor=self.noise_floor,
-        )
 
 
 @dataclasses.dataclass(frozen=True)

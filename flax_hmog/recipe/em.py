@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_hmog.em.fit import EMResult, EMState, fit_em
-from flax_hmog.em.stepwise import stepwise_start
+from flax_hmog.em.online import stepwise_start
 from flax_hmog.heads.from_natural import warm_start
 from flax_hmog.inference.posterior import infer
 from flax_hmog.model.conversions import natural_to_moments
@@ -79,11 +79,7 @@ class EMStage:
                 x,
                 self.key,
                 weights=weights,
-                regularizer=config.pseudo_counts(count),
-                n_restarts=config.n_restarts,
-                max_steps=config.max_steps,
-                tolerance=config.tolerance,
-                column_units=config.column_units,
+                options=config,
                 state=self._state(restored) if restored else None,
                 on_step=on_step,
             )

@@ -13,7 +13,8 @@ import optax
 from jax.sharding import Mesh
 
 from flax_hmog.em.initialize import random_moments
-from flax_hmog.em.step import EMInfo, Regularizer, penalty
+from flax_hmog.em.options import Regularizer
+from flax_hmog.em.step import EMInfo, penalty
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.likelihood import mean_log_density
 from flax_hmog.inference.posterior import infer_rows
@@ -198,7 +199,7 @@ def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding:
         info = EMInfo(number, number, moments.weights, number, number)
         frame = Frame(moments.bias, moments.bias, moments.bias, number) if has_frame else None
         natural = dataclasses.replace(moments_to_natural(moments), frame=frame)
-        return natural, config.em.pseudo_counts(1).regularizer(moments), info
+        return natural, config.em.regularizer.regularizer(moments), info
 
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(example)

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from flax_hmog.em.step import PseudoCounts, Regularizer, em_step
+from flax_hmog.em.options import PseudoCounts, Regularizer
+from flax_hmog.em.step import em_step
 from flax_hmog.model.conversions import natural_to_moments
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.recipe.config import Experiment

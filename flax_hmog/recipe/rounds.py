@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.em.fit import fit_em
-from flax_hmog.em.step import PseudoCounts, compute_factors
-from flax_hmog.em.stepwise import stepwise_start
+from flax_hmog.em.online import stepwise_start
+from flax_hmog.em.step import compute_factors
 from flax_hmog.heads.from_natural import warm_start
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.posterior import infer
@@ -28,9 +28,6 @@ from flax_hmog.training import restore, restore_like
 from flax_hmog.training.logs import Stage
 
 INIT_ROWS = 1024  # that the running averages of an untrained encoder are taken from
-MAX_STEPS, TOLERANCE = 30, 1e-2  # of EM on features
-NOISE_SHARE = 0.01  # pseudo-samples of the noise, per row
-FEATURE_PSEUDO_SAMPLES = 10.0  # of each component; features of one cluster are nearly alike
 
 
 class RoundStage:
@@ -132,15 +129,5 @@ class RoundStage:
         return jnp.asarray(self.inputs.read(train, np.arange(min(INIT_ROWS, len(train)))))
 
     def _fit(self, head: AnalyticHMoG, x: jax.Array, weights: jax.Array, labels: jax.Array | None = None) -> Natural:
-        counts = PseudoCounts(components=FEATURE_PSEUDO_SAMPLES, noise=max(1.0, NOISE_SHARE * float(jnp.sum(weights))))
         key = jax.random.fold_in(self.key, 1)
-        return fit_em(
-            head,
-            x,
-            key,
-            weights=weights,
-            labels=labels,
-            regularizer=counts,
-            max_steps=MAX_STEPS,
-            tolerance=TOLERANCE,
-        ).natural
+        return fit_em(head, x, key, weights=weights, labels=labels, options=self.config.rounds.em).natural

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_hmog.em.step import Regularizer
+from flax_hmog.em.options import Regularizer
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import Inputs

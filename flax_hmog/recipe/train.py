@@ -31,6 +31,13 @@ from flax_hmog.training.logs import Log
 from flax_hmog.training.mesh import rows_multiple
 from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first, on_first_process
 
+RENAMED = {
+    "em.weight_pseudo_count": "em.regularizer.weights",
+    "em.component_pseudo_count": "em.regularizer.components",
+    "em.noise_pseudo_share": "em.regularizer.noise_share",
+    "em.noise_floor": "em.regularizer.noise_floor",
+}  # options of runs that were begun before
+
 
 def train_command(default: Experiment, arguments: list[str], prog: str) -> None:
     """Train as the command line says.
@@ -160,7 +167,8 @@ def _write_config(workdir: Path, config: Experiment, data: str) -> None:
     elif path.exists():
         # an option that the run did not know had the value that it has by default
         found = flat_options(json.loads(json.dumps(Experiment("").result_options())))
-        found |= flat_options(_read_config(path).get("result_options", {}))
+        former = flat_options(_read_config(path).get("result_options", {}))
+        found |= {RENAMED.get(name, name): value for name, value in former.items()}
         changed = [name for name, value in flat_options(wanted).items() if found.get(name) != value]
         if changed:
             raise ValueError(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.em.step import PseudoCounts
+from flax_hmog.em.options import PseudoCounts
 from flax_hmog.heads import modules as heads
 from flax_hmog.networks import encoders
 from flax_hmog.training.plain import plain

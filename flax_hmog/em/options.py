@@ -1,0 +1,207 @@
+"""The knobs of EM: what regularises it, where it starts and ends, and at what rate it learns from batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from flax_hmog.model.checks import check_size, check_type
+from flax_hmog.model.coordinates import Moments, Natural, within_covariance
+from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, matmul, pytree
+
+METHODS = ("pca", "fa")
+COLUMN_UNITS = ("auto", "own", "common")
+
+
+@pytree
+class Regularizer:
+    """Pseudo-statistics that EM adds to those of the data: samples "seen" before any data.
+
+    They are fixed before the first step, so that the penalised log-likelihood
+
+        sum_i log p(x_i) + weights sum_k log w_k + components sum_k E[log N(y; m_k, S_k)] + noise E[log N(e; 0, Psi)],
+        y ~ N(component_mean, component_covariance),  e ~ N(0, noise_covariance),
+
+    never decreases, and an empty component or a constant column does no harm.
+
+    Attributes:
+        weights: pseudo-count added to each component's weight ().
+        components: pseudo-samples added to each component's mean and covariance ().
+        noise: pseudo-samples added to the noise ().
+        component_mean: (L,), in the latent basis of the model.
+        component_covariance: `PositiveDefinite` (L, L), in the latent basis of the model.
+        noise_covariance: of kind `obs_rep`, in squared units of x; of a model with a frame, in those of its frame.
+    """
+
+    weights: Array
+    components: Array
+    noise: Array
+    component_mean: Array
+    component_covariance: PositiveDefinite
+    noise_covariance: Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class PseudoCounts:
+    """Strength of the regulariser, in samples; what the samples look like is taken from the initial model.
+
+    Attributes:
+        weights: added to each component's weight.
+        components: added to each component's mean and covariance; such a sample has the pooled within-component
+            covariance and lies at the mean of the latent space.
+        noise: added to the noise; such a sample has the noise variances of the initial model, but no less than
+            `noise_floor` times their average (of full noise, along its principal axes).
+        noise_floor: see `noise`; a share, not a number of samples.
+        noise_share: the same, per sample of the data, where that is more than `noise`.
+    """
+
+    weights: float = 1.0
+    components: float = 1.0
+    noise: float = 1.0
+    noise_floor: float = 1e-2
+    noise_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"PseudoCounts: `{field.name}` must be at least 0; got {value!r}. Use 0 for none of this kind."
+                )
+
+    def regularizer(self, moments: Moments, n_samples: float = 0.0) -> Regularizer:
+        """The pseudo-statistics of this strength for EM that starts from `moments`, on so many samples."""
+        dtype = moments.loadings.dtype
+        return Regularizer(
+            weights=jnp.asarray(self.weights, dtype),
+            components=jnp.asarray(self.components, dtype),
+            noise=jnp.asarray(max(self.noise, self.noise_share * n_samples), dtype),
+            component_mean=matmul(moments.weights, moments.means),
+            component_covariance=within_covariance(moments),
+            noise_covariance=moments.noise.floored(self.noise_floor),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EMOptions:
+    """The knobs of EM, under the same names wherever they are used.
+
+    `fit_em` and `fit_online_em` take them as `options`, single ones by name beside it; those of `AnalyticHMoG` are its
+    attributes. What a function does not use it refuses by name.
+
+    >>> import jax, numpy as np
+    >>> from flax_hmog import AnalyticHMoG, EMOptions, fit_em
+    >>> x = np.random.default_rng(0).standard_normal((100, 4))
+    >>> options = EMOptions(max_steps=20, tolerance=1e-2)
+    >>> fit_em(AnalyticHMoG(1, 2), x, jax.random.key(0), options=options, n_restarts=2).restart_objectives.shape
+    (2,)
+
+    Attributes:
+        init: "pca" or "fa" (see `initialize_moments`), or a model to start from; its prior is whitened first.
+        regularizer: strength of pseudo-samples that look like the initial model, or the pseudo-samples themselves (in
+            the latent basis of `init`); None for maximum likelihood, whose maximum need not exist.
+        column_units: with diagonal noise, whether columns have units of their own ("own": the fit is the same in any
+            units) or one for all ("common", as pixels); "auto" takes common ones if most columns share their bounds.
+        max_distance: rows farther than this from the median, in typical distances, are left out with a warning; `inf`
+            keeps all (docs/sharp_bits.md).
+        n_restarts: for `fit_em`: starts from different keys, each run to its end; the best objective wins.
+        max_steps: for `fit_em`: steps per start at most.
+        tolerance: for `fit_em`: a gain in nats per sample below which a start has converged.
+        batch_size: for `fit_online_em`: samples per step, where the data are no batches.
+        passes: for `fit_online_em`: passes over the data.
+        average: for `fit_online_em`: average the statistics over the last pass; for small batches or a slow decay.
+        step_delay: for steps after batches: delay of the rate, at least 1.
+        step_decay: for steps after batches: exponent of the rate, in (0.5, 1] for convergence. `AnalyticHMoG` takes 0.7
+            where none is given: features change while they are learnt, and what is old should weigh less.
+        min_rate: for steps after batches: smallest rate: 0 to converge on data that stay, about 0.01 to follow features
+            that move.
+        pseudo_share: for `AnalyticHMoG`: pseudo-samples per sample of a batch. They follow the model, since the scale
+            of features that are being learnt is not known beforehand; those of `regularizer` stay.
+    """
+
+    init: Literal["pca", "fa"] | Moments | Natural = "pca"
+    regularizer: PseudoCounts | Regularizer | None = PseudoCounts()
+    column_units: Literal["auto", "own", "common"] = "auto"
+    max_distance: float = 1e3
+    n_restarts: int = 1
+    max_steps: int = 200
+    tolerance: float = 1e-3
+    batch_size: int = 512
+    passes: int = 3
+    average: bool = False
+    step_delay: float = 2.0
+    step_decay: float = 0.75
+    min_rate: float = 0.0
+    pseudo_share: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_options("EMOptions", {name: getattr(self, name) for name in NAMES})
+
+    def rate(self, step: Any) -> Any:
+        """The step size after so many steps: max(min_rate, (step + step_delay) ** -step_decay)."""
+        falling = (step + self.step_delay) ** -self.step_decay
+        return max(falling, self.min_rate) if isinstance(step, int) else jnp.maximum(falling, self.min_rate)
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(EMOptions))
+OF_FITS = ("init", "regularizer", "column_units", "max_distance")
+OF_RATES = ("step_delay", "step_decay", "min_rate")
+USED = {
+    "fit_em": (*OF_FITS, "n_restarts", "max_steps", "tolerance"),
+    "fit_online_em": (*OF_FITS, "batch_size", "passes", "average", *OF_RATES),
+    "AnalyticHMoG": (*OF_RATES, "pseudo_share"),
+}
+COUNTS = ("n_restarts", "max_steps", "batch_size", "passes")
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "init": (lambda init: not isinstance(init, str) or init in METHODS, f"a model or one of {METHODS}"),
+    "column_units": (lambda units: units in COLUMN_UNITS, f"one of {COLUMN_UNITS}"),
+    "max_distance": (lambda distance: distance > 1, "above 1"),
+    "step_delay": (lambda delay: delay >= 1, "at least 1"),
+    "step_decay": (lambda decay: 0 < decay <= 1, "above 0 and at most 1"),
+    "min_rate": (lambda rate: 0 <= rate <= 1, "from 0 to 1"),
+    "pseudo_share": (lambda share: share >= 0, "at least 0"),
+}
+
+
+def check_options(caller: str, values: Mapping[str, Any]) -> None:
+    """ValueError or TypeError for the first option, by name, whose value is none."""
+    for name, value in values.items():
+        if name in COUNTS:
+            check_size(caller, name, value)
+        elif name in RULES and not RULES[name][0](value):
+            default = getattr(EMOptions, name)
+            raise ValueError(f"{caller}: `{name}` must be {RULES[name][1]}; got {value!r}. The default is {default!r}.")
+        elif name == "init" and not isinstance(value, str | Moments):
+            check_type(caller, name, value, Natural, 'Give "pca", "fa", Moments or Natural.')
+        elif name == "regularizer" and not isinstance(value, PseudoCounts | None):
+            check_type(caller, name, value, Regularizer, "Give PseudoCounts(), a Regularizer or None.")
+
+
+def chosen_options(caller: str, options: Any, changes: Mapping[str, Any]) -> EMOptions:
+    """The options of a fit, those that were given by name in place of those of `options`.
+
+    Raises:
+        TypeError: for a name that is no option of `caller`, or as `check_used`.
+        ValueError: for a value that is none.
+    """
+    check_type(caller, "options", options, EMOptions, "Give EMOptions(...), and single options by their names.")
+    check_used(caller, options, changes)
+    check_options(caller, changes)
+    return dataclasses.replace(options, **changes)
+
+
+def check_used(caller: str, options: EMOptions, names: Iterable[str] = ()) -> None:
+    """TypeError unless `caller` uses the options with these names, and all those that differ from their defaults."""
+    used = USED[caller]
+    changed = [name for name in NAMES if name not in used and getattr(options, name) != getattr(EMOptions, name)]
+    for name in (*names, *changed):
+        if name not in used:
+            users = " and ".join(user for user, known in USED.items() if name in known)
+            raise TypeError(
+                f"{caller}: `{name}` must be an option of {caller}; got {f'one of {users}' if users else 'no option'}. "
+                f"Choose from {', '.join(used)}."
+            )
