@@ -15,6 +15,7 @@ import numpy as np
 
 from flax_hmog.data.containers import dense
 from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.checks import check_type
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
@@ -155,8 +156,11 @@ def restore(
         `Restored`; its variables lie on this process's first device.
 
     Raises:
+        TypeError: for a `module` that is none.
         CheckpointError: if there is no such checkpoint, or it is damaged. A damaged step is never replaced by another.
     """
+    if module is not None:
+        check_type("restore", "module", module, nn.Module, "Give an instance, as the writer was given it.")
     folder = Path(path).absolute()
     steps = saved_steps(folder)
     if not steps:
