@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.data.containers import dense
+from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
 from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.checks import check_type
 from flax_hmog.model.coordinates import Natural
@@ -34,6 +35,8 @@ from flax_hmog.training.inside import (
 from flax_hmog.training.mesh import place as place_on
 from flax_hmog.training.named import FORMAT, named_arrays
 from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessing
+
+CALLS = (HMoGHead.__call__, AnalyticHMoG.__call__)  # of heads that return what `infer` does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,11 @@ class Restored:
     def encoder_variables(self) -> dict[str, Any] | None:
         """The variables of the module's part `encoder`, for `encoder.apply`; None for a head by itself."""
         return part_of(self.module_variables, "encoder") if self.place else None
+
+    @property
+    def infers(self) -> bool:
+        """Whether a call is `infer` of the head's model at `features`: not so in networks and calls of one's own."""
+        return (not self.place or isinstance(self.module, Clusterer)) and type(self.head).__call__ in CALLS
 
     @property
     def natural(self) -> Natural:
