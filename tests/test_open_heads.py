@@ -200,6 +200,8 @@ def test_what_is_wrong_with_a_network_is_named(tmp_path):
     save(tmp_path, Inline(), variables, inputs=X)
     with pytest.raises(CheckpointError, match=r"leaf `params/Dense_0/bias` of variables must have shape \(5,\)"):
         restore(tmp_path, module=Inline((5,)))
+    with pytest.raises(TypeError, match=r"restore: `module` must be Module; got .*\. Give an instance"):
+        restore(tmp_path, module=Inline)
     with pytest.raises(CheckpointError, match="the module must be own_networks:Foreign, as `allow_import` says; got"):
         restore(tmp_path, allow_import="own_networks:Foreign")
 

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.data.containers import dense
+from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
 from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.checks import check_type
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
@@ -33,6 +35,8 @@ from flax_hmog.training.inside import (
 from flax_hmog.training.mesh import place as place_on
 from flax_hmog.training.named import FORMAT, named_arrays
 from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessing
+
+CALLS = (HMoGHead.__call__, AnalyticHMoG.__call__)  # of heads that return what `infer` does
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,11 @@ class Restored:
     def encoder_variables(self) -> dict[str, Any] | None:
         """The variables of the module's part `encoder`, for `encoder.apply`; None for a head by itself."""
         return part_of(self.module_variables, "encoder") if self.place else None
+
+    @property
+    def infers(self) -> bool:
+        """Whether a call is `infer` of the head's model at `features`: not so in networks and calls of one's own."""
+        return (not self.place or isinstance(self.module, Clusterer)) and type(self.head).__call__ in CALLS
 
     @property
     def natural(self) -> Natural:
@@ -155,8 +164,11 @@ def restore(
         `Restored`; its variables lie on this process's first device.
 
     Raises:
+        TypeError: for a `module` that is none.
         CheckpointError: if there is no such checkpoint, or it is damaged. A damaged step is never replaced by another.
     """
+    if module is not None:
+        check_type("restore", "module", module, nn.Module, "Give an instance, as the writer was given it.")
     folder = Path(path).absolute()
     steps = saved_steps(folder)
     if not steps:
