@@ -21,6 +21,7 @@ from flax_hmog import (
     Moments,
     Natural,
     PositiveDefinite,
+    ResidualMoments,
     Scale,
     SymmetricHMoG,
     analytic_hmog,
@@ -134,7 +135,7 @@ def test_logical_axis_names(case, key):
     boxed = jax.eval_shape(case.head("float32").init, key, x)
     if case.family is AnalyticHMoG:
         assert isinstance(boxed["em"]["moments"], Moments)
-        assert isinstance(boxed["em"]["running"], Mean)
+        assert isinstance(boxed["em"]["running"], ResidualMoments)
         assert boxed["em"]["step"].shape == ()
         return
     specs = nn.get_partition_spec(boxed)["params"]

@@ -177,20 +177,7 @@ class Evaluation:
 
 
 class Fit:
-    """A head and samples, checked and moved to the frame that the fit computes in.
-
-    Args:
-        caller: the function that fits, as errors name it.
-        head: as of `fit_em`.
-        data: as of `fit_em`.
-        key: as of `fit_em`.
-        weights: as of `fit_em`.
-        labels: as of `fit_em`.
-        options: as of `fit_em`.
-
-    Raises:
-        TypeError, ValueError: for what `fit_em` says.
-    """
+    """A head and samples, checked as `fit_em` says and moved to the frame that the fit computes in."""
 
     def __init__(
         self, caller: str, head: Any, data: Any, key: Any, weights: Any, labels: Any, options: EMOptions

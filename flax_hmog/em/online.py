@@ -19,6 +19,7 @@ import numpy as np
 
 from flax_hmog.data.rows import Shards, row_shards
 from flax_hmog.data.samples import check_observations, check_samples
+from flax_hmog.data.sources import Block
 from flax_hmog.em.fit import EMResult, Fit, progress_bar
 from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.options import EMOptions, Regularizer, chosen_options
@@ -156,18 +157,19 @@ def _passes(
 ) -> tuple[OnlineState, list[float], float]:
     """All passes: the last state, the mean objective of each pass and the samples of a pass."""
     source, options = fit.source, fit.options
-    given = {"regularizer": regularizer, "frame": source.framing.frame, "projection_dtype": fit.dtype}
     total, steps, history = source.total_weight, 0, []
     batch_size = min(options.batch_size, source.count or options.batch_size)
     for number in range(options.passes):
         order = np.asarray(jax.random.permutation(jax.random.fold_in(key, number), source.count or 0))
         values, seen = [], 0.0
-        for step, (x, weights, labels) in enumerate(source.batches(order, batch_size)):
+        for step, block in enumerate(source.batches(order, batch_size)):
+            x, weights, _ = block
             seen += float(jnp.sum(weights))
             total = max(total, seen)  # grows in the first pass over a stream only
             mean_weight = 1 if source.count is None else total / source.count
             rates = options.rate(steps + step) / (x.shape[0] * mean_weight), 1 / (step + 1)
-            state, value = _step(state, x, weights, labels, rates, total, shards=row_shards(x), **given)
+            given = {"shards": row_shards(x), "projection_dtype": fit.dtype}
+            state, value = _step(state, block, rates, total, regularizer, source.framing.frame, **given)
             values.append(value)
         steps += len(values)
         sums: Any = np.sum(np.asarray(jax.device_get(values), np.float64), axis=0)
@@ -187,32 +189,15 @@ def _check_objective(value: Any, number: int) -> None:
 
 @partial(jax.jit, static_argnames=("shards", "projection_dtype"))
 def _step(
-    state: OnlineState,
-    x: Array,
-    weights: Array,
-    labels: Array | None,
-    rates: tuple[float, float],
-    total: Array | float,
-    *,
-    regularizer: Regularizer | None,
-    frame: Frame,
-    shards: Shards,
-    projection_dtype: str | None,
-) -> tuple[OnlineState, Array]:
+    state: OnlineState, block: Block, rates: tuple[float, float], total: Array | float, regularizer: Regularizer | None,
+    frame: Frame, *, shards: Shards, projection_dtype: str | None,
+) -> tuple[OnlineState, Array]:  # fmt: skip
     """The state after a batch; and before it the batch's log-likelihood, and the penalty times its samples (2,).
 
-    Args:
-        state: the state.
-        x: rows (B, D).
-        weights: their weights (B,).
-        labels: their known components or None.
-        rates: of the running statistics per sample of the batch, and of their average.
-        total: number of samples of one pass, to which the regulariser is relative.
-        regularizer: pseudo-statistics or None.
-        frame: what turns x into the rows of the model.
-        shards: where the rows lie.
-        projection_dtype: as in a head.
+    Rates are those of the running statistics per sample of the batch, and of their average; `total` is the number of
+    samples that the regulariser is relative to.
     """
+    x, weights, labels = block
     natural = dataclasses.replace(moments_to_natural(state.moments), frame=frame)
     factors = factorise(dataclasses.replace(natural, projection_dtype=projection_dtype))
     statistics = accumulate(factors, x, weights, labels, shards=shards)
@@ -228,14 +213,7 @@ def _step(
 
 
 def stepwise_start(moments: Moments) -> dict[str, Any]:
-    """The collection `em` of `AnalyticHMoG` for a model: itself, its own statistics, and no step taken.
-
-    Args:
-        moments: the model, as `natural_to_moments(fit_em(...).natural)`.
-
-    Returns:
-        `moments`, `running` (its average statistics of (x - b - W y, y, z)) and `step`.
-    """
+    """The collection `em` of `AnalyticHMoG` for a model: itself, its own statistics, and no step taken."""
     return {"moments": moments, "running": ResidualMoments.of(moments), "step": jnp.zeros((), jnp.int32)}
 
 
@@ -244,17 +222,7 @@ def first_moments(
 ) -> Moments:
     """A model to start stepwise EM from: random, with the mean and the variances of a first batch.
 
-    Args:
-        key: PRNG key.
-        x: the batch (..., D); None, or a single sample, leaves mean 0 and variances 1.
-        obs_dim: D.
-        lat_dim: L.
-        n_components: K.
-        obs_rep: kind of the noise.
-        dtype: of the model.
-
-    Returns:
-        `Moments`.
+    Without a batch x (..., D), or with a single sample, it has mean 0 and variances 1.
     """
     moments = random_moments(key, obs_dim, lat_dim, n_components, obs_rep, dtype)
     if x is None or math.prod(jnp.shape(x)[:-1]) < 2:
@@ -347,9 +315,7 @@ def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> tuple[Moment
     center = average(jnp.mean(rows, axis=0))
     variances = average(jnp.mean(jnp.square(rows - center[None]), axis=0))
     variances = jnp.maximum(variances, LEAST_VARIANCE * jnp.mean(variances))
-    _, covariance = prior_moments(moments)
-    signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
-    present = jnp.sqrt(signal + moments.noise.diagonal())
+    present = jnp.sqrt(_variances(moments))
     ratio = unit * jnp.sqrt(jnp.where(variances > 0, variances, jnp.nan)) / present
     model_center = moments.bias + matmul(moments.loadings, matmul(moments.weights, moments.means))
     distance = jnp.abs(unit * center - model_center) / present
@@ -367,17 +333,20 @@ def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> tuple[Moment
 
 def _pseudo_samples(moments: Moments, share: float) -> Regularizer:
     """Pseudo-samples that follow the model: the scale of features that are being learnt is not known beforehand."""
-    count = moments.weights.shape[0]
-    center, covariance = prior_moments(moments)
-    signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
-    variance = jnp.mean(signal + moments.noise.diagonal())
-    noise = moments.noise.from_diagonal(jnp.broadcast_to(NOISE_SHARE * variance, signal.shape))
-    strength = jnp.asarray(share, signal.dtype)
+    variance = jnp.mean(_variances(moments))
+    strength = jnp.asarray(share, variance.dtype)
     return Regularizer(
-        weights=strength / count,
-        components=strength / count,
+        weights=strength / moments.weights.shape[0],
+        components=strength / moments.weights.shape[0],
         noise=strength,
-        component_mean=center,
+        component_mean=prior_moments(moments)[0],
         component_covariance=within_covariance(moments),
-        noise_covariance=noise,
+        noise_covariance=moments.noise.from_diagonal(jnp.broadcast_to(NOISE_SHARE * variance, moments.bias.shape)),
     )
+
+
+def _variances(moments: Moments) -> Array:
+    """Variances of the columns of x (D,)."""
+    _, covariance = prior_moments(moments)
+    signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
+    return signal + moments.noise.diagonal()

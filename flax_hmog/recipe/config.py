@@ -127,20 +127,6 @@ class EM(EMOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureEM(EMOptions):
-    """EM on features, of which those of one cluster are nearly alike."""
-
-    init: Literal["pca", "fa"] = "pca"
-    regularizer: PseudoCounts = PseudoCounts(components=10.0, noise_share=0.01)
-    max_steps: int = 30
-    tolerance: float = 1e-2
-
-    def __post_init__(self) -> None:
-        check_used("fit_em", self)
-        super().__post_init__()
-
-
-@dataclasses.dataclass(frozen=True)
 class Rounds:
     """Training with an encoder: in every round EM finds clusters, which encoder and head learn and then improve."""
 
@@ -156,8 +142,8 @@ class Rounds:
     """Components of EM on features, before they are merged to clusters."""
     refit: bool = True
     """Whether later rounds find clusters by EM on the learnt features, or merge those of the head as they are."""
-    em: FeatureEM = FeatureEM()
-    """EM on features."""
+    em: EM = EM(max_steps=30, tolerance=1e-2, regularizer=PseudoCounts(components=10.0, noise_share=0.01))
+    """EM on features, of which those of one cluster are nearly alike; it takes the rows of EM on the inputs."""
     fresh: bool = True
     """Whether every round starts with an untrained encoder, or goes on with that of the round before."""
     distil_epochs: int = 2
@@ -178,6 +164,8 @@ class Rounds:
 
     def __post_init__(self) -> None:
         _check_counts(self, "count", "early_clusters", "n_components")
+        if self.em.rows is not None:
+            raise ValueError(f"Rounds: `em.rows` must be None; got {self.em.rows}. Give --em.rows.")
         if self.early_clusters is not None and self.count == 1:
             raise ValueError(
                 "Rounds: `early_clusters` must be None for one round, which has the clusters of the end; got "
