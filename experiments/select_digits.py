@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import adjusted_rand_score
 
-from experiments.configs.digits import CONFIG
 from flax_hmog import Natural, fit_em, infer, log_observable_density
 from flax_hmog.networks.objectives import merge_output
 from flax_hmog.recipe.config import Experiment, Kind
 from flax_hmog.recipe.inputs import prepare_inputs
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.merge import merged_clusters
+from flax_hmog.recipe.presets import DIGITS as CONFIG
 from flax_hmog.training import make_mesh
 
 CANDIDATES: list[tuple[int, Kind, float]] = [

@@ -54,7 +54,7 @@ class GradientStage:
     """Training of one head by gradients, together with the encoder if there is one, in one round."""
 
     def __init__(self, run: Run, seed: int, name: str, inputs: Inputs, number: int = 0) -> None:
-        self.run, self.inputs, self.stage = run, inputs, Stage(seed, f"{name}-{number}" if number else name)
+        self.run, self.inputs, self.stage = run, inputs, Stage.of_round(seed, name, number)
         self.config, self.model = run.config.gradient, run.model(name, number)
         self.batches = Batches(inputs, seed, self.config.batch_size, self.config.epochs)
         self.key = jax.random.fold_in(jax.random.key(seed), number) if number else jax.random.key(seed)

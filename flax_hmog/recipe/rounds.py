@@ -35,7 +35,7 @@ class RoundStage:
 
     def __init__(self, run: Run, seed: int, name: str, number: int, inputs: Inputs) -> None:
         self.run, self.inputs, self.number = run, inputs, number
-        self.stage = Stage(seed, f"{name}-{number}-em")
+        self.stage = Stage.of_round(seed, name, number, is_em=True)
         self.model, self.model_before, self.config = run.model(name, number), run.model(name, number - 1), run.config
         self.n_clusters = self.model.n_clusters
         self.key = jax.random.fold_in(jax.random.key(seed), number)

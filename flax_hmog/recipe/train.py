@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 
 from flax_hmog.data.files import File
@@ -29,7 +27,7 @@ from flax_hmog.training.files import saved_steps
 from flax_hmog.training.lock import FolderLock
 from flax_hmog.training.logs import Log
 from flax_hmog.training.mesh import rows_multiple
-from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first, on_first_process
+from flax_hmog.training.processes import Stopped, StopRequest, is_first, on_first_process
 
 RENAMED = {
     "em.weight_pseudo_count": "em.regularizer.weights",
@@ -37,26 +35,6 @@ RENAMED = {
     "em.noise_pseudo_share": "em.regularizer.noise_share",
     "em.noise_floor": "em.regularizer.noise_floor",
 }  # options of runs that were begun before
-
-
-def train_command(default: Experiment, arguments: list[str], prog: str) -> None:
-    """Train as the command line says.
-
-    Args:
-        default: the experiment, which options change.
-        arguments: the options.
-        prog: the command, for its help.
-    """
-    console = Console()
-    try:
-        config = tyro.cli(Experiment, default=default, prog=prog, args=arguments)
-        connect(config.processes)
-        run(config, console, StopRequest())
-    except Stopped:
-        console.print(f"stopped and saved in {config.workdir}; the same command goes on from there")
-        sys.exit(STOPPED)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 def run(config: Experiment, console: Console, stop: StopRequest) -> None:

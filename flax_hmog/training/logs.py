@@ -18,10 +18,21 @@ from flax_hmog.training.processes import is_first
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of one seed, as "em" or the name of a head."""
+    """One stage of one seed: "em", "differentiable", or of round 2 "differentiable-2-em" and "differentiable-2"."""
 
     seed: int
     name: str
+
+    @classmethod
+    def of_round(cls, seed: int, head: str, number: int, *, is_em: bool = False) -> Stage:
+        """A stage of a round, counted from 1; 0 stands for training without rounds."""
+        return cls(seed, head + (f"-{number}" if number else "") + ("-em" if is_em else ""))
+
+    @property
+    def parts(self) -> tuple[str, int, bool]:
+        """Head or "em", number of the round, and whether it is trained by gradients, which comes after EM."""
+        head, *rest = self.name.split("-")
+        return head, int(rest[0]) if rest else 0, rest[1:] != ["em"] and head != "em"
 
     @property
     def folder(self) -> Path:
