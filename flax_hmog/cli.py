@@ -21,6 +21,7 @@ from flax_hmog.data.files import read_file
 from flax_hmog.inference.posterior import infer
 from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Experiment
+from flax_hmog.recipe.plan import print_plan
 from flax_hmog.recipe.presets import PRESETS
 from flax_hmog.recipe.report import report_run
 from flax_hmog.recipe.saved import restore_run, run_config, saved_stages
@@ -102,11 +103,14 @@ def train(default: Experiment, arguments: list[str], prog: str) -> int:
     config = require("tyro", prog, "train").cli(Experiment, default=default, prog=prog, args=arguments)
     try:
         connect(**dataclasses.asdict(config.processes))
+        if config.dry_run:
+            print_plan(config, console)
+            return 0
         run(config, console, StopRequest())
     except Stopped:
         console.print(f"stopped and saved in {config.workdir}; the same command goes on from there")
         return STOPPED
-    if not config.dry_run and is_first():
+    if is_first():
         console.print(f"done; scores and figures: hmog report {config.workdir}")
     return 0
 

@@ -20,7 +20,7 @@ from experiments.train import main
 from flax_hmog.analysis.baselines import fit_baselines
 from flax_hmog.recipe import models, train
 from flax_hmog.recipe import report as analyze
-from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Experiment, Gradient, Logs, Model, flat_options
+from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Experiment, Gradient, Model, flat_options
 from flax_hmog.recipe.inputs import prepare_inputs
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.presets import PRESETS
@@ -221,15 +221,14 @@ def test_metrics_go_to_weights_and_biases(tmp_path, monkeypatch):
     module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     module.init = lambda **options: calls.append(options) or Run()
     monkeypatch.setitem(sys.modules, "wandb", module)
-    config = dataclasses.replace(SMALL, workdir=str(tmp_path), logs=Logs(wandb="p"))
-    with logs.Log(tmp_path, config, Console(quiet=True)) as log:
+    with logs.Log(tmp_path, Console(quiet=True), wandb="p") as log:
         log.write(logs.Stage(0, "em"), 3, objective=-1.5, note="text")
     assert calls[0]["project"] == "p"
     assert calls[0]["resume"] == "allow"
     assert calls[1:] == [{"seed0/em/objective": -1.5, "step": 3}, "finished"]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="`logs` must have the package wandb; it is not installed"):
-        logs.Log(tmp_path, config, Console(quiet=True))
+        logs.Log(tmp_path, Console(quiet=True), wandb="p")
 
 
 def test_a_new_process_reports_from_the_checkpoints_alone(folder):

@@ -230,7 +230,7 @@ def _summary(values: list[float]) -> tuple[float, float] | float | None:
 
 def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
     """The parts of the page."""
-    chosen = reported_stage([Stage(*key) for key in run.models], run.config["heads"][0])
+    chosen = reported_stage([Stage(*key) for key in run.models], *run.config["heads"][:1])
     seed, name = chosen.seed, chosen.name
     yield Section(
         "Results",

@@ -43,7 +43,7 @@ def last_description(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def reported_stage(stages: list[Stage], head: str) -> Stage:
+def reported_stage(stages: list[Stage], head: str = "em") -> Stage:
     """The stage that speaks for a run: of the first seed the last round of the head, or EM."""
     seed = min(stage.seed for stage in stages)
     trained = [stage for stage in stages if stage.seed == seed and stage.parts[0] == head and stage.parts[2]]
@@ -76,7 +76,7 @@ def restore_run(
             f"restore_run: `folder` must hold a finished stage as asked for; got {folder} with {names}. "
             "Choose one of them, or train to the end."
         )
-    chosen = found[0] if stage is not None else reported_stage(found, config["heads"][0])
+    chosen = found[0] if stage is not None else reported_stage(found, *config["heads"][:1])
     return restore(
         folder / chosen.folder, allow_import=config["encoder"]["name"] if allow_import is True else allow_import
     )

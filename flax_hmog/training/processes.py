@@ -69,9 +69,9 @@ def gather(array: np.ndarray) -> np.ndarray:
     return np.stack([np.frombuffer(part.tobytes(), array.dtype).reshape(array.shape) for part in np.asarray(parts)])
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """A global array as numpy, on every process."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
@@ -80,11 +80,14 @@ class StopRequest:
     """Whether the run has been told to stop: by SIGTERM or Ctrl-C on one process; by SIGTERM on any of several.
 
     A second Ctrl-C stops at once, without a checkpoint.
+
+    Args:
+        listens: whether one process takes over these signals; otherwise they do what they do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, listens: bool = True) -> None:
         self.received, self.step = False, 0
-        if jax.process_count() == 1:  # several have a handler of jax's coordination service
+        if listens and jax.process_count() == 1:  # several have a handler of jax's coordination service
             signal.signal(signal.SIGTERM, self._receive)
             signal.signal(signal.SIGINT, self._receive)
 
