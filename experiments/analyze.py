@@ -2,9 +2,8 @@
 
 import sys
 
-from flax_hmog.cli import main
-
 import experiments.images  # noqa: F401  registers the image sets
+from flax_hmog.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["report", *sys.argv[1:]]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flax_hmog.em.statistics import PseudoCounts
+from flax_hmog.em.options import PseudoCounts
 from flax_hmog.recipe.config import EM, Checkpoints, Data, Experiment, Gradient, Model
 
 # Handwritten digits: does one joint model beat reduction followed by clustering? scikit-learn's 1,797 digits of 8 x 8
