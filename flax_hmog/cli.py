@@ -224,15 +224,19 @@ def _describe(options: argparse.Namespace) -> None:
         print(f"seed {stage.seed}, {stage.name}: " + ("no checkpoint yet" if about is None else _described(about)))
 
 
+def _called(value: Any) -> str:
+    """A module or argument as a checkpoint describes it, in one line."""
+    if isinstance(value, dict) and "class" in value:
+        given = {key: entry for key, entry in value["arguments"].items() if entry is not None}
+        return f"{value['class']}({', '.join(f'{key}={_called(entry)}' for key, entry in given.items())})"
+    return str(next(iter(value.values()))) if isinstance(value, dict) and len(value) == 1 else str(value)
+
+
 def _described(about: dict[str, Any]) -> str:
     state = "finished" if about["progress"].get("done") else "not finished"
     lines = [f"{state}, {about['step']} steps"]
-    for name in ("head", "encoder"):
-        if about[name] is not None:
-            arguments = ", ".join(
-                f"{key}={value}" for key, value in about[name]["arguments"].items() if value is not None
-            )
-            lines.append(f"{name} {about[name]['class']}({arguments})")
+    parts = ("module",) if "module" in about else ("encoder", "head")  # as formats before 6 have them
+    lines += [f"{name} {_called(about[name])}" for name in parts if about[name] is not None]
     if about["clusters"] is not None:
         lines.append(f"{len(about['clusters'])} components, merged to {max(about['clusters']) + 1} clusters")
     if about["preprocessing"] is not None:

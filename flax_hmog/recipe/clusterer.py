@@ -118,8 +118,10 @@ def fit_clusterer(
         on_epoch=on_epoch,
     )
     number = config.rounds.count if config.has_encoder else 0
-    last = Stage.of_round(seed, config.heads[0], number) if config.heads else Stage(seed, "em")
-    return dataclasses.replace(stages.kept(last), encoder=encoder)
+    if not config.heads:
+        return stages.kept(Stage(seed, "em"))
+    last, name = stages.model(config.heads[0], number), config.heads[0]
+    return dataclasses.replace(stages.kept(Stage.of_round(seed, name, number)), module=last.module, head=last.head)
 
 
 def _hashable(value: Any) -> Any:

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from flax_hmog.em.options import Regularizer
 from flax_hmog.model.coordinates import Natural
+from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.recipe.config import Experiment
-from flax_hmog.recipe.encoders import split_module
 from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.recipe.models import Extra, Teacher, Trainable
 from flax_hmog.training import CheckpointWriter, Restored, restore
@@ -34,7 +34,7 @@ class Keeper:
         memory: where it is kept.
         stage: of the run.
         head: the head.
-        encoder: the encoder before it, or None; any linen module.
+        module: the head, or any linen module with the head in its field `head`.
         preprocessing: from raw data to inputs.
         config: the configuration, as JSON values.
     """
@@ -42,7 +42,7 @@ class Keeper:
     memory: dict[Stage, Restored]
     stage: Stage
     head: Any
-    encoder: Any
+    module: Any
     preprocessing: Preprocessing
     config: dict[str, Any]
 
@@ -64,13 +64,13 @@ class Keeper:
         clusters: Any = None,
     ) -> None:
         """Keep a step as `CheckpointWriter.save` writes it; the one before it is dropped."""
-        of_encoder, of_head = (None, variables) if self.encoder is None else split_module(variables)
         self.memory[self.stage] = Restored(
             step=step,
+            module=self.module,
+            module_variables=jax.tree.map(jnp.asarray, _on_host(variables)),
             head=self.head,
-            variables=jax.tree.map(jnp.asarray, _on_host(of_head)),
-            encoder=self.encoder,
-            encoder_variables=_on_host(of_encoder),
+            place="" if self.module is self.head else "head",
+            inputs=None,
             preprocessing=self.preprocessing,
             clusters=None if clusters is None else np.asarray(clusters),
             state=named_arrays(_on_host(state)),
@@ -152,7 +152,8 @@ class Run:
         """Writes the checkpoints of a stage, or keeps the last one in memory."""
         config = dataclasses.asdict(self.config)
         if self.workdir is None:
-            return Keeper(self.memory, stage, head, encoder, inputs.preprocessing, config)
+            module = head if encoder is None else Clusterer(encoder, head)
+            return Keeper(self.memory, stage, head, module, inputs.preprocessing, config)
         return CheckpointWriter(
             self.workdir / stage.folder,
             head=head,
