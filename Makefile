@@ -10,8 +10,8 @@ TESTS ?= -m "not slow"
 .PHONY: demo test check lint format types docs clean
 
 demo: $(VENV)/.experiments
-	$(BIN)/python -m experiments.train digits --workdir $(RUN_DIR)
-	$(BIN)/python -m experiments.analyze $(RUN_DIR)
+	$(BIN)/hmog train digits --workdir $(RUN_DIR)
+	$(BIN)/hmog report $(RUN_DIR)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)

@@ -8,21 +8,21 @@ Run again, it resumes where it stopped. Exit status 75: it was told to stop (SIG
 
 import sys
 
-# isort: split
 from experiments.configs import EXPERIMENTS
-from flax_hmog.recipe.train import train_command
+from flax_hmog import cli
 
 
 def main() -> None:
     """Command line: the experiment's name, then its options."""
-    names = ", ".join(EXPERIMENTS)
-    if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
+    name, options = " ".join(sys.argv[1:2]), sys.argv[2:]
+    if name in ("-h", "--help"):
+        names = ", ".join(EXPERIMENTS)
         print(f"{__doc__}\nExperiments: {names}.\nTheir options: python -m experiments.train NAME --help")
-        return
-    if len(sys.argv) < 2 or sys.argv[1] not in EXPERIMENTS:
+    elif name not in EXPERIMENTS:
+        names = ", ".join(EXPERIMENTS)
         sys.exit(f"experiments.train: the first argument must be an experiment ({names}); got {sys.argv[1:2]}.")
-    name = sys.argv[1]
-    train_command(EXPERIMENTS[name], sys.argv[2:], f"python -m experiments.train {name}")
+    else:
+        sys.exit(cli.main(["train", name, *options], EXPERIMENTS, "python -m experiments.train"))
 
 
 if __name__ == "__main__":

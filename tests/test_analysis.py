@@ -294,10 +294,10 @@ def test_accuracy_matches_one_to_one():
 
 def test_a_missing_package_is_an_error_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
-    with pytest.raises(ImportError, match=r"clustering_metrics: `scikit-learn`.*pip install flax-hmog\[experiments\]"):
+    with pytest.raises(ImportError, match=r"clustering_metrics: `scikit-learn`.*pip install \"flax-hmog\[cluster\]\""):
         clustering_metrics([0, 1], [0, 1])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"plot_objective: `matplotlib`.*pip install flax-hmog\[plots\]"):
+    with pytest.raises(ImportError, match=r"plot_objective: `matplotlib`.*pip install \"flax-hmog\[plots\]"):
         plot_objective([0, 1])
 
 

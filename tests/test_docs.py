@@ -11,6 +11,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import flax_hmog
 import flax_hmog.analysis
+import flax_hmog.recipe
 import flax_hmog.training
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,9 @@ def test_code_blocks_run(page, tmp_path, monkeypatch, request):
             example.evaluate()
 
 
-@pytest.mark.parametrize("package", [flax_hmog, flax_hmog.analysis, flax_hmog.training], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "package", [flax_hmog, flax_hmog.analysis, flax_hmog.training, flax_hmog.recipe], ids=lambda p: p.__name__
+)
 def test_every_public_name_stands_in_the_api_pages(package):
     text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     missing = [name for name in package.__all__ if not re.search(rf"\b{name}\b", text)]

@@ -204,7 +204,7 @@ def test_a_run_with_partly_labelled_rows_says_how_many_count(tmp_path, capsys):
         em=EM(max_steps=20),
         gradient=Gradient(epochs=1, batch_size=64),
     )
-    analyze.main(folder)
+    analyze.report_run(folder)
     result = json.loads((folder / "result.json").read_text())
     assert result["class_names"] == sorted(NAMES)
     for seed, scores in enumerate(result["scores"]["em"]):

@@ -205,7 +205,7 @@ def kmeans_scores(config: Experiment, workdir: Path, console: Console, stop: Sto
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "scores.json"
     done: dict[str, Scores] = json.loads(path.read_text()) if path.exists() else {}
-    with Log(workdir, config, console) as log:
+    with Log(workdir, console) as log:
         for seed in map(str, config.seeds):
             if seed not in done:
                 done[seed] = kmeans_rounds(config, int(seed), log, stop)
@@ -232,9 +232,12 @@ def kmeans_rounds(config: Experiment, seed: int, log: Log, stop: StopRequest) ->
         key = jax.random.fold_in(jax.random.key(seed), number)
         variables = train_round(model, model.started(start, x, weights), inputs, seed, key, stop)
     encoder_variables, head_variables = split_module(cast(dict[str, Any], variables))
-    test = features(model.encoder, encoder_variables, inputs.test_rows[0])
-    output = cast(nn.Module, model.head).apply(head_variables, test)
-    return evaluate(cast(HMoGOutput, output), inputs)
+
+    def output(x: jax.Array) -> HMoGOutput:
+        rows = features(model.encoder, encoder_variables, x)
+        return cast(HMoGOutput, cast(nn.Module, model.head).apply(head_variables, rows))
+
+    return evaluate(output, inputs)
 
 
 def train_round(

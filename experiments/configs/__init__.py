@@ -1,26 +1,24 @@
-"""One module per experiment, with its question, command and expected result; `EXPERIMENTS` names them."""
+"""One module per experiment, with its question, command and expected result; `EXPERIMENTS` names them and presets."""
 
 import experiments.images  # noqa: F401  registers the image sets
 from experiments.configs import (
     cifar10,
-    digits,
     digits_encoder,
     fashion_mnist,
     fashion_mnist_encoder,
-    file,
     mnist,
     mnist_encoder,
     newsgroups,
     scrna,
-    synthetic,
     usps,
     usps_encoder,
 )
+from flax_hmog.recipe.presets import PRESETS
 
-EXPERIMENTS = {
+EXPERIMENTS = PRESETS | {
     module.__name__.rsplit(".", 1)[1]: module.CONFIG
     for module in (
-        *(digits, digits_encoder, synthetic, mnist, mnist_encoder, fashion_mnist, fashion_mnist_encoder, cifar10),
-        *(usps, usps_encoder, newsgroups, scrna, file),
+        *(digits_encoder, mnist, mnist_encoder, fashion_mnist, fashion_mnist_encoder, cifar10),
+        *(usps, usps_encoder, newsgroups, scrna),
     )
 }

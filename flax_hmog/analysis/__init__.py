@@ -1,7 +1,7 @@
 """What can be asked of a fitted model: clusters, hierarchies, merges, loadings, metrics, figures and reports.
 
-Figures need matplotlib (`pip install flax-hmog[plots]`); metrics and reports need scikit-learn and jinja2
-(`pip install flax-hmog[experiments]`).
+Figures need matplotlib (`pip install "flax-hmog[plots]"`), merges and metrics scikit-learn (extra `cluster`), reports
+all of these and jinja2 (extra `report`).
 """
 
 from flax_hmog.analysis.clusters import (

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
-from scipy.special import logsumexp
-from scipy.stats import multivariate_normal
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA, FactorAnalysis
-from sklearn.mixture import GaussianMixture
+
+from flax_hmog.model.optional import require
 
 NOISE_FLOOR = 1e-3  # of the mean variance of the training data, for the floored factor analysis
 
@@ -42,17 +40,20 @@ def fit_baselines(train: np.ndarray, test: np.ndarray, *, lat_dim: int, n_compon
     Returns:
         `Baseline` by name.
     """
+    cluster, decomposition, mixture = (
+        require(f"sklearn.{name}", "fit_baselines", "cluster") for name in ("cluster", "decomposition", "mixture")
+    )
     train, test = train.astype(np.float64), test.astype(np.float64)
-    pca = PCA(lat_dim, random_state=seed).fit(train)
-    k_means = KMeans(n_components, n_init=10, random_state=seed).fit(pca.transform(train))
-    gmm = GaussianMixture(n_components, random_state=seed, n_init=5).fit(pca.transform(train))
+    pca = decomposition.PCA(lat_dim, random_state=seed).fit(train)
+    k_means = cluster.KMeans(n_components, n_init=10, random_state=seed).fit(pca.transform(train))
+    gmm = mixture.GaussianMixture(n_components, random_state=seed, n_init=5).fit(pca.transform(train))
     residual = np.full(train.shape[1], pca.noise_variance_)
-    fa = FactorAnalysis(lat_dim, random_state=seed).fit(train)
-    fa_gmm = GaussianMixture(n_components, random_state=seed, n_init=5).fit(fa.transform(train))
+    fa = decomposition.FactorAnalysis(lat_dim, random_state=seed).fit(train)
+    fa_gmm = mixture.GaussianMixture(n_components, random_state=seed, n_init=5).fit(fa.transform(train))
     floored = np.maximum(fa.noise_variance_, NOISE_FLOOR * train.var(axis=0).mean())
     fa_assignments = fa_gmm.predict(fa.transform(test))
 
-    def density(loadings: np.ndarray, noise: np.ndarray, mixture: GaussianMixture, mean: np.ndarray) -> list[float]:
+    def density(loadings: np.ndarray, noise: np.ndarray, mixture: Any, mean: np.ndarray) -> list[float]:
         return [float(np.mean(_log_density(x, loadings, noise, mixture, mean))) for x in (train, test)]
 
     return {
@@ -63,16 +64,17 @@ def fit_baselines(train: np.ndarray, test: np.ndarray, *, lat_dim: int, n_compon
     }
 
 
-def _log_density(
-    x: np.ndarray, loadings: np.ndarray, noise: np.ndarray, mixture: GaussianMixture, mean: np.ndarray
-) -> np.ndarray:
+def _log_density(x: np.ndarray, loadings: np.ndarray, noise: np.ndarray, mixture: Any, mean: np.ndarray) -> np.ndarray:
     """Log sum_k w_k N(x; W m_k + b, W S_k W' + Psi) with dense covariances."""
+    special, stats = (require(f"scipy.{name}", "fit_baselines", "cluster") for name in ("special", "stats"))
     # in units of the noise's standard deviations, so that the smallest variances are not lost beside the largest
     root = np.sqrt(noise)
     scaled, whitened = (x - mean) / root, loadings / root[:, None]
     terms = [
         np.log(weight)
-        + multivariate_normal(whitened @ center, np.eye(len(noise)) + whitened @ covariance @ whitened.T).logpdf(scaled)
+        + stats.multivariate_normal(whitened @ center, np.eye(len(noise)) + whitened @ covariance @ whitened.T).logpdf(
+            scaled
+        )
         for weight, center, covariance in zip(mixture.weights_, mixture.means_, mixture.covariances_, strict=True)
     ]
-    return logsumexp(terms, axis=0) - np.sum(np.log(root))
+    return special.logsumexp(terms, axis=0) - np.sum(np.log(root))

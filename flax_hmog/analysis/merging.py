@@ -110,7 +110,7 @@ def normalized_cut(affinity: np.ndarray, n_clusters: int) -> np.ndarray:
 
     Source: Shi and Malik 2000; Damle, Minden and Ying 2019 (clusters from its eigenvectors).
     """
-    cluster = require("sklearn.cluster", "merge_components", "experiments")
+    cluster = require("sklearn.cluster", "merge_components", "cluster")
     # a node without any neighbour would leave the graph in pieces, of which eigenvectors say nothing
     connected = affinity + ISOLATED * affinity.mean()
     cut = cluster.SpectralClustering(n_clusters, affinity="precomputed", assign_labels="cluster_qr", random_state=0)

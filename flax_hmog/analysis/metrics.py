@@ -53,7 +53,7 @@ def clustering_metrics(labels: Any, assignments: Any) -> dict[str, float]:
         ImportError: without scikit-learn.
         ValueError: unless there is one label for each assignment, and one that is known.
     """
-    scores = require("sklearn.metrics", "clustering_metrics", "experiments")
+    scores = require("sklearn.metrics", "clustering_metrics", "cluster")
     count = len(as_labels("clustering_metrics", "assignments", assignments))
     labels, assignments = _labelled("clustering_metrics", labels, assignments)
     counts, _, _ = contingency_table(labels, assignments)

@@ -83,7 +83,7 @@ def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section
         TypeError: for a section that is no `Section`, or a table or picture that is none.
         ValueError: for a report without sections, or a picture without alternative text.
     """
-    jinja = require("jinja2", "write_report", "experiments")
+    jinja = require("jinja2", "write_report", "report")
     _check_sections(sections)
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja.StrictUndefined}
     template = importlib.resources.files("flax_hmog.analysis").joinpath("report.html").read_text(encoding="utf-8")

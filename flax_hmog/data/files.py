@@ -158,7 +158,7 @@ def _read_npz(path: Path, labels: str | None) -> File:
             rows: Any = _load_sparse(path)
         elif names >= CSR:
             index = parts["indices"].astype(np.int32)
-            rows = require("scipy.sparse", "read_file", "train").csr_matrix(
+            rows = require("scipy.sparse", "read_file", "cluster").csr_matrix(
                 (parts["data"], index, parts["indptr"]), shape=tuple(parts["shape"])
             )
         elif rows_name is not None:
@@ -209,7 +209,7 @@ def _read_h5ad(layer: str | None, obsm: str | None, path: Path, labels: str | No
 def _load_sparse(path: Path) -> Any:
     """What scipy saved, in any of its formats, as CSR."""
     try:
-        return require("scipy.sparse", "read_file", "train").load_npz(path).tocsr()
+        return require("scipy.sparse", "read_file", "cluster").load_npz(path).tocsr()
     except (ValueError, NotImplementedError) as error:
         raise OSError(f"it is no sparse matrix of scipy's ({error})") from error
 

@@ -17,5 +17,6 @@ def require(module: str, caller: str, extra: str) -> Any:
     except ImportError as error:
         package = {"sklearn": "scikit-learn"}.get(module.partition(".")[0], module.partition(".")[0])
         raise ImportError(
-            f"{caller}: `{package}` must be installed; got {type(error).__name__}. pip install flax-hmog[{extra}]"
+            f"{caller}: `{package}` must be installed; got {type(error).__name__}. "
+            f'Install it: pip install "flax-hmog[{extra}]".'
         ) from error

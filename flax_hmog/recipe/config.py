@@ -273,7 +273,7 @@ class Experiment:
     gradient: Gradient = Gradient()
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     heads: tuple[HeadName, ...] = ("differentiable",)
-    """Heads that are trained; the first is the one that a report describes."""
+    """Heads that are trained; the first is the one that a report describes. None: EM on the inputs is all."""
     first_seed: int = 0
     """The first seed."""
     n_seeds: int = 1
@@ -291,8 +291,6 @@ class Experiment:
         _check_counts(self, "n_seeds")
         if self.first_seed < 0:
             raise ValueError(f"Experiment: `first_seed` must be at least 0; got {self.first_seed}. Raise it.")
-        if not self.heads:
-            raise ValueError("Experiment: `heads` must name at least one; got none. Give --heads differentiable.")
         if self.encoder.name == "none" and "analytic" in self.heads:
             raise ValueError(
                 "Experiment: `heads` may hold analytic only with an encoder; got none. EM is the first stage as it is."

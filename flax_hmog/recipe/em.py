@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -20,9 +21,9 @@ from flax_hmog.model.coordinates import Natural
 from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.recipe.merge import merged_clusters
 from flax_hmog.recipe.models import abstract_fit
-from flax_hmog.recipe.run import LinearFit, Run
+from flax_hmog.recipe.run import LinearFit, Run, Writer
 from flax_hmog.recipe.scores import baseline_scores, evaluate
-from flax_hmog.training import CheckpointWriter, restore, restore_like
+from flax_hmog.training import restore_like
 from flax_hmog.training.logs import Stage
 from flax_hmog.training.processes import Stopped
 
@@ -37,11 +38,10 @@ class EMStage:
 
     def result(self) -> LinearFit:
         """The fit: made from where the last checkpoint stands, or read from it if EM is done."""
-        folder = self.run.folder(self.stage)
         restored = self.run.restored(self.stage)
         if restored is None or not restored.progress["done"]:
             self._fit(restored)
-            restored = restore(folder)
+            restored = self.run.kept(self.stage)
         template = self._abstract(
             jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), has_frame="natural/frame/unit" in restored.state
         )
@@ -85,7 +85,7 @@ class EMStage:
             )
             model = self.run.config.model
             clusters = merged_clusters(result.natural, x, weights, model.n_clusters)
-            metrics = evaluate(infer(result.natural, self.inputs.test_rows[0]), self.inputs, clusters)
+            metrics = evaluate(functools.partial(infer, result.natural), self.inputs, clusters)
             seconds = time.perf_counter() - started
             log.write(stage, done + 1, converged=result.converged, seconds=round(seconds, 3), **metrics)
             progress = {
@@ -105,7 +105,7 @@ class EMStage:
                 clusters=clusters,
             )
 
-    def _save(self, writer: CheckpointWriter, done: int, state: EMState, objective: float) -> None:
+    def _save(self, writer: Writer, done: int, state: EMState, objective: float) -> None:
         natural = state.natural if state.best is None or state.natural is not None else state.best.natural
         writer.save(
             done,

@@ -28,7 +28,7 @@ def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] 
 
     Raises:
         ValueError: for a class that cannot be imported, does not take `features` or asks for more, a network for images
-            without images, other features than asked for, or an encoder that has to decode and cannot.
+            without images.
     """
     options = config.encoder
     if options.name == "none":
@@ -49,19 +49,29 @@ def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] 
             f"make_encoder: `encoder.name` must name a class with a default for each field but {', '.join(known)}; got "
             f"{options.name}: {error}. Give its fields defaults."
         ) from error
+    return encoder
+
+
+def features_shape(encoder: Any, obs_dim: int) -> tuple[int, ...]:
+    """Shape of the features of two inputs (2, D)."""
     x = jax.ShapeDtypeStruct((2, obs_dim), jnp.float32)
     made = jax.eval_shape(lambda x: apply_encoder(encoder, untrained_variables(encoder, jax.random.key(0), x), x), x)
-    if made.shape != (2, options.features):
+    return made.shape
+
+
+def check_encoder(encoder: Any, config: Experiment, obs_dim: int) -> None:
+    """ValueError for an encoder of other features than the configuration says, or one that must decode and cannot."""
+    shape = features_shape(encoder, obs_dim)
+    if shape != (2, config.encoder.features):
         raise ValueError(
-            f"make_encoder: the encoder must map inputs (B, {obs_dim}) to features (B, {options.features}); got "
-            f"features {made.shape} for two inputs. Flatten its output, or set --encoder.features."
+            f"make_encoder: the encoder must map inputs (B, {obs_dim}) to features (B, {config.encoder.features}); got "
+            f"features {shape} for two inputs. Flatten its output, or set --encoder.features."
         )
-    if config.rounds.reconstruction_weight and not hasattr(kind, "decode"):
+    if config.rounds.reconstruction_weight and not hasattr(encoder, "decode"):
         raise ValueError(
             f"make_encoder: the encoder must have a method `decode` for `rounds.reconstruction_weight`; got "
-            f"{options.name}. Use autoencoder, or leave out the weight."
+            f"{config.encoder.name}. Use autoencoder, or leave out the weight."
         )
-    return encoder
 
 
 def _encoder_class(name: str) -> Any:

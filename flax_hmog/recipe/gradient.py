@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from typing import Any
@@ -15,10 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_hmog.inference.posterior import HMoGOutput, infer
 from flax_hmog.recipe.encoders import features, split_module
 from flax_hmog.recipe.inputs import Batches, Inputs
-from flax_hmog.recipe.run import Run, Start
+from flax_hmog.recipe.run import Run, Start, Writer
 from flax_hmog.recipe.scores import evaluate
-from flax_hmog.training import CheckpointWriter, Restored, create_state, restore_like
-from flax_hmog.training.files import saved_steps
+from flax_hmog.training import Restored, create_state, restore_like
 from flax_hmog.training.logs import Stage
 from flax_hmog.training.mesh import place
 from flax_hmog.training.named import named_arrays
@@ -54,11 +54,10 @@ class GradientStage:
     """Training of one head by gradients, together with the encoder if there is one, in one round."""
 
     def __init__(self, run: Run, seed: int, name: str, inputs: Inputs, number: int = 0) -> None:
-        self.run, self.inputs, self.stage = run, inputs, Stage(seed, f"{name}-{number}" if number else name)
+        self.run, self.inputs, self.stage = run, inputs, Stage.of_round(seed, name, number)
         self.config, self.model = run.config.gradient, run.model(name, number)
         self.batches = Batches(inputs, seed, self.config.batch_size, self.config.epochs)
         self.key = jax.random.fold_in(jax.random.key(seed), number) if number else jax.random.key(seed)
-        self.folder = run.folder(self.stage)
 
     def train(self, start: Start) -> dict[str, Any]:
         """From the start or from the last checkpoint to the last epoch: the variables then.
@@ -139,7 +138,7 @@ class GradientStage:
         return {"opt_state": state.opt_state, "step": state.step, "loss_sum": at.loss_sum, "key": self.key}
 
     def _save(
-        self, writer: CheckpointWriter, at: Position, position: Any, clusters: np.ndarray | None, *, is_epoch: bool
+        self, writer: Writer, at: Position, position: Any, clusters: np.ndarray | None, *, is_epoch: bool
     ) -> None:
         writer.save(
             at.done,
@@ -165,7 +164,7 @@ class GradientStage:
 
     def _record(self, at: Position, start: Start, objective: float | None, started: float) -> None:
         """Evaluate and log where training stands."""
-        scores = evaluate(self._test_output(at.state.variables), self.inputs, start.clusters)
+        scores = evaluate(functools.partial(self._output, at.state.variables), self.inputs, start.clusters)
         metrics = scores | {"objective": objective}
         seconds, epoch = time.perf_counter() - started, at.done // self.batches.per_epoch
         rate = round(self.batches.per_epoch * self.config.batch_size / seconds) if at.done else None
@@ -173,9 +172,8 @@ class GradientStage:
         self.run.log.write(self.stage, at.done, epoch=epoch, **times, **metrics)
         at.history.append({"epoch": epoch} | metrics)
 
-    def _test_output(self, variables: dict[str, Any]) -> HMoGOutput:
-        """The head's output for the test part."""
-        x, _ = self.inputs.test_rows
+    def _output(self, variables: dict[str, Any], x: jax.Array) -> HMoGOutput:
+        """The head's output for inputs."""
         if self.model.encoder is None:
             return infer(self.model.natural(variables), x)
         encoder_variables, head_variables = split_module(variables)
@@ -194,8 +192,8 @@ class GradientStage:
             leaves = named_arrays(at.state.variables).items()
             bad = [name for name, leaf in leaves if not bool(jnp.all(jnp.isfinite(leaf)))]
             cause = f"got {loss}, and leaves that are not finite: {', '.join(bad) or 'none'}"
-        steps = saved_steps(self.folder)
-        last = f"The last good checkpoint is {self.folder / str(steps[-1])}" if steps else "There is no checkpoint yet"
+        good = self.run.last_checkpoint(self.stage)
+        last = "There is no checkpoint yet" if good is None else f"The last good checkpoint is {good}"
         raise ValueError(
             f"GradientStage: the loss must stay finite and near its start; {cause}, after {at.done} steps of seed "
             f"{self.stage.seed}, {self.stage.name}. {last}. Lower --gradient.learning-rate in a new --workdir."

@@ -7,11 +7,11 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Data
 from flax_hmog.recipe.parts import BLOCK_ROWS, Dataset, Part
 from flax_hmog.training import Affine, Log1p, Preprocessing, SelectColumns, SizeFactor, Whiten, global_rows
@@ -105,8 +105,9 @@ class Batches:
         # epochs count from 1: 0 is the warm start
         return np.random.default_rng((self.seed, epoch + 1)).permutation(len(self.part))
 
-    def iterate(self, position: dict[str, Any] | None = None) -> grain.DatasetIterator:
+    def iterate(self, position: dict[str, Any] | None = None) -> Any:
         """The batches from a position (what `get_state` of the iterator gave) or from the first on."""
+        grain = require("grain", "Batches", "train")
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)
         iterator = iter(grain.MapDataset.source(self).to_iter_dataset(options))
         if position is not None:

@@ -35,7 +35,7 @@ from flax_hmog.networks.objectives import (
     virtual_adversarial,
 )
 from flax_hmog.recipe.config import Experiment, HeadName
-from flax_hmog.recipe.encoders import apply_encoder, make_encoder
+from flax_hmog.recipe.encoders import apply_encoder, check_encoder, make_encoder
 from flax_hmog.training import make_train_step
 from flax_hmog.training.steps import TrainState
 
@@ -83,13 +83,22 @@ class Trainable:
         n_clusters: of a head on an encoder.
         obs_dim: columns of the inputs.
         image_shape: of an input, where inputs are images.
+        encoder: a linen module in place of the one that the configuration describes, or None.
+        head: a head in place of the one that it describes, or None.
 
     Raises:
-        ValueError: for augmentation of inputs that are no images.
+        ValueError: for augmentation of inputs that are no images, or an encoder that cannot be made.
     """
 
     def __init__(
-        self, config: Experiment, name: HeadName, n_clusters: int, obs_dim: int, image_shape: tuple[int, ...] | None
+        self,
+        config: Experiment,
+        name: HeadName,
+        n_clusters: int,
+        obs_dim: int,
+        image_shape: tuple[int, ...] | None,
+        encoder: Any = None,
+        head: Any = None,
     ) -> None:
         if config.augmentation.is_on and image_shape is None:
             raise ValueError(
@@ -97,8 +106,13 @@ class Trainable:
                 "out --data.columns, --data.whitened and --data.scale standard, or the augmentation."
             )
         self.image_shape = image_shape
-        self.config, self.head, self.n_clusters = config, config.trainable(name, n_clusters), n_clusters
-        self.encoder = make_encoder(config, obs_dim, image_shape)
+        self.config, self.n_clusters = config, n_clusters
+        self.head = config.trainable(name, n_clusters)
+        if head is not None:
+            self.head = head.clone(n_components=self.head.n_components)
+        self.encoder = make_encoder(config, obs_dim, image_shape) if encoder is None else encoder
+        if self.encoder is not None:
+            check_encoder(self.encoder, config, obs_dim)
         self.module = self.head if self.encoder is None else Clusterer(self.encoder, self.head)
         self.optimizer = functools.lru_cache(self._optimizer)
         self.compiled: Callable | None = None

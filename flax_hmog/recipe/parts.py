@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from flax_hmog.analysis import clustering_metrics
+from flax_hmog.analysis.metrics import clustering_metrics
+from flax_hmog.model.optional import require
 
 BLOCK_ROWS = 1024  # read at once
 SAMPLED_BLOCKS = 16  # that a fingerprint is taken of
@@ -144,9 +145,8 @@ def split_parts(
     """Training and test part: the first `n_train` rows and the others, or a random split where there is none given."""
     count = rows.shape[0]
     if n_train is None:
-        from sklearn.model_selection import train_test_split
-
-        train, test = train_test_split(np.arange(count), test_size=test_share, random_state=seed)
+        split = require("sklearn.model_selection", "load", "train").train_test_split
+        train, test = split(np.arange(count), test_size=test_share, random_state=seed)
     else:
         train, test = np.arange(n_train), np.arange(n_train, count)
     return {"train": Part(rows, labels, train, class_names), "test": Part(rows, labels, test, class_names)}

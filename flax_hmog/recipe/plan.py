@@ -20,18 +20,21 @@ from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import input_dim, input_image_shape
 from flax_hmog.recipe.load import data_shape
 from flax_hmog.recipe.models import Extra, Trainable, abstract_fit
+from flax_hmog.recipe.train import check_batches
 from flax_hmog.training import batch_sharding
-from flax_hmog.training.mesh import rows_multiple
+from flax_hmog.training.mesh import make_mesh, rows_multiple
 from flax_hmog.training.named import named_arrays
 from flax_hmog.training.processes import is_first
 from flax_hmog.training.steps import abstract_state
 
 
-def print_plan(config: Experiment, mesh: Mesh, console: Console) -> None:
+def print_plan(config: Experiment, console: Console) -> None:
     """Configuration, data, mesh, parameters with their shardings, and what each step takes on a device."""
+    mesh = make_mesh(model=config.devices.model)
     console = console if is_first() else Console(quiet=True)
     console.print(dataclasses.asdict(config))
     train, test, raw_dim, image_shape = data_shape(config.data)
+    check_batches(config, mesh, train)
     obs_dim = input_dim(config.data, raw_dim)
     console.print(f"\ndata: {train} training and {test} test rows; {raw_dim} columns, {obs_dim} after preprocessing")
     devices = f"{mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} processes"

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table as ConsoleTable
-from sklearn.metrics import adjusted_rand_score
 
 from flax_hmog.analysis import (
     Picture,
@@ -34,12 +33,14 @@ from flax_hmog.analysis import (
     plot_prototypes,
     write_report,
 )
+from flax_hmog.data.files import File
 from flax_hmog.inference.posterior import HMoGOutput, infer
+from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Data, flat_options
-from flax_hmog.recipe.load import load
+from flax_hmog.recipe.load import load, read_data
 from flax_hmog.recipe.parts import Dataset, Part
+from flax_hmog.recipe.saved import reported_stage, run_config, saved_stages
 from flax_hmog.training import CheckpointError, Restored, restore
-from flax_hmog.training.files import saved_steps
 from flax_hmog.training.logs import Stage
 
 COLUMNS = {
@@ -83,18 +84,19 @@ class Run:
     unfinished: list[str]
 
 
-def main(folder: Path, /, allow_import: bool = False) -> None:
-    """Report on a finished run, from its checkpoints alone.
+def report_run(folder: Path, *, allow_import: bool = False) -> None:
+    """Write report.html and result.json into the folder of a run, from its checkpoints alone, and print the scores.
 
     Args:
         folder: the run's folder, as train's --workdir.
         allow_import: import the encoder that config.json names, if it is not of flax_hmog; this runs its code.
+
+    Raises:
+        CheckpointError: if the folder holds no finished seed, or a damaged one.
+        ImportError: without matplotlib, jinja2 or scikit-learn.
     """
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
-    try:
-        run = load_run(folder, allow_import=allow_import)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    run = load_run(folder, allow_import=allow_import)
     for name in run.unfinished:
         console.print(f"not finished, and left out: {name}")
     rows = table_rows(run)
@@ -132,77 +134,43 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
     Raises:
         CheckpointError: if the folder holds no finished seed, or a damaged one.
     """
-    config = _read_config(folder)
+    config = run_config(folder)
     allowed = config["encoder"]["name"] if allow_import else False
-    seeds = sorted(int(path.name.removeprefix("seed")) for path in folder.glob("checkpoints/seed*"))
     models: dict[tuple[int, str], Restored] = {}
-    scores: dict[str, list[dict[str, float]]] = {}
-    datasets, unfinished = [], []
-    for seed in seeds:
-        heads = sorted(path.name for path in (folder / "checkpoints" / f"seed{seed}").iterdir())
-        found = {
-            name: restore(folder / Stage(seed, name).folder, allow_import=allowed)
-            for name in heads
-            if saved_steps(folder / Stage(seed, name).folder)
-        }
-        unfinished += [f"seed {seed}, {name}" for name in heads if name not in found or not is_finished(found[name])]
-        if "em" not in found or not is_finished(found["em"]):
-            continue
-        em = found["em"]
-        datasets.append(load(Data(**em.config["data"]), seed))
-        for name, baseline in em.progress["baselines"].items():
-            scores.setdefault(name, []).append(baseline)
-        for name in sorted(found, key=_order):
-            if is_finished(found[name]):
-                models[seed, name] = found[name]
-                scores.setdefault(name, []).append(score(found[name], datasets[-1]))
+    unfinished = []
+    for stage, about in saved_stages(folder):
+        if about is None or not about["progress"]["done"]:
+            unfinished.append(f"seed {stage.seed}, {stage.name}")
+        else:
+            models[stage.seed, stage.name] = restore(folder / stage.folder, allow_import=allowed)
     if not models:
         raise CheckpointError(
             f"load_run: `folder` must hold checkpoints of a run with EM done; got none in {folder}. Train first."
         )
+    file: File | None = None
+    datasets, scores = dict[int, Dataset](), dict[str, list[dict[str, float]]]()
+    for (seed, name), model in models.items():
+        if name == "em":
+            data = Data(**model.config["data"])
+            file = read_data(data) if file is None else file
+            datasets[seed] = load(data, seed, file)
+            for baseline, its_scores in model.progress["baselines"].items():
+                scores.setdefault(baseline, []).append(its_scores)
+        scores.setdefault(name, []).append(score(model, datasets[seed]))
+    first = next(iter(datasets.values()))
     of_stage = {stage: [model for (_, name), model in models.items() if name == stage] for _, stage in models}
-    compared = {stage: clusters_of(same, datasets[0].train) for stage, same in of_stage.items() if len(same) > 1}
+    compared = {stage: clusters_of(same, first.train) for stage, same in of_stage.items() if len(same) > 1}
     agreement = {stage: pair_agreement(clusters) for stage, clusters in compared.items()}
     in_use = {stage: clusters_in_use(clusters) for stage, clusters in compared.items()}
-    return Run(config, datasets[0], models, scores, agreement, in_use, unfinished)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((folder / "config.json").read_text())["config"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            "load_run: `folder` must hold checkpoints of a run, and its config.json; got "
-            f"{type(error).__name__}: {error}. Check the path, or train first."
-        ) from None
-
-
-def _order(name: str) -> tuple[bool, str, bool]:
-    """EM on the inputs first; within a round EM before training."""
-    return name != "em", name.removesuffix("-em"), not name.endswith("-em")
+    return Run(config, first, models, scores, agreement, in_use, unfinished)
 
 
 def title(name: str) -> str:
     """What a stage is called in tables: that of a head, of a round of it, or a baseline."""
-    head, *rest = name.split("-")
-    if head not in MODELS or name == "em":
-        return MODELS.get(name, name)
-    if not rest:
-        return MODELS[head]
-    return f"{MODELS[head]}, round {rest[0]}" + (": EM before it" if rest[1:] else "")
-
-
-def reported(run: Run) -> tuple[int, str]:
-    """Seed and stage of the model that a report describes: the last round of the first head, or EM."""
-    seed = min(seed for seed, _ in run.models)
-    head = run.config["heads"][0]
-    trained = [name for s, name in run.models if s == seed and name.split("-")[0] == head and name[-3:] != "-em"]
-    return seed, max(trained, key=lambda name: (len(name), name), default="em")
-
-
-def is_finished(restored: Restored) -> bool:
-    """Whether a stage has come to its end."""
-    return restored.progress["done"]
+    if name.split("-")[0] not in MODELS:
+        return name
+    head, number, is_trained = Stage(0, name).parts
+    return MODELS[head] if not number else f"{MODELS[head]}, round {number}" + ("" if is_trained else ": EM before it")
 
 
 def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
@@ -229,8 +197,8 @@ def pair_agreement(clusters: list[np.ndarray]) -> list[float]:
     Clusters that another seed finds again are no chance of the initialisation; that needs no labels. Two models that
     put all rows in one cluster agree on nothing: 0.
     """
-    pairs = combinations(clusters, 2)
-    return [float(adjusted_rand_score(*pair)) if all(map(np.ptp, pair)) else 0.0 for pair in pairs]
+    pairs, metrics = combinations(clusters, 2), require("sklearn.metrics", "pair_agreement", "cluster")
+    return [float(metrics.adjusted_rand_score(*pair)) if all(map(np.ptp, pair)) else 0.0 for pair in pairs]
 
 
 def clusters_in_use(clusters: list[np.ndarray]) -> list[float]:
@@ -262,7 +230,8 @@ def _summary(values: list[float]) -> tuple[float, float] | float | None:
 
 def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
     """The parts of the page."""
-    seed, name = reported(run)
+    chosen = reported_stage([Stage(*key) for key in run.models], *run.config["heads"][:1])
+    seed, name = chosen.seed, chosen.name
     yield Section(
         "Results",
         "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "

@@ -24,7 +24,7 @@ from flax_hmog.recipe.merge import merged_clusters
 from flax_hmog.recipe.models import Teacher, abstract_fit
 from flax_hmog.recipe.run import LinearFit, Run, Start
 from flax_hmog.recipe.scores import evaluate
-from flax_hmog.training import restore, restore_like
+from flax_hmog.training import restore_like
 from flax_hmog.training.logs import Stage
 
 INIT_ROWS = 1024  # that the running averages of an untrained encoder are taken from
@@ -35,7 +35,7 @@ class RoundStage:
 
     def __init__(self, run: Run, seed: int, name: str, number: int, inputs: Inputs) -> None:
         self.run, self.inputs, self.number = run, inputs, number
-        self.stage = Stage(seed, f"{name}-{number}-em")
+        self.stage = Stage.of_round(seed, name, number, is_em=True)
         self.model, self.model_before, self.config = run.model(name, number), run.model(name, number - 1), run.config
         self.n_clusters = self.model.n_clusters
         self.key = jax.random.fold_in(jax.random.key(seed), number)
@@ -51,7 +51,7 @@ class RoundStage:
             return Start(self._untrained())
         if self.run.restored(self.stage) is None:
             self._make(linear, previous)
-        restored = restore(self.run.folder(self.stage))
+        restored = self.run.kept(self.stage)
         factors = compute_factors(restored.head.apply(restored.variables, method="natural"))
         teacher = Teacher(restored.encoder_variables, factors, jnp.asarray(restored.clusters))
         template = self._abstract_start("head/frame/unit" in restored.state)
@@ -89,7 +89,7 @@ class RoundStage:
         assigned = merge_output(infer(mixture, rows), clusters, self.n_clusters).log_responsibilities
         labels = jnp.argmax(assigned, axis=-1).astype(jnp.int32)
         started = self._fit(config.feature_head(self.n_clusters), features(encoder, own, x), weights, labels)
-        test = infer(mixture, features(before, before_variables, self.inputs.test_rows[0]))
+        test = lambda x: infer(mixture, features(before, before_variables, x))  # noqa: E731
         metrics = evaluate(test, self.inputs, clusters)
         self.run.log.write(self.stage, 1, **metrics)
         variables: dict[str, Any] = {"em": stepwise_start(natural_to_moments(mixture))}

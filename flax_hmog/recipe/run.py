@@ -6,19 +6,93 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from flax_hmog.em.options import Regularizer
 from flax_hmog.model.coordinates import Natural
+from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.recipe.models import Extra, Teacher, Trainable
 from flax_hmog.training import CheckpointWriter, Restored, restore
 from flax_hmog.training.files import saved_steps
 from flax_hmog.training.logs import Log, Stage
-from flax_hmog.training.processes import StopRequest
+from flax_hmog.training.named import named_arrays
+from flax_hmog.training.preprocessing import Preprocessing
+from flax_hmog.training.processes import StopRequest, to_host
+
+
+@dataclasses.dataclass(frozen=True)
+class Keeper:
+    """Keeps the last checkpoint of a stage in memory: what `CheckpointWriter` is where the run has no folder.
+
+    Attributes:
+        memory: where it is kept.
+        stage: of the run.
+        head: the head.
+        module: the head, or any linen module with the head in its field `head`.
+        preprocessing: from raw data to inputs.
+        config: the configuration, as JSON values.
+    """
+
+    memory: dict[Stage, Restored]
+    stage: Stage
+    head: Any
+    module: Any
+    preprocessing: Preprocessing
+    config: dict[str, Any]
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def save(
+        self,
+        step: int,
+        variables: Any,
+        *,
+        state: Any = None,
+        progress: Any = None,
+        history: Any = (),
+        metrics: Any = None,
+        clusters: Any = None,
+    ) -> None:
+        """Keep a step as `CheckpointWriter.save` writes it; the one before it is dropped."""
+        self.memory[self.stage] = Restored(
+            step=step,
+            module=self.module,
+            module_variables=jax.tree.map(jnp.asarray, _on_host(variables)),
+            head=self.head,
+            place="" if self.module is self.head else "head",
+            inputs=None,
+            preprocessing=self.preprocessing,
+            clusters=None if clusters is None else np.asarray(clusters),
+            state=named_arrays(_on_host(state)),
+            progress=progress or {},
+            history=list(history),
+            metrics=metrics or {},
+            config=self.config,
+            versions={},
+        )
+
+
+Writer = CheckpointWriter | Keeper
+
+
+def _on_host(tree: Any) -> Any:
+    """A tree of numpy arrays, which no step of training overwrites; keys as their data."""
+
+    def copied(leaf: Any) -> np.ndarray:
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.array(to_host(jax.random.key_data(leaf) if is_key else leaf))
+
+    return jax.tree.map(copied, nn.unbox(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +105,7 @@ class Run:
         log: where metrics go.
         stop: whether the run has been told to stop.
         models: the trainable heads by name and number of clusters.
+        memory: last checkpoint of every stage, where the run has no folder.
     """
 
     config: Experiment
@@ -38,14 +113,16 @@ class Run:
     log: Log
     stop: StopRequest
     models: dict[tuple[str, int], Trainable]
+    memory: dict[Stage, Restored] = dataclasses.field(default_factory=dict)
+
+    @property
+    def workdir(self) -> Path | None:
+        """The folder of the run; None keeps checkpoints in memory."""
+        return Path(self.config.workdir) if self.config.workdir else None
 
     def model(self, name: str, number: int = 0) -> Trainable:
         """The head that is trained in a round, or without rounds; the same for all seeds."""
         return self.models[name, self.config.round_clusters(number)]
-
-    def folder(self, stage: Stage) -> Path:
-        """Where the checkpoints of a stage lie."""
-        return Path(self.config.workdir) / stage.folder
 
     def restored(self, stage: Stage) -> Restored | None:
         """The last checkpoint of a stage, if there is one. It is data: encoders are those of the configuration.
@@ -53,16 +130,35 @@ class Run:
         Raises:
             CheckpointError: if it is damaged.
         """
-        folder = self.folder(stage)
+        if self.workdir is None:
+            return self.memory.get(stage)
+        folder = self.workdir / stage.folder
         return restore(folder) if saved_steps(folder) else None
 
-    def writer(self, stage: Stage, head: Any, encoder: Any, inputs: Inputs) -> CheckpointWriter:
-        """Writes the checkpoints of a stage."""
+    def kept(self, stage: Stage) -> Restored:
+        """The last checkpoint of a stage that has one.
+
+        Raises:
+            CheckpointError: if it is damaged, or not there.
+        """
+        return self.memory[stage] if self.workdir is None else restore(self.workdir / stage.folder)
+
+    def last_checkpoint(self, stage: Stage) -> Path | None:
+        """Where the last checkpoint of a stage lies, if there is one on the disk."""
+        steps = [] if self.workdir is None else saved_steps(self.workdir / stage.folder)
+        return self.workdir / stage.folder / str(steps[-1]) if steps and self.workdir is not None else None
+
+    def writer(self, stage: Stage, head: Any, encoder: Any, inputs: Inputs) -> Writer:
+        """Writes the checkpoints of a stage, or keeps the last one in memory."""
+        config = dataclasses.asdict(self.config)
+        if self.workdir is None:
+            module = head if encoder is None else Clusterer(encoder, head)
+            return Keeper(self.memory, stage, head, module, inputs.preprocessing, config)
         return CheckpointWriter(
-            self.folder(stage),
+            self.workdir / stage.folder,
             head=head,
             encoder=encoder,
-            config=dataclasses.asdict(self.config),
+            config=config,
             preprocessing=inputs.preprocessing,
             keep=self.config.checkpoints.keep,
             best="objective",

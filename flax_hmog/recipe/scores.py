@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,16 +16,21 @@ from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.training.processes import to_host
 
 
-def evaluate(output: HMoGOutput, inputs: Inputs, clusters: np.ndarray | None = None) -> dict[str, float]:
+def evaluate(
+    model: Callable[[jax.Array], HMoGOutput], inputs: Inputs, clusters: np.ndarray | None = None
+) -> dict[str, float]:
     """Mean log-density of the test part in nats per sample, and NMI, ARI and ACC where there are labels.
 
     Args:
-        output: for `inputs.test_rows`.
+        model: gives the output for `inputs.test_rows`; it is not called where there are none.
         inputs: the data.
         clusters: cluster of each component (K,), or None where every component is one.
     """
     part = inputs.dataset.test
-    _, weights = inputs.test_rows
+    if not len(part):
+        return {}
+    x, weights = inputs.test_rows
+    output = model(x)
     metrics = {"test_log_density": float(jnp.sum(output.log_density * weights) / len(part))}
     if part.part_labels is not None:
         if clusters is not None:

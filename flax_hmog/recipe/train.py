@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
 from flax_hmog.data.files import File
@@ -19,17 +19,16 @@ from flax_hmog.recipe.config import Experiment, flat_options
 from flax_hmog.recipe.em import EMStage
 from flax_hmog.recipe.gradient import GradientStage
 from flax_hmog.recipe.inputs import Inputs, input_dim, input_image_shape, prepare_inputs
-from flax_hmog.recipe.load import data_shape, load, read_data
+from flax_hmog.recipe.load import load, read_data
 from flax_hmog.recipe.models import Trainable
-from flax_hmog.recipe.plan import print_plan
 from flax_hmog.recipe.rounds import RoundStage
 from flax_hmog.recipe.run import LinearFit, Run, Start
 from flax_hmog.training import make_mesh
 from flax_hmog.training.files import saved_steps
 from flax_hmog.training.lock import FolderLock
-from flax_hmog.training.logs import Log
+from flax_hmog.training.logs import Log, OnEpoch, OnStep
 from flax_hmog.training.mesh import rows_multiple
-from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first, on_first_process
+from flax_hmog.training.processes import Stopped, StopRequest, is_first, on_first_process
 
 RENAMED = {
     "em.weight_pseudo_count": "em.regularizer.weights",
@@ -39,60 +38,71 @@ RENAMED = {
 }  # options of runs that were begun before
 
 
-def train_command(default: Experiment, arguments: list[str], prog: str) -> None:
-    """Train as the command line says.
+def run(
+    config: Experiment,
+    console: Console,
+    stop: StopRequest,
+    *,
+    file: File | None = None,
+    encoder: Any = None,
+    head: Any = None,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> Run:
+    """All seeds of an experiment.
 
     Args:
-        default: the experiment, which options change.
-        arguments: the options.
-        prog: the command, for its help.
-    """
-    console = Console()
-    try:
-        config = tyro.cli(Experiment, default=default, prog=prog, args=arguments)
-        connect(config.processes)
-        run(config, console, StopRequest())
-    except Stopped:
-        console.print(f"stopped and saved in {config.workdir}; the same command goes on from there")
-        sys.exit(STOPPED)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+        config: the experiment; without a `workdir` checkpoints are kept in memory.
+        console: where progress is shown.
+        stop: whether the run has been told to stop.
+        file: rows and labels; None reads those of the configuration.
+        encoder: a linen module in place of the one that the configuration describes.
+        head: a head in place of those that it describes; rounds change the number of its components.
+        on_step: called after every step.
+        on_epoch: called at the end of EM and of every epoch.
 
-
-def run(config: Experiment, console: Console, stop: StopRequest) -> None:
-    """All seeds of an experiment.
+    Returns:
+        The run, which gives the last checkpoint of every stage.
 
     Raises:
         Stopped: when the run was told to stop, and has saved.
         ValueError: for a configuration that cannot be run, or training that has failed.
     """
     mesh = make_mesh(model=config.devices.model)
-    if config.gradient.batch_size % rows_multiple(mesh):
-        raise ValueError(
-            f"run: `gradient.batch_size` must be a multiple of the {rows_multiple(mesh)} devices; "
-            f"got {config.gradient.batch_size}. Change it."
-        )
-    file = None if config.dry_run else read_data(config.data)
-    dataset = None if file is None else load(config.data, config.first_seed, file)
-    train = data_shape(config.data)[0] if dataset is None else len(dataset.train)
-    if config.gradient.batch_size > train:
-        raise ValueError(
-            f"run: `gradient.batch_size` must be at most the {train} training rows; got {config.gradient.batch_size}. "
-            "Lower it."
-        )
-    if file is None or dataset is None:
-        print_plan(config, mesh, console)
-        return
+    file = read_data(config.data) if file is None else file
+    dataset = load(config.data, config.first_seed, file)
+    check_batches(config, mesh, len(dataset.train))
     # mistakes in data and models leave no folder behind
     image_shape = input_image_shape(config.data, dataset.image_shape)
     obs_dim = input_dim(config.data, dataset.obs_dim)
-    models = make_models(config, obs_dim, image_shape)
-    workdir = Path(config.workdir)
+    models = make_models(config, obs_dim, image_shape, encoder, head)
+    log = functools.partial(Log, console=console, on_step=on_step, on_epoch=on_epoch)
+    if not config.workdir:
+        with log(None) as opened:
+            stages = Run(config, mesh, opened, stop, models)
+            _run_stages(stages, file)
+        return stages
+    workdir, options = Path(config.workdir), dataclasses.asdict(config)
     with on_first_process(lambda: _claim(workdir, config, dataset.fingerprint)) or contextlib.nullcontext():
         if is_first():
             console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
-        with Log(workdir, config, console) as log:
-            _run_stages(Run(config, mesh, log, stop, models), file)
+        with log(workdir, config=options, **options["logs"]) as opened:
+            stages = Run(config, mesh, opened, stop, models)
+            _run_stages(stages, file)
+    return stages
+
+
+def check_batches(config: Experiment, mesh: Mesh, n_rows: int) -> None:
+    """ValueError for batches that do not fit the devices or the training rows."""
+    size, multiple = config.gradient.batch_size, rows_multiple(mesh)
+    if size % multiple:
+        raise ValueError(
+            f"run: `gradient.batch_size` must be a multiple of the {multiple} devices; got {size}. Change it."
+        )
+    if config.heads and size > n_rows:
+        raise ValueError(
+            f"run: `gradient.batch_size` must be at most the {n_rows} training rows; got {size}. Lower it."
+        )
 
 
 def _run_stages(stages: Run, file: File) -> None:
@@ -106,12 +116,14 @@ def _run_stages(stages: Run, file: File) -> None:
 
 
 def make_models(
-    config: Experiment, obs_dim: int, image_shape: tuple[int, ...] | None
+    config: Experiment, obs_dim: int, image_shape: tuple[int, ...] | None, encoder: Any = None, head: Any = None
 ) -> dict[tuple[str, int], Trainable]:
     """The trainable heads of all rounds, by name and number of clusters."""
     counts = {config.round_clusters(number) for number in range(config.rounds.count + 1)}
     return {
-        (name, count): Trainable(config, name, count, obs_dim, image_shape) for name in config.heads for count in counts
+        (name, count): Trainable(config, name, count, obs_dim, image_shape, encoder, head)
+        for name in config.heads
+        for count in counts
     }
 
 

@@ -15,13 +15,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flax_hmog.training.processes import is_first
 
+OnStep = Callable[[str, int, int], None]
+"""Called after every step with the name of the stage, its steps so far, and how many there are."""
+OnEpoch = Callable[[str, dict[str, Any]], None]
+"""Called with the name of a stage and its metrics, at the end of EM and of every epoch."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of one seed, as "em" or the name of a head."""
+    """One stage of one seed: "em", "differentiable", or of round 2 "differentiable-2-em" and "differentiable-2"."""
 
     seed: int
     name: str
+
+    @classmethod
+    def of_round(cls, seed: int, head: str, number: int, *, is_em: bool = False) -> Stage:
+        """A stage of a round, counted from 1; 0 stands for training without rounds."""
+        return cls(seed, head + (f"-{number}" if number else "") + ("-em" if is_em else ""))
+
+    @property
+    def parts(self) -> tuple[str, int, bool]:
+        """Head or "em", number of the round, and whether it is trained by gradients, which comes after EM."""
+        head, *rest = self.name.split("-")
+        return head, int(rest[0]) if rest else 0, rest[1:] != ["em"] and head != "em"
 
     @property
     def folder(self) -> Path:
@@ -36,8 +52,19 @@ class Log:
     when a stage is resumed, so that a run that was interrupted leaves the same lines as one that was not.
     """
 
-    def __init__(self, workdir: Path, config: Any, console: Console) -> None:
-        self.path, self.writers = workdir / "metrics.jsonl", list[Callable[[dict, int], None]]()
+    def __init__(
+        self,
+        workdir: Path | None,
+        console: Console,
+        *,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        config: dict[str, Any] | None = None,
+        on_step: OnStep | None = None,
+        on_epoch: OnEpoch | None = None,
+    ) -> None:
+        self.path = None if workdir is None else workdir / "metrics.jsonl"
+        self.writers, self.on_step, self.on_epoch = list[Callable[[dict, int], None]](), on_step, on_epoch
         self.is_first, self.closers = is_first(), list[Callable[[], None]]()
         columns = (
             TextColumn("{task.description}"),
@@ -48,16 +75,16 @@ class Log:
         shown = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
         self.progress = Progress(*columns, *shown, console=console, disable=not self.is_first)
         self.task = self.progress.add_task("", total=None, rate="", visible=False)
-        for wanted, package in ((config.logs.tensorboard, "tensorboardX"), (config.logs.wandb, "wandb")):
+        for wanted, package in ((tensorboard, "tensorboardX"), (wandb, "wandb")):
             if wanted and importlib.util.find_spec(package) is None:  # on all processes, so that all stop
                 raise ValueError(
                     f"Log: `logs` must have the package {package}; it is not installed. "
                     'Install it: pip install "flax-hmog[logs]".'
                 )
-        if self.is_first and config.logs.tensorboard:
+        if self.is_first and tensorboard and workdir is not None:
             self._add_tensorboard(workdir)
-        if self.is_first and config.logs.wandb:
-            self._add_wandb(config)
+        if self.is_first and wandb and workdir is not None:
+            self._add_wandb(workdir, wandb, config)
 
     def __enter__(self) -> Log:
         self.progress.start()
@@ -71,16 +98,23 @@ class Log:
     def begin(self, stage: Stage, description: str, total: int, done: int) -> None:
         """Show a stage that is resumed after `done` of `total` steps, and take back what was written after them."""
         self.progress.reset(self.task, description=description, total=total, completed=done, rate="", visible=True)
+        self.at = stage.name, done, total
         self._rewind(stage, done)
 
     def advance(self, steps: int = 1) -> None:
         """Show that some steps more are done."""
+        name, done, total = self.at
+        self.at = name, done + steps, total
+        if self.on_step is not None:
+            self.on_step(*self.at)
         speed = self.progress.tasks[0].speed
         self.progress.update(self.task, advance=steps, rate=f"{speed:.3g} steps/s" if speed else "")
 
     def write(self, stage: Stage, step: int, **metrics: Any) -> None:
         """A line of metrics, after so many steps of the stage; what it starts from is step 0."""
-        if self.is_first:
+        if self.on_epoch is not None and "start" not in metrics:  # steps of EM name their start
+            self.on_epoch(stage.name, metrics)
+        if self.is_first and self.path is not None:
             line = json.dumps({"seed": stage.seed, "stage": stage.name, "step": step} | metrics)
             try:
                 with self.path.open("a") as file:
@@ -95,7 +129,7 @@ class Log:
                 writer({name: value for name, value in named.items() if isinstance(value, int | float)}, step)
 
     def _rewind(self, stage: Stage, done: int) -> None:
-        if self.is_first and self.path.exists():
+        if self.is_first and self.path is not None and self.path.exists():
             lines = self.path.read_text().splitlines()
             kept = [line for line in lines if _is_before(line, stage, done)]
             if kept != lines:
@@ -115,14 +149,12 @@ class Log:
 
         self.writers.append(write)
 
-    def _add_wandb(self, config: Any) -> None:
+    def _add_wandb(self, workdir: Path, project: str, config: dict[str, Any] | None) -> None:
         import wandb
 
         # the same run folder is the same run there, so that a resumed run goes on in it
-        name = hashlib.sha256(str(Path(config.workdir).absolute()).encode()).hexdigest()[:16]
-        run = wandb.init(
-            project=config.logs.wandb, id=name, resume="allow", config=dataclasses.asdict(config), dir=config.workdir
-        )
+        name = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+        run = wandb.init(project=project, id=name, resume="allow", config=config, dir=str(workdir))
         self.closers.append(run.finish)
         self.writers.append(lambda metrics, step: run.log(metrics | {"step": step}))
 

@@ -19,40 +19,40 @@ class Stopped(Exception):  # noqa: N818  it is no error
     """The run was told to stop, and has saved."""
 
 
-def connect(processes: Any) -> None:
+def connect(
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    heartbeat_seconds: int = 60,
+) -> None:
     """Connect this process with the others of the run; before anything else of jax is used.
+
+    Args:
+        coordinator: address HOST:PORT of the first process; "auto" asks the cluster; None: one process.
+        count: number of processes, with an address.
+        index: number of this process from 0, with an address.
+        heartbeat_seconds: silence after which a process counts as lost and the others stop.
 
     Raises:
         ValueError: for addresses and numbers that do not belong together.
     """
-    _initialize(processes)
+    if coordinator is None and (count, index) != (None, None):
+        raise ValueError(
+            "connect: `processes.coordinator` must be given with the number of processes; got None. Give "
+            "--processes.coordinator HOST:PORT, or auto on a cluster."
+        )
+    if coordinator not in (None, "auto") and (count is None or index is None):
+        raise ValueError(
+            "connect: `processes.count` and `processes.index` must be given with a coordinator's address; got "
+            f"{count} and {index}. Give both, or --processes.coordinator auto on a cluster."
+        )
+    if coordinator == "auto":
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+    elif coordinator is not None:
+        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=heartbeat_seconds)
     if jax.process_count() > 1:
         # the first collective sets up the connections, and fails if one process is much later than the others
         multihost_utils.sync_global_devices("connected")
-
-
-def _initialize(processes: Any) -> None:
-    if processes.coordinator is None:
-        if processes.count is not None or processes.index is not None:
-            raise ValueError(
-                "connect: `processes.coordinator` must be given with the number of processes; got None. Give "
-                "--processes.coordinator HOST:PORT, or auto on a cluster."
-            )
-        return
-    if processes.coordinator == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=processes.heartbeat_seconds)
-        return
-    if processes.count is None or processes.index is None:
-        raise ValueError(
-            "connect: `processes.count` and `processes.index` must be given with a coordinator's address; got "
-            f"{processes.count} and {processes.index}. Give both, or --processes.coordinator auto on a cluster."
-        )
-    jax.distributed.initialize(
-        processes.coordinator,
-        processes.count,
-        processes.index,
-        heartbeat_timeout_seconds=processes.heartbeat_seconds,
-    )
 
 
 def is_first() -> bool:
@@ -69,9 +69,9 @@ def gather(array: np.ndarray) -> np.ndarray:
     return np.stack([np.frombuffer(part.tobytes(), array.dtype).reshape(array.shape) for part in np.asarray(parts)])
 
 
-def to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """A global array as numpy, on every process."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
@@ -80,11 +80,14 @@ class StopRequest:
     """Whether the run has been told to stop: by SIGTERM or Ctrl-C on one process; by SIGTERM on any of several.
 
     A second Ctrl-C stops at once, without a checkpoint.
+
+    Args:
+        listens: whether one process takes over these signals; otherwise they do what they do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, listens: bool = True) -> None:
         self.received, self.step = False, 0
-        if jax.process_count() == 1:  # several have a handler of jax's coordination service
+        if listens and jax.process_count() == 1:  # several have a handler of jax's coordination service
             signal.signal(signal.SIGTERM, self._receive)
             signal.signal(signal.SIGINT, self._receive)
 

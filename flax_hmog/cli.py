@@ -1,0 +1,252 @@
+"""The command `hmog`: train a model, report on it, predict with it, export it, and say what a run holds."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# XLA's CPU factorisations share OpenBLAS with scipy, whose threads fight those of XLA; read when scipy is imported
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np
+from rich.console import Console
+
+from flax_hmog.data.files import read_file
+from flax_hmog.inference.posterior import infer
+from flax_hmog.model.optional import require
+from flax_hmog.recipe.config import Experiment
+from flax_hmog.recipe.plan import print_plan
+from flax_hmog.recipe.presets import PRESETS
+from flax_hmog.recipe.report import report_run
+from flax_hmog.recipe.saved import restore_run, run_config, saved_stages
+from flax_hmog.recipe.train import run
+from flax_hmog.training import export, write_program
+from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first
+from flax_hmog.training.restoring import Restored
+
+HELP = """\
+Cluster rows of numbers by a hierarchical mixture of Gaussians: factors explain the data linearly, and the factors come
+from a mixture. Every row gets the probability of every cluster, and a density.
+
+  hmog train digits                                   a first run, on scikit-learn's digits (a minute)
+  hmog report runs/digits                             its scores and figures: runs/digits/report.html
+  hmog train file --data.path rows.csv --model.lat-dim 10 --model.n-components 20 --workdir runs/mine
+  hmog predict runs/mine new.csv --out clusters.csv   the cluster of every new row
+  hmog export runs/mine program                       one program from raw rows to clusters, for serving with jax alone
+  hmog describe runs/mine                             what the folder holds
+
+Rows are .npy, .npz, .csv, .parquet or .h5ad files. A run that was interrupted goes on by the same command.
+"""
+TRAIN = f"""\
+Train: {", ".join(PRESETS)}, each followed by its options (`hmog train file --help` lists all of them).
+
+  digits     scikit-learn's handwritten digits, five seeds
+  synthetic  rows drawn from a known model
+  file       your own rows: --data.path FILE
+
+The run goes to --workdir; what is there already is resumed. Exit status 75: told to stop, and has saved.
+"""
+BLOCK_ROWS = 1024  # that a prediction reads at once
+PREDICTED = ("row", "cluster", "probability", "log_density")
+
+
+def main(
+    arguments: list[str] | None = None, experiments: Mapping[str, Experiment] = PRESETS, prog: str = "hmog train"
+) -> int:
+    """The command line.
+
+    Args:
+        arguments: those after the command; None takes those of the process.
+        experiments: what can be trained, by name.
+        prog: the command that trains, for its help.
+
+    Returns:
+        The exit status: 0; 1 for what cannot be done, with one line that says why; 75 for a run that was told to stop
+        and has saved. Arguments that cannot be read end the process with 2.
+    """
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in experiments:
+            return train(experiments[arguments[1]], arguments[2:], f"{prog} {arguments[1]}")
+        options = _parser().parse_args(arguments)
+        options.command(options)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def train(default: Experiment, arguments: list[str], prog: str) -> int:
+    """Train as the options say.
+
+    Args:
+        default: the experiment, which options change.
+        arguments: the options.
+        prog: the command, for its help.
+
+    Returns:
+        The exit status: 0, or 75 for a run that was told to stop and has saved.
+
+    Raises:
+        ValueError: for a run that cannot be, or has failed.
+        ImportError: without the extra `train`.
+    """
+    console = Console()
+    config = require("tyro", prog, "train").cli(Experiment, default=default, prog=prog, args=arguments)
+    try:
+        connect(**dataclasses.asdict(config.processes))
+        if config.dry_run:
+            print_plan(config, console)
+            return 0
+        run(config, console, StopRequest())
+    except Stopped:
+        console.print(f"stopped and saved in {config.workdir}; the same command goes on from there")
+        return STOPPED
+    if is_first():
+        console.print(f"done; scores and figures: hmog report {config.workdir}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    style: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser("hmog", description=HELP, **style)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Any, description: str, *, of_a_run: bool = True) -> argparse.ArgumentParser:
+        summary = description.partition("\n")[0]
+        added = commands.add_parser(name, help=summary, description=description, **style)
+        added.set_defaults(command=command)
+        if of_a_run:
+            added.add_argument("run", type=Path, help="folder of the run, as --workdir of hmog train")
+        return added
+
+    add("train", None, TRAIN, of_a_run=False).add_argument("name", choices=list(PRESETS), help="what to train on")
+    _add_import(add("report", _report, "Scores, figures and a page, report.html, from the checkpoints of a run."))
+    predict = add("predict", _predict, "The cluster of every row of a file, one line per row under a header.")
+    predict.add_argument("rows", type=Path, help=".npy, .npz, .csv, .parquet or .h5ad, raw as in training")
+    predict.add_argument("--out", type=Path, help="file of comma-separated values; without it, the terminal")
+    predict.add_argument("--probabilities", action="store_true", help="also the probability of each cluster")
+    predict.add_argument("--labels", help="column of the file that is no input and is left out")
+    predict.add_argument("--layer", help="of an .h5ad, instead of X")
+    predict.add_argument("--obsm", help="of an .h5ad, instead of X")
+    _add_choice(predict)
+    exported = add("export", _export, "One program from raw rows to clusters, for any batch size (docs/training.md).")
+    exported.add_argument("out", type=Path, help="file of the program")
+    _add_choice(exported)
+    add("describe", _describe, "Data, model and scores of every stage that a run has saved.")
+    return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, help="which seed; without it, the first")
+    parser.add_argument("--stage", help="em, differentiable, differentiable-2, ...; without it, the last")
+    _add_import(parser)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-import",
+        action="store_true",
+        help="import the encoder that the run names, if it is not of flax_hmog; this runs its code",
+    )
+
+
+def _restored(options: argparse.Namespace) -> Restored:
+    return restore_run(options.run, seed=options.seed, stage=options.stage, allow_import=options.allow_import)
+
+
+def _report(options: argparse.Namespace) -> None:
+    report_run(options.run, allow_import=options.allow_import)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    model = _restored(options)
+    if not options.rows.is_file():
+        raise ValueError(f"predict: `rows` must be a file; got {options.rows}, which is not there. Check the path.")
+    rows = read_file(options.rows, options.labels, layer=options.layer, obsm=options.obsm).rows
+    lines = predictions(model, rows, each=options.probabilities)
+    if options.out is None:
+        csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+        return
+    try:
+        with options.out.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+    except OSError as error:
+        raise ValueError(
+            f"predict: `--out` must be a file that can be written to; got {error}. Choose another."
+        ) from None
+    print(f"{rows.shape[0]} rows: {options.out}")
+
+
+def predictions(model: Restored, rows: Any, *, each: bool = False) -> Iterator[list[Any]]:
+    """The header and then a line for each row: its number from 0, cluster, probability and log-density in nats.
+
+    Where components are merged to clusters, the most probable component is there too.
+
+    Args:
+        model: of `restore`.
+        rows: raw rows (N, D), an array or a CSR matrix.
+        each: also the probability of every cluster, in columns "p0" and so on.
+    """
+    natural, is_merged = model.head.apply(model.variables, method="natural"), model.clusters is not None
+    for start in range(0, rows.shape[0], BLOCK_ROWS):
+        block = rows[start : start + BLOCK_ROWS]
+        components = infer(natural, model.features(block.toarray() if hasattr(block, "toarray") else np.asarray(block)))
+        output = model.merged(components)
+        probabilities = np.exp(np.asarray(output.log_responsibilities))
+        found = [np.argmax(probabilities, axis=1), probabilities.max(axis=1), np.asarray(output.log_density)]
+        if start == 0:
+            columns = [f"p{k}" for k in range(probabilities.shape[1])] if each else []
+            yield [*PREDICTED, *(["component"] if is_merged else []), *columns]
+        found += [np.argmax(np.asarray(components.log_responsibilities), axis=1)] if is_merged else []
+        found += list(probabilities.T) if each else []
+        for number, values in enumerate(zip(*found, strict=True)):
+            yield [start + number, *(int(v) if v.dtype.kind == "i" else f"{v:.7g}" for v in values)]
+
+
+def _export(options: argparse.Namespace) -> None:
+    require("flatbuffers", "export", "export")
+    write_program(export(_restored(options)), options.out)
+    print(f"program: {options.out}")
+
+
+def _describe(options: argparse.Namespace) -> None:
+    print(f"data {run_config(options.run)['data']}")
+    for stage, about in saved_stages(options.run):
+        print(f"seed {stage.seed}, {stage.name}: " + ("no checkpoint yet" if about is None else _described(about)))
+
+
+def _called(value: Any) -> str:
+    """A module or argument as a checkpoint describes it, in one line."""
+    if isinstance(value, dict) and "class" in value:
+        given = {key: entry for key, entry in value["arguments"].items() if entry is not None}
+        return f"{value['class']}({', '.join(f'{key}={_called(entry)}' for key, entry in given.items())})"
+    return str(next(iter(value.values()))) if isinstance(value, dict) and len(value) == 1 else str(value)
+
+
+def _described(about: dict[str, Any]) -> str:
+    state = "finished" if about["progress"].get("done") else "not finished"
+    lines = [f"{state}, {about['step']} steps"]
+    parts = ("module",) if "module" in about else ("encoder", "head")  # as formats before 6 have them
+    lines += [f"{name} {_called(about[name])}" for name in parts if about[name] is not None]
+    if about["clusters"] is not None:
+        lines.append(f"{len(about['clusters'])} components, merged to {max(about['clusters']) + 1} clusters")
+    if about["preprocessing"] is not None:
+        lines.append(f"preprocessing {about['preprocessing']}")
+    if about["history"]:
+        scores = {key: value for key, value in about["history"][-1].items() if isinstance(value, float)}
+        lines.append(", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
+    lines.append(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
+    return "\n    ".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

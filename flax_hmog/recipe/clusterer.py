@@ -1,0 +1,168 @@
+"""Clusters of data in memory in one call: EM, and with an encoder the rounds of training that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+from rich.console import Console
+
+from flax_hmog.data.files import File
+from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, SymmetricHMoG
+from flax_hmog.networks.augment import Augmentation
+from flax_hmog.recipe.config import EM, Checkpoints, Data, Encoder, Experiment, Gradient, HeadName, Model, Rounds
+from flax_hmog.recipe.encoders import features_shape
+from flax_hmog.recipe.train import run
+from flax_hmog.training.logs import OnEpoch, OnStep, Stage
+from flax_hmog.training.processes import StopRequest
+from flax_hmog.training.restoring import Restored
+
+PER_CLUSTER = 4  # components of EM for each cluster, where nothing else is said
+NEVER = 2**31  # steps between checkpoints that stay in memory
+
+
+def fit_clusterer(
+    encoder: nn.Module | None,
+    x: Any,
+    n_clusters: int,
+    key: jax.Array,
+    *,
+    head: HMoGHead | None = None,
+    model: Model | None = None,
+    em: EM | None = None,
+    rounds: Rounds | None = None,
+    gradient: Gradient | None = None,
+    augmentation: Augmentation | None = None,
+    scale: Literal["none", "range", "standard"] = "none",
+    test_share: float = 0.0,
+    workdir: str | Path | None = None,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
+    progress: bool = False,
+) -> Restored:
+    """Clusters of x, without labels: the recipe of docs/encoders.md, as `hmog train` runs it.
+
+    EM fits a mixture of many components to x, which are merged to clusters. An encoder with a head on it learns these
+    under augmentation, then improves on them; with more rounds EM is repeated on the learnt features.
+
+    >>> import jax
+    >>> from sklearn.datasets import load_digits
+    >>> from flax_hmog.networks import MLP
+    >>> from flax_hmog.recipe import EM, Gradient, fit_clusterer
+    >>> x = load_digits().data / 16
+    >>> few = {"em": EM(max_steps=9), "gradient": Gradient(epochs=4)}  # to be quick
+    >>> found = fit_clusterer(MLP(16, (64,)), x, 10, jax.random.key(0), **few)
+    >>> output = found(x)  # of any rows like these
+    >>> output.log_responsibilities.shape, output.log_density.shape
+    ((1797, 10), (1797,))
+
+    Args:
+        encoder: any linen module from rows (B, D) to features (B, F); None clusters x itself.
+        x: rows (N, D), or images (N, H, W) or (N, H, W, C), which become rows; an array, also one that is
+            memory-mapped, or a scipy sparse matrix.
+        n_clusters: number of clusters.
+        key: PRNG key; `jax.random.key(s)` gives what `hmog train --first-seed s` does.
+        head: trained on the features, or by itself on x after EM, which is of its kinds then; None takes a
+            `DifferentiableHMoG` with an encoder, and without one EM is all.
+        model: latent dimension, number of components and kinds of the mixture that EM fits to x; None takes 10
+            dimensions and four components for each cluster.
+        em: options of EM on x.
+        rounds: options of the rounds with an encoder.
+        gradient: options of training by gradients.
+        augmentation: random distortions of images; None for none.
+        scale: of x: all entries to [0, 1], or every column to mean 0 and standard deviation 1. What is returned takes
+            rows as they are here.
+        test_share: share of the rows that is held out; `history` then has their log-density.
+        workdir: folder for config.json, metrics.jsonl and checkpoints as `hmog train` writes them; a run that is there
+            is resumed. None keeps all in memory.
+        on_step: called after every step with the name of the stage, its steps so far and how many there are.
+        on_epoch: called at the end of EM and of every epoch with the name of the stage and its metrics.
+        progress: show a progress bar.
+
+    Returns:
+        `Restored`: called with rows it gives `HMoGOutput` of the clusters; `head`, `encoder`, their variables,
+        `clusters` (of each component, where they are merged) and `history`. `flax_hmog.training.export` takes it.
+
+    Raises:
+        ValueError: for data, options or an encoder that do not fit each other, or training that has failed.
+        ImportError: without the packages of the extra `train`.
+    """
+    seed = int(np.bitwise_xor.reduce(np.asarray(jax.random.key_data(key)).ravel()))
+    file = _as_file(x, encoder, None if test_share else 1)
+    model = model or Model(n_components=min(PER_CLUSTER * n_clusters, file.rows.shape[0]))
+    config = Experiment(
+        workdir="" if workdir is None else str(workdir),
+        data=Data("memory", scale=scale, test_share=test_share or 0.5),
+        model=_model_of(model, head, n_clusters, has_encoder=encoder is not None),
+        encoder=_encoder_options(encoder, head, file.rows.shape[1]),
+        rounds=rounds or Rounds(),
+        em=em or EM(),
+        gradient=gradient or Gradient(),
+        augmentation=augmentation or Augmentation(),
+        heads=() if encoder is None and head is None else (_head_name(head),),
+        first_seed=seed,
+        checkpoints=Checkpoints(NEVER, NEVER) if workdir is None else Checkpoints(),
+    )
+    stages = run(
+        config,
+        Console(quiet=not progress),
+        StopRequest(listens=False),
+        file=file,
+        encoder=_hashable(encoder),
+        head=head,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    number = config.rounds.count if config.has_encoder else 0
+    if not config.heads:
+        return stages.kept(Stage(seed, "em"))
+    last, name = stages.model(config.heads[0], number), config.heads[0]
+    return dataclasses.replace(stages.kept(Stage.of_round(seed, name, number)), module=last.module, head=last.head)
+
+
+def _hashable(value: Any) -> Any:
+    """A module with tuples in place of lists, as `nn.Sequential([...])` has one."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    if not isinstance(value, nn.Module):
+        return value
+    names = [field.name for field in dataclasses.fields(value) if field.init and field.name not in ("parent", "name")]
+    return value.clone(**{name: _hashable(getattr(value, name)) for name in names})
+
+
+def _as_file(x: Any, encoder: Any, whole: int | None) -> File:
+    """Rows (N, D) with what is known of them; all are for training if `whole`."""
+    rows = x.tocsr() if hasattr(x, "tocsr") else np.asarray(x)
+    image_shape = rows.shape[1:] if rows.ndim > 2 else getattr(encoder, "image_shape", None)
+    if rows.ndim > 2:
+        rows = rows.reshape(rows.shape[0], -1)
+    if rows.ndim != 2 or not rows.shape[0]:
+        raise ValueError(f"fit_clusterer: `x` must have shape (N, D) or (N, H, W); got {rows.shape}. Reshape it.")
+    if rows.dtype.kind not in "biuf":
+        raise ValueError(f"fit_clusterer: `x` must hold real numbers; got dtype {rows.dtype}. Convert it first.")
+    return File(rows, n_train=whole and rows.shape[0], image_shape=image_shape)
+
+
+def _model_of(model: Model, head: HMoGHead | None, n_clusters: int, *, has_encoder: bool) -> Model:
+    """The mixture on x: of a head's kinds, and where it is by itself of its size."""
+    names = ("obs_rep", "pst_rep", "lat_rep", *(() if has_encoder else ("lat_dim", "n_components")))
+    of_head = {name: getattr(head, name) for name in names if hasattr(head, name)}
+    return dataclasses.replace(model, n_clusters=n_clusters, **of_head)
+
+
+def _encoder_options(encoder: Any, head: HMoGHead | None, obs_dim: int) -> Encoder:
+    if encoder is None:
+        return Encoder()
+    features = features_shape(encoder, obs_dim)[-1]
+    lat_dim = min(Encoder().lat_dim, features) if head is None else head.lat_dim
+    return Encoder(f"{type(encoder).__module__}:{type(encoder).__qualname__}", features, lat_dim=lat_dim)
+
+
+def _head_name(head: HMoGHead | None) -> HeadName:
+    if isinstance(head, AnalyticHMoG):
+        return "analytic"
+    return "symmetric" if isinstance(head, SymmetricHMoG) else "differentiable"

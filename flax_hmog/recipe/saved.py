@@ -1,0 +1,97 @@
+"""The models in the folder of a run: which stages it has, and the one that speaks for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flax_hmog.training.describe import CheckpointError
+from flax_hmog.training.files import read_description, saved_steps
+from flax_hmog.training.logs import Stage
+from flax_hmog.training.restoring import Restored, restore
+
+
+def saved_stages(folder: Path) -> Iterator[tuple[Stage, dict[str, Any] | None]]:
+    """Every stage of a run with the description of its last checkpoint, or None where it has none yet.
+
+    Seeds in their order; in a seed EM on the inputs first, and in a round EM before training.
+    """
+    seeds = sorted(int(path.name.removeprefix("seed")) for path in folder.glob("checkpoints/seed*"))
+    for seed in seeds:
+        names = (path.name for path in (folder / "checkpoints" / f"seed{seed}").iterdir() if path.is_dir())
+        for name in sorted(names, key=lambda name: (name != "em", Stage(seed, name).parts)):
+            path = folder / Stage(seed, name).folder
+            steps = saved_steps(path)
+            yield Stage(seed, name), last_description(path) if steps else None
+
+
+def last_description(folder: Path) -> dict[str, Any]:
+    """What the last checkpoint in a folder says of itself.
+
+    Raises:
+        CheckpointError: naming the checkpoint, if it is damaged.
+    """
+    path = folder / str(saved_steps(folder)[-1])
+    try:
+        return read_description(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"restore_run: checkpoint {path} must be readable, and as it was saved; got {error}. Delete it to go on "
+            "from the step before it."
+        ) from None
+
+
+def reported_stage(stages: list[Stage], head: str = "em") -> Stage:
+    """The stage that speaks for a run: of the first seed the last round of the head, or EM."""
+    seed = min(stage.seed for stage in stages)
+    trained = [stage for stage in stages if stage.seed == seed and stage.parts[0] == head and stage.parts[2]]
+    return max(trained, key=lambda stage: stage.parts, default=Stage(seed, "em"))
+
+
+def restore_run(
+    folder: str | Path, *, seed: int | None = None, stage: str | None = None, allow_import: bool | str = False
+) -> Restored:
+    """The model of a finished run: that of its first head after its last round, or of the stage that is asked for.
+
+    Args:
+        folder: that of the run (train's --workdir), or of the checkpoints of one stage.
+        seed: which seed; None takes the first.
+        stage: as its folder is called: "em", "differentiable", "differentiable-2"; None takes the last.
+        allow_import: of `restore`.
+
+    Raises:
+        CheckpointError: for a folder without such a model, or a damaged one.
+    """
+    folder = Path(folder)
+    if saved_steps(folder):
+        return restore(folder, allow_import=allow_import)
+    config = run_config(folder)
+    done = [s for s, about in saved_stages(folder) if about is not None and about["progress"].get("done")]
+    found = [s for s in done if seed in (None, s.seed) and stage in (None, s.name)]
+    if not found:
+        names = ", ".join(f"seed {s.seed} {s.name}" for s in done) or "none"
+        raise CheckpointError(
+            f"restore_run: `folder` must hold a finished stage as asked for; got {folder} with {names}. "
+            "Choose one of them, or train to the end."
+        )
+    chosen = found[0] if stage is not None else reported_stage(found, *config["heads"][:1])
+    return restore(
+        folder / chosen.folder, allow_import=config["encoder"]["name"] if allow_import is True else allow_import
+    )
+
+
+def run_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a run.
+
+    Raises:
+        CheckpointError: for a folder that holds none.
+    """
+    try:
+        return dict(json.loads((folder / "config.json").read_text())["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "restore_run: `folder` must hold checkpoints of a run, and its config.json; got "
+            f"{type(error).__name__}: {error}. Check the path, or train first."
+        ) from None
