@@ -371,6 +371,7 @@ def _check_moments(moments: Moments) -> Moments:
     check_shape(caller, "covariances", moments.covariances.entries, (n_components, lat_dim, lat_dim))
     as_rep(moments.noise, caller=caller, argument="noise")
     check_shape(caller, "noise", moments.noise.entries, moments.noise.shape(obs_dim))
+    check_shape(caller, "noise", jax.eval_shape(lambda noise: noise.diagonal(), moments.noise), (obs_dim,))
     remedy = "Regularise it, for example by fit_em's `regularizer`."
     moments.noise.check(caller, "noise", remedy)
     check_positive_definite(caller, "covariances", moments.covariances.entries, remedy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar, dataclass_transform
@@ -23,7 +24,11 @@ _TOLD: list[Callable[[type], None]] = []
 
 @dataclass_transform(frozen_default=True)
 def pytree(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass whose fields are the children of a JAX pytree, but for those marked static."""
+    """Make `cls` a frozen dataclass whose fields are the children of a JAX pytree, but for those marked static.
+
+    JAX takes the structures of two classes with the same fields for equal, and `jit` may then run what it compiled for
+    the other one. Classes of which a function is given either need a static field that differs, as kinds have `name`.
+    """
     made = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
     _PYTREES.append(made)
     for function in _TOLD:
@@ -52,7 +57,7 @@ class Kind(abc.ABC):
     Attributes:
         entries: what an instance holds, shape (..., *shape(n)). Without it the instance only names the kind, as in
             `obs_rep=Diagonal()`. Other fields are static.
-        name: what `obs_rep` and its like call the kind.
+        name: what `obs_rep` and its like call the kind; `register_kind` sets it.
         is_diagonal: all matrices of the kind are diagonal.
         is_isotropic: all are multiples of the identity.
     """
@@ -257,7 +262,9 @@ def register_kind(name: str) -> Callable[[K], K]:
             raise ValueError(
                 f"register_kind: `name` must be new; got {name!r}, which is {taken.__qualname__}. Choose another one."
             )
-        cls.name = name
+        # a field, as structures of pytrees tell classes apart by their static fields
+        cls.__annotations__ = inspect.get_annotations(cls) | {"name": str}
+        cls.name = dataclasses.field(default=name, kw_only=True, repr=False, metadata={"static": True})
         REPS[name] = pytree(cls)
         return cls
 
