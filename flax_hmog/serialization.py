@@ -66,7 +66,7 @@ def _empty(cls: type, name: str) -> Any:
         )
     blank: Any = object.__new__(kinds[0])
     for field in dataclasses.fields(kinds[0]):  # type: ignore[arg-type]
-        object.__setattr__(blank, field.name, None)
+        object.__setattr__(blank, field.name, field.default if field.metadata.get("static") else None)
     return blank
 
 

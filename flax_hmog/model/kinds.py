@@ -258,7 +258,6 @@ class PositiveDefinite(Kind):
     """Full symmetric positive definite matrices, held plainly (..., n, n)."""
 
     entries: Any = None
-
     is_diagonal = False
 
     @staticmethod
