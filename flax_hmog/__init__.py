@@ -41,12 +41,13 @@ from flax_hmog.model.conversions import (
     natural_to_mean,
     natural_to_moments,
 )
-from flax_hmog.model.coordinates import Mean, Moments, Natural, ResidualMoments, SharedBase
+from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, ResidualMoments, SharedBase
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.goal import ravel_mean, ravel_natural, unravel_mean, unravel_natural
 from flax_hmog.model.head import Head
 from flax_hmog.model.information import kl_divergence, log_partition, negative_entropy
 from flax_hmog.model.kinds import Diagonal, Kind, PositiveDefinite, Scale, register_kind
+from flax_hmog.model.prepared import prepare
 
 __version__ = _version("flax-hmog")
 
@@ -70,6 +71,7 @@ __all__ = [
     "Natural",
     "PositiveDefinite",
     "Posterior",
+    "Prepared",
     "PseudoCounts",
     "Regularizer",
     "ResidualMoments",
@@ -107,6 +109,7 @@ __all__ = [
     "posterior_categorical",
     "posterior_hard_assignment",
     "posterior_soft_assignments",
+    "prepare",
     "ravel_mean",
     "ravel_natural",
     "register_kind",

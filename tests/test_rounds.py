@@ -14,7 +14,7 @@ from small_runs import SMALL, read_metrics, run, without_times
 
 from experiments.configs import EXPERIMENTS
 from flax_hmog import AnalyticHMoG, fit_em
-from flax_hmog.em.step import compute_factors
+from flax_hmog.model.prepared import prepare
 from flax_hmog.networks.encoders import ConvNet
 from flax_hmog.recipe import report as analyze
 from flax_hmog.recipe.config import EM, Augmentation, Encoder, Gradient, Model, Rounds
@@ -122,7 +122,7 @@ STEP = 5  # some step of training
 def loss_at():
     """Loss of an encoder with a head, and its gradient, after `passed` of the two phases; of a config with changes."""
     x = load(WITH_ENCODER.data, 0).train.read(slice(0, 64)) / np.float32(16)
-    factors = compute_factors(fit_em(AnalyticHMoG(3, 8), x, jax.random.key(0), max_steps=2).natural)
+    factors = prepare(fit_em(AnalyticHMoG(3, 8), x, jax.random.key(0), max_steps=2).natural)
 
     @functools.cache
     def of_config(**weights):

@@ -14,7 +14,7 @@ import json, re, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec
 from flax_hmog import *
 from flax_hmog import rows, statistics
-from flax_hmog.em.step import compute_factors
+from flax_hmog.model.prepared import prepare
 from flax_hmog.training import create_state, make_mesh, make_train_step
 
 rows.MIN_ROWS = rows.MAX_ROWS = 32
@@ -57,7 +57,7 @@ for model in (1, 2):
     gap = {
         name: max(float(np.max(np.abs(a - b) / (1 + np.abs(b)))) for a, b in zip(got[name], want[name])) for name in want
     }
-    factors = compute_factors(natural)
+    factors = prepare(natural)
     passes = {}
     for count in (2048, 8192):
         x = jax.device_put(np.resize(draws, (count, D)), over_data)

@@ -60,7 +60,7 @@ def geometry(caller: str, natural: Any) -> Geometry:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
     """
-    check_natural(caller, natural)
+    natural = check_natural(caller, natural)
     frame = natural.frame
     natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(natural, caller))
     theta, precision = natural.interaction, natural.observable_precision

@@ -15,7 +15,7 @@ from flax_hmog.data.containers import in_memory
 from flax_hmog.data.rows import Shards, row_shards
 from flax_hmog.model.checks import check_finite, check_shape, is_concrete
 from flax_hmog.model.conversions import with_prior
-from flax_hmog.model.coordinates import Natural, check_natural
+from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.frames import has_more_digits
 from flax_hmog.model.kinds import (
     Array,
@@ -24,7 +24,7 @@ from flax_hmog.model.kinds import (
 MOST_REPEATS, WHOLE = 1000, 1e-3  # of weights that are counts: the largest, and how far from a whole number
 
 
-def check_samples(caller: str, natural: Any, x: Any, weights: Any) -> tuple[Natural, Array, Array]:
+def check_samples(caller: str, natural: Any, x: Any, weights: Any) -> tuple[Natural | Prepared, Array, Array]:
     """The model with its prior, samples as rows (N, D) and their weights (N,)."""
     natural, x, _ = enter(caller, natural, x)
     if x.size == 0:
@@ -80,20 +80,22 @@ def _effective_weights(weights: Array) -> Array:
     return weights * (count / total)
 
 
-def enter(caller: str, natural: Any, x: Any) -> tuple[Natural, Array, Shards]:
+def enter(caller: str, natural: Any, x: Any) -> tuple[Natural | Prepared, Array, Shards]:
     """What every function of (natural, x) checks: the model with its prior, observations (..., D) in its dtype, where
     they lie.
 
     Rows on the host with more digits than the dtype has are moved to the model's frame before any is lost.
     """
-    check_natural(caller, natural)
-    interaction, frame = natural.interaction, natural.frame
+    model: Any = natural if isinstance(natural, Prepared) else with_prior(check_natural(caller, natural), caller)
+    parameters = check_natural(caller, model)
+    interaction, frame = parameters.interaction, parameters.frame
     given = check_given(caller, x, interaction.shape[0])
     rows = as_rows(caller, given, interaction.dtype)
     if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
         rows = jnp.asarray(frame.inward_on_host(given), interaction.dtype)
-        natural = dataclasses.replace(natural, frame=frame.applied())
-    return with_prior(natural, caller), rows, row_shards(rows)
+        applied = dataclasses.replace(parameters, frame=frame.applied())
+        model = dataclasses.replace(model, natural=applied) if isinstance(model, Prepared) else applied
+    return model, rows, row_shards(rows)
 
 
 def check_observations(

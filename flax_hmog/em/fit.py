@@ -20,14 +20,14 @@ from flax_hmog.data.sources import Block, Stream, as_source
 from flax_hmog.em.initialize import check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
 from flax_hmog.em.statistics import Statistics, accumulate
-from flax_hmog.em.step import EMInfo, compute_factors, em_info, next_natural, whiten_moments, whiten_regularizer
+from flax_hmog.em.step import EMInfo, em_info, next_natural, whiten_moments, whiten_regularizer
 from flax_hmog.model.checks import check_outside_transformations
 from flax_hmog.model.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
 from flax_hmog.model.coordinates import Moments, Natural, check_full
 from flax_hmog.model.frames import Frame, has_more_digits
 from flax_hmog.model.head import check_head_and_key
 from flax_hmog.model.kinds import Array, as_rep
-from flax_hmog.model.prepared import Factors
+from flax_hmog.model.prepared import Prepared, prepare
 
 FOLLOWED_STEPS = 2  # of EM, after which starts are compared
 ROUNDING = 100  # units in the last place of objective and dimension that objectives of one model may differ by
@@ -170,7 +170,7 @@ class Evaluation:
         objective: penalised log-likelihood per sample of x, in nats.
     """
 
-    factors: Factors
+    factors: Prepared
     statistics: Statistics
     info: EMInfo
     objective: float
@@ -263,7 +263,7 @@ class Fit:
         frame: Any = natural.frame
         # the log-volume is added in float64 at the end: gains do not hang on the units of x
         inner = dataclasses.replace(self.source.framing.frame, log_volume=jnp.zeros_like(frame.log_volume))
-        factors = compute_factors(dataclasses.replace(natural, frame=inner, projection_dtype=self.dtype))
+        factors = prepare(dataclasses.replace(natural, frame=inner, projection_dtype=self.dtype))
         statistics: Any = None
         for x, weights, labels in self.source.blocks() if blocks is None else blocks:
             part = accumulate(factors, x, weights, labels, shards=row_shards(x))

@@ -24,12 +24,12 @@ from flax_hmog.em.fit import EMResult, Fit, progress_bar
 from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.options import EMOptions, Regularizer, chosen_options
 from flax_hmog.em.statistics import accumulate, log_likelihood, residual_mean
-from flax_hmog.em.step import compute_factors, maximize, penalty
+from flax_hmog.em.step import maximize, penalty
 from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Moments, ResidualMoments, prior_moments, within_covariance
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import Array, Rep, matmul, pytree
-from flax_hmog.model.prepared import factorise
+from flax_hmog.model.prepared import factorise, prepare
 
 NOISE_SHARE = 0.1  # of the mean variance of x, which a pseudo-sample of the noise has inside a network
 JUMP = 1e3  # standard deviations of the model that a batch lies away or is wider by, or narrower
@@ -259,7 +259,7 @@ def stepwise_update(
         The new model and its running statistics.
     """
     natural, x, weights = check_samples("stepwise_update", moments_to_natural(moments), jax.lax.stop_gradient(x), None)
-    factors = compute_factors(natural)
+    factors = prepare(natural)
     statistics = accumulate(factors, x, weights, shards=row_shards(x))
     if axis_name is not None:
         statistics = jax.lax.psum(statistics, axis_name)

@@ -26,7 +26,7 @@ from flax_hmog.model.kinds import (
     transpose,
 )
 from flax_hmog.model.prepared import (
-    Factors,
+    Prepared,
     center_rows,
     component_logits,
     component_product,
@@ -45,7 +45,7 @@ class Statistics:
     """Weighted sums over samples, about the model whose expectations they are: the E-step as it adds up.
 
     They add over blocks, streams and devices. With v the sample weights, r the responsibilities times v, u = T y the
-    latent coordinates of `Factors`, t = U'F'(x - b), w = E[u | x], g = w - t and e = x - b - W E[y | x]. Taken about
+    latent coordinates of `Prepared`, t = U'F'(x - b), w = E[u | x], g = w - t and e = x - b - W E[y | x]. Taken about
     the model, nothing large cancels where the noise is small beside the signal.
 
     Attributes:
@@ -77,7 +77,7 @@ class Statistics:
         return square[:lat_dim, :lat_dim], square[:lat_dim, lat_dim:], square[lat_dim:, lat_dim:]
 
 
-def expected_statistics(natural: Natural, x: Any, weights: Any = None) -> Mean:
+def expected_statistics(natural: Natural | Prepared, x: Any, weights: Any = None) -> Mean:
     """E-step: average of E[s(x, y, z) | x] over observations.
 
     Args:
@@ -92,15 +92,15 @@ def expected_statistics(natural: Natural, x: Any, weights: Any = None) -> Mean:
         TypeError: if `natural` is of another coordinate type.
         ValueError: for wrong shapes, entries that are not finite, negative weights or a weight sum of 0.
     """
-    check_natural("expected_statistics", natural)
-    natural, x, weights = check_samples("expected_statistics", in_units_of_x(natural), x, weights)
-    factors = factorise(natural)
-    return _statistics_to_mean(natural, factors, accumulate(factors, x, weights, shards=row_shards(x)))
+    plain = in_units_of_x(check_natural("expected_statistics", natural))
+    entered, x, weights = check_samples("expected_statistics", plain, x, weights)
+    factors = factorise(entered)
+    return _statistics_to_mean(factors.natural, factors, accumulate(factors, x, weights, shards=row_shards(x)))
 
 
 @partial(jax.jit, static_argnames="shards")
 def accumulate(
-    factors: Factors, x: Array, weights: Array, labels: Array | None = None, *, shards: Shards = None
+    factors: Prepared, x: Array, weights: Array, labels: Array | None = None, *, shards: Shards = None
 ) -> Statistics:
     """The E-step: one pass over the rows.
 
@@ -119,7 +119,7 @@ def accumulate(
     return sum_rows(_block_sums, (factors, basis_loadings(factors)), (x, weights, labels), limit, shards)
 
 
-def basis_loadings(factors: Factors) -> Array:
+def basis_loadings(factors: Prepared) -> Array:
     """W T^-1 = F'^-1 U (D, L): the loadings of u."""
     return factors.root.upper_solve(factors.projection)
 
@@ -159,7 +159,7 @@ def _block_sums(operands: Any, block: Any, is_new: Array) -> Statistics:
     )
 
 
-def log_likelihood(factors: Factors, statistics: Statistics) -> Array:
+def log_likelihood(factors: Prepared, statistics: Statistics) -> Array:
     """sum_i v_i log p(x_i) () from the sums of a pass with the same model.
 
     With t = U'r, w = t + g and V'V = I - U'U:  |r - U t|^2 + |V t|^2 = |r - U w|^2 + |V w|^2 - |g|^2.
@@ -171,7 +171,7 @@ def log_likelihood(factors: Factors, statistics: Statistics) -> Array:
     return statistics.count * factors.offset + statistics.evidence - square / 2
 
 
-def component_sums(factors: Factors, statistics: Statistics) -> tuple[Array, Array, Array]:
+def component_sums(factors: Prepared, statistics: Statistics) -> tuple[Array, Array, Array]:
     """Sums over samples of r E[u | k, x], r (Cov[u | k, x] + d d') and r E[u u' | k, x], where E[u | k, x] = t + d.
 
     With d = linear_k - curvature_k t and Cov[u | k, x] = C_k. The second is the part of the third that stays small
@@ -195,7 +195,7 @@ def component_sums(factors: Factors, statistics: Statistics) -> tuple[Array, Arr
     return total + n[:, None] * linear - pull, spread, spread + mixed + square
 
 
-def residual_mean(factors: Factors, statistics: Statistics) -> ResidualMoments:
+def residual_mean(factors: Prepared, statistics: Statistics) -> ResidualMoments:
     """Average statistics of (q, y, z) with q = x - b - W y: what the M-step regresses. Full component matrices only."""
     count, t_inverse = statistics.count, factors.inverse_basis
     loadings = basis_loadings(factors)
@@ -219,7 +219,7 @@ def residual_mean(factors: Factors, statistics: Statistics) -> ResidualMoments:
 
 
 @jax.jit
-def _statistics_to_mean(natural: Natural, factors: Factors, statistics: Statistics) -> Mean:
+def _statistics_to_mean(natural: Natural, factors: Prepared, statistics: Statistics) -> Mean:
     """Average statistics of (x, y, z), in the model's own latent basis."""
     rep, shared_base = structure(natural)
     count, t_inverse, bias = statistics.count, factors.inverse_basis, factors.bias

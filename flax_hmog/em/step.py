@@ -36,7 +36,7 @@ from flax_hmog.model.kinds import (
     symmetrize,
     trace_product,
 )
-from flax_hmog.model.prepared import Factors, factorise
+from flax_hmog.model.prepared import Prepared, prepare
 
 
 @pytree
@@ -59,7 +59,7 @@ class EMInfo:
 
 
 def em_step(
-    natural: Natural, x: Any, weights: Any = None, regularizer: Regularizer | None = None
+    natural: Natural | Prepared, x: Any, weights: Any = None, regularizer: Regularizer | None = None
 ) -> tuple[Natural, EMInfo]:
     """One step of exact EM: expected statistics of the data, then the model that maximises with them.
 
@@ -79,13 +79,14 @@ def em_step(
         TypeError: if `natural` is of another coordinate type or its component matrices are restricted.
         ValueError: for unusable data, or if the likelihood has no maximum (a component or a column without spread).
     """
-    check_natural("em_step", natural)
-    check_full("em_step", "natural", natural.posterior_precision)
+    parameters = check_natural("em_step", natural)
+    check_full("em_step", "natural", parameters.posterior_precision)
     if regularizer is not None:
         remedy = "Take one from PseudoCounts.regularizer(moments)."
         check_type("em_step", "regularizer", regularizer, Regularizer, remedy)
-    natural, x, weights = check_samples("em_step", natural, x, weights)
-    factors = compute_factors(natural)
+    entered, x, weights = check_samples("em_step", natural, x, weights)
+    factors = prepare(entered)
+    natural = factors.natural
     statistics = accumulate(factors, x, weights, shards=row_shards(x))
     info = em_info(natural, factors, statistics, regularizer)
     updated, exists = next_natural(factors, statistics, regularizer, natural.frame)
@@ -94,11 +95,8 @@ def em_step(
     return dataclasses.replace(updated, projection_dtype=natural.projection_dtype), info
 
 
-compute_factors = jax.jit(factorise)
-
-
 @jax.jit
-def next_moments(factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> Moments:
+def next_moments(factors: Prepared, statistics: Statistics, regularizer: Regularizer | None) -> Moments:
     """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
     loadings = matmul(basis_loadings(factors), factors.basis)
     mean = residual_mean(factors, statistics)
@@ -108,7 +106,7 @@ def next_moments(factors: Factors, statistics: Statistics, regularizer: Regulari
 
 @jax.jit
 def next_natural(
-    factors: Factors, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None = None
+    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None = None
 ) -> tuple[Natural, Array]:
     """The model of `next_moments` in natural coordinates, in this frame, and whether there is such a model ()."""
     natural = moments_to_natural(next_moments(factors, statistics, regularizer))
@@ -164,7 +162,7 @@ def penalty(natural: Natural, regularizer: Regularizer) -> Array:
     Returns:
         The penalty () in nats.
     """
-    check_natural("penalty", natural)
+    natural = check_natural("penalty", natural)
     natural = with_prior(natural, "penalty")
     r, precision = regularizer, natural.observable_precision
     obs_dim, lat_dim = natural.interaction.shape
@@ -221,7 +219,7 @@ def _change_basis(
 
 
 @jax.jit
-def em_info(natural: Natural, factors: Factors, statistics: Statistics, regularizer: Regularizer | None) -> EMInfo:
+def em_info(natural: Natural, factors: Prepared, statistics: Statistics, regularizer: Regularizer | None) -> EMInfo:
     """Diagnostics of `natural`, whose pass over the data gave these statistics."""
     value = log_likelihood(factors, statistics)
     objective = value if regularizer is None else value + penalty(natural, regularizer)

@@ -73,7 +73,7 @@ def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, A
             "class a method start(moments) that returns its variables."
         )
     check_precision("warm_start", head.param_dtype)
-    check_natural("warm_start", natural)
+    natural = check_natural("warm_start", natural)
     natural = with_prior(natural, "warm_start")
     _check_dimensions(head, natural)
     obs_dim = natural.interaction.shape[0]

@@ -18,11 +18,12 @@ from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.inference import posterior as inference
 from flax_hmog.inference.likelihood import mean_log_density
 from flax_hmog.inference.posterior import HMoGOutput, Posterior
-from flax_hmog.model.checks import check_interval, check_positive, check_precision, check_size
+from flax_hmog.model.checks import check_float_dtype, check_interval, check_positive, check_precision, check_size
 from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
-from flax_hmog.model.coordinates import Mean, Moments, Natural, ResidualMoments
+from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, ResidualMoments
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep
+from flax_hmog.model.prepared import prepare
 
 
 class HMoGHead(nn.Module):
@@ -65,6 +66,10 @@ class HMoGHead(nn.Module):
     def natural(self) -> Natural:
         """The model in natural coordinates."""
         return self._natural("natural")
+
+    def prepared(self) -> Prepared:
+        """The model with all that inference needs of it and that does not depend on x."""
+        return prepare(self.natural())
 
     def moments(self) -> Moments:
         """The model in standard form."""
@@ -372,17 +377,8 @@ def _check_head(head: Any, *reps: str) -> None:
             f"{caller}: `param_dtype` must be float32 or float64, in which matrices can be factorised; got "
             f"{jnp.dtype(head.param_dtype).name}. Use jnp.float32, and projection_dtype or an encoder in bfloat16."
         )
-    if head.projection_dtype is not None:
-        try:
-            is_float = jnp.issubdtype(jnp.dtype(head.projection_dtype), jnp.floating)
-        except TypeError:
-            is_float = False
-        if not is_float:
-            raise ValueError(
-                f"{caller}: `projection_dtype` must be a float dtype or None; got {head.projection_dtype!r}. "
-                'Use "bfloat16" or None.'
-            )
-        object.__setattr__(head, "projection_dtype", jnp.dtype(head.projection_dtype).name)
+    dtype = check_float_dtype(caller, "projection_dtype", head.projection_dtype)
+    object.__setattr__(head, "projection_dtype", dtype)
 
 
 def _trainable_model(head: DifferentiableHMoG | SymmetricHMoG, obs_dim: int) -> Natural:

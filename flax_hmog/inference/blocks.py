@@ -12,7 +12,8 @@ from flax_hmog.data.samples import check_given
 from flax_hmog.data.sources import RowsInBlocks
 from flax_hmog.inference.posterior import HMoGOutput, infer
 from flax_hmog.model.conversions import with_prior
-from flax_hmog.model.coordinates import check_natural
+from flax_hmog.model.coordinates import Prepared, check_natural
+from flax_hmog.model.prepared import prepare
 
 
 def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
@@ -29,9 +30,13 @@ def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
         TypeError, ValueError: as `infer`.
     """
     caller = "infer_blocks"
-    check_natural(caller, natural)
+    prepared = (
+        prepare(natural)
+        if isinstance(natural, Prepared)
+        else prepare(with_prior(check_natural(caller, natural), caller))
+    )
+    interaction = prepared.natural.interaction
     rows = data if is_read_by_blocks(data) else np.asarray(check_given(caller, data, None, argument="data"))
-    natural = with_prior(natural, caller)
-    source = RowsInBlocks(caller, rows, natural.interaction.shape[0], natural.interaction.dtype, None, None)
-    parts = [jax.tree.map(np.asarray, infer(natural, x)) for x in source.given_blocks()]
+    source = RowsInBlocks(caller, rows, interaction.shape[0], interaction.dtype, None, None)
+    parts = [jax.tree.map(np.asarray, infer(prepared, x)) for x in source.given_blocks()]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[: source.count], *parts)

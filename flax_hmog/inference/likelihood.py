@@ -15,7 +15,7 @@ from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import Array, matmul, trace_product
 from flax_hmog.model.prepared import (
-    Factors,
+    Prepared,
     center_rows,
     component_logits,
     factorise,
@@ -29,7 +29,7 @@ from flax_hmog.model.prepared import (
 )
 
 
-def mean_log_density(natural: Natural, x: Any, weights: Any = None) -> Array:
+def mean_log_density(natural: Natural | Prepared, x: Any, weights: Any = None) -> Array:
     """Weighted average of log p(x) over observations, in nats: minus the loss that fits a model to data.
 
     Its gradient is that of the average of `log_observable_density`, but it comes from the statistics of the same pass
@@ -52,12 +52,12 @@ def mean_log_density(natural: Natural, x: Any, weights: Any = None) -> Array:
 
 
 @partial(jax.jit, static_argnames="shards")
-def _mean_log_density(natural: Natural, x: Array, weights: Array, shards: Shards) -> Array:
+def _mean_log_density(natural: Natural | Prepared, x: Array, weights: Array, shards: Shards) -> Array:
     return summed_log_density(factorise(natural), x, weights, shards) / jnp.sum(weights)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def summed_log_density(factors: Factors, x: Array, weights: Array, shards: Shards) -> Array:
+def summed_log_density(factors: Prepared, x: Array, weights: Array, shards: Shards) -> Array:
     """sum_i v_i log p(x_i) (), with derivatives in `factors`, x and v."""
     return log_likelihood(factors, accumulate(factors, x, weights, shards=shards))
 
@@ -80,7 +80,7 @@ def _summed_log_density_jvp(shards: Shards, primals: tuple, tangents: tuple) -> 
     return log_likelihood(factors, statistics), tangent
 
 
-def _tangent(factors: Factors, statistics: Statistics, d: Factors) -> Array:
+def _tangent(factors: Prepared, statistics: Statistics, d: Prepared) -> Array:
     """Derivative of the summed log-density along `d`.
 
     Of log p(x) = offset - (|r - U t|^2 + |V t|^2) / 2 + logsumexp_k(...) with t = U'r, r = F'(x - b): where

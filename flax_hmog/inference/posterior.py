@@ -19,7 +19,7 @@ from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
 from flax_hmog.model.coordinates import Natural, Precision, check_natural
 from flax_hmog.model.kinds import Array, matmul, pytree
 from flax_hmog.model.prepared import (
-    Factors,
+    Prepared,
     center_rows,
     component_logits,
     factorise,
@@ -62,7 +62,7 @@ class HMoGOutput:
     latent_mean: Array
 
 
-def infer(natural: Natural, x: Any) -> HMoGOutput:
+def infer(natural: Natural | Prepared, x: Any) -> HMoGOutput:
     """Log-density, log-responsibilities and latent mean of observations in one pass.
 
     Args:
@@ -79,7 +79,7 @@ def infer(natural: Natural, x: Any) -> HMoGOutput:
     return _by_blocks(infer_rows, *enter("infer", natural, x))
 
 
-def log_observable_density(natural: Natural, x: Any) -> Array:
+def log_observable_density(natural: Natural | Prepared, x: Any) -> Array:
     """Log p(x) = log sum_k w_k N(x; W m_k + b, W S_k W' + Psi), in nats.
 
     Args:
@@ -92,7 +92,7 @@ def log_observable_density(natural: Natural, x: Any) -> Array:
     return _by_blocks(infer_rows, *enter("log_observable_density", natural, x), "log_density")
 
 
-def posterior_soft_assignments(natural: Natural, x: Any) -> Array:
+def posterior_soft_assignments(natural: Natural | Prepared, x: Any) -> Array:
     """Responsibilities p(z = k | x). Rows sum to 1.
 
     Args:
@@ -108,7 +108,7 @@ def posterior_soft_assignments(natural: Natural, x: Any) -> Array:
 posterior_assignments = posterior_soft_assignments
 
 
-def posterior_categorical(natural: Natural, x: Any) -> Array:
+def posterior_categorical(natural: Natural | Prepared, x: Any) -> Array:
     """Natural parameters of p(z | x): log-odds of components 1..K-1 against component 0.
 
     Args:
@@ -122,7 +122,7 @@ def posterior_categorical(natural: Natural, x: Any) -> Array:
     return logits[..., 1:] - logits[..., :1]
 
 
-def posterior_hard_assignment(natural: Natural, x: Any) -> Array:
+def posterior_hard_assignment(natural: Natural | Prepared, x: Any) -> Array:
     """The most probable component of each observation.
 
     Args:
@@ -136,7 +136,7 @@ def posterior_hard_assignment(natural: Natural, x: Any) -> Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def latent_mean(natural: Natural, x: Any) -> Array:
+def latent_mean(natural: Natural | Prepared, x: Any) -> Array:
     """E[y | x] = sum_k p(z = k | x) Q_k^-1 (eta_k + Theta' x).
 
     Args:
@@ -149,7 +149,7 @@ def latent_mean(natural: Natural, x: Any) -> Array:
     return _by_blocks(infer_rows, *enter("latent_mean", natural, x), "latent_mean")
 
 
-def posterior_at(natural: Natural, x: Any) -> Posterior:
+def posterior_at(natural: Natural | Prepared, x: Any) -> Posterior:
     """Natural parameters of p(y, z | x): locations eta_k + Theta' x, precisions Q_k, categorical bias.
 
     Args:
@@ -159,15 +159,15 @@ def posterior_at(natural: Natural, x: Any) -> Posterior:
     Returns:
         `Posterior` with locations (..., K, L). Raises as `infer`.
     """
-    check_natural("posterior_at", natural)
-    natural, x, _ = enter("posterior_at", in_units_of_x(natural), x)
-    shift = matmul(x, natural.interaction)[..., None, :]
-    eta = natural.posterior_location
+    model = in_units_of_x(check_natural("posterior_at", natural))
+    _, x, _ = enter("posterior_at", model, x)
+    shift = matmul(x, model.interaction)[..., None, :]
+    eta = model.posterior_location
     location = shift + eta.reshape(*(1,) * (x.ndim - 1), *eta.shape)
-    return Posterior(location, natural.posterior_precision, natural.categorical_bias)
+    return Posterior(location, model.posterior_precision, model.categorical_bias)
 
 
-def sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
+def sample(natural: Natural | Prepared, key: Array, n: int) -> tuple[Array, Array, Array]:
     """Draw from the joint: z ~ w, y | z ~ N(m_z, S_z), x | y ~ N(W y + b, Psi).
 
     Args:
@@ -182,15 +182,15 @@ def sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if `n` is no positive whole number.
     """
-    check_natural("sample", natural)
+    natural = check_natural("sample", natural)
     check_size("sample", "n", n)
     return _sample(with_prior(natural, "sample"), key, n)
 
 
 @partial(jax.jit, static_argnames=("of_rows", "shards", "field"))
 def _by_blocks(
-    of_rows: Callable[[Factors, Array], HMoGOutput],
-    natural: Natural,
+    of_rows: Callable[[Prepared, Array], HMoGOutput],
+    natural: Natural | Prepared,
     x: Array,
     shards: Shards,
     field: str | None = None,
@@ -198,14 +198,14 @@ def _by_blocks(
     """`of_rows` block by block: its whole output, or one field of it and only what that takes."""
     factors = factorise(natural)
 
-    def rows(factors: Factors, block: Array) -> Any:
+    def rows(factors: Prepared, block: Array) -> Any:
         output = of_rows(factors, block)
         return output if field is None else getattr(output, field)
 
     return map_rows(rows, factors, x, block_rows(floats_per_row(factors)), shards)
 
 
-def infer_rows(factors: Factors, x: Array) -> HMoGOutput:
+def infer_rows(factors: Prepared, x: Array) -> HMoGOutput:
     """`infer` of a block of rows (B, D) by a model that is factorised already."""
     centered = center_rows(factors, x)
     t = project_rows(factors, centered)

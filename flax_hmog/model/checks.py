@@ -48,6 +48,21 @@ def check_type(caller: str, argument: str, value: Any, expected: type, remedy: s
         raise TypeError(f"{caller}: `{argument}` must be {expected.__name__}; got {type(value).__name__}. {remedy}")
 
 
+def check_float_dtype(caller: str, argument: str, dtype: Any) -> str | None:
+    """The name of a float dtype; None for None. ValueError for another one."""
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(
+            f'{caller}: `{argument}` must be a float dtype or None; got {dtype!r}. Use "bfloat16" or None.'
+        )
+    return found.name
+
+
 def check_size(caller: str, argument: str, value: Any, *, at_most: int | None = None, at_least: int = 1) -> None:
     """ValueError unless `value` is a whole number within the bounds."""
     bound = "" if at_most is None else f" and at most {at_most}"

@@ -95,7 +95,7 @@ def natural_to_moments(natural: Natural) -> Moments:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite, or the dtype cannot hold the model in units of x.
     """
-    check_natural("natural_to_moments", natural)
+    natural = check_natural("natural_to_moments", natural)
     moments = own_moments(natural, "natural_to_moments")
     if natural.frame is None:
         return moments
@@ -142,7 +142,7 @@ def in_units_of_x(natural: Natural) -> Natural:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if the dtype cannot hold its parameters in units of x.
     """
-    check_natural("in_units_of_x", natural)
+    natural = check_natural("in_units_of_x", natural)
     if natural.frame is None:
         return natural
     plain = _in_units_of_x(with_prior(natural, "in_units_of_x"))

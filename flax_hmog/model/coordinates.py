@@ -121,10 +121,75 @@ class Natural:
         fill_sizes(self, self.posterior_location, "posterior_precision")
 
 
-def check_natural(caller: str, value: Any) -> None:
-    """TypeError, with the way to a `Natural`, unless `value` is one."""
+@pytree
+class Prepared:
+    """A model with all that inference needs of it and that does not depend on x; `prepare` makes it.
+
+    Every function that takes a `Natural` takes it in its place, and computes none of this again. With r = F'(x - b)
+    and t = U'r, and C_k the posterior covariance of u = T y given component k:
+
+        log p(x) = offset - (|r - U t|^2 + |V t|^2) / 2 + logsumexp_k(constant_k + linear_k . t - t' curvature_k t / 2)
+
+    Component matrices are (K, L, L), or (K, L) where the posterior precisions are diagonal.
+
+    Attributes:
+        natural: the model, with its prior.
+        bias: b (D,).
+        root: F with F F' = Psi^-1.
+        projection: U = F'W T^-1 (D, L).
+        projector: F U (D, L), so that t = (F U)'(x - b), in the dtype of that product.
+        prior_root: V (L, L) with V'V + U'U = I.
+        basis: T (L, L).
+        inverse_basis: T^-1 (L, L).
+        constant: terms of the logits free of x (K,).
+        linear: C_k h~_k (K, L).
+        curvature: I - C_k, the part of the quadratic that components do not share.
+        covariance: C_k.
+        location: h~_k = T^-T h_k (K, L).
+        offset: log|Psi^-1| / 2 - D log(2 pi) / 2 (), less the log-volume of the frame.
+    """
+
+    natural: Natural
+    bias: Array
+    root: Kind
+    projection: Array
+    projector: Array
+    prior_root: Array
+    basis: Array
+    inverse_basis: Array
+    constant: Array
+    linear: Array
+    curvature: Array
+    covariance: Array
+    location: Array
+    offset: Array
+
+    @property
+    def precision(self) -> Kind:
+        """Psi^-1."""
+        return self.natural.observable_precision
+
+    @property
+    def frame(self) -> Frame | None:
+        """What turns x into the rows that all the fields are of, or None."""
+        return jax.lax.stop_gradient(self.natural.frame)
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether component matrices are."""
+        return self.covariance.ndim == 2
+
+
+def check_natural(caller: str, value: Any) -> Natural:
+    """The `Natural` that `value` is, or was prepared from.
+
+    Raises:
+        TypeError: for anything else, with the way to a `Natural`.
+    """
     if isinstance(value, Natural):
-        return
+        return value
+    if isinstance(value, Prepared):
+        return value.natural
     remedy = "Convert with moments_to_natural or mean_to_natural."
     if isinstance(value, dict) or callable(getattr(value, "natural", None)):
         remedy = 'A head\'s model is head.apply(variables, method="natural").'

@@ -35,7 +35,7 @@ def ravel_natural(natural: Natural, head: Any) -> Array:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if the head leaves `obs_dim` open or its structure is another.
     """
-    check_natural("ravel_natural", natural)
+    natural = check_natural("ravel_natural", natural)
     natural = in_units_of_x(natural)
     obs_dim, lat_dim, _, obs_rep, rep, shared_base = _read_head("ravel_natural", head)
     _check_structure("ravel_natural", natural.observable_precision, obs_rep)

@@ -24,7 +24,7 @@ def log_partition(natural: Natural) -> Array:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
     """
-    check_natural("log_partition", natural)
+    natural = check_natural("log_partition", natural)
     natural = with_prior(in_units_of_x(natural), "log_partition")
     log_partitions, *_ = gaussian_log_partition(natural.prior_location, natural.prior_precision)
     latent = jax.nn.logsumexp(categorical_logits(natural.categorical_bias) + log_partitions)

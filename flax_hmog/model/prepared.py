@@ -1,6 +1,6 @@
 """What inference needs of a model, and the matrix products it takes per block of rows.
 
-All that does not depend on x is computed once per parameter value (`factorise`); what does is a few matrix products
+All that does not depend on x is computed once per parameter value (`prepare`); what does is a few matrix products
 per block of rows. Everything is evaluated in coordinates u of the latent space in which the posterior of an average
 component has unit precision, because in float32 the plain formulas cancel (docs/derivations.md):
 
@@ -9,80 +9,64 @@ component has unit precision, because in float32 the plain formulas cancel (docs
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_hmog.model.checks import check_float_dtype
 from flax_hmog.model.conversions import with_prior
-from flax_hmog.model.coordinates import Natural, observable_bias
-from flax_hmog.model.frames import Frame
+from flax_hmog.model.coordinates import Natural, Prepared, check_natural, observable_bias
 from flax_hmog.model.kinds import (
     Array,
-    Kind,
     diagonal,
     einsum,
     inverse_and_log_det,
     inverse_lower,
     matmul,
-    pytree,
     symmetrize,
 )
 
 
-@pytree
-class Factors:
-    """What inference needs of a model, computed once per parameter value.
+def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepared:
+    """Compute what inference needs of a model once, at a cost of O(D L^2 + K L^3).
 
-    With r = F'(x - b) and t = U'r, and C_k the posterior covariance of u = T y given component k:
+    Every function that takes a `Natural` takes what this returns in its place:
 
-        log p(x) = offset - (|r - U t|^2 + |V t|^2) / 2 + logsumexp_k(constant_k + linear_k . t - t' curvature_k t / 2)
+    >>> import jax, numpy as np
+    >>> from flax_hmog import AnalyticHMoG, infer, prepare
+    >>> head, x = AnalyticHMoG(1, 2), np.ones((5, 3), np.float32)
+    >>> natural = head.apply(head.init(jax.random.key(0), x), method="natural")
+    >>> prepared = prepare(natural)
+    >>> infer(prepared, x).log_density.shape
+    (5,)
 
-    Component matrices are (K, L, L), or (K, L) where the posterior precisions are diagonal.
+    Args:
+        natural: the model; one that is prepared is returned as it is, unless for another dtype.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for that which
+            the model has.
 
-    Attributes:
-        bias: b (D,).
-        precision: Psi^-1.
-        root: F with F F' = Psi^-1.
-        projection: U = F'W T^-1 (D, L).
-        projector: F U (D, L), so that t = (F U)'(x - b), in the dtype of that product.
-        prior_root: V (L, L) with V'V + U'U = I.
-        basis: T (L, L).
-        inverse_basis: T^-1 (L, L).
-        constant: terms of the logits free of x (K,).
-        linear: C_k h~_k (K, L).
-        curvature: I - C_k, the part of the quadratic that components do not share.
-        covariance: C_k.
-        location: h~_k = T^-T h_k (K, L).
-        offset: log|Psi^-1| / 2 - D log(2 pi) / 2 (), less the log-volume of the frame.
-        frame: what turns x into the rows that all the above are of, or None.
+    Returns:
+        `Prepared`.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type.
+        ValueError: if a prior precision is not positive definite, or for a dtype that is no float.
     """
-
-    bias: Array
-    precision: Kind
-    root: Kind
-    projection: Array
-    projector: Array
-    prior_root: Array
-    basis: Array
-    inverse_basis: Array
-    constant: Array
-    linear: Array
-    curvature: Array
-    covariance: Array
-    location: Array
-    offset: Array
-    frame: Frame | None = None
-
-    @property
-    def is_diagonal(self) -> bool:
-        """Whether component matrices are."""
-        return self.covariance.ndim == 2
+    dtype = check_float_dtype("prepare", "projection_dtype", projection_dtype)
+    if isinstance(natural, Prepared) and dtype in (None, natural.natural.projection_dtype):
+        return natural
+    model = with_prior(check_natural("prepare", natural), "prepare")
+    return prepare_jitted(model if dtype is None else dataclasses.replace(model, projection_dtype=dtype))
 
 
-def factorise(natural: Natural) -> Factors:
-    """Everything inference needs that does not depend on x. Cost O(D L^2 + K L^3)."""
+def factorise(natural: Natural | Prepared) -> Prepared:
+    """`prepare` without checks, within programs."""
+    if isinstance(natural, Prepared):
+        return natural
     natural = with_prior(natural)
     obs_dim = natural.observable_location.shape[0]
     root = natural.observable_precision.cholesky()
@@ -92,16 +76,16 @@ def factorise(natural: Natural) -> Factors:
     pooled_root = jnp.linalg.cholesky(jnp.mean(natural.prior_precision.entries, axis=0)).T
     basis = _diagonal_basis if natural.posterior_precision.is_diagonal else _full_basis
     t, t_inverse, projection, prior_root, curvature, covariance, log_det = basis(natural, whitened, pooled_root)
-    frame = jax.lax.stop_gradient(natural.frame)
+    frame = natural.frame
     offset = natural.observable_precision.log_det() / 2 - obs_dim * math.log(2 * math.pi) / 2
     location = matmul(natural.prior_location, t_inverse)
     linear = component_product(covariance, location)
     # Q_k = P_k + G, so  h'C h - h'P^-1 h = -h' C G P^-1 h
     gram_means = matmul(matmul(matmul(means, t.T), projection.T), projection)
     constant = natural.log_weights + (prior_log_det - log_det - jnp.sum(linear * gram_means, axis=-1)) / 2
-    return Factors(
+    return Prepared(
+        natural=natural,
         bias=observable_bias(natural),
-        precision=natural.observable_precision,
         root=root,
         projection=projection,
         projector=root.times(projection).astype(natural.projection_dtype or projection.dtype),
@@ -113,9 +97,11 @@ def factorise(natural: Natural) -> Factors:
         curvature=curvature,
         covariance=covariance,
         location=location,
-        offset=offset if frame is None else offset - frame.log_volume,
-        frame=frame,
+        offset=offset if frame is None else offset - jax.lax.stop_gradient(frame.log_volume),
     )
+
+
+prepare_jitted = jax.jit(factorise)
 
 
 def _full_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
@@ -187,19 +173,19 @@ def _entry_index(dim: int) -> np.ndarray:
     return index
 
 
-def center_rows(factors: Factors, x: Array) -> Array:
+def center_rows(factors: Prepared, x: Array) -> Array:
     """Rows x - b (B, D), in the frame of the model."""
     rows = x if factors.frame is None else factors.frame.inward(x)
     return rows - factors.bias[None]
 
 
-def project_rows(factors: Factors, centered: Array) -> Array:
+def project_rows(factors: Prepared, centered: Array) -> Array:
     """Latent coordinates t = (F U)'(x - b) (B, L) of rows x - b (B, D)."""
     projector = factors.projector
     return matmul(centered.astype(projector.dtype), projector, preferred_element_type=centered.dtype)
 
 
-def component_logits(factors: Factors, features: Array) -> Array:
+def component_logits(factors: Prepared, features: Array) -> Array:
     """Log p(x, z = k) (B, K) up to a term that all components share: linear in the latent features."""
     coefficients = jnp.concatenate([factors.linear, -quadratic_coefficients(factors.curvature) / 2], axis=-1)
     return factors.constant[None] + matmul(features, coefficients.T)
@@ -220,14 +206,14 @@ def normalize_logits(logits: Array) -> tuple[Array, Array, Array]:
     return (top + log_total)[:, 0], shifted - log_total, exponentials / total
 
 
-def shared_log_density(factors: Factors, centered: Array, t: Array) -> Array:
+def shared_log_density(factors: Prepared, centered: Array, t: Array) -> Array:
     """The term of log p(x, z = k) that all components share (B,): offset - (|r - U t|^2 + |V t|^2) / 2."""
     unexplained = factors.root.rows_times(centered) - matmul(t, factors.projection.T)
     shrunk = matmul(t, factors.prior_root.T)
     return factors.offset - (jnp.sum(unexplained**2, axis=-1) + jnp.sum(shrunk**2, axis=-1)) / 2
 
 
-def posterior_gain(factors: Factors, responsibilities: Array, t: Array) -> Array:
+def posterior_gain(factors: Prepared, responsibilities: Array, t: Array) -> Array:
     """G = E[u | x] - t = sum_k r_k (linear_k - curvature_k t) (B, L): what the prior adds to the projection."""
     lat_dim = t.shape[-1]
     coefficients = jnp.concatenate([factors.linear, distinct_entries(factors.curvature)], axis=-1)
@@ -244,7 +230,7 @@ def posterior_gain(factors: Factors, responsibilities: Array, t: Array) -> Array
     return jax.lax.fori_loop(0, lat_dim, less_column, mixed[:lat_dim]).T
 
 
-def floats_per_row(factors: Factors) -> int:
+def floats_per_row(factors: Prepared) -> int:
     """Floats that a pass holds per row of a block."""
     (obs_dim, lat_dim), n_components = factors.projection.shape, factors.constant.shape[0]
     features = 2 * (lat_dim if factors.is_diagonal else lat_dim * (lat_dim + 1) // 2)

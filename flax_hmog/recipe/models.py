@@ -22,7 +22,7 @@ from flax_hmog.model.conversions import moments_to_natural
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import as_rep
-from flax_hmog.model.prepared import Factors
+from flax_hmog.model.prepared import Prepared
 from flax_hmog.networks.augment import distort
 from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.networks.objectives import (
@@ -50,7 +50,7 @@ class Teacher(NamedTuple):
     """
 
     encoder_variables: dict[str, Any] | None
-    factors: Factors
+    factors: Prepared
     clusters: Any
 
 

@@ -11,7 +11,6 @@ import numpy as np
 
 from flax_hmog.em.fit import fit_em
 from flax_hmog.em.online import stepwise_start
-from flax_hmog.em.step import compute_factors
 from flax_hmog.heads.from_natural import warm_start
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.posterior import infer
@@ -52,7 +51,7 @@ class RoundStage:
         if self.run.restored(self.stage) is None:
             self._make(linear, previous)
         restored = self.run.kept(self.stage)
-        factors = compute_factors(restored.head.apply(restored.variables, method="natural"))
+        factors = restored.prepared
         teacher = Teacher(restored.encoder_variables, factors, jnp.asarray(restored.clusters))
         template = self._abstract_start("head/frame/unit" in restored.state)
         started = restore_like(template, restored.state, "the start of a round")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,12 @@ import numpy as np
 
 from flax_hmog.data.containers import dense
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
-from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.inference.posterior import HMoGOutput, infer
 from flax_hmog.model.checks import check_type
-from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.coordinates import Natural, Prepared
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
+from flax_hmog.model.prepared import prepare
 from flax_hmog.networks.encoders import Clusterer, train_arguments
 from flax_hmog.networks.objectives import merge_output
 from flax_hmog.training.describe import Allowed, CheckpointError, rebuild
@@ -39,9 +41,12 @@ from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessin
 CALLS = (HMoGHead.__call__, AnalyticHMoG.__call__)  # of heads that return what `infer` does
 
 
-@dataclasses.dataclass(frozen=True)
+MOST_ROWS = 4096  # that a call computes at once
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Restored:
-    """What a checkpoint holds; called with raw data it says their clusters.
+    """What a checkpoint holds; called with raw data it says their clusters, under `jit` too.
 
     Attributes:
         step: the step it was saved at.
@@ -96,6 +101,24 @@ class Restored:
         """Whether a call is `infer` of the head's model at `features`: not so in networks and calls of one's own."""
         return (not self.place or isinstance(self.module, Clusterer)) and type(self.head).__call__ in CALLS
 
+    @functools.cached_property
+    def prepared(self) -> Prepared:
+        """The model of the head with all that inference needs of it."""
+        with jax.ensure_compile_time_eval():
+            return prepare(self.natural)
+
+    @functools.cached_property
+    def _apply(self) -> Callable[..., Any]:
+        """The module's call, or its method of this name, compiled."""
+        module = self._imported_module()
+        positional, named = train_arguments(module, False)
+
+        def apply(variables: Any, x: Any, method: str | None = None) -> Any:
+            arguments, options = ((), {"method": method}) if method else (positional, named)
+            return module.apply(variables, x, *arguments, **options)
+
+        return jax.jit(apply, static_argnames="method")
+
     @property
     def natural(self) -> Natural:
         """The model of the head, on its inputs."""
@@ -104,6 +127,9 @@ class Restored:
     def __call__(self, raw: Any) -> Any:
         """The module's output for raw data (..., D), numpy or jax: preprocessing, module, merge of components.
 
+        Rows of a head or a `Clusterer` are filled up to a power of two, so that few sizes are compiled, unless they are
+        spread over devices.
+
         Of a head, or a `Clusterer`, this is `HMoGOutput`; other modules return what they return, in which components
         are merged if it is a `HMoGOutput` itself. Other methods: `restored.module.apply(restored.module_variables, x,
         method="name")`. For components that are not merged, `dataclasses.replace(restored, clusters=None)`.
@@ -111,10 +137,32 @@ class Restored:
         Raises:
             ValueError: for another number of columns, or a module that was not imported.
         """
-        module = self._imported_module()
-        positional, named = train_arguments(module, False)
-        output = module.apply(self.module_variables, self.preprocessed(raw), *positional, **named)
-        return self.merged(output) if isinstance(output, HMoGOutput) else output
+        if not self.infers:
+            output = self._apply(self.module_variables, self.preprocessed(raw))
+            return self.merged(output) if isinstance(output, HMoGOutput) else output
+        x = dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw)
+        is_split = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and len(x.sharding.device_set) > 1)
+        if is_split or x.ndim != 2 or not x.size:
+            return self._inferred(x)
+        x = np.asarray(x)
+        parts = [self._padded(x[start : start + MOST_ROWS]) for start in range(0, len(x), MOST_ROWS)]
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+    def _padded(self, x: np.ndarray) -> HMoGOutput:
+        """The output for rows (B, D), computed with copies of the first up to a power of two, as few sizes compile."""
+        missing = (1 << (len(x) - 1).bit_length()) - len(x)
+        if not missing:
+            return self._inferred(x)
+        try:
+            output = self._inferred(np.concatenate([x, np.broadcast_to(x[:1], (missing, *x.shape[1:]))]))
+        except ValueError:
+            return self._inferred(x)  # what is wrong is said of these rows alone
+        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[: len(x)]), output)
+
+    def _inferred(self, x: Any) -> HMoGOutput:
+        """The output for inputs of the module (..., D)."""
+        rows = self._apply(self.module_variables, x, "features") if self.place else x
+        return self.merged(infer(self.prepared, rows))
 
     def merged(self, output: HMoGOutput) -> HMoGOutput:
         """The head's output with its components merged to clusters, where they are."""
@@ -128,7 +176,7 @@ class Restored:
         Of a module of one's own this is what its method `features` returns.
         """
         x = self.preprocessed(raw)
-        return self._imported_module().apply(self.module_variables, x, method="features") if self.place else x
+        return self._apply(self.module_variables, x, "features") if self.place else x
 
     def preprocessed(self, raw: Any) -> Array:
         """The inputs of the module for raw data (..., D)."""

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
-from flax_hmog.em.step import compute_factors
 from flax_hmog.inference.posterior import HMoGOutput, infer_rows
 from flax_hmog.model.checks import check_type
 from flax_hmog.model.kinds import Array
@@ -45,13 +44,13 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
     check_type("export", "model", model, Restored, "Give flax_hmog.training.restore(path).")
     if isinstance(platforms, str):
         raise ValueError(f"export: `platforms` must be a sequence of names; got {platforms!r}. Write ({platforms!r},).")
-    factors: Any = compute_factors(model.natural) if model.infers else None
+    prepared: Any = model.prepared if model.infers else None
     raw = _raw(model, obs_dim)
 
     @jax.jit
     def assign(raw: Array) -> Any:
         """What the program returns."""
-        output = model.merged(infer_rows(factors, model.features(raw))) if model.infers else model(raw)
+        output = model.merged(infer_rows(prepared, model.features(raw))) if model.infers else model(raw)
         return jax.tree.map(_named, output, is_leaf=lambda part: isinstance(part, HMoGOutput))
 
     (batch,) = jax_export.symbolic_shape("batch")
