@@ -54,6 +54,11 @@ def equal(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def close(got, want):
+    """To rounding: what is compiled for other numbers of rows may add in another order."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
 @pytest.mark.parametrize(
     "head", [DifferentiableHMoG(2, 3), SymmetricHMoG(2, 3), AnalyticHMoG(2, 3), SphericalHMoG(2, 3), Foreign(2, 3, D)]
 )
@@ -96,7 +101,7 @@ def test_a_head_of_others_is_fitted_saved_and_exported(tmp_path):
     save(tmp_path, head, variables)
     restored = restore(tmp_path, allow_import="own_networks:Foreign")
     assert restored.head == restored.module == head
-    equal(restored(X), head.apply(variables, X))
+    close(restored(X), head.apply(variables, X))
     equal(restored.natural.interaction, head.apply(variables, method="natural").interaction)
     got = export(restored, platforms=("cpu",)).call(X)
     np.testing.assert_allclose(got["log_density"], restored(X).log_density, rtol=1e-4, atol=1e-4)
@@ -171,8 +176,8 @@ def test_heads_in_fields_and_setup_are_found_without_inputs(tmp_path):
     variables = SMALL.init(KEY, X)
     restored = restore(save(tmp_path, SMALL, variables), allow_import=True)
     assert (restored.place, restored.inputs) == ("hidden_clusters", None)
-    equal(restored(X), SMALL.apply(variables, X))
-    equal(restored.features(X), SMALL.apply(variables, X, method="features"))
+    close(restored(X), SMALL.apply(variables, X))
+    close(restored.features(X), SMALL.apply(variables, X, method="features"))
     with pytest.raises(ValueError, match="export: `obs_dim` must be given"):
         export(restored)
     assert export(restored, obs_dim=D, platforms=("cpu",)).call(X)["output"]["assignment"].shape == (40,)
@@ -184,7 +189,7 @@ def test_of_several_heads_one_is_named(tmp_path):
         save(tmp_path, Twins(), variables)
     restored = restore(save(tmp_path, Twins(), variables, head="right", inputs=X), allow_import=True)
     assert restored.head == AnalyticHMoG(2, 4)
-    equal(restored(X), Twins().apply(variables, X))
+    close(restored(X), Twins().apply(variables, X))
     assert set(export(restored, platforms=("cpu",)).call(X)[0]) >= {"log_density", "assignment"}
 
 
@@ -239,7 +244,7 @@ def test_a_class_that_cannot_be_imported_is_given(tmp_path):
     assert closed.module is None
     assert closed.head == DifferentiableHMoG(2, 3)
     restored = restore(tmp_path, module=Local())
-    equal(restored(X), Local().apply(variables, X))
+    close(restored(X), Local().apply(variables, X))
     assert export(restored, platforms=("cpu",)).call(X)["assignment"].shape == (40,)
 
 
@@ -285,4 +290,4 @@ def test_checkpoints_of_a_head_and_an_encoder_restore(tmp_path):
         restored = restore(folder)
         assert restored.module == module
         equal(restored.module_variables, variables)
-        equal(restored(X), module.apply(variables, X))
+        close(restored(X), module.apply(variables, X))

@@ -15,7 +15,7 @@ from scipy.spatial.distance import squareform
 from flax_hmog.analysis.inputs import as_array, as_labels, as_responsibilities, check_choice, geometry
 from flax_hmog.inference.posterior import posterior_soft_assignments
 from flax_hmog.model.checks import check_size
-from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 
 MEASURES = ("bhattacharyya", "kl")
 METHODS = ("average", "complete", "single", "weighted")
@@ -131,8 +131,10 @@ def cluster_hierarchy(source: Any, *, method: str = "average", measure: str | No
         ValueError: for another method or measure, or responsibilities that are no probabilities.
     """
     check_choice("cluster_hierarchy", "method", method, METHODS)
-    if isinstance(source, Natural):
-        distances = component_distances(source, measure=MEASURES[0] if measure is None else measure)
+    if isinstance(source, Natural | Prepared):
+        distances = component_distances(
+            check_natural("cluster_hierarchy", source), measure=MEASURES[0] if measure is None else measure
+        )
     elif measure is not None:
         raise ValueError(
             f"cluster_hierarchy: `measure` must be None for responsibilities; got {measure!r}. Give the model for it."

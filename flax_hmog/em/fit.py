@@ -23,7 +23,7 @@ from flax_hmog.em.statistics import Statistics, accumulate
 from flax_hmog.em.step import EMInfo, em_info, next_natural, whiten_moments, whiten_regularizer
 from flax_hmog.model.checks import check_outside_transformations
 from flax_hmog.model.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
-from flax_hmog.model.coordinates import Moments, Natural, check_full
+from flax_hmog.model.coordinates import Moments, Natural, check_full, check_natural
 from flax_hmog.model.frames import Frame, has_more_digits
 from flax_hmog.model.head import check_head_and_key
 from flax_hmog.model.kinds import Array, as_rep
@@ -227,9 +227,10 @@ class Fit:
             )
         return best[1], best[2]
 
-    def _checked_model(self, init: Moments | Natural) -> Natural:
+    def _checked_model(self, init: Moments | Natural | Prepared) -> Natural:
         """The model to start from, once its size is that of head and data."""
-        natural, head = moments_to_natural(init) if isinstance(init, Moments) else init, self.head
+        head, init = self.head, moments_to_natural(init) if isinstance(init, Moments) else init
+        natural = check_natural(self.caller, init, "init")
         got = (*natural.interaction.shape, natural.posterior_location.shape[0], natural.observable_precision.name)
         obs_rep = as_rep(head.obs_rep, caller=self.caller, argument="head.obs_rep").name
         wanted = (self.source.obs_dim, head.lat_dim, head.n_components, obs_rep)

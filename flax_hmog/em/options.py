@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from flax_hmog.model.checks import check_size, check_type
-from flax_hmog.model.coordinates import Moments, Natural, within_covariance
+from flax_hmog.model.coordinates import Moments, Natural, Prepared, within_covariance
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, matmul, pytree
 
 METHODS = ("pca", "fa")
@@ -123,7 +123,7 @@ class EMOptions:
             of features that are being learnt is not known beforehand; those of `regularizer` stay.
     """
 
-    init: Literal["pca", "fa"] | Moments | Natural = "pca"
+    init: Literal["pca", "fa"] | Moments | Natural | Prepared = "pca"
     regularizer: PseudoCounts | Regularizer | None = PseudoCounts()
     column_units: Literal["auto", "own", "common"] = "auto"
     max_distance: float = 1e3
@@ -175,7 +175,7 @@ def check_options(caller: str, values: Mapping[str, Any]) -> None:
         elif name in RULES and not RULES[name][0](value):
             default = getattr(EMOptions, name)
             raise ValueError(f"{caller}: `{name}` must be {RULES[name][1]}; got {value!r}. The default is {default!r}.")
-        elif name == "init" and not isinstance(value, str | Moments):
+        elif name == "init" and not isinstance(value, str | Moments | Prepared):
             check_type(caller, name, value, Natural, 'Give "pca", "fa", Moments or Natural.')
         elif name == "regularizer" and not isinstance(value, PseudoCounts | None):
             check_type(caller, name, value, Regularizer, "Give PseudoCounts(), a Regularizer or None.")

@@ -14,6 +14,7 @@ from flax_hmog.model.coordinates import (
     Precision,
     SharedBase,
     categorical_logits,
+    check_natural,
     gaussian_log_partition,
 )
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, fill_sizes, pytree
@@ -65,7 +66,7 @@ def split_conjugated(natural: Natural) -> tuple[LinearGaussian, Mixture]:
         TypeError: for restricted posterior precisions, whose prior precisions are full (read `prior_precision`).
         ValueError: if a prior precision is not positive definite.
     """
-    check_type("split_conjugated", "natural", natural, Natural, "Convert with moments_to_natural.")
+    natural = check_natural("split_conjugated", natural)
     natural = with_prior(in_units_of_x(natural), "split_conjugated")
     precision = natural.posterior_precision
     if isinstance(precision, SharedBase):

@@ -257,7 +257,7 @@ def natural_to_mean(natural: Natural) -> Mean:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
     """
-    check_type("natural_to_mean", "natural", natural, Natural, "Convert with moments_to_natural.")
+    natural = check_natural("natural_to_mean", natural)
     return _natural_to_mean(with_prior(in_units_of_x(natural), "natural_to_mean"))
 
 

@@ -180,7 +180,7 @@ class Prepared:
         return self.covariance.ndim == 2
 
 
-def check_natural(caller: str, value: Any) -> Natural:
+def check_natural(caller: str, value: Any, argument: str = "natural") -> Natural:
     """The `Natural` that `value` is, or was prepared from.
 
     Raises:
@@ -195,7 +195,7 @@ def check_natural(caller: str, value: Any) -> Natural:
         remedy = 'A head\'s model is head.apply(variables, method="natural").'
     elif hasattr(value, "natural"):
         remedy = "Give its `natural`."
-    raise TypeError(f"{caller}: `natural` must be Natural; got {type(value).__name__}. {remedy}")
+    raise TypeError(f"{caller}: `{argument}` must be Natural; got {type(value).__name__}. {remedy}")
 
 
 @pytree

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.model.checks import check_type
 from flax_hmog.model.conversions import in_units_of_x, mean_to_moments, natural_to_moments, with_prior
 from flax_hmog.model.coordinates import Mean, Natural, categorical_logits, check_natural, gaussian_log_partition
 from flax_hmog.model.kinds import Array, Kind, einsum, matmul, trace_product
@@ -68,8 +67,8 @@ def kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
         TypeError: if either is of another coordinate type.
         ValueError: if the dimensions differ.
     """
-    for argument, natural in (("natural_p", natural_p), ("natural_q", natural_q)):
-        check_type("kl_divergence", argument, natural, Natural, "Convert with moments_to_natural.")
+    natural_p = check_natural("kl_divergence", natural_p, "natural_p")
+    natural_q = check_natural("kl_divergence", natural_q, "natural_q")
     if (natural_p.interaction.shape, natural_p.posterior_location.shape) != (
         natural_q.interaction.shape,
         natural_q.posterior_location.shape,

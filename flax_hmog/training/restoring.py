@@ -157,7 +157,7 @@ class Restored:
             output = self._inferred(np.concatenate([x, np.broadcast_to(x[:1], (missing, *x.shape[1:]))]))
         except ValueError:
             return self._inferred(x)  # what is wrong is said of these rows alone
-        return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[: len(x)]), output)
+        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[: len(x)]), output)
 
     def _inferred(self, x: Any) -> HMoGOutput:
         """The output for inputs of the module (..., D)."""
