@@ -144,6 +144,7 @@ class Prepared:
         constant: terms of the logits free of x (K,).
         linear: C_k h~_k (K, L).
         curvature: I - C_k, the part of the quadratic that components do not share.
+        coefficients: linear_k and the distinct entries of curvature_k (K, L + L(L+1)/2), or (K, 2 L).
         covariance: C_k.
         location: h~_k = T^-T h_k (K, L).
         offset: log|Psi^-1| / 2 - D log(2 pi) / 2 (), less the log-volume of the frame.
@@ -160,6 +161,7 @@ class Prepared:
     constant: Array
     linear: Array
     curvature: Array
+    coefficients: Array
     covariance: Array
     location: Array
     offset: Array

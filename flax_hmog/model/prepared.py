@@ -95,6 +95,7 @@ def factorise(natural: Natural | Prepared) -> Prepared:
         constant=constant,
         linear=linear,
         curvature=curvature,
+        coefficients=jnp.concatenate([linear, distinct_entries(curvature)], axis=-1),
         covariance=covariance,
         location=location,
         offset=offset if frame is None else offset - jax.lax.stop_gradient(frame.log_volume),
@@ -187,7 +188,13 @@ def project_rows(factors: Prepared, centered: Array) -> Array:
 
 def component_logits(factors: Prepared, features: Array) -> Array:
     """Log p(x, z = k) (B, K) up to a term that all components share: linear in the latent features."""
-    coefficients = jnp.concatenate([factors.linear, -quadratic_coefficients(factors.curvature) / 2], axis=-1)
+    lat_dim, entries = factors.linear.shape[-1], factors.coefficients.shape[-1]
+    # t'M t / 2 has every distinct entry of M off the diagonal twice
+    scale = np.where(np.arange(entries) < lat_dim, 1, -0.5)
+    if not factors.is_diagonal:
+        i, j = np.triu_indices(lat_dim)
+        scale[lat_dim:] = np.where(i == j, -0.5, -1)
+    coefficients = factors.coefficients * jnp.asarray(scale, features.dtype)[None]
     return factors.constant[None] + matmul(features, coefficients.T)
 
 
@@ -216,12 +223,11 @@ def shared_log_density(factors: Prepared, centered: Array, t: Array) -> Array:
 def posterior_gain(factors: Prepared, responsibilities: Array, t: Array) -> Array:
     """G = E[u | x] - t = sum_k r_k (linear_k - curvature_k t) (B, L): what the prior adds to the projection."""
     lat_dim = t.shape[-1]
-    coefficients = jnp.concatenate([factors.linear, distinct_entries(factors.curvature)], axis=-1)
     if factors.is_diagonal:
-        mixed = matmul(responsibilities, coefficients)
+        mixed = matmul(responsibilities, factors.coefficients)
         return mixed[:, :lat_dim] - mixed[:, lat_dim:] * t
     # column by column of the mixed matrices, rows along the last axis: no (B, L, L), and long vectors
-    mixed = matmul(coefficients.T, responsibilities.T)
+    mixed = matmul(factors.coefficients.T, responsibilities.T)
     index, columns = jnp.asarray(_entry_index(lat_dim)), t.T
 
     def less_column(column: Array, gain: Array) -> Array:
