@@ -1,18 +1,9 @@
 """What every test shares: strict JAX settings, seeded keys, float64 and a compilation counter."""
 
-import importlib.metadata
-import os
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# most of the time goes into compiling what runs once
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# the emitters of fusions take most of that; jaxlib 0.10 has others, later ones end at a flag that they do not know
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
-
 import contextlib
 import ctypes
 import gc
+import os
 from pathlib import Path
 
 import jax

@@ -65,7 +65,7 @@ def test_folders_import_only_from_those_before_them(path):
 
 
 def test_every_file_is_in_a_folder():
-    assert {part(path) for path in FILES} == {*ORDER, *FORMER, "__init__", "serialization"}
+    assert {part(path) for path in FILES} == {*ORDER, *FORMER, "__init__", "serialization", "toy"}
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if part(path) in ORDER[: ORDER.index("heads")]], ids=str)
