@@ -63,7 +63,7 @@ def main(
 
     Args:
         arguments: those after the command; None takes those of the process.
-        experiments: what can be trained, by name.
+        experiments: experiments by name.
         prog: the command that trains, for its help.
 
     Returns:

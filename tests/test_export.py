@@ -182,7 +182,7 @@ def test_a_program_of_another_jax_is_named(program, tmp_path, monkeypatch):
 
     monkeypatch.setattr(jax.export, "deserialize", refuse)
     with pytest.raises(
-        CheckpointError, match=rf"calling convention 99\. It was written with .*{jax.__version__}.*anew"
+        CheckpointError, match=rf"calling convention 99\. It was written with .*{jax.__version__}.*again"
     ):
         load_program(path)
 

@@ -1,4 +1,4 @@
-"""What can be asked of a fitted model: clusters, hierarchies, merges, loadings, metrics, figures and reports.
+"""Analysis of a fitted model: clusters, hierarchies, merges, loadings, metrics, figures and reports.
 
 Figures need matplotlib (`pip install "flax-hmog[plots]"`), merges and metrics scikit-learn (extra `cluster`), reports
 all of these and jinja2 (extra `report`).

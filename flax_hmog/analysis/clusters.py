@@ -1,6 +1,6 @@
-"""Clusters of a fitted model: how far apart they are, which belong together, what they look like.
+"""Clusters of a fitted model: distances, hierarchies, merges and prototypes.
 
-Components are what the model has; clusters are components or what they merge to. All in float64 on the host.
+Components are those of the model; clusters are components, or groups of them. All in float64 on the host.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class ComponentSummary:
         entropies: mean entropy of p(z | x) over the samples of the component (K,), in nats: 0 where no other component
             claims them, log K at most; NaN for a component without any sample.
         log_volumes: 1/2 log(|Cov(x | k)| / |Psi|) (K,), in nats: how much larger than the noise the component is.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> component_summary(natural, x).rows()[0]["expected count"].__round__()
+        4
     """
 
     weights: np.ndarray
@@ -75,6 +80,11 @@ def component_distances(natural: Natural, *, measure: str = "bhattacharyya") -> 
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: for another measure, or a model that does not exist.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> component_distances(natural).shape
+        (3, 3)
     """
     check_choice("component_distances", "measure", measure, MEASURES)
     means, covariances = geometry("component_distances", natural).signal_components()
@@ -85,7 +95,7 @@ def component_distances(natural: Natural, *, measure: str = "bhattacharyya") -> 
 
 
 def co_assignment(responsibilities: Any, *, normalize: str = "rows") -> np.ndarray:
-    """How often two components claim the same samples, from M = R'R = sum_n r_n r_n'.
+    """Frequency with which two components claim the same samples, from M = R'R = sum_n r_n r_n'.
 
         rows      M_jk / sum_k M_jk:   a sample drawn to j would be drawn to k the second time with this probability
         cosine    M_jk / sqrt(M_jj M_kk):   symmetric, 1 on the diagonal, 0 where no sample is shared
@@ -100,6 +110,10 @@ def co_assignment(responsibilities: Any, *, normalize: str = "rows") -> np.ndarr
     Raises:
         TypeError: if `responsibilities` holds no real numbers.
         ValueError: unless the rows are probabilities, or for another `normalize`.
+
+    Example:
+        >>> co_assignment([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]).tolist()
+        [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
     """
     check_choice("co_assignment", "normalize", normalize, ("rows", "cosine"))
     r = as_responsibilities("co_assignment", responsibilities)
@@ -129,6 +143,11 @@ def cluster_hierarchy(source: Any, *, method: str = "average", measure: str | No
     Raises:
         TypeError: if `source` is no model and holds no real numbers.
         ValueError: for another method or measure, or responsibilities that are no probabilities.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> cluster_hierarchy(natural).shape  # K - 1 merges
+        (2, 4)
     """
     check_choice("cluster_hierarchy", "method", method, METHODS)
     if isinstance(source, Natural | Prepared):
@@ -161,6 +180,10 @@ def merge_clusters(linkage: Any, n_clusters: int) -> np.ndarray:
     Raises:
         TypeError: if `linkage` holds no numbers.
         ValueError: if `linkage` is no hierarchy or `n_clusters` is out of bounds.
+
+    Example:
+        >>> merge_clusters(cluster_hierarchy([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]), 2).tolist()
+        [0, 0, 1]
     """
     caller = "merge_clusters"
     linkage = check_linkage(caller, linkage)
@@ -189,6 +212,10 @@ def merged_responsibilities(responsibilities: Any, labels: Any) -> np.ndarray:
     Raises:
         TypeError: if `responsibilities` holds no real numbers.
         ValueError: unless the rows are probabilities and there is one label per component.
+
+    Example:
+        >>> merged_responsibilities([[0.5, 0.25, 0.25]], [0, 0, 1]).tolist()
+        [[0.75, 0.25]]
     """
     caller = "merged_responsibilities"
     r = as_responsibilities(caller, responsibilities)
@@ -196,7 +223,7 @@ def merged_responsibilities(responsibilities: Any, labels: Any) -> np.ndarray:
 
 
 def cluster_prototypes(natural: Natural, *, labels: Any = None) -> np.ndarray:
-    """What each cluster looks like: E[x | z = k] = W m_k + b, or E[x | cluster] for merged components.
+    """Mean of each cluster: E[x | z = k] = W m_k + b, or E[x | cluster] for merged components.
 
     Args:
         natural: the model.
@@ -208,6 +235,11 @@ def cluster_prototypes(natural: Natural, *, labels: Any = None) -> np.ndarray:
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: unless there is one label per component, or if the model does not exist.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> cluster_prototypes(natural).round(1).tolist()
+        [[1.0, 1.0, 2.0, 1.0], [3.0, 1.5, -1.0, -1.0], [-1.0, -2.5, -1.0, -3.0]]
     """
     model = geometry("cluster_prototypes", natural)
     means = model.means
@@ -230,6 +262,11 @@ def component_summary(natural: Natural, x: Any) -> ComponentSummary:
     Raises:
         TypeError: if `natural` is of another coordinate type or `x` holds no real numbers.
         ValueError: for a wrong last dimension, entries that are not finite, or a model that does not exist.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> component_summary(natural, x).weights.round(2).tolist()
+        [0.5, 0.25, 0.25]
     """
     model = geometry("component_summary", natural)
     _, covariances = model.signal_components()

@@ -1,4 +1,4 @@
-"""What the analysis takes from a model and from its callers: plain numpy arrays in float64, checked at the door."""
+"""Arguments of the analysis functions as numpy arrays in float64, checked."""
 
 from __future__ import annotations
 

@@ -20,7 +20,12 @@ class LatentAxes:
     Attributes:
         directions: (L, A), one column per axis.
         center: E[y] (L,), the origin.
-        scores: (A,), largest first; what they are says the function that made the axes.
+        scores: (A,), largest first; see the function that made the axes.
+
+    Example:
+        >>> from flax_hmog.toy import natural, output
+        >>> discriminant_axes(natural, 1).project(output.latent_mean).shape
+        (12, 1)
     """
 
     directions: np.ndarray
@@ -43,6 +48,12 @@ class CanonicalLoadings:
         variance_shares: (L,), the share of the variance of x that each axis explains, every direction of x measured in
             units of its noise. They and the share of the noise, D / (D + total signal), sum to 1.
         axes: `LatentAxes` (L axes) from y to the canonical latents; their scores are the signal-to-noise ratios s_i^2.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> canonical = canonical_loadings(natural)
+        >>> canonical.loadings.shape, canonical.variance_shares.shape
+        ((4, 2), (2,))
     """
 
     loadings: np.ndarray
@@ -72,6 +83,11 @@ def canonical_loadings(natural: Natural) -> CanonicalLoadings:
         ValueError: if the model does not exist.
 
     Source: Rao 1955, Estimation and tests of significance in factor analysis.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> bool(canonical_loadings(natural).variance_shares.sum() < 1)  # the rest is noise
+        True
     """
     model = geometry("canonical_loadings", natural)
     obs_dim, lat_dim = model.loadings.shape
@@ -104,6 +120,11 @@ def discriminant_axes(natural: Natural, n_axes: int = 2) -> LatentAxes:
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if `n_axes` is out of bounds or the model does not exist.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> discriminant_axes(natural).directions.shape
+        (2, 2)
     """
     model = geometry("discriminant_axes", natural)
     check_size("discriminant_axes", "n_axes", n_axes, at_most=model.means.shape[1])

@@ -17,15 +17,15 @@ ISOLATED = 1e-9  # affinity of components without a common sample, relative to t
 
 
 def component_affinity(log_responsibilities: Any, *, temperature: float = TEMPERATURE) -> np.ndarray:
-    """How much two components neighbour each other: the samples of which they are first and second choice.
+    """Affinity of two components: the samples of which they are the first and second choice.
 
     With i and j the most and second most probable components of sample n,
 
         A_ij += s_i s_j,   A_ji += s_i s_j,   A_ii += s_i^2,   A_jj += s_j^2,   s_k = r_nk ** (1 / temperature)
 
     In many dimensions responsibilities are almost always 0 or 1, the more so the longer a model is fitted, and
-    co-assignment then rests on a few samples. The second choice says where a component lies among the others even
-    where it is improbable, and the temperature makes it count. Other choices say little and blur the picture.
+    co-assignment then rests on a few samples. The second choice shows which components are neighbours even
+    where it is improbable, and the temperature makes it count. Further choices add more noise than information.
 
     Args:
         log_responsibilities: log p(z = k | x) (..., K), natural logarithm; -inf is allowed.
@@ -40,6 +40,10 @@ def component_affinity(log_responsibilities: Any, *, temperature: float = TEMPER
         ValueError: unless they are logarithms of probabilities, or for a temperature that is not positive.
 
     Source: Martinetz and Schulten 1994 (first and second choice as neighbours).
+
+    Example:
+        >>> component_affinity(np.log([[0.6, 0.4], [0.3, 0.7]])).shape
+        (2, 2)
     """
     caller = "component_affinity"
     check_positive(caller, "temperature", temperature, f"Use {TEMPERATURE}.")
@@ -57,7 +61,7 @@ def component_affinity(log_responsibilities: Any, *, temperature: float = TEMPER
 
 
 def merge_components(log_responsibilities: Any, n_clusters: int, *, temperature: float = TEMPERATURE) -> np.ndarray:
-    """Merge the components of a mixture to clusters that tell as much as possible about each other. Deterministic.
+    """Merge the components of a mixture so that the clusters keep the most information about each other. Deterministic.
 
     Two components that neighbour each other (`component_affinity`) mostly belong to one cluster. Of all ways to merge,
     the one is sought for which the cluster of one of two neighbours has the most information on that of the other:
@@ -80,6 +84,11 @@ def merge_components(log_responsibilities: Any, n_clusters: int, *, temperature:
         ValueError: for a number of clusters that is out of bounds, or as in `component_affinity`.
 
     Source: Slonim and Tishby 1999 (information); Shi and Malik 2000 (cut).
+
+    Example:
+        >>> responsibilities = np.array([[0.6, 0.39, 0.01], [0.39, 0.6, 0.01], [0.01, 0.02, 0.97]])
+        >>> merge_components(np.log(responsibilities), 2).tolist()
+        [0, 0, 1]
     """
     caller = "merge_components"
     rows = _log_responsibilities(caller, log_responsibilities)
@@ -139,6 +148,11 @@ def information_hierarchy(affinity: Any) -> np.ndarray:
         ValueError: if it is not symmetric, or has negative entries or only zeros.
 
     Source: Slonim and Tishby 1999.
+
+    Example:
+        >>> responsibilities = np.array([[0.6, 0.39, 0.01], [0.39, 0.6, 0.01], [0.01, 0.02, 0.97]])
+        >>> information_hierarchy(component_affinity(np.log(responsibilities))).shape
+        (2, 4)
     """
     table = _joint_table("information_hierarchy", affinity)
     count = len(table)
@@ -167,13 +181,13 @@ def information_hierarchy(affinity: Any) -> np.ndarray:
 
 
 def refine_information(affinity: Any, labels: Any) -> tuple[np.ndarray, float]:
-    """Clusters after single components have moved to where they tell most, until none gains by a move.
+    """Clusters after moves of single components that raise the information, until no move does.
 
     Moves raise the information of `information_hierarchy` on the merged table; no cluster loses its last component.
 
     Args:
         affinity: (K, K), as `information_hierarchy` takes it.
-        labels: the cluster of each component (K,), integers from 0: where the moves start.
+        labels: the cluster of each component (K,), integers from 0, before the moves.
 
     Returns:
         The cluster of each component (K,), numbered in the order of their first components, and the information
@@ -184,6 +198,12 @@ def refine_information(affinity: Any, labels: Any) -> tuple[np.ndarray, float]:
         ValueError: as `information_hierarchy`, or unless `labels` number the clusters of K components from 0.
 
     Source: Slonim, Friedman and Tishby 2002.
+
+    Example:
+        >>> affinity = np.array([[2.0, 2.0, 0.1], [2.0, 2.0, 0.1], [0.1, 0.1, 4.0]])
+        >>> labels, information = refine_information(affinity, [0, 1, 1])
+        >>> labels.tolist(), round(information, 2)
+        ([0, 0, 1], 0.5)
     """
     caller = "refine_information"
     table = _joint_table(caller, affinity)
@@ -241,7 +261,7 @@ def _joint_table(caller: str, affinity: Any) -> np.ndarray:
 
 
 def _row_gain(table: np.ndarray, column: int) -> np.ndarray:
-    """What merging two rows adds to P log P in one column (K, K)."""
+    """Gain in P log P of one column from merging two rows (K, K)."""
     entries = table[:, column]
     own = _x_log_x(entries)
     return _x_log_x(entries[:, None] + entries) - own[:, None] - own

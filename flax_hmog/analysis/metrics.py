@@ -1,4 +1,4 @@
-"""How well clusters agree with known labels."""
+"""Agreement of clusters with known labels."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def contingency_table(labels: Any, assignments: Any) -> tuple[np.ndarray, np.nda
 
     Raises:
         ValueError: unless there is one label for each assignment, and one that is known.
+
+    Example:
+        >>> counts, clusters, names = contingency_table(["a", "a", "b"], [1, 1, 0])
+        >>> counts.tolist(), names.tolist()
+        ([[0, 1], [2, 0]], ['a', 'b'])
     """
     labels, assignments = _labelled("contingency_table", labels, assignments)
     columns, column = np.unique(labels, return_inverse=True)
@@ -52,6 +57,10 @@ def clustering_metrics(labels: Any, assignments: Any) -> dict[str, float]:
     Raises:
         ImportError: without scikit-learn.
         ValueError: unless there is one label for each assignment, and one that is known.
+
+    Example:
+        >>> clustering_metrics(["a", "a", "b"], [1, 1, 0])["accuracy"]
+        1.0
     """
     scores = require("sklearn.metrics", "clustering_metrics", "cluster")
     count = len(as_labels("clustering_metrics", "assignments", assignments))

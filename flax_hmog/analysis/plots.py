@@ -35,8 +35,8 @@ def plot_objective(
     Args:
         histories: one history (T,), as `EMResult.objective_history`, or a mapping from names to histories. Entries that
             are not finite leave a gap.
-        step_name: what is counted along the horizontal axis, from 0.
-        quantity: what is shown, with its unit.
+        step_name: unit of the horizontal axis, counted from 0.
+        quantity: name of the vertical axis, with its unit.
         title: title of the figure.
 
     Returns:
@@ -45,6 +45,9 @@ def plot_objective(
     Raises:
         ImportError: without matplotlib.
         ValueError: for a history that is no vector.
+
+    Example:
+        >>> figure = plot_objective({"seed 0": [-3.0, -2.0, -1.9]})
     """
     named = dict(histories) if isinstance(histories, Mapping) else {"": histories}
     figure = style.new_figure("plot_objective", style.WIDTH, 4.2)
@@ -83,7 +86,7 @@ def plot_latent_space(
         x: observations (N, D).
         axes: "discriminant", the two that separate the components best (`discriminant_axes`), or "canonical", the two
             that explain most variance (`canonical_loadings`).
-        groups: what colours each sample (N,): merged clusters or known labels, of which some may be missing; None for
+        groups: group of each sample, by colour (N,): merged clusters or known labels, some may be missing; None for
             the most probable component.
         max_points: of more samples, this many at even intervals are drawn.
         title: title of the figure.
@@ -95,6 +98,10 @@ def plot_latent_space(
         ImportError: without matplotlib.
         TypeError: if `natural` is of another coordinate type or `x` holds no real numbers.
         ValueError: for other axes, or if the shapes do not match.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> figure = plot_latent_space(natural, x)
     """
     check_choice("plot_latent_space", "axes", axes, AXES)
     x = as_array("plot_latent_space", "x", x, 2, "(N, D)")
@@ -131,13 +138,13 @@ def plot_prototypes(
     feature_names: Sequence[str] | None = None,
     title: str = "Cluster prototypes",
 ) -> Figure:
-    """What each cluster looks like, on one common scale.
+    """Means of the clusters as images or bars, on one common scale.
 
     Args:
         prototypes: (K, D), from `cluster_prototypes`.
         image_shape: (height, width) or (height, width, 3) with product D: prototypes are drawn as images. None: as rows
             of a heat map of the differences from their average.
-        names: what each is called (K,); their numbers by default.
+        names: of each (K,); their numbers by default.
         feature_names: names of the D columns of the heat map.
         title: title of the figure.
 
@@ -147,6 +154,11 @@ def plot_prototypes(
     Raises:
         ImportError: without matplotlib.
         ValueError: if the shapes do not match.
+
+    Example:
+        >>> from flax_hmog.analysis import cluster_prototypes
+        >>> from flax_hmog.toy import natural
+        >>> figure = plot_prototypes(cluster_prototypes(natural), image_shape=(2, 2))
     """
     caller = "plot_prototypes"
     prototypes = as_array(caller, "prototypes", prototypes, 2, "(K, D)")
@@ -167,12 +179,12 @@ def plot_loadings(
     feature_names: Sequence[str] | None = None,
     title: str = "Canonical loadings",
 ) -> Figure:
-    """What each canonical axis adds to x per standard deviation, with the share of variance it explains.
+    """Change of x per standard deviation of each canonical axis, with the share of variance it explains.
 
     Args:
         canonical: from `canonical_loadings`.
         image_shape: (height, width) with product D: loadings are drawn as images. None: as rows of a heat map.
-        max_axes: how many axes are drawn at most.
+        max_axes: largest number of axes drawn.
         feature_names: names of the D columns of the heat map.
         title: title of the figure.
 
@@ -182,6 +194,11 @@ def plot_loadings(
     Raises:
         ImportError: without matplotlib.
         ValueError: if the shapes do not match.
+
+    Example:
+        >>> from flax_hmog.analysis import canonical_loadings
+        >>> from flax_hmog.toy import natural
+        >>> figure = plot_loadings(canonical_loadings(natural))
     """
     caller = "plot_loadings"
     rows = canonical.loadings.T[:max_axes]

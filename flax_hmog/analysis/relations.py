@@ -36,10 +36,10 @@ def plot_dendrogram(
     Args:
         linkage: (K - 1, 4), from `cluster_hierarchy`.
         labels: the cluster of each component (K,), from `merge_clusters`: branches within one cluster share a colour.
-        names: what each component is called (K,); their numbers by default.
+        names: of the components (K,); their numbers by default.
         prototypes: (K, D), from `cluster_prototypes`, drawn as images beside the leaves; needs `image_shape`.
         image_shape: (height, width) or (height, width, 3) with product D.
-        distance_name: what the horizontal axis shows, with its unit: "Bhattacharyya distance [nats]" for the hierarchy
+        distance_name: name of the horizontal axis, with its unit: "Bhattacharyya distance [nats]" for the hierarchy
             of a model, "1 - co-assignment" for that of responsibilities.
         title: title of the figure.
 
@@ -49,6 +49,10 @@ def plot_dendrogram(
     Raises:
         ImportError: without matplotlib.
         ValueError: if `linkage` is no hierarchy or the shapes do not match.
+
+    Example:
+        >>> from flax_hmog.analysis import cluster_hierarchy
+        >>> figure = plot_dendrogram(cluster_hierarchy([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
     """
     caller = "plot_dendrogram"
     linkage = check_linkage(caller, linkage)
@@ -91,8 +95,8 @@ def plot_contingency(
     Args:
         labels: known labels (N,).
         assignments: clusters (N,).
-        label_names: what the labels that occur are called, in sorted order.
-        cluster_names: what the clusters that occur are called, in sorted order.
+        label_names: names of the labels that occur, in sorted order.
+        cluster_names: names of the clusters that occur, in sorted order.
         title: title of the figure.
 
     Returns:
@@ -101,6 +105,9 @@ def plot_contingency(
     Raises:
         ImportError: without matplotlib.
         ValueError: if the shapes do not match.
+
+    Example:
+        >>> figure = plot_contingency(["a", "a", "b"], [1, 1, 0])
     """
     caller = "plot_contingency"
     counts, clusters, known = contingency_table(labels, assignments)
@@ -139,12 +146,12 @@ def plot_co_assignment(
     names: Sequence[str] | None = None,
     title: str = "Co-assignment of the components",
 ) -> Figure:
-    """How often components claim the same samples, as a heat map whose colours follow the square root.
+    """Co-assignment of components as a heat map whose colours follow the square root.
 
     Args:
         matrix: (K, K), from `co_assignment`.
         linkage: (K - 1, 4), from `cluster_hierarchy`: rows and columns are put in the order of its leaves.
-        names: what each component is called (K,); their numbers by default.
+        names: of the components (K,); their numbers by default.
         title: title of the figure.
 
     Returns:
@@ -153,6 +160,10 @@ def plot_co_assignment(
     Raises:
         ImportError: without matplotlib.
         ValueError: if the shapes do not match.
+
+    Example:
+        >>> from flax_hmog.analysis import co_assignment
+        >>> figure = plot_co_assignment(co_assignment([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
     """
     caller = "plot_co_assignment"
     matrix = as_array(caller, "matrix", matrix, 2, "(K, K)")
@@ -210,7 +221,7 @@ def _draw_tree(axes: Axes, linkage: np.ndarray, numbers: np.ndarray | None) -> n
             axes.plot([0, linkage[merge, 2]], [height, height], color=style.color(numbers[leaf]), linewidth=1.6)
     axes.set_ylim(10 * count, 0)
     first, last = linkage[0, 2], linkage[-1, 2] or 1.0
-    start = 0 if first < last / 2 else first - (last - first) / 4  # the stems of the leaves say nothing
+    start = 0 if first < last / 2 else first - (last - first) / 4  # the stems of the leaves carry no information
     axes.set_xlim(start, last + 0.02 * (last - start))
     return np.array(tree["leaves"])
 

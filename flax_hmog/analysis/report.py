@@ -27,7 +27,10 @@ class Table:
     Attributes:
         rows: one mapping per row, from column names to values. A pair (mean, sd) is shown as mean ± sd, with the digits
             that the sd supports; None as an empty cell.
-        caption: what the table shows.
+        caption: text above it.
+
+    Example:
+        >>> table = Table([{"method": "EM", "NMI": (0.85, 0.04)}], caption="Test split, mean and standard deviation")
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -40,8 +43,12 @@ class Picture:
 
     Attributes:
         figure: a matplotlib figure.
-        caption: what to see in it.
-        alt: what it shows, for readers who cannot see it.
+        caption: text below it.
+        alt: description for readers who cannot see it.
+
+    Example:
+        >>> from flax_hmog.analysis import plot_objective
+        >>> picture = Picture(plot_objective({"seed 0": [-3.0, -2.0]}), "Objective by step", alt="A line that rises")
     """
 
     figure: Any
@@ -55,9 +62,12 @@ class Section:
 
     Attributes:
         heading: its title.
-        text: what the reader should know; blank lines separate paragraphs.
+        text: paragraphs, separated by blank lines.
         tables: shown below the text.
         pictures: shown below the tables.
+
+    Example:
+        >>> section = Section("Scores", text="On the test split.", tables=[Table([{"NMI": 0.85}])])
     """
 
     heading: str
@@ -70,10 +80,10 @@ def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section
     """Write a report as one self-contained html file. Texts are escaped: none is read as html.
 
     Args:
-        path: where to write; folders are made, an existing file is replaced.
+        path: of the file; folders are made, an existing file is replaced.
         title: title of the report.
         sections: its sections, in order; headings are listed at the top.
-        summary: what the report says, in a few sentences, above the first section.
+        summary: the findings in a few sentences, above the first section.
 
     Returns:
         The path.
@@ -82,6 +92,12 @@ def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section
         ImportError: without jinja2.
         TypeError: for a section that is no `Section`, or a table or picture that is none.
         ValueError: for a report without sections, or a picture without alternative text.
+
+    Example:
+        >>> import tempfile
+        >>> table = Table([{"method": "EM", "NMI": (0.85, 0.04)}], caption="Test split")
+        >>> write_report(Path(tempfile.mkdtemp()) / "report.html", "Digits", [Section("Scores", tables=[table])]).name
+        'report.html'
     """
     jinja = require("jinja2", "write_report", "report")
     _check_sections(sections)
@@ -114,6 +130,10 @@ def mean_and_sd(values: Any) -> tuple[float, float]:
 
     Raises:
         ValueError: for fewer than two values.
+
+    Example:
+        >>> mean_and_sd([1.0, 3.0])
+        (2.0, 1.4142135623730951)
     """
     array = np.asarray(values, np.float64)
     if array.ndim != 1 or array.size < 2:
@@ -184,7 +204,7 @@ def _check_sections(sections: Sequence[Section]) -> None:
 
 
 def _section(number: int, section: Section) -> dict[str, Any]:
-    """What the template shows of a section."""
+    """The values that the template reads of a section."""
     name = re.sub(r"[^a-z0-9]+", "-", section.heading.lower()).strip("-")
     return {
         "anchor": f"{number}-{name}",

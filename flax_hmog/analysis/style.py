@@ -1,4 +1,4 @@
-"""How the figures look: one palette, one type scale, and what several of them draw."""
+"""Style of the figures: one palette, one type scale, and elements that several of them draw."""
 
 from __future__ import annotations
 

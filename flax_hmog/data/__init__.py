@@ -1,1 +1,1 @@
-"""Where samples come from: arrays, tables, files, sparse matrices, streams; read by blocks, spread over devices."""
+"""Sources of samples: arrays, tables, files, sparse matrices, streams; read by blocks, spread over devices."""

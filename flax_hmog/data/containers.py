@@ -1,4 +1,4 @@
-"""What holds rows: told by what an object offers, never by importing the library that it comes from.
+"""Containers of rows, recognised by their attributes, without importing the library that they come from.
 
 Two kinds: what is in memory becomes a numpy or jax array in its own dtype (`in_memory`); sparse matrices, files and
 whatever else has `shape`, `dtype` and row slices are read block by block (`is_read_by_blocks`, `read_rows`).
@@ -36,18 +36,18 @@ def unwrapped(value: Any) -> Any:
 
 
 def is_table(value: Any) -> bool:
-    """Whether it has named columns: frames of pandas and polars, tables of pyarrow."""
+    """True for objects with named columns: frames of pandas and polars, tables of pyarrow."""
     kind, columns = type(value), ("items", "get_columns", "itercolumns")
     return hasattr(kind, "shape") and not hasattr(kind, "dtype") and any(hasattr(kind, name) for name in columns)
 
 
 def is_jax_sparse(value: Any) -> bool:
-    """Whether it is a sparse matrix of jax.experimental.sparse."""
+    """True for a sparse matrix of jax.experimental.sparse."""
     return hasattr(type(value), "nse") and hasattr(type(value), "todense")
 
 
 def is_read_by_blocks(value: Any) -> bool:
-    """Whether rows are read block by block: memory maps, sparse matrices, and what has row slices but is no array.
+    """True if rows are read by blocks: memory maps, sparse matrices, and objects with row slices that are no arrays.
 
     The latter are arrays of h5py, zarr and dask, the matrix of a backed AnnData, and objects of one's own with `shape`,
     `dtype` and row slices.
@@ -141,7 +141,7 @@ def dense(caller: str, argument: str, value: Any) -> Any:
 
 
 def is_missing(entry: Any) -> bool:
-    """Whether an entry of an object array stands for no value: None, NaN, NA of pandas, NaT, numpy's masked."""
+    """True if an entry of an object array is missing: None, NaN, NA of pandas, NaT, numpy's masked."""
     if entry is None or entry is np.ma.masked or type(entry).__name__ in ("NAType", "NaTType"):
         return True
     try:
@@ -187,7 +187,7 @@ def _refuse_missing(caller: str, argument: str, missing: np.ndarray, what: str) 
 
 
 def _numbers(caller: str, argument: str, array: np.ndarray) -> np.ndarray:
-    """Objects as numbers: what nullable columns and lists with None become in numpy."""
+    """Object arrays, as of nullable columns and lists with None, as numbers."""
     if array.ndim == 0 or not array.size:
         return array
     missing = np.frompyfunc(is_missing, 1, 1)(array).astype(bool)

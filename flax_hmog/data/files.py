@@ -22,7 +22,7 @@ SPARSE = {"data", "format", "shape"}
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """What a file holds.
+    """Contents of a file.
 
     Attributes:
         rows: (N, D) array, memory-mapped or not, or CSR matrix.
@@ -31,7 +31,7 @@ class File:
         image_shape: of a row, where rows were images.
         class_names: of the labels, where they are no integers or some are unknown.
         column_names: of the columns, where the file says so.
-        title: what a report calls the data.
+        title: name of the data in a report.
         source: path of the file, where there is one.
     """
 
@@ -104,7 +104,7 @@ def read_file(path: Path, labels: str | None = None, *, layer: str | None = None
 
 
 def _checked(path: Path, file: File) -> File:
-    """What a file holds as rows (N, D) with a label each.
+    """Contents of a file as rows (N, D) with a label each.
 
     Raises:
         ValueError: naming the file, if it does not.
@@ -207,7 +207,7 @@ def _read_h5ad(layer: str | None, obsm: str | None, path: Path, labels: str | No
 
 
 def _load_sparse(path: Path) -> Any:
-    """What scipy saved, in any of its formats, as CSR."""
+    """A sparse matrix saved by scipy, in any of its formats, as CSR."""
     try:
         return require("scipy.sparse", "read_file", "cluster").load_npz(path).tocsr()
     except (ValueError, NotImplementedError) as error:

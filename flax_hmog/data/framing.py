@@ -1,4 +1,4 @@
-"""Which frame data ask for, and which of their rows are too far from all others."""
+"""The robust frame of a data set, and the rows that are too far from all others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EQUAL = {np.float64: 1e-14, np.float32: 1e-6}  # part of two squares that their 
 
 
 def share_bounds(x: np.ndarray) -> bool:
-    """Whether columns have one unit for all to see, as pixels do: most reach the same least and the same largest value.
+    """True if columns visibly share a unit, as pixels do: most reach the same least and the same largest value.
 
     Args:
         x: rows (N, D), on the host.
@@ -136,10 +136,10 @@ def _geometric_median(rows: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, 
 
 
 class Framing:
-    """How rows enter a fit: in the frame that it computes in, and without those that are far from all others.
+    """Conversion of rows for a fit: into the frame that it computes in, without those that are far from all others.
 
     Attributes:
-        frame: what a model must have to take the rows for rows of x.
+        frame: frame of a model that takes the rows for rows of x.
         wild: numbers of the rows left out so far.
     """
 
@@ -169,7 +169,7 @@ class Framing:
 
 @partial(jax.jit, static_argnames="by_column")
 def _wild_rows(frame: Frame, x: Array, weights: Array, max_distance: Array | float, by_column: bool) -> Array:
-    """Whether rows (B, D) count, but have an entry (or, with one unit, are as a whole) too far from the origin (B,)."""
+    """True for rows (B, D) that count and have an entry (with one unit, are as a whole) too far from the origin."""
     rows = jnp.abs(frame.inward(x))
     distance = jnp.max(rows, axis=-1)
     if not by_column:

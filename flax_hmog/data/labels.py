@@ -57,7 +57,7 @@ def _holds_numbers(labels: Any) -> bool:
 
 
 def is_known(array: np.ndarray) -> np.ndarray:
-    """Which entries of a vector stand for a label (N,)."""
+    """True for the entries of a vector that are labels, not missing values (N,)."""
     if array.dtype.kind == "f":
         return ~np.isnan(array)
     if array.dtype.kind in "mM":

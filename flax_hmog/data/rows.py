@@ -80,10 +80,10 @@ def sum_rows(function: Callable[[Any, Any, Array], Any], operands: Any, rows: An
     Args:
         function: gives sums (any tree of arrays) over the rows of a block; rows with `is_new` False (B,) were in
             another block already and must not count.
-        operands: what it needs besides rows.
+        operands: its arguments besides rows.
         rows: tree of arrays (N, ...).
         limit: rows of a block at most.
-        shards: where the rows lie.
+        shards: shards of the rows.
 
     Returns:
         The sums.

@@ -81,8 +81,8 @@ def _effective_weights(weights: Array) -> Array:
 
 
 def enter(caller: str, natural: Any, x: Any) -> tuple[Natural | Prepared, Array, Shards]:
-    """What every function of (natural, x) checks: the model with its prior, observations (..., D) in its dtype, where
-    they lie.
+    """Checked arguments of a function of (natural, x): the model with its prior, observations (..., D) in its dtype,
+    and their shards.
 
     Rows on the host with more digits than the dtype has are moved to the model's frame before any is lost.
     """
@@ -132,7 +132,7 @@ def check_given(caller: str, x: Any, obs_dim: int | None, *, argument: str = "x"
 
 
 def as_rows(caller: str, x: Any, dtype: Any, *, argument: str = "x", row_numbers: Any = None) -> Array:
-    """What `check_given` returned in the working dtype: the one place where observations are converted.
+    """Observations of `check_given` in the working dtype: the one place where they are converted.
 
     Raises:
         ValueError: for entries that are not finite in this dtype.

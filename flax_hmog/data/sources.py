@@ -1,4 +1,4 @@
-"""Where samples come from: arrays and tables, files larger than memory, sparse matrices, streams of batches.
+"""Sources of samples: arrays and tables, files larger than memory, sparse matrices, streams of batches.
 
 A source gives the same blocks at every pass, all of one shape, so that nothing is compiled twice.
 """

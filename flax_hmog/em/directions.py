@@ -1,4 +1,4 @@
-"""Where the latent directions of a start come from: principal components, factor analysis, or least kurtosis."""
+"""Latent directions of a start: principal components, factor analysis, or least kurtosis."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def latent_directions(
     Args:
         x: rows (N, D).
         weights: sample weights (N,).
-        frame: what turns the rows into those of the model.
+        frame: map from the rows to those of the model.
         key: PRNG key; subspace iteration starts from it.
         lat_dim: L.
-        by_column: whether wild entries are drawn in one by one, or whole rows.
+        by_column: wild entries are drawn in one by one; if not, whole rows.
         obs_rep: kind of the noise. Isotropic or full, a start turns with x, but for "fa", which looks at columns.
         method: "pca", "fa" or "kurtosis".
-        shards: where the rows lie.
+        shards: shards of the rows.
 
     Returns:
         `Directions` of x' = (x - origin) / unit.
@@ -112,7 +112,7 @@ def latent_directions(
 
 
 def _full_residual(covariance: Array, loadings: Array, floor: Array) -> Array:
-    """Psi (D, D): what the loadings leave of the covariance, and along them its average elsewhere."""
+    """Psi (D, D): the covariance without the loadings, and along them its average elsewhere."""
     obs_dim, lat_dim = loadings.shape
     residual = symmetrize(covariance - matmul(loadings, loadings.T))
     axes = jnp.linalg.qr(loadings)[0]
@@ -156,7 +156,7 @@ def _principal_axes(covariance: Any, variance: Array, count: int, key: Array) ->
 def _eigen_solver(
     covariance: Array | Callable[[Array], Array], variance: Array, count: int, key: Array
 ) -> tuple[Callable, Array]:
-    """What gives leading eigenvalues and eigenvectors of scale^-1 Cov scale^-1, and columns for it to start from.
+    """A function for leading eigenvalues and eigenvectors of scale^-1 Cov scale^-1, and columns for it to start from.
 
     They are exact where the covariance is given as a matrix; where it is a function that multiplies columns by it they
     come from subspace iteration on random ones (Halko, Martinsson and Tropp 2011).

@@ -35,16 +35,22 @@ ROUNDING = 100  # units in the last place of objective and dimension that object
 
 @dataclasses.dataclass(frozen=True)
 class EMResult:
-    """What `fit_em` returns.
+    """Result of `fit_em`: the model and its history.
 
     Attributes:
         natural: the fitted model, its prior whitened (y has mean 0 and covariance I).
         objective_history: penalised log-likelihood per sample before the first step and after each (steps + 1,), nats.
-        converged: whether the last gain was below the tolerance, and no fall beyond rounding.
+        converged: True if the last gain was below the tolerance, and no fall beyond rounding.
         info: `EMInfo` of the fitted model.
         restart_objectives: final objective of every start (n_restarts,); the best one is returned.
         regularizer: the pseudo-statistics in the latent basis of `natural`, or None.
         classes: name of component k for k < len(classes), where `labels` were names; None otherwise.
+
+    Example:
+        >>> from flax_hmog.toy import head, natural, x
+        >>> result = fit_em(head, x, jax.random.key(0), init=natural, max_steps=3)
+        >>> print(result.info.occupancy.round())
+        [4. 4. 4.]
     """
 
     natural: Natural
@@ -58,7 +64,7 @@ class EMResult:
 
 @dataclasses.dataclass(frozen=True)
 class EMState:
-    """Where `fit_em` stands between two steps.
+    """State of `fit_em` between two steps.
 
     Attributes:
         natural: the model of the present start, in its first latent basis; None before the start's first step.
@@ -67,6 +73,14 @@ class EMState:
         history: objectives of the start's models so far.
         finals: final objectives of the starts that have ended.
         best: the best of them, or None.
+
+    Example:
+        >>> from flax_hmog.toy import head, natural, x
+        >>> states = []
+        >>> result = fit_em(head, x, jax.random.key(0), init=natural, max_steps=3, on_step=states.append)
+        >>> again = fit_em(head, x, jax.random.key(0), init=natural, max_steps=3, state=states[0])  # goes on from there
+        >>> bool((again.objective_history == result.objective_history).all())
+        True
     """
 
     natural: Any = None
@@ -106,7 +120,7 @@ def fit_em(
             they sort (`EMResult.classes`). None, NaN, NA and "" are unknown too. Not for a collection of batches.
         options: start, regulariser, restarts, convergence and units: see `EMOptions`.
         progress: show a progress bar.
-        state: what `on_step` was given: goes on from there, with all other arguments as before, to the same result.
+        state: value given to `on_step`: goes on from there, with all other arguments as before, to the same result.
         on_step: called after every step, for example to save its `EMState`.
         changes: single options by name, in place of those of `options`: init, regularizer, n_restarts, max_steps,
             tolerance, column_units, max_distance.
@@ -118,6 +132,12 @@ def fit_em(
         TypeError: for a head with restricted component matrices (see `warm_start`), data that cannot be read twice, or
             an option that is not of this function.
         ValueError: for unusable data or arguments, or if the objective stops being finite.
+
+    Example:
+        >>> from flax_hmog.toy import head, x
+        >>> result = fit_em(head, x, jax.random.key(0), max_steps=3, tolerance=0.0)
+        >>> result.objective_history.shape, bool((np.diff(result.objective_history) > 0).all())
+        ((4,), True)
     """
     options = chosen_options("fit_em", options, changes)
     n_starts, passes = options.n_restarts, options.max_steps + 1
@@ -152,16 +172,32 @@ def fit_em(
 
 
 class ConvergenceWarning(UserWarning):
-    """EM stopped where its objective fell."""
+    """EM stopped where its objective fell.
+
+    Example:
+        >>> import warnings
+        >>> warnings.filterwarnings("error", category=ConvergenceWarning)  # to stop where a fit warns
+    """
 
 
 class WildRowsWarning(UserWarning):
-    """Rows far from all others took no part in a fit."""
+    """Rows far from all others took no part in a fit.
+
+    Example:
+        >>> from flax_hmog import fit_em
+        >>> from flax_hmog.toy import head, natural, x
+        >>> rows = np.where(np.arange(12)[:, None] == 5, np.float32(1e6), x)
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     result = fit_em(head, rows, jax.random.key(0), init=natural, max_steps=1)
+        >>> str(caught[0].message)
+        'fit_em: 1 rows are left out, ...the first is row 5. Check them, or raise max_distance.'
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What one pass says of a model.
+    """Results of one pass with a model.
 
     Attributes:
         factors: of the model.
@@ -262,7 +298,7 @@ class Fit:
     ) -> Evaluation:
         """One pass over the samples, or over some blocks of them, with a model in the frame."""
         frame: Any = natural.frame
-        # the log-volume is added in float64 at the end: gains do not hang on the units of x
+        # the log-volume is added in float64 at the end: gains do not depend on the units of x
         inner = dataclasses.replace(self.source.framing.frame, log_volume=jnp.zeros_like(frame.log_volume))
         factors = prepare(dataclasses.replace(natural, frame=inner, projection_dtype=self.dtype))
         statistics: Any = None
@@ -306,11 +342,11 @@ class Fit:
         return EMState(best=best, finals=(*state.finals, objective)), objective
 
     def fell(self, history: Sequence[float], natural: Natural) -> bool:
-        """Whether the last objective is below the best one by more than rounding explains."""
+        """True if the last objective is below the best one by more than rounding explains."""
         return max(history) - history[-1] > self._rounding(history[-1], natural)
 
     def _rounding(self, objective: float, natural: Natural) -> float:
-        """What rounding explains of a difference of objectives, in nats per sample; the same in any units of x."""
+        """Difference of objectives that rounding can cause, in nats per sample; the same in any units of x."""
         obs_dim, dtype = natural.interaction.shape[0], natural.interaction.dtype
         volume = 0.0 if natural.frame is None else float(natural.frame.log_volume)
         explained = ROUNDING * float(jnp.finfo(dtype).eps) * (abs(objective + volume) + obs_dim)

@@ -1,4 +1,4 @@
-"""Where EM starts: latent directions, and clusters along them by k-means++."""
+"""Starts of EM: latent directions, and clusters along them by k-means++."""
 
 from __future__ import annotations
 
@@ -57,6 +57,11 @@ def initialize_moments(
 
     Raises:
         ValueError: for an unknown method, fewer samples than components, or unusable data.
+
+    Example:
+        >>> from flax_hmog.toy import head, x
+        >>> initialize_moments(head, x, jax.random.key(0)).means.shape
+        (3, 2)
     """
     caller = "initialize_moments"
     check_head_and_key(caller, head, key)
@@ -102,8 +107,8 @@ def starts(
         x: rows (N, D).
         weights: sample weights (N,), that sum to the number of samples.
         labels: known components (N,), -1 where unknown, or None.
-        frame: what turns the rows into those of the model.
-        by_column: whether columns have units of their own.
+        frame: map from the rows to those of the model.
+        by_column: True if columns have units of their own.
         key: PRNG key.
         method: "pca" or "fa".
 

@@ -1,4 +1,4 @@
-"""k-means whose result hangs neither on the order of rows nor on how they are blocked, weighted or padded."""
+"""k-means whose result depends neither on the order of rows nor on how they are blocked, weighted or padded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def k_means(
         key: PRNG key.
         n_clusters: K.
         known: clusters that are known (N,), -1 where not, or None: the first seeds are their means, and they stay.
-        shards: where the rows lie.
+        shards: shards of the rows.
 
     Returns:
         Labels (N,).

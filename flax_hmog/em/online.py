@@ -126,6 +126,11 @@ def fit_online_em(
         ValueError: for unusable data or arguments, or if the objective stops being finite.
 
     Source: Cappe and Moulines 2009; averaging: Polyak and Juditsky 1992.
+
+    Example:
+        >>> from flax_hmog.toy import head, natural, x
+        >>> fit_online_em(head, x, jax.random.key(0), batch_size=12, passes=1, init=natural).objective_history.shape
+        (2,)
     """
     options = chosen_options("fit_online_em", options, changes)
     if not options.step_decay > 0.5:
@@ -297,7 +302,7 @@ def accepted_update(em: dict[str, Any], x: Array, options: EMOptions, axis_name:
 
 
 def _exists(em: dict[str, Any]) -> Array:
-    """Whether all is finite and the model exists ()."""
+    """True if all is finite and the model exists ()."""
     natural = moments_to_natural(em["moments"])
     # Cholesky factors of what is not positive definite are NaN
     precisions = (natural.observable_precision, natural.prior_precision)

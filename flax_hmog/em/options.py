@@ -1,4 +1,4 @@
-"""The knobs of EM: what regularises it, where it starts and ends, and at what rate it learns from batches."""
+"""The options of EM: regularisation, start and end, and the rate at which it learns from batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMN_UNITS = ("auto", "own", "common")
 
 @pytree
 class Regularizer:
-    """Pseudo-statistics that EM adds to those of the data: samples "seen" before any data.
+    """Pseudo-statistics that EM adds to those of the data.
 
     They are fixed before the first step, so that the penalised log-likelihood
 
@@ -35,6 +35,12 @@ class Regularizer:
         component_mean: (L,), in the latent basis of the model.
         component_covariance: `PositiveDefinite` (L, L), in the latent basis of the model.
         noise_covariance: of kind `obs_rep`, in squared units of x; of a model with a frame, in those of its frame.
+
+    Example:
+        >>> from flax_hmog.toy import moments
+        >>> regularizer = PseudoCounts().regularizer(moments)
+        >>> regularizer.component_covariance.entries.shape, regularizer.noise_covariance.entries.shape
+        ((2, 2), (4,))
     """
 
     weights: Array
@@ -47,7 +53,7 @@ class Regularizer:
 
 @dataclasses.dataclass(frozen=True)
 class PseudoCounts:
-    """Strength of the regulariser, in samples; what the samples look like is taken from the initial model.
+    """Strength of the regulariser, in samples; their mean and covariance are taken from the initial model.
 
     Attributes:
         weights: added to each component's weight.
@@ -57,6 +63,12 @@ class PseudoCounts:
             `noise_floor` times their average (of full noise, along its principal axes).
         noise_floor: see `noise`; a share, not a number of samples.
         noise_share: the same, per sample of the data, where that is more than `noise`.
+
+    Example:
+        >>> from flax_hmog.toy import moments
+        >>> regularizer = PseudoCounts(components=10.0).regularizer(moments)
+        >>> float(regularizer.components), regularizer.component_mean.tolist()  # at E[y]
+        (10.0, [0.0, 0.5])
     """
 
     weights: float = 1.0
@@ -88,23 +100,16 @@ class PseudoCounts:
 
 @dataclasses.dataclass(frozen=True)
 class EMOptions:
-    """The knobs of EM, under the same names wherever they are used.
+    """The options of EM, under the same names wherever they are used.
 
     `fit_em` and `fit_online_em` take them as `options`, single ones by name beside it; those of `AnalyticHMoG` are its
     attributes. What a function does not use it refuses by name.
-
-    >>> import jax, numpy as np
-    >>> from flax_hmog import AnalyticHMoG, EMOptions, fit_em
-    >>> x = np.random.default_rng(0).standard_normal((100, 4))
-    >>> options = EMOptions(max_steps=20, tolerance=1e-2)
-    >>> fit_em(AnalyticHMoG(1, 2), x, jax.random.key(0), options=options, n_restarts=2).restart_objectives.shape
-    (2,)
 
     Attributes:
         init: "pca" or "fa" (see `initialize_moments`), or a model to start from; its prior is whitened first.
         regularizer: strength of pseudo-samples that look like the initial model, or the pseudo-samples themselves (in
             the latent basis of `init`); None for maximum likelihood, whose maximum need not exist.
-        column_units: with diagonal noise, whether columns have units of their own ("own": the fit is the same in any
+        column_units: with diagonal noise, columns have units of their own ("own": the fit is the same in any
             units) or one for all ("common", as pixels); "auto" takes common ones if most columns share their bounds.
         max_distance: rows farther than this from the median, in typical distances, are left out with a warning; `inf`
             keeps all (docs/sharp_bits.md).
@@ -121,6 +126,13 @@ class EMOptions:
             that move.
         pseudo_share: for `AnalyticHMoG`: pseudo-samples per sample of a batch. They follow the model, since the scale
             of features that are being learnt is not known beforehand; those of `regularizer` stay.
+
+    Example:
+        >>> from flax_hmog import fit_em
+        >>> from flax_hmog.toy import head, natural, x
+        >>> options = EMOptions(init=natural, max_steps=3)
+        >>> fit_em(head, x, jax.random.key(0), options=options, tolerance=0.0).objective_history.shape
+        (4,)
     """
 
     init: Literal["pca", "fa"] | Moments | Natural | Prepared = "pca"

@@ -44,18 +44,18 @@ from flax_hmog.model.prepared import (
 class Statistics:
     """Weighted sums over samples, about the model whose expectations they are: the E-step as it adds up.
 
-    They add over blocks, streams and devices. With v the sample weights, r the responsibilities times v, u = T y the
-    latent coordinates of `Prepared`, t = U'F'(x - b), w = E[u | x], g = w - t and e = x - b - W E[y | x]. Taken about
-    the model, nothing large cancels where the noise is small beside the signal.
+    They add over blocks, streams and devices. With v the sample weights, gamma the responsibilities times v, u = T y
+    the latent coordinates of `Prepared`, t = U'F'(x - b), u^ = E[u | x], g = u^ - t and e = x - b - W E[y | x].
+    Taken about the model, nothing large cancels where the noise is small beside the signal.
 
     Attributes:
         count: sum of v ().
         residual: sum of v e (D,).
         residual_square: sum of v e e', of kind `obs_rep`.
-        cross: sum of v e w' (D, L).
-        responsibilities: sum of r (K,).
-        latent: sum of r t (K, L).
-        latent_square: sum of r times the products t_i t_j (K, F).
+        cross: sum of v e u^' (D, L).
+        responsibilities: sum of gamma (K,).
+        latent: sum of gamma t (K, L).
+        latent_square: sum of gamma times the products t_i t_j (K, L2).
         pooled_square: sum of v (t, g) (t, g)' (2L, 2L).
         evidence: sum of v times logsumexp of the logits ().
     """
@@ -91,6 +91,11 @@ def expected_statistics(natural: Natural | Prepared, x: Any, weights: Any = None
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: for wrong shapes, entries that are not finite, negative weights or a weight sum of 0.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> np.asarray(expected_statistics(natural, x).weights, float).round(2).tolist()
+        [0.33, 0.33, 0.33]
     """
     plain = in_units_of_x(check_natural("expected_statistics", natural))
     entered, x, weights = check_samples("expected_statistics", plain, x, weights)
@@ -110,7 +115,7 @@ def accumulate(
         weights: sample weights (N,).
         labels: known components (N,), -1 where unknown; their responsibilities are clamped and the density of such a
             row is log p(x, z = label).
-        shards: where the rows lie.
+        shards: shards of the rows.
 
     Returns:
         `Statistics`.
@@ -142,7 +147,7 @@ def _block_sums(operands: Any, block: Any, is_new: Array) -> Statistics:
     residual = centered - matmul(t + gain, loadings.T)
     responsibilities = responsibilities * weights[:, None]
     by_component = matmul(responsibilities.T, features)
-    # a column of ones beside w gives the sum of residuals by the same product
+    # a column of ones beside u^ gives the sum of residuals by the same product
     posterior_mean = jnp.concatenate([t + gain, jnp.ones_like(t[:, :1])], axis=-1) * weights[:, None]
     by_latent = matmul(posterior_mean.T, residual)
     both = jnp.concatenate([t, gain], axis=-1)
@@ -162,7 +167,7 @@ def _block_sums(operands: Any, block: Any, is_new: Array) -> Statistics:
 def log_likelihood(factors: Prepared, statistics: Statistics) -> Array:
     """sum_i v_i log p(x_i) () from the sums of a pass with the same model.
 
-    With t = U'r, w = t + g and V'V = I - U'U:  |r - U t|^2 + |V t|^2 = |r - U w|^2 + |V w|^2 - |g|^2.
+    With t = U'r, u^ = t + g and V'V = I - U'U:  |r - U t|^2 + |V t|^2 = |r - U u^|^2 + |V u^|^2 - |g|^2.
     """
     tt, tg, gg = statistics.pooled()
     latent = tt + tg + tg.T + gg
@@ -172,9 +177,9 @@ def log_likelihood(factors: Prepared, statistics: Statistics) -> Array:
 
 
 def component_sums(factors: Prepared, statistics: Statistics) -> tuple[Array, Array, Array]:
-    """Sums over samples of r E[u | k, x], r (Cov[u | k, x] + d d') and r E[u u' | k, x], where E[u | k, x] = t + d.
+    """Sums of gamma E[u | k, x], gamma (Cov[u | k, x] + g_k g_k') and gamma E[u u' | k, x], with E[u | k, x] = t + g_k.
 
-    With d = linear_k - curvature_k t and Cov[u | k, x] = C_k. The second is the part of the third that stays small
+    Here g_k = linear_k - curvature_k t and Cov[u | k, x] = C_k. The second is the part of the third that stays small
     where t is large. Shapes (K, L) and (K, L, L); of diagonal component matrices the diagonals (K, L).
     """
     n, total = statistics.responsibilities, statistics.latent
@@ -196,7 +201,7 @@ def component_sums(factors: Prepared, statistics: Statistics) -> tuple[Array, Ar
 
 
 def residual_mean(factors: Prepared, statistics: Statistics) -> ResidualMoments:
-    """Average statistics of (q, y, z) with q = x - b - W y: what the M-step regresses. Full component matrices only."""
+    """Average statistics of (q, y, z) with q = x - b - W y, for the M-step. Full component matrices only."""
     count, t_inverse = statistics.count, factors.inverse_basis
     loadings = basis_loadings(factors)
     first, spread, second = component_sums(factors, statistics)
@@ -235,7 +240,7 @@ def _statistics_to_mean(natural: Natural, factors: Prepared, statistics: Statist
     else:
         dense = matmul(matmul(t_inverse[None], second), t_inverse.T[None])
         component = rep.project(dense)
-    # x - b = e + W w
+    # x - b = e + W^ u^, with W^ the loadings of u
     kind = type(statistics.residual_square)
     latent_mean = jnp.sum(first, axis=0)
     shift = statistics.residual / count + matmul(loadings, matmul(factors.basis, latent_mean))
@@ -273,6 +278,12 @@ def whiten_prior(mean: Mean) -> Mean:
 
     Raises:
         TypeError: if `mean` is of another coordinate type.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> whitened = whiten_prior(expected_statistics(natural, x))
+        >>> bool(abs(whitened.weighted_second_moments.entries.sum(axis=0) - jnp.eye(2)).max() < 1e-4)  # E[y y'] = I
+        True
     """
     check_mean("whiten_prior", mean)
     second = mean.weighted_second_moments

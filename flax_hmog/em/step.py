@@ -49,6 +49,12 @@ class EMInfo:
         occupancy: expected number of samples in each component (K,).
         smallest_noise: smallest noise variance ().
         smallest_latent_variance: smallest variance of a latent axis given the others, over components ().
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> _, info = em_step(natural, x)
+        >>> info.occupancy.shape, info.objective.shape
+        ((3,), ())
     """
 
     log_likelihood: Array
@@ -78,6 +84,12 @@ def em_step(
     Raises:
         TypeError: if `natural` is of another coordinate type or its component matrices are restricted.
         ValueError: for unusable data, or if the likelihood has no maximum (a component or a column without spread).
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> better, info = em_step(natural, x)
+        >>> print(info.occupancy.round())
+        [4. 4. 4.]
     """
     parameters = check_natural("em_step", natural)
     check_full("em_step", "natural", parameters.posterior_precision)
@@ -153,7 +165,7 @@ def maximize(
 
 
 def penalty(natural: Natural, regularizer: Regularizer) -> Array:
-    """What `Regularizer` adds to the sum of log-densities: the log-density of its pseudo-samples.
+    """Log-density of the pseudo-samples of a `Regularizer`, which EM adds to the sum of log-densities.
 
     Args:
         natural: the model.
@@ -161,6 +173,12 @@ def penalty(natural: Natural, regularizer: Regularizer) -> Array:
 
     Returns:
         The penalty () in nats.
+
+    Example:
+        >>> from flax_hmog import PseudoCounts
+        >>> from flax_hmog.toy import moments, natural
+        >>> penalty(natural, PseudoCounts().regularizer(moments)).shape
+        ()
     """
     natural = check_natural("penalty", natural)
     natural = with_prior(natural, "penalty")

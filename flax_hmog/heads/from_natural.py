@@ -1,4 +1,4 @@
-"""From a fitted model to the variables of a head: the inverse of leaves.py, exact where the head can hold the model.
+"""Variables of a head for a fitted model: the inverse of leaves.py, exact where the head can hold the model.
 
 Everything here is computed once, in numpy float64.
 """
@@ -34,7 +34,7 @@ BASE_SHARE = 0.5  # the part of the smallest component precision that goes into 
 
 @pytree
 class WarmStartInfo:
-    """What a warm start cost.
+    """Log-likelihood before and after a warm start.
 
     Attributes:
         log_likelihood_before: mean log p(x) of the given model, in nats per sample ().
@@ -65,6 +65,14 @@ def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, A
     Raises:
         TypeError: if `natural` is of another coordinate type, or the head is of others and has no method `start`.
         ValueError: if the dimensions of head and model differ.
+
+    Example:
+        >>> from flax_hmog import DifferentiableHMoG
+        >>> from flax_hmog.toy import natural, x
+        >>> head = DifferentiableHMoG(lat_dim=2, n_components=3, pst_rep="full")
+        >>> variables, info = warm_start(head, natural, x)
+        >>> round(float(info.log_likelihood_before - info.log_likelihood_after), 2)
+        0.0
     """
     check_head("warm_start", head, "(head, natural, x); a `Clusterer` has its `head`")
     if not (hasattr(head, "start") or isinstance(head, HMoGHead)):
@@ -106,7 +114,12 @@ def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, A
 
 
 class WarmStartWarning(UserWarning):
-    """A head does not hold the model that it was started from."""
+    """A head does not hold the model that it was started from.
+
+    Example:
+        >>> import warnings
+        >>> warnings.filterwarnings("error", category=WarmStartWarning)  # to stop where a head cannot hold its model
+    """
 
 
 def _warn_of_loss(head: Head, moments: Moments, started: Natural, info: WarmStartInfo, is_avoidable: bool) -> None:

@@ -1,4 +1,4 @@
-"""From the trainable leaves of a head to `Natural`: any real values give a valid model.
+"""The map from the trainable leaves of a head to `Natural`: any real values give a valid model.
 
 Positive quantities pass through a smooth map onto an open interval, correlation matrices and precisions are sums of
 positive definite parts, and nothing is subtracted, so that float32 holds for every setting of the leaves.
@@ -71,7 +71,7 @@ def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, rep: Rep, shared_b
         leaves: arrays as in `leaf_specs`, of any real values.
         obs_rep: kind of the noise.
         rep: kind of the component precisions, or of their differences.
-        shared_base: whether components differ from a full base precision.
+        shared_base: True if component precisions are differences from a full base.
         bounds: the intervals of the maps.
 
     Returns:

@@ -27,7 +27,7 @@ from flax_hmog.model.prepared import prepare
 
 
 class HMoGHead(nn.Module):
-    """What the three heads share: inference on the model that `natural()` returns. Abstract.
+    """Base of the three heads: inference on the model that `natural()` returns. Abstract.
 
     All methods take observations with any leading dimensions and are called through
     `head.apply(variables, x, method=...)`. See the functions of the same names for shapes and errors.
@@ -142,6 +142,13 @@ class DifferentiableHMoG(HMoGHead):
 
     Raises:
         ValueError: for dimensions, kinds or bounds that make no model.
+
+    Example:
+        >>> from flax_hmog.toy import x
+        >>> head = DifferentiableHMoG(lat_dim=2, n_components=3)
+        >>> output, variables = jax.jit(head.init_with_output)(jax.random.key(0), x)
+        >>> output.log_responsibilities.shape, sorted(variables["params"])
+        ((12, 3), ['bias', 'loadings', 'logits', 'means', 'noise', 'precisions'])
     """
 
     lat_dim: int
@@ -168,7 +175,7 @@ class DifferentiableHMoG(HMoGHead):
 
     @property
     def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, and whether they differ from a full base."""
+        """Kind of the component precisions, and True if they are differences from a full base."""
         return as_rep(self.pst_rep, caller="DifferentiableHMoG"), False
 
     @nn.compact
@@ -196,6 +203,13 @@ class SymmetricHMoG(HMoGHead):
 
     Raises:
         ValueError: for dimensions, kinds or bounds that make no model.
+
+    Example:
+        >>> from flax_hmog.toy import x
+        >>> head = SymmetricHMoG(lat_dim=2, n_components=3, lat_rep="diagonal")
+        >>> output, variables = jax.jit(head.init_with_output)(jax.random.key(0), x)
+        >>> output.latent_mean.shape
+        (12, 2)
     """
 
     lat_dim: int
@@ -216,7 +230,7 @@ class SymmetricHMoG(HMoGHead):
 
     @property
     def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, and whether they differ from a full base."""
+        """Kind of the component precisions, and True if they are differences from a full base."""
         rep = as_rep(self.lat_rep, caller="SymmetricHMoG")
         return rep, rep is not PositiveDefinite
 
@@ -258,6 +272,13 @@ class AnalyticHMoG(HMoGHead):
 
     Raises:
         ValueError: for dimensions or kinds that make no model, or rates out of bounds.
+
+    Example:
+        >>> from flax_hmog.toy import head, variables, x  # AnalyticHMoG(lat_dim=2, n_components=3, obs_dim=4)
+        >>> step = jax.jit(lambda variables, x: head.apply(variables, x, train=True, mutable=["em"]))
+        >>> output, variables = step(variables, x)  # a step of EM
+        >>> int(variables["em"]["step"])
+        1
     """
 
     lat_dim: int
@@ -284,7 +305,7 @@ class AnalyticHMoG(HMoGHead):
 
     @property
     def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, and whether they differ from a full base."""
+        """Kind of the component precisions, and True if they are differences from a full base."""
         return PositiveDefinite, False
 
     @nn.compact
@@ -338,19 +359,34 @@ class AnalyticHMoG(HMoGHead):
 def differentiable_hmog(
     obs_dim: int | None, obs_rep: Any, lat_dim: int, pst_rep: Any, n_components: int, **options: Any
 ) -> DifferentiableHMoG:
-    """`DifferentiableHMoG` with the argument order of goal-jax; `options` are its other attributes."""
+    """`DifferentiableHMoG` with the argument order of goal-jax; `options` are its other attributes.
+
+    Example:
+        >>> differentiable_hmog(4, "diagonal", 2, "diagonal", 3).n_components
+        3
+    """
     return DifferentiableHMoG(lat_dim, n_components, obs_dim, obs_rep, pst_rep, **options)
 
 
 def symmetric_hmog(
     obs_dim: int | None, obs_rep: Any, lat_dim: int, lat_rep: Any, n_components: int, **options: Any
 ) -> SymmetricHMoG:
-    """`SymmetricHMoG` with the argument order of goal-jax; `options` are its other attributes."""
+    """`SymmetricHMoG` with the argument order of goal-jax; `options` are its other attributes.
+
+    Example:
+        >>> symmetric_hmog(4, "diagonal", 2, "full", 3).lat_rep
+        'full'
+    """
     return SymmetricHMoG(lat_dim, n_components, obs_dim, obs_rep, lat_rep, **options)
 
 
 def analytic_hmog(obs_dim: int | None, obs_rep: Any, lat_dim: int, n_components: int, **options: Any) -> AnalyticHMoG:
-    """`AnalyticHMoG` with the argument order of goal-jax; `options` are its other attributes."""
+    """`AnalyticHMoG` with the argument order of goal-jax; `options` are its other attributes.
+
+    Example:
+        >>> analytic_hmog(4, "scale", 2, 3, min_rate=0.01).obs_rep
+        'scale'
+    """
     return AnalyticHMoG(lat_dim, n_components, obs_dim, obs_rep, **options)
 
 

@@ -28,6 +28,11 @@ def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
 
     Raises:
         TypeError, ValueError: as `infer`.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> infer_blocks(natural, x).log_density.shape  # also of a memory map, or a sparse matrix
+        (12,)
     """
     caller = "infer_blocks"
     prepared = (

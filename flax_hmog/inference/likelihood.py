@@ -46,6 +46,11 @@ def mean_log_density(natural: Natural | Prepared, x: Any, weights: Any = None) -
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: for wrong shapes, entries that are not finite, negative weights or a weight sum of 0.
+
+    Example:
+        >>> from flax_hmog.toy import natural, output, x
+        >>> bool(abs(mean_log_density(natural, x) - output.log_density.mean()) < 1e-3)
+        True
     """
     natural, x, weights = check_samples("mean_log_density", natural, x, weights)
     return _mean_log_density(natural, x, weights, row_shards(x))
@@ -84,11 +89,11 @@ def _tangent(factors: Prepared, statistics: Statistics, d: Prepared) -> Array:
     """Derivative of the summed log-density along `d`.
 
     Of log p(x) = offset - (|r - U t|^2 + |V t|^2) / 2 + logsumexp_k(...) with t = U'r, r = F'(x - b): where
-    U'U + V'V = I, d/dt = g, d/dr = -F'e, d/dU = F'e w' + U (g t' + w g') and d/dV = -V t t'.
+    U'U + V'V = I, d/dt = g, d/dr = -F'e, d/dU = F'e u^' + U (g t' + u^ g') and d/dV = -V t t'.
     """
     tt, tg, gg = statistics.pooled()
     by_projection = factors.root.rows_times(statistics.cross.T).T + matmul(factors.projection, tg + tg.T + gg)
-    # sum v (x - b) e', as x - b = e + W w
+    # sum v (x - b) e', as x - b = e + W^ u^, with W^ the loadings of u
     kind = type(factors.root)
     signal = kind.project_product(basis_loadings(factors), statistics.cross)
     moment = jax.tree.map(jnp.add, statistics.residual_square, signal)

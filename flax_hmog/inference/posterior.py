@@ -40,6 +40,12 @@ class Posterior:
         location: eta_k + Theta' x (..., K, L).
         precision: Q_k, batch (K,), the same for every x.
         bias: harmonium categorical bias (K-1,), against component 0.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> posterior = posterior_at(natural, x)
+        >>> posterior.location.shape, posterior.precision.entries.shape, posterior.bias.shape
+        ((12, 3, 2), (3, 2, 2), (2,))
     """
 
     location: Array
@@ -49,12 +55,17 @@ class Posterior:
 
 @pytree
 class HMoGOutput:
-    """What a head returns for observations x (..., D).
+    """Output of a head for observations x (..., D).
 
     Attributes:
         log_density: log p(x) in nats (...).
         log_responsibilities: log p(z = k | x) (..., K).
         latent_mean: E[y | x] (..., L).
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> output.log_responsibilities.argmax(axis=-1).tolist()
+        [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
     """
 
     log_density: Array
@@ -75,6 +86,12 @@ def infer(natural: Natural | Prepared, x: Any) -> HMoGOutput:
     Raises:
         TypeError: if `natural` is of another coordinate type or `x` holds no real numbers.
         ValueError: for a wrong last dimension, entries that are not finite, or a model that does not exist.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> output = infer(natural, x)
+        >>> output.log_density.shape, output.log_responsibilities.shape, output.latent_mean.shape
+        ((12,), (12, 3), (12, 2))
     """
     return _by_blocks(infer_rows, *enter("infer", natural, x))
 
@@ -88,6 +105,11 @@ def log_observable_density(natural: Natural | Prepared, x: Any) -> Array:
 
     Returns:
         Log-densities (...). Raises as `infer`.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> log_observable_density(natural, x).shape
+        (12,)
     """
     return _by_blocks(infer_rows, *enter("log_observable_density", natural, x), "log_density")
 
@@ -101,6 +123,11 @@ def posterior_soft_assignments(natural: Natural | Prepared, x: Any) -> Array:
 
     Returns:
         Probabilities (..., K). Raises as `infer`.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> print(posterior_soft_assignments(natural, x)[:2].round(2))
+        [[1. 0. 0.] [0. 1. 0.]]
     """
     return jnp.exp(_by_blocks(infer_rows, *enter("posterior_soft_assignments", natural, x), "log_responsibilities"))
 
@@ -117,6 +144,11 @@ def posterior_categorical(natural: Natural | Prepared, x: Any) -> Array:
 
     Returns:
         Log-odds (..., K-1). Raises as `infer`.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> (posterior_categorical(natural, x)[:2] > 0).tolist()
+        [[False, False], [True, False]]
     """
     logits = _by_blocks(infer_rows, *enter("posterior_categorical", natural, x), "log_responsibilities")
     return logits[..., 1:] - logits[..., :1]
@@ -131,6 +163,11 @@ def posterior_hard_assignment(natural: Natural | Prepared, x: Any) -> Array:
 
     Returns:
         Component numbers (...), int32. Raises as `infer`.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> posterior_hard_assignment(natural, x).tolist()
+        [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
     """
     logits = _by_blocks(infer_rows, *enter("posterior_hard_assignment", natural, x), "log_responsibilities")
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -145,6 +182,11 @@ def latent_mean(natural: Natural | Prepared, x: Any) -> Array:
 
     Returns:
         Latent means (..., L). Raises as `infer`.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> latent_mean(natural, x).shape
+        (12, 2)
     """
     return _by_blocks(infer_rows, *enter("latent_mean", natural, x), "latent_mean")
 
@@ -158,6 +200,11 @@ def posterior_at(natural: Natural | Prepared, x: Any) -> Posterior:
 
     Returns:
         `Posterior` with locations (..., K, L). Raises as `infer`.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> posterior_at(natural, x[0]).location.shape
+        (3, 2)
     """
     model = in_units_of_x(check_natural("posterior_at", natural))
     _, x, _ = enter("posterior_at", model, x)
@@ -181,6 +228,12 @@ def sample(natural: Natural | Prepared, key: Array, n: int) -> tuple[Array, Arra
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if `n` is no positive whole number.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> x, y, z = sample(natural, jax.random.key(0), 5)
+        >>> x.shape, y.shape, z.shape
+        ((5, 4), (5, 2), (5,))
     """
     natural = check_natural("sample", natural)
     check_size("sample", "n", n)

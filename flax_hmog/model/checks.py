@@ -1,4 +1,4 @@
-"""What a user can get wrong, found at the public door. Checks of values are skipped for tracers."""
+"""Checks of arguments in public functions. Checks of values are skipped for tracers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MISSING_VALUES = (
 
 
 def is_concrete(*trees: Any) -> bool:
-    """Whether all leaves hold values, so that they can be looked at."""
+    """True if all leaves hold values: none is a tracer."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def check_precision(caller: str, dtype: Any) -> None:
-    """ValueError for a head in float64 where JAX makes float32 of it without a word."""
+    """ValueError for a head in float64 where JAX would silently compute in float32."""
     if dtype is not None and jnp.dtype(dtype) == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
         raise ValueError(
             f"{caller}: `param_dtype` must be float32 while JAX computes in 32 bits; got float64. Switch 64 bits on at "

@@ -28,6 +28,12 @@ class LinearGaussian:
         location: Psi^-1 b (D,).
         precision: Psi^-1, of kind `obs_rep`.
         interaction: Theta = Psi^-1 W (D, L).
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> likelihood, _ = split_conjugated(natural)
+        >>> likelihood.location.shape, likelihood.interaction.shape
+        ((4,), (4, 2))
     """
 
     location: Array
@@ -46,6 +52,12 @@ class Mixture:
         location: h_k = S_k^-1 m_k (K, L).
         precision: P_k = S_k^-1, batch (K,), in the structure of the posterior precisions.
         bias: harmonium categorical bias (K-1,) against component 0.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> _, prior = split_conjugated(natural)
+        >>> prior.location.shape, prior.bias.shape
+        ((3, 2), (2,))
     """
 
     location: Array
@@ -65,6 +77,12 @@ def split_conjugated(natural: Natural) -> tuple[LinearGaussian, Mixture]:
     Raises:
         TypeError: for restricted posterior precisions, whose prior precisions are full (read `prior_precision`).
         ValueError: if a prior precision is not positive definite.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> likelihood, prior = split_conjugated(natural)
+        >>> type(likelihood).__name__, type(prior).__name__
+        ('LinearGaussian', 'Mixture')
     """
     natural = check_natural("split_conjugated", natural)
     natural = with_prior(in_units_of_x(natural), "split_conjugated")
@@ -95,6 +113,12 @@ def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
 
     Raises:
         TypeError: if an argument is of another type.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> again = join_conjugated(*split_conjugated(natural))
+        >>> bool(abs(again.posterior_location - natural.posterior_location).max() < 1e-4)
+        True
     """
     check_type("join_conjugated", "likelihood", likelihood, LinearGaussian, "Take it from split_conjugated.")
     check_type("join_conjugated", "prior", prior, Mixture, "Take it from split_conjugated.")

@@ -51,7 +51,7 @@ from flax_hmog.model.kinds import (
 
 
 def conjugation(natural: Natural) -> tuple[Array, Array]:
-    """W' Psi^-1 b (L,) and W' Psi^-1 W (L, L): what the likelihood adds to the prior of y."""
+    """W' Psi^-1 b (L,) and W' Psi^-1 W (L, L), which the likelihood adds to the prior of y."""
     # F F' = Psi^-1: with A = F^-1 Theta = F' W,  W'Psi^-1 W = A'A  and  W'Psi^-1 b = A' F^-1 (Psi^-1 b)
     root = natural.observable_precision.cholesky()
     whitened = root.lower_solve(natural.interaction)
@@ -94,6 +94,11 @@ def natural_to_moments(natural: Natural) -> Moments:
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite, or the dtype cannot hold the model in units of x.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> print(natural_to_moments(natural).weights.round(2))
+        [0.5  0.25 0.25]
     """
     natural = check_natural("natural_to_moments", natural)
     moments = own_moments(natural, "natural_to_moments")
@@ -141,6 +146,11 @@ def in_units_of_x(natural: Natural) -> Natural:
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if the dtype cannot hold its parameters in units of x.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> in_units_of_x(natural) is natural  # it has no frame
+        True
     """
     natural = check_natural("in_units_of_x", natural)
     if natural.frame is None:
@@ -172,7 +182,7 @@ def _in_units_of_x(natural: Natural) -> Natural:
 
 
 def fits_units_of_x(natural: Natural) -> bool:
-    """Whether the dtype holds the model in units of x as well as in its frame: b to a thousandth of the noise."""
+    """True if the dtype holds the model in units of x as well as in its frame: b to a thousandth of the noise."""
     if natural.frame is None:
         return True
     frame, kind = natural.frame, jnp.finfo(natural.interaction.dtype)
@@ -213,6 +223,12 @@ def moments_to_natural(moments: Moments, rep: Any = PositiveDefinite, *, shared_
         TypeError: if `moments` is of another coordinate type.
         ValueError: for wrong shapes, weights or a covariance that is not positive definite (with component and
             eigenvalue), or if `rep` would drop an entry that is not zero (see `warm_start`).
+
+    Example:
+        >>> from flax_hmog.toy import moments
+        >>> natural = moments_to_natural(moments)
+        >>> print(natural_to_moments(natural).weights.round(2))
+        [0.5  0.25 0.25]
     """
     check_type("moments_to_natural", "moments", moments, Moments, "Convert with natural_to_moments.")
     rep = as_rep(rep, caller="moments_to_natural")
@@ -256,6 +272,11 @@ def natural_to_mean(natural: Natural) -> Mean:
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> print(natural_to_mean(natural).observable_mean.round(2))  # E[x]
+        [ 1.    0.25  0.5  -0.5 ]
     """
     natural = check_natural("natural_to_mean", natural)
     return _natural_to_mean(with_prior(in_units_of_x(natural), "natural_to_mean"))
@@ -349,6 +370,13 @@ def mean_to_natural(mean: Mean) -> Natural:
     Raises:
         TypeError: if `mean` is of another coordinate type or its latent second moments are restricted.
         ValueError: if the statistics belong to no model, as a component or noise covariance is not positive definite.
+
+    Example:
+        >>> from flax_hmog import expected_statistics
+        >>> from flax_hmog.toy import natural, x
+        >>> better = mean_to_natural(expected_statistics(natural, x))  # a step of EM
+        >>> better.interaction.shape
+        (4, 2)
     """
     return moments_to_natural(mean_to_moments(mean, caller="mean_to_natural"))
 

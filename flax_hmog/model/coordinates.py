@@ -37,6 +37,12 @@ class SharedBase:
     Attributes:
         base: Q_0, `PositiveDefinite` (L, L).
         differences: Delta_1 .. Delta_{K-1}, of kind `lat_rep`, batch (K-1); any sign.
+
+    Example:
+        >>> from flax_hmog import PositiveDefinite, Scale
+        >>> precision = SharedBase(PositiveDefinite(jnp.eye(2)), Scale(jnp.array([1.0, 2.0])))
+        >>> precision.base.entries.shape, precision.differences.entries.shape  # K = 3
+        ((2, 2), (2,))
     """
 
     base: PositiveDefinite
@@ -67,6 +73,18 @@ class Moments:
         weights: w (K,), positive, summing to 1.
         means: m (K, L).
         covariances: S, `PositiveDefinite` (K, L, L).
+
+    Example:
+        >>> from flax_hmog import Diagonal, PositiveDefinite, moments_to_natural
+        >>> moments = Moments(
+        ...     loadings=jnp.ones((3, 1)),
+        ...     bias=jnp.zeros(3),
+        ...     noise=Diagonal(jnp.ones(3)),
+        ...     weights=jnp.array([0.4, 0.6]),
+        ...     means=jnp.array([[-2.0], [2.0]]),
+        ...     covariances=PositiveDefinite(jnp.ones((2, 1, 1))),
+        ... )
+        >>> natural = moments_to_natural(moments)
     """
 
     loadings: Array
@@ -85,7 +103,7 @@ class Natural:
     """Exponential-family form. The component parameters are those of the *posterior* at Theta' x = 0.
 
     The prior follows from the rest (`h_k = eta_k + W'Psi^-1 b`, `P_k = Q_k - W'Psi^-1 W`, `log w_k` from cat and
-    both), but those differences cancel in float32; whoever knows the prior carries it along. Change a field
+    both), but those differences cancel in float32; functions that know the prior pass it along. Change a field
     and set these to None.
 
     Attributes:
@@ -102,6 +120,11 @@ class Natural:
             of x. Densities are always those of x; `in_units_of_x` gives the parameters of x.
         projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for that of the
             parameters. Not a parameter: a policy that inference follows (docs/performance.md).
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> natural.interaction.shape, natural.posterior_location.shape, type(natural.posterior_precision).__name__
+        ((4, 2), (3, 2), 'PositiveDefinite')
     """
 
     observable_location: Array
@@ -148,6 +171,13 @@ class Prepared:
         covariance: C_k.
         location: h~_k = T^-T h_k (K, L).
         offset: log|Psi^-1| / 2 - D log(2 pi) / 2 (), less the log-volume of the frame.
+
+    Example:
+        >>> from flax_hmog import prepare
+        >>> from flax_hmog.toy import natural
+        >>> prepared = prepare(natural)
+        >>> prepared.projection.shape, prepared.covariance.shape
+        ((4, 2), (3, 2, 2))
     """
 
     natural: Natural
@@ -173,12 +203,12 @@ class Prepared:
 
     @property
     def frame(self) -> Frame | None:
-        """What turns x into the rows that all the fields are of, or None."""
+        """The map from x to the rows that all the fields are of, or None."""
         return jax.lax.stop_gradient(self.natural.frame)
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether component matrices are."""
+        """True if component matrices are diagonal."""
         return self.covariance.ndim == 2
 
 
@@ -212,6 +242,13 @@ class Mean:
         weighted_means: w_k E[y | k] (K, L).
         weighted_second_moments: w_k E[y y' | k], batch (K,), of kind `pst_rep`, `lat_rep` or full.
         pooled_second_moment: E[y y'] in full; only beside a restricted `lat_rep`, else None.
+
+    Example:
+        >>> from flax_hmog import natural_to_mean
+        >>> from flax_hmog.toy import natural
+        >>> mean = natural_to_mean(natural)
+        >>> mean.observable_mean.shape, mean.cross_moment.shape
+        ((4,), (4, 2))
     """
 
     observable_mean: Array
@@ -242,13 +279,8 @@ class ResidualMoments:
     """Average statistics of (q, y, z) about a model, with q = x - b - W y what its W and b leave of x.
 
     Sums of squares of x itself would lose all accuracy where its mean is far above its spread. Fields are named as
-    those of `Mean`, with q in place of x. They say nothing of x without the model:
-
-    >>> import jax, numpy as np
-    >>> from flax_hmog import AnalyticHMoG, mean_to_natural
-    >>> head, x = AnalyticHMoG(1, 2), np.random.default_rng(0).standard_normal((50, 3))
-    >>> em = head.init(jax.random.key(0), x)["em"]
-    >>> natural = mean_to_natural(em["running"].to_mean(em["moments"]))
+    those of `Mean`, with q in place of x. Without the model they do not determine statistics of
+    x; `to_mean(moments)` gives those.
 
     Attributes:
         observable_mean: E[q] (D,).
@@ -257,6 +289,12 @@ class ResidualMoments:
         weights: w_k = P(z = k) (K,).
         weighted_means: w_k E[y | k] (K, L).
         weighted_second_moments: w_k E[y y' | k], `PositiveDefinite` (K, L, L).
+
+    Example:
+        >>> from flax_hmog import mean_to_natural
+        >>> from flax_hmog.toy import variables
+        >>> em = variables["em"]
+        >>> natural = mean_to_natural(em["running"].to_mean(em["moments"]))
     """
 
     observable_mean: Array
@@ -286,7 +324,7 @@ class ResidualMoments:
 
     def about(self, *, turn: Array, shift: Array) -> ResidualMoments:
         """Those about a model with loadings W + turn (D, L) and bias b + shift (D,)."""
-        # with Y = (1, y) and A = (shift, turn):  q' = q - A Y
+        # with Y = (1, y) and Gamma = (shift, turn):  q' = q - Gamma Y
         first = jnp.sum(self.weighted_means, axis=0)
         second = jnp.sum(self.weighted_second_moments.entries, axis=0)
         one = jnp.concatenate([jnp.ones_like(first[:1]), first])
@@ -294,7 +332,7 @@ class ResidualMoments:
         change = jnp.concatenate([shift[:, None], turn], axis=1)
         cross = jnp.concatenate([self.observable_mean[:, None], self.cross_moment], axis=1)
         moved = cross - matmul(change, square)
-        # E[q'q''] = E[q q'] - E[q Y'] A' - A E[Y q'] + A E[Y Y'] A' = E[q q'] - E[q Y'] A' - A E[Y q'']
+        # E[q'q''] = E[q q'] - E[q Y'] Gamma' - Gamma E[Y q'']
         kind = type(self.observable_second_moment)
         explained = kind.project_product(
             jnp.concatenate([cross, change], axis=1), jnp.concatenate([change, moved], axis=1)
@@ -355,7 +393,7 @@ def natural_bias(log_weights: Array, means: Array, location: Array, log_det: Arr
 
 
 def structure(natural: Natural) -> tuple[Rep, bool]:
-    """The kind of the component precisions, and whether they are differences from a full base."""
+    """The kind of the component precisions, and True if they are differences from a full base."""
     precision = natural.posterior_precision
     if isinstance(precision, SharedBase):
         return type(precision.differences), True

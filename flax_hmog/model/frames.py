@@ -23,9 +23,14 @@ class Frame:
 
     Attributes:
         origin: (D,), in units of x.
-        rest: what `origin` lacks of the exact one (D,).
+        rest: the exact origin less `origin` (D,).
         unit: (D,), positive, in units of x.
         log_volume: sum over columns of log unit (): log p(x) = log p(x') - log_volume.
+
+    Example:
+        >>> frame = Frame.of(np.full(2, 100.0), np.array([1.0, 10.0]), np.float32)
+        >>> frame.inward(jnp.array([[101.0, 90.0]])).tolist()
+        [[1.0, -1.0]]
     """
 
     origin: Array
@@ -56,7 +61,7 @@ class Frame:
         return origin + rest, unit
 
     def applied(self) -> Frame:
-        """What is left of the frame for rows x' themselves: their density is still one of x."""
+        """The frame for rows that are x' already: their density is still one of x."""
         zero = jnp.zeros_like(self.origin)
         return Frame(zero, zero, jnp.ones_like(self.unit), self.log_volume)
 
@@ -67,7 +72,7 @@ class Frame:
 
 
 def has_more_digits(x: Any, dtype: Any) -> bool:
-    """Whether `x` lies on the host in a dtype whose values the working precision would round."""
+    """True if `x` lies on the host in a dtype whose values the working precision would round."""
     if isinstance(x, jax.Array):
         return False
     kind = np.dtype(getattr(x, "dtype", np.float64))

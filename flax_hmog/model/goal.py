@@ -34,6 +34,11 @@ def ravel_natural(natural: Natural, head: Any) -> Array:
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if the head leaves `obs_dim` open or its structure is another.
+
+    Example:
+        >>> from flax_hmog.toy import head, natural
+        >>> ravel_natural(natural, head).shape  # 4 + 4 + 8 + 5 + 10 + 2
+        (33,)
     """
     natural = check_natural("ravel_natural", natural)
     natural = in_units_of_x(natural)
@@ -75,6 +80,11 @@ def unravel_natural(flat: Array, head: Any) -> Natural:
 
     Raises:
         ValueError: for a wrong length, entries that are not finite, or a prior precision that is not positive definite.
+
+    Example:
+        >>> from flax_hmog.toy import head, natural
+        >>> unravel_natural(ravel_natural(natural, head), head).interaction.shape
+        (4, 2)
     """
     obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head("unravel_natural", head)
     base_rep = PositiveDefinite if shared_base else rep
@@ -109,6 +119,12 @@ def ravel_mean(mean: Mean, head: Any) -> Array:
     Raises:
         TypeError: if `mean` is of another coordinate type.
         ValueError: if the head leaves `obs_dim` open or its structure is another.
+
+    Example:
+        >>> from flax_hmog import natural_to_mean
+        >>> from flax_hmog.toy import head, natural
+        >>> ravel_mean(natural_to_mean(natural), head).shape
+        (33,)
     """
     check_mean("ravel_mean", mean)
     *_, obs_rep, rep, shared_base = _read_head("ravel_mean", head)
@@ -140,6 +156,12 @@ def unravel_mean(flat: Array, head: Any) -> Mean:
 
     Raises:
         ValueError: for a wrong length or entries that are not finite.
+
+    Example:
+        >>> from flax_hmog import natural_to_mean
+        >>> from flax_hmog.toy import head, natural
+        >>> unravel_mean(ravel_mean(natural_to_mean(natural), head), head).cross_moment.shape
+        (4, 2)
     """
     obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head("unravel_mean", head)
     base_rep = PositiveDefinite if shared_base else rep

@@ -1,4 +1,4 @@
-"""What a head offers to fits, checkpoints and whoever builds networks on it."""
+"""The interface of a head, for fits, checkpoints and networks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ class Head(Protocol):
     Nothing has to be inherited from or registered. What a head has besides, as leaves, bounds and training, is its own.
     With a method `start(moments) -> variables` it can also be warm-started: `moments` are those of a fitted model in
     standard form, in numpy float64 and with noise of the kind `obs_rep`.
+
+    Example:
+        >>> from flax_hmog.toy import head
+        >>> isinstance(head, Head)
+        True
     """
 
     @property
@@ -46,7 +51,7 @@ class Head(Protocol):
 
     @property
     def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, and whether they differ from a full base."""
+        """Kind of the component precisions, and True if they are differences from a full base."""
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """A call or method on variables, as of any linen module."""

@@ -22,6 +22,11 @@ def log_partition(natural: Natural) -> Array:
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> log_partition(natural).shape
+        ()
     """
     natural = check_natural("log_partition", natural)
     natural = with_prior(in_units_of_x(natural), "log_partition")
@@ -43,6 +48,12 @@ def negative_entropy(mean: Mean) -> Array:
 
     Raises:
         TypeError: if `mean` is of another coordinate type or its latent second moments are restricted.
+
+    Example:
+        >>> from flax_hmog import natural_to_mean
+        >>> from flax_hmog.toy import natural
+        >>> round(float(negative_entropy(natural_to_mean(natural))), 2)
+        2.17
     """
     moments = mean_to_moments(mean, caller="negative_entropy")
     obs_dim, lat_dim = moments.loadings.shape
@@ -66,6 +77,14 @@ def kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
     Raises:
         TypeError: if either is of another coordinate type.
         ValueError: if the dimensions differ.
+
+    Example:
+        >>> import dataclasses
+        >>> from flax_hmog import moments_to_natural
+        >>> from flax_hmog.toy import moments, natural
+        >>> other = moments_to_natural(dataclasses.replace(moments, bias=moments.bias + 0.1))
+        >>> round(float(kl_divergence(natural, other)), 2)  # 4 columns, 0.1^2 / (2 * 0.1) each
+        0.2
     """
     natural_p = check_natural("kl_divergence", natural_p, "natural_p")
     natural_q = check_natural("kl_divergence", natural_q, "natural_q")

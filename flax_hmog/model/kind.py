@@ -1,4 +1,4 @@
-"""What the library asks of a kind of matrix, and the kinds by name: here a new one is added."""
+"""The interface of a kind of matrix, and the kinds by name: a new one is added here."""
 
 from __future__ import annotations
 
@@ -55,11 +55,16 @@ class Kind(abc.ABC):
     what is annotated `Any` should compute in numpy where it is given numpy.
 
     Attributes:
-        entries: what an instance holds, shape (..., *shape(n)). Without it the instance only names the kind, as in
+        entries: array of shape `(..., *shape(n))`. Without it the instance only names the kind, as in
             `obs_rep=Diagonal()`. Other fields are static.
-        name: what `obs_rep` and its like call the kind; `register_kind` sets it.
+        name: value of `obs_rep` and its like for the kind; `register_kind` sets it.
         is_diagonal: all matrices of the kind are diagonal.
         is_isotropic: all are multiples of the identity.
+
+    Example:
+        >>> from flax_hmog import Diagonal
+        >>> isinstance(Diagonal(jnp.ones(3)), Kind), Diagonal.name, Diagonal.is_isotropic
+        (True, 'diagonal', False)
     """
 
     entries: Any
@@ -162,7 +167,7 @@ class Kind(abc.ABC):
 
     @classmethod
     def from_leaf(cls, leaf: Array, dim: int, interval: tuple[float, float], floor: float) -> Self:
-        """Smooth map of any real numbers (..., *shape(dim)) onto matrices.
+        """Smooth map of any real numbers `(..., *shape(dim))` onto matrices.
 
         Args:
             leaf: the numbers, trainable leaves of a head.
@@ -230,13 +235,8 @@ def register_kind(name: str) -> Callable[[K], K]:
     It makes the class a frozen dataclass and a pytree. A checkpoint holds the name, so the class has to be registered
     before it is restored.
 
-        @register_kind("banded")
-        class Banded(Kind):
-            entries: Any = None
-            ...
-
     Args:
-        name: what `obs_rep`, `pst_rep` and `lat_rep` call the kind.
+        name: value of `obs_rep`, `pst_rep` and `lat_rep` for the kind.
 
     Returns:
         The decorator.
@@ -244,6 +244,13 @@ def register_kind(name: str) -> Callable[[K], K]:
     Raises:
         TypeError: for a class that is no `Kind`, or lacks methods.
         ValueError: for a name that is taken.
+
+    Example:
+        >>> @register_kind("banded")  # without the methods of `Kind`
+        ... class Banded(Kind):
+        ...     entries: Any = None
+        Traceback (most recent call last):
+        TypeError: register_kind: `Banded` must define all that its entries need; got no cholesky, diagonal, ...
     """
 
     def register(cls: K) -> K:
@@ -272,7 +279,7 @@ def register_kind(name: str) -> Callable[[K], K]:
 
 
 def _defines(cls: Rep, method: str) -> bool:
-    """Whether a class has a method of its own in place of that of `Kind`."""
+    """True if a class overrides a method of `Kind`."""
     return any(method in vars(base) for base in cls.__mro__[: cls.__mro__.index(Kind)])
 
 

@@ -123,6 +123,10 @@ class Scale(Kind):
     Attributes:
         entries: c (...).
         dim: n; static. `Moments`, `Natural` and `Mean` fill it in, so that users write `noise=Scale(0.5)`.
+
+    Example:
+        >>> float(Scale(jnp.array(2.0)).inverse().entries)  # of 2 I
+        0.5
     """
 
     entries: Any = None
@@ -184,7 +188,7 @@ class Scale(Kind):
         return Scale(self.entries * weights, self.dim)
 
     def floored(self, share: float) -> Scale:
-        """As it is: all eigenvalues are their average."""
+        """The same: all eigenvalues are their average."""
         return self
 
     def _size(self) -> int:
@@ -195,7 +199,12 @@ class Scale(Kind):
 
 @register_kind("diagonal")
 class Diagonal(Kind):
-    """Diagonal matrices, held as their diagonals (..., n)."""
+    """Diagonal matrices, held as their diagonals (..., n).
+
+    Example:
+        >>> Diagonal(jnp.array([1.0, 4.0])).cholesky().entries.tolist()
+        [1.0, 2.0]
+    """
 
     entries: Any = None
 
@@ -255,7 +264,12 @@ class Diagonal(Kind):
 
 @register_kind("full")
 class PositiveDefinite(Kind):
-    """Full symmetric positive definite matrices, held plainly (..., n, n)."""
+    """Full symmetric positive definite matrices, held plainly (..., n, n).
+
+    Example:
+        >>> PositiveDefinite(4 * jnp.eye(2)).cholesky().entries.tolist()
+        [[2.0, 0.0], [0.0, 2.0]]
+    """
 
     entries: Any = None
     is_diagonal = False

@@ -1,4 +1,4 @@
-"""What inference needs of a model, and the matrix products it takes per block of rows.
+"""Quantities of a model that inference needs, and the matrix products of inference for a block of rows.
 
 All that does not depend on x is computed once per parameter value (`prepare`); what does is a few matrix products
 per block of rows. Everything is evaluated in coordinates u of the latent space in which the posterior of an average
@@ -32,17 +32,9 @@ from flax_hmog.model.kinds import (
 
 
 def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepared:
-    """Compute what inference needs of a model once, at a cost of O(D L^2 + K L^3).
+    """The part of inference that does not depend on x, computed once, at a cost of O(D L^2 + K L^3).
 
-    Every function that takes a `Natural` takes what this returns in its place:
-
-    >>> import jax, numpy as np
-    >>> from flax_hmog import AnalyticHMoG, infer, prepare
-    >>> head, x = AnalyticHMoG(1, 2), np.ones((5, 3), np.float32)
-    >>> natural = head.apply(head.init(jax.random.key(0), x), method="natural")
-    >>> prepared = prepare(natural)
-    >>> infer(prepared, x).log_density.shape
-    (5,)
+    Every function that takes a `Natural` takes the result in its place.
 
     Args:
         natural: the model; one that is prepared is returned as it is, unless for another dtype.
@@ -55,6 +47,12 @@ def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepar
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite, or for a dtype that is no float.
+
+    Example:
+        >>> from flax_hmog import infer
+        >>> from flax_hmog.toy import natural, x
+        >>> infer(prepare(natural), x).log_density.shape
+        (12,)
     """
     dtype = check_float_dtype("prepare", "projection_dtype", projection_dtype)
     if isinstance(natural, Prepared) and dtype in (None, natural.natural.projection_dtype):
@@ -138,7 +136,7 @@ def component_product(matrices: Array, vectors: Array) -> Array:
 
 
 def latent_features(t: Array, *, squares_only: bool = False) -> Array:
-    """[t, its products t_i t_j] (B, L + F), of which logits are linear: F = L(L+1)/2, or L squares."""
+    """[t, its products t_i t_j] (B, L + L2), of which logits are linear: L2 = L(L+1)/2, or L squares."""
     if squares_only:
         return jnp.concatenate([t, t * t], axis=-1)
     i, j = np.triu_indices(t.shape[-1])
@@ -154,7 +152,7 @@ def distinct_entries(matrices: Array) -> Array:
 
 
 def quadratic_coefficients(matrices: Array) -> Array:
-    """Coefficients (K, F) of the products t_i t_j in t' M_k t."""
+    """Coefficients (K, L2) of the products t_i t_j in t' M_k t."""
     if matrices.ndim == 2:
         return matrices
     i, j = np.triu_indices(matrices.shape[-1])
@@ -167,7 +165,7 @@ def symmetric_matrices(entries: Array) -> Array:
 
 
 def _entry_index(dim: int) -> np.ndarray:
-    """Where the entries of a symmetric matrix stand among its distinct ones (n, n)."""
+    """Indices of the entries of a symmetric matrix among its distinct ones (n, n)."""
     i, j = np.triu_indices(dim)
     index = np.zeros((dim, dim), np.int32)
     index[i, j] = index[j, i] = np.arange(i.size)
@@ -199,7 +197,7 @@ def component_logits(factors: Prepared, features: Array) -> Array:
 
 
 def normalize_logits(logits: Array) -> tuple[Array, Array, Array]:
-    """Of logits (B, K): log sum_k exp (B,), the logits less it (B, K), and the exponentials of these.
+    """Normalised logits (B, K): their log sum_k exp (B,), the logits less it (B, K), and the exponentials of these.
 
     The largest is subtracted first: the logits of rows far from the model are so large that what is lost in
     rounding their logsumexp would show in the responsibilities, which sum to 1 here.
@@ -221,7 +219,7 @@ def shared_log_density(factors: Prepared, centered: Array, t: Array) -> Array:
 
 
 def posterior_gain(factors: Prepared, responsibilities: Array, t: Array) -> Array:
-    """G = E[u | x] - t = sum_k r_k (linear_k - curvature_k t) (B, L): what the prior adds to the projection."""
+    """E[u | x] - t = sum_k gamma_k (linear_k - curvature_k t) (B, L), which the prior adds to the projection."""
     lat_dim = t.shape[-1]
     if factors.is_diagonal:
         mixed = matmul(responsibilities, factors.coefficients)

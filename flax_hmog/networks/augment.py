@@ -10,7 +10,12 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Random distortions of images in training by gradients; drawn anew in every step, on the device."""
+    """Random distortions of images in training by gradients; drawn again in every step, on the device.
+
+    Example:
+        >>> Augmentation(shift=2.0, rotation=15.0).is_on
+        True
+    """
 
     shift: float = 0.0
     """Pixels up, down, left or right at most."""
@@ -30,7 +35,7 @@ class Augmentation:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is any."""
+        """True if there is any."""
         return self.shift > 0 or self.rotation > 0 or self.scale > 0 or self.mirror
 
 
@@ -41,7 +46,7 @@ def distort(key: jax.Array, rows: jax.Array, image_shape: tuple[int, ...], optio
         key: PRNG key; what happens to a row follows from it and the row's number.
         rows: images as rows.
         image_shape: (height, width) or (height, width, channels) with product D.
-        options: how far distortions go.
+        options: sizes of the distortions.
 
     Returns:
         The distorted rows (B, D), bilinearly interpolated.

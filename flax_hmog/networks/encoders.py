@@ -16,7 +16,7 @@ from flax_hmog.model.kinds import Array
 
 Normalization = Literal["none", "layer", "batch"]
 AVERAGING = 0.95  # share of the old running averages that stays, in batch normalisation
-# what modules call the argument that says whether they are trained, and its value if they are
+# names of the argument for training, and its value in training
 TRAIN_ARGUMENTS = {
     "train": True,
     "training": True,
@@ -37,6 +37,12 @@ class MLP(nn.Module):
         dtype: in which layers compute, as "bfloat16"; None for that of inputs and parameters.
         axis_name: axis of `shard_map` or `vmap` over which a batch is spread that is to be normalised as a whole; None
             under `jit`.
+
+    Example:
+        >>> encoder = MLP(features=2, hidden=(8,))
+        >>> variables = jax.jit(encoder.init)(jax.random.key(0), jnp.ones((5, 4)))
+        >>> encoder.apply(variables, jnp.ones((5, 4))).shape
+        (5, 2)
     """
 
     features: int
@@ -66,6 +72,12 @@ class ConvNet(nn.Module):
         normalization: as in `MLP`.
         dtype: as in `MLP`.
         axis_name: as in `MLP`.
+
+    Example:
+        >>> encoder = ConvNet(features=2, image_shape=(4, 4), widths=(3,), hidden=8)
+        >>> variables = jax.jit(encoder.init)(jax.random.key(0), jnp.ones((5, 16)))
+        >>> sorted(variables)
+        ['batch_stats', 'params']
     """
 
     features: int
@@ -97,7 +109,7 @@ class ConvNet(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """An `MLP` and its mirror image, which makes inputs of features again (`decode`): for `objectives.reconstruction`.
+    """An `MLP` and its mirror image, which reconstructs inputs from features (`decode`): for `reconstruction`.
 
     Attributes:
         features: number of features, the head's D.
@@ -106,6 +118,12 @@ class Autoencoder(nn.Module):
         normalization: as in `MLP`; of the encoder.
         dtype: as in `MLP`.
         axis_name: as in `MLP`.
+
+    Example:
+        >>> encoder = Autoencoder(features=2, obs_dim=4, hidden=(8,))
+        >>> variables = jax.jit(encoder.init)(jax.random.key(0), jnp.ones((5, 4)))
+        >>> encoder.apply(variables, jnp.ones((5, 2)), method="decode").shape
+        (5, 4)
     """
 
     features: int
@@ -128,20 +146,27 @@ class Autoencoder(nn.Module):
         return features
 
     def decode(self, features: Array) -> Array:
-        """Inputs (..., obs_dim) as the features (..., features) tell them."""
+        """Inputs (..., obs_dim) computed from features (..., features)."""
         return self.decoder(features)
 
 
 class Clusterer(nn.Module):
     """A head on an encoder's features; their variables lie under `encoder` and `head`.
 
-    Encoder and head are told whether they are trained, as batch normalisation, dropout and an `AnalyticHMoG` need it,
-    by the arguments of their `__call__` that are named in `train_arguments`. Of the head's other methods ask by
+    `train` is passed to encoder and head, as batch normalisation, dropout and an `AnalyticHMoG` need it, by the
+    arguments of their `__call__` that are named in `train_arguments`. Other methods of the head are called by
     `module.apply(variables, x, method=lambda m, x: m.head.posterior_categorical(m.features(x)))`.
 
     Attributes:
         encoder: any linen module from inputs (B, ...) to features (B, D).
         head: any head.
+
+    Example:
+        >>> from flax_hmog import DifferentiableHMoG
+        >>> module = Clusterer(MLP(features=4, hidden=(8,)), DifferentiableHMoG(lat_dim=2, n_components=3))
+        >>> output, variables = jax.jit(module.init_with_output)(jax.random.key(0), jnp.ones((5, 6)))
+        >>> output.log_density.shape, sorted(variables["params"])
+        ((5,), ['encoder', 'head'])
     """
 
     encoder: nn.Module
@@ -159,7 +184,7 @@ class Clusterer(nn.Module):
         return self._head_output(self.features(x, train), train)
 
     def features(self, x: Array, train: bool = False) -> Array:
-        """What the encoder makes of x."""
+        """The encoder's output for x (B, ...)."""
         positional, named = train_arguments(self.encoder, train)
         return self.encoder(x, *positional, **named)
 
@@ -173,7 +198,7 @@ class Clusterer(nn.Module):
         return self.head(features), self._head_output(jax.lax.stop_gradient(features), train)
 
     def reconstruct(self, x: Array, train: bool = False) -> Array:
-        """Inputs as the decoder of an `Autoencoder`, or of any encoder with a method `decode`, makes them again."""
+        """Inputs reconstructed by the decoder of an `Autoencoder`, or of any encoder with a method `decode`."""
         return self.encoder.decode(self.features(x, train))
 
     def _head_output(self, features: Array, train: bool) -> HMoGOutput:
@@ -182,11 +207,15 @@ class Clusterer(nn.Module):
 
 
 def train_arguments(module: nn.Module | Head, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
-    """What tells a module whether it is trained: positional and named arguments of its `__call__` after the inputs.
+    """Positional and named arguments, after the inputs, by which a module's `__call__` takes `train`.
 
     These are the arguments named `train`, `training` or `is_training`, and `deterministic` or `use_running_average`,
     their contraries; none for a module that has no such argument. One that comes right after the inputs is given by
     position, as `nn.remat(..., static_argnums=2)` needs it.
+
+    Example:
+        >>> train_arguments(MLP(features=2), True), train_arguments(nn.Dropout(0.5), True)
+        (((True,), {}), ((False,), {}))
     """
     parameters = list(inspect.signature(type(module).__call__).parameters.values())
     values = {p.name: train == TRAIN_ARGUMENTS[p.name] for p in parameters if p.name in TRAIN_ARGUMENTS}

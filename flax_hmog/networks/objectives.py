@@ -34,6 +34,11 @@ def negative_log_likelihood(output: HMoGOutput) -> Array:
 
     Returns:
         The loss ().
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> bool(negative_log_likelihood(output) == -output.log_density.mean())
+        True
     """
     check_type("negative_log_likelihood", "output", output, HMoGOutput, ONE_OUTPUT)
     return -jnp.mean(output.log_density)
@@ -47,6 +52,11 @@ def conditional_entropy(output: HMoGOutput) -> Array:
 
     Returns:
         The entropy ().
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> bool(conditional_entropy(output) < 0.01)  # certain
+        True
     """
     rows = _rows("conditional_entropy", output)
     return -jnp.mean(_expectation(jnp.exp(rows), rows))
@@ -60,6 +70,11 @@ def marginal_entropy(output: HMoGOutput) -> Array:
 
     Returns:
         The entropy ().
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> round(float(marginal_entropy(output)), 2)  # log 3: balanced
+        1.1
     """
     return -_sum_x_log_x(jnp.mean(jnp.exp(_rows("marginal_entropy", output)), axis=0))
 
@@ -76,15 +91,20 @@ def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 
 
     Raises:
         ValueError: for a weight that is not positive: a single cluster would be best.
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> round(float(negative_mutual_information(output)), 2)  # the best: -log 3
+        -1.1
     """
     check_positive("negative_mutual_information", "marginal_weight", marginal_weight, "1 gives the information.")
     return conditional_entropy(output) - marginal_weight * marginal_entropy(output)
 
 
 def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
-    """-I(z; z') of the assignments of two views of the same samples: each view tells the cluster of the other.
+    """-I(z; z') of the assignments of two views of the same samples: each view predicts the cluster of the other.
 
-    With the table P_jk = mean_n r_nj r'_nk of the batch, made symmetric,
+    With the table P_jk = mean_n gamma_nj gamma'_nk of the batch, made symmetric,
 
         I = sum_jk P_jk log P_jk - 2 marginal_weight sum_j P_j log P_j
 
@@ -103,6 +123,11 @@ def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal
         ValueError: for outputs of different shapes, or a weight of at most 1/2: a single cluster would be best.
 
     Source: Ji, Henriques and Vedaldi 2019.
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> round(float(negative_joint_information(output, output)), 2)  # the best: -log 3
+        -1.1
     """
     caller = "negative_joint_information"
     first, second = jnp.exp(_rows(caller, output)), jnp.exp(_rows(caller, twin, "twin"))
@@ -129,6 +154,11 @@ def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
 
     Raises:
         ValueError: for outputs of different shapes.
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> float(consistency(output, output))
+        0.0
     """
     _check_like("consistency", "perturbed", perturbed.log_responsibilities, output.log_responsibilities)
     target = jax.lax.stop_gradient(output.log_responsibilities)
@@ -157,6 +187,11 @@ def virtual_adversarial(
         ValueError: for a radius that is not positive.
 
     Source: Miyato et al. 2018.
+
+    Example:
+        >>> model = lambda x: HMoGOutput(-jnp.sum(x**2, axis=-1), jax.nn.log_softmax(x), x)  # or of a `Clusterer`
+        >>> virtual_adversarial(model, jnp.eye(3), jax.random.key(0), radius=0.5).shape
+        ()
     """
     check_positive("virtual_adversarial", "radius", radius, "Use a share of the distance between samples.")
     plain = model(x)
@@ -183,6 +218,11 @@ def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
 
     Raises:
         ValueError: unless there is a probability for each sample and cluster; `jax.nn.one_hot` makes them of labels.
+
+    Example:
+        >>> from flax_hmog.toy import labels, output
+        >>> bool(distillation(output, jax.nn.one_hot(labels, 3)) < 0.01)
+        True
     """
     if is_concrete(responsibilities) and np.any(np.asarray(responsibilities) < 0):
         raise ValueError(
@@ -193,7 +233,7 @@ def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
 
 
 def reconstruction(decoded: Array, x: Array) -> Array:
-    """Mean squared distance of inputs from what a decoder makes of their features; it keeps features from collapse.
+    """Mean squared distance of inputs from a decoder's reconstruction; it keeps features from collapse.
 
     Args:
         decoded: the decoder's output (B, ...).
@@ -204,6 +244,10 @@ def reconstruction(decoded: Array, x: Array) -> Array:
 
     Raises:
         ValueError: unless both have one shape.
+
+    Example:
+        >>> float(reconstruction(jnp.zeros((5, 4)), jnp.ones((5, 4))))
+        4.0
     """
     _check_like("reconstruction", "decoded", decoded, x)
     return jnp.mean(jnp.sum(jnp.square(decoded - x).reshape(x.shape[0], -1), axis=-1))
@@ -217,12 +261,17 @@ def negative_weight_entropy(natural: Natural) -> Array:
 
     Returns:
         The loss ().
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> round(float(negative_weight_entropy(natural)), 2)  # of (1/2, 1/4, 1/4)
+        -1.04
     """
     return _sum_x_log_x(natural_to_moments(natural).weights)
 
 
 def precision_penalty(natural: Natural) -> Array:
-    """How unlike each other components are in width: 1/2 mean_k [tr(P_k C) - log|P_k C| - L], C = sum_k w_k S_k.
+    """Differences in width between components: 1/2 mean_k [tr(P_k C) - log|P_k C| - L], C = sum_k w_k S_k.
 
     It is 0 where all components have one covariance, whatever their means, and grows as one becomes narrower or flatter
     than the average. The latent basis and the units of x do not matter.
@@ -232,6 +281,11 @@ def precision_penalty(natural: Natural) -> Array:
 
     Returns:
         The loss (), in nats.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> bool(abs(precision_penalty(natural)) < 1e-4)  # all components are alike
+        True
     """
     natural = with_prior(natural, "precision_penalty")
     lat_dim = natural.interaction.shape[1]
@@ -251,6 +305,11 @@ def loading_penalty(natural: Natural) -> Array:
 
     Returns:
         The loss ().
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> loading_penalty(natural).shape
+        ()
     """
     moments = own_moments(natural)
     gram = matmul(moments.loadings.T, natural.interaction)  # W' Psi^-1 W
@@ -271,6 +330,11 @@ def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput
 
     Raises:
         ValueError: unless there is one label for each component, below `n_clusters`.
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> merge_output(output, [0, 1, 1], 2).log_responsibilities.shape
+        (12, 2)
     """
     check_shape("merge_output", "labels", labels, output.log_responsibilities.shape[-1:])
     if is_concrete(labels):
@@ -298,6 +362,11 @@ def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: Any) -
 
     Raises:
         ValueError: unless terms and weights have the same names.
+
+    Example:
+        >>> weights = {"density": 0.1, "information": lambda step: step / 10}
+        >>> float(combine({"density": jnp.array(2.0), "information": jnp.array(-1.0)}, weights, step=1)).__round__(2)
+        0.1
     """
     if terms.keys() != weights.keys():
         raise ValueError(

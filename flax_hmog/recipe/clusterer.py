@@ -49,17 +49,6 @@ def fit_clusterer(
     EM fits a mixture of many components to x, which are merged to clusters. An encoder with a head on it learns these
     under augmentation, then improves on them; with more rounds EM is repeated on the learnt features.
 
-    >>> import jax
-    >>> from sklearn.datasets import load_digits
-    >>> from flax_hmog.networks import MLP
-    >>> from flax_hmog.recipe import EM, Gradient, fit_clusterer
-    >>> x = load_digits().data / 16
-    >>> few = {"em": EM(max_steps=9), "gradient": Gradient(epochs=4)}  # to be quick
-    >>> found = fit_clusterer(MLP(16, (64,)), x, 10, jax.random.key(0), **few)
-    >>> output = found(x)  # of any rows like these
-    >>> output.log_responsibilities.shape, output.log_density.shape
-    ((1797, 10), (1797,))
-
     Args:
         encoder: any linen module from rows (B, D) to features (B, F); None clusters x itself.
         x: rows (N, D), or images (N, H, W) or (N, H, W, C), which become rows; an array, also one that is
@@ -90,6 +79,14 @@ def fit_clusterer(
     Raises:
         ValueError: for data, options or an encoder that do not fit each other, or training that has failed.
         ImportError: without the packages of the extra `train`.
+
+    Example:
+        >>> from flax_hmog.networks import MLP
+        >>> from flax_hmog.toy import x
+        >>> small = {"model": Model(2, 3), "em": EM(max_steps=3), "gradient": Gradient(epochs=4, batch_size=12)}
+        >>> found = fit_clusterer(MLP(2, (8,)), x, 3, jax.random.key(0), **small)
+        >>> found(x).log_responsibilities.shape  # of any rows like these
+        (12, 3)
     """
     seed = int(np.bitwise_xor.reduce(np.asarray(jax.random.key_data(key)).ravel()))
     file = _as_file(x, encoder, None if test_share else 1)

@@ -1,4 +1,4 @@
-"""What an experiment is made of, as frozen dataclasses: every knob once, each a typed option of the command line."""
+"""Configuration of an experiment as frozen dataclasses: every option once, each a typed option of the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ def _check_counts(group: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where the samples come from, and what is made of them; everything is fitted on the training part."""
+    """The samples and their preprocessing; everything is fitted on the training part.
+
+    Example:
+        >>> Data("file", path="rows.csv", scale="standard").test_share
+        0.2
+    """
 
     name: str = "digits"
     """The data set: `digits`, `synthetic`, `file`, or another that is registered."""
@@ -41,7 +46,7 @@ class Data:
     obsm: str | None = None
     """For an .h5ad: take this entry of obsm instead of X, as X_pca."""
     title: str | None = None
-    """For `file`: what a report calls the data."""
+    """For `file`: name of the data in a report."""
     test_share: float = 0.2
     """Share of the rows that is held out, where the data have no split of their own."""
     rows: int | None = None
@@ -70,7 +75,12 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The size of the model and the kinds of its matrices."""
+    """The size of the model and the kinds of its matrices.
+
+    Example:
+        >>> Model(lat_dim=10, n_components=200, n_clusters=10).obs_rep
+        'diagonal'
+    """
 
     lat_dim: int = 10
     """Latent dimension L."""
@@ -91,14 +101,19 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """The network before the head, if any."""
+    """The network before the head, if any.
+
+    Example:
+        >>> Encoder("mlp", features=32).lat_dim
+        16
+    """
 
     name: str = "none"
     """`none`, `mlp`, `conv`, `autoencoder`, or the import path MODULE:CLASS of a linen module."""
     features: int = 64
     """Number of features, the head's D; given to the module as `features`."""
     normalization: Literal["none", "layer", "batch"] = "batch"
-    """Of the layers' outputs."""
+    """Normalisation of the layers' outputs."""
     lat_dim: int = 16
     """Latent dimension of the head on the features."""
 
@@ -113,7 +128,12 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class EM(EMOptions):
-    """The warm start by exact EM."""
+    """The warm start by exact EM.
+
+    Example:
+        >>> EM(max_steps=50, n_restarts=3).tolerance
+        0.001
+    """
 
     init: Literal["pca", "fa"] = "pca"
     regularizer: PseudoCounts = PseudoCounts()
@@ -128,24 +148,29 @@ class EM(EMOptions):
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """Training with an encoder: in every round EM finds clusters, which encoder and head learn and then improve."""
+    """Training with an encoder: in every round EM finds clusters, which encoder and head learn and then improve.
+
+    Example:
+        >>> Rounds(count=2, early_clusters=20).clusters_features
+        True
+    """
 
     count: int = 1
     """Number of rounds."""
     early_clusters: int | None = None
-    """Clusters of all rounds but the last: more than in the end, so that features still tell apart what a merge has put
+    """Clusters of all rounds but the last: more than in the end, so that features still separate what a merge has put
     together; at most the components of EM. None: as in the end."""
     start: Literal["inputs", "features", "nothing"] = "inputs"
-    """What the clusters of the first round are of: the inputs, the features of the untrained encoder, or none at all.
+    """Data of the first round's clusters: the inputs, the features of the untrained encoder, or none at all.
     Later rounds take those of the learnt features."""
     n_components: int = 80
     """Components of EM on features, before they are merged to clusters."""
     refit: bool = True
-    """Whether later rounds find clusters by EM on the learnt features, or merge those of the head as they are."""
+    """Later rounds find clusters by EM on the learnt features; if not, they merge those of the head as they are."""
     em: EM = EM(max_steps=30, tolerance=1e-2, regularizer=PseudoCounts(components=10.0, noise_share=0.01))
     """EM on features, of which those of one cluster are nearly alike; it takes the rows of EM on the inputs."""
     fresh: bool = True
-    """Whether every round starts with an untrained encoder, or goes on with that of the round before."""
+    """Every round starts with an untrained encoder; if not, with that of the round before."""
     distil_epochs: int = 2
     """Epochs in which an untrained encoder learns the clusters of EM, and nothing else."""
     mixed_epochs: int = 1
@@ -185,13 +210,18 @@ class Rounds:
 
     @property
     def clusters_features(self) -> bool:
-        """Whether any round has clusters of features."""
+        """True if any round has clusters of features."""
         return (self.count > 1 and self.refit) or self.start == "features"
 
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """Training by gradients."""
+    """Training by gradients.
+
+    Example:
+        >>> Gradient(epochs=40).learning_rate
+        0.001
+    """
 
     epochs: int = 20
     """Passes over the training part; with an encoder, in each round."""
@@ -222,7 +252,7 @@ class Devices:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How several processes find each other."""
+    """Connection of several processes."""
 
     coordinator: str | None = None
     """Address HOST:PORT of the first process; `auto` asks the cluster (SLURM, TPU pods, MPI); None: one process."""
@@ -236,7 +266,7 @@ class Processes:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """When and what is saved."""
+    """Checkpoints of a run."""
 
     em_steps: int = 20
     """Steps of EM between checkpoints."""
@@ -251,7 +281,7 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Logs:
-    """Where metrics go besides metrics.jsonl."""
+    """Destinations of metrics besides metrics.jsonl."""
 
     tensorboard: bool = False
     """Write TensorBoard events into the run folder (needs tensorboardX)."""
@@ -261,7 +291,12 @@ class Logs:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One experiment: data, model, EM, gradients, and how it runs."""
+    """One experiment: data, model, EM, gradients, and how it runs.
+
+    Example:
+        >>> Experiment("runs/digits", Data("digits"), Model(10, 20), Encoder("mlp")).rounds.count
+        1
+    """
 
     workdir: str
     """Folder of the run: config, checkpoints, metrics and report. A run that is there is resumed."""
@@ -277,7 +312,7 @@ class Experiment:
     first_seed: int = 0
     """The first seed."""
     n_seeds: int = 1
-    """How many seeds in a row, each with its own initialisation and batches, and its own split where there is none."""
+    """Number of seeds in a row, each with its own initialisation and batches, and its own split where there is none."""
     baselines: bool = False
     """Also score two-stage baselines from scikit-learn."""
     devices: Devices = Devices()
@@ -332,7 +367,7 @@ class Experiment:
 
     @property
     def has_encoder(self) -> bool:
-        """Whether heads sit on an encoder."""
+        """True if heads sit on an encoder."""
         return self.encoder.name != "none"
 
     @property
@@ -374,7 +409,7 @@ class Experiment:
         return every[name]
 
     def result_options(self) -> dict[str, Any]:
-        """The options that a result follows from: what a resumed run must agree in."""
+        """The options that a result follows from, in which a resumed run must agree."""
         free = ("workdir", "heads", "first_seed", "n_seeds", "devices", "processes", "checkpoints", "logs", "dry_run")
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         return options | {"data": {k: v for k, v in options["data"].items() if k not in ("folder", "downloads")}}

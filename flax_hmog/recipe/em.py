@@ -151,7 +151,7 @@ class EMStage:
         )
 
     def _abstract(self, sharding: Any, *, has_frame: bool) -> dict[str, Any]:
-        """What `_arrays_of` a state may hold, without values."""
+        """Arrays that `_arrays_of` a state may hold, without values."""
         fit = abstract_fit(self.head, self.run.config, self.inputs.obs_dim, sharding, has_frame)
         natural, regularizer, info = fit
         best = {"best_natural": natural, "best_info": info, "best_regularizer": regularizer}

@@ -28,7 +28,7 @@ from flax_hmog.training.steps import TrainState
 
 @dataclasses.dataclass
 class Position:
-    """Where training stands.
+    """Position of a training run.
 
     Attributes:
         state: parameters and optimiser.
@@ -60,10 +60,10 @@ class GradientStage:
         self.key = jax.random.fold_in(jax.random.key(seed), number) if number else jax.random.key(seed)
 
     def train(self, start: Start) -> dict[str, Any]:
-        """From the start or from the last checkpoint to the last epoch: the variables then.
+        """Train from the start or from the last checkpoint to the last epoch; return the variables.
 
         Raises:
-            Stopped: when the run was told to stop, once a checkpoint is written.
+            Stopped: when the run was asked to stop, once a checkpoint is written.
             ValueError: for a loss that is not finite or has diverged.
         """
         run, per_epoch, total = self.run, self.batches.per_epoch, len(self.batches)
@@ -133,7 +133,7 @@ class GradientStage:
         )
 
     def _arrays(self, at: Position) -> dict[str, Any]:
-        """What a checkpoint holds beside the parameters."""
+        """Arrays of a checkpoint beside the parameters."""
         state = at.state
         return {"opt_state": state.opt_state, "step": state.step, "loss_sum": at.loss_sum, "key": self.key}
 
@@ -156,7 +156,7 @@ class GradientStage:
         )
 
     def _is_due(self, done: int) -> bool:
-        """Whether a checkpoint is due: at ends of epochs, and within those that are longer than what lies between."""
+        """True if a checkpoint is due: at ends of epochs, and within those that are longer than what lies between."""
         between, per_epoch = self.run.config.checkpoints.gradient_steps, self.batches.per_epoch
         if per_epoch > between:
             return done % between == 0 or done % per_epoch == 0

@@ -1,4 +1,4 @@
-"""From raw rows to the inputs of a model, spread over the mesh: preprocessing, whole parts, shuffled batches."""
+"""Inputs of a model from raw rows, spread over the mesh: preprocessing, whole parts, shuffled batches."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Batches:
         inputs: the data.
         seed: of the order.
         size: rows of a batch, over all processes.
-        epochs: how many there are.
+        epochs: number of epochs.
     """
 
     def __init__(self, inputs: Inputs, seed: int, size: int, epochs: int) -> None:
@@ -121,7 +121,7 @@ def input_dim(data: Data, obs_dim: int) -> int:
 
 
 def input_image_shape(data: Data, image_shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """Of an input: that of the raw data, where preprocessing leaves images with a background of 0."""
+    """Image shape of an input: that of the raw data, where preprocessing leaves images with a background of 0."""
     is_changed = data.columns is not None or data.whitened is not None or data.scale == "standard"
     return None if is_changed else image_shape
 

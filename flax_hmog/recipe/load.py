@@ -23,7 +23,7 @@ def load(data: Data, seed: int, file: File | None = None) -> Dataset:
     Args:
         data: which, and how much of it.
         seed: of the split and of the rows that are kept.
-        file: what `read_data` gave, where it is there already.
+        file: result of `read_data`, if there is one already.
 
     Raises:
         ValueError: for files that are missing or not as they should be, or fewer training rows than asked for.
@@ -59,7 +59,7 @@ def data_shape(data: Data) -> Shape:
 
 
 def _kept_rows(data: Data, count: int) -> int:
-    """How many of the training rows are kept."""
+    """Number of training rows that are kept."""
     if data.rows is not None and data.rows > count:
         raise ValueError(
             f"load: `data.rows` must be at most the {count} training rows; got {data.rows}. Lower it or leave it out."

@@ -55,7 +55,7 @@ class Teacher(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """What a loss needs besides variables and rows.
+    """Arguments of a loss besides variables and rows.
 
     Attributes:
         regularizer: of the fit that the training of a head alone starts from, or None.
@@ -132,13 +132,13 @@ class Trainable:
         return cast(Natural, self.head.apply(variables, method="natural"))
 
     def head_loss(self, variables: Any, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
-        """Of a head alone: its negative penalised log-likelihood, which EM maximises up to the prior of components."""
+        """Loss of a head alone: negative penalised log-likelihood, which EM maximises up to the prior of components."""
         natural, regularizer = self.natural(variables), cast(Regularizer, extra.regularizer)
         x = self._view(self._key(extra), x)
         return -mean_log_density(natural, x) - extra.share * penalty(natural, regularizer), {}
 
     def encoder_loss(self, variables: Any, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
-        """Of a head on an encoder, which sees two views of each sample.
+        """Loss of a head on an encoder, which sees two views of each sample.
 
         Distillation, then information, from which both learn; the likelihood of the features, from which the head
         alone does; and consistency or reconstruction where the experiment says so.
@@ -202,8 +202,8 @@ def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding:
         head: of the fit.
         config: the experiment.
         obs_dim: D.
-        sharding: where the arrays lie.
-        has_frame: whether the model has a frame, as within a fit, and after it where float32 cannot hold it otherwise.
+        sharding: of the arrays.
+        has_frame: True for a model with a frame, as within a fit, and after it where float32 cannot hold it otherwise.
     """
     rep = as_rep(config.model.obs_rep, caller="abstract_fit")
 

@@ -43,7 +43,7 @@ class Part:
 
     @property
     def is_labelled(self) -> np.ndarray:
-        """Whether the label of each row of this part is known (N,)."""
+        """True for each row of this part whose label is known (N,)."""
         if self.labels is None:
             return np.zeros(len(self), bool)
         return np.ones(len(self), bool) if self.class_names is None else self.labels[self.index] >= 0
@@ -91,7 +91,7 @@ class Dataset:
     """A data set, split.
 
     Attributes:
-        title: what it is, for a report.
+        title: name of it in a report.
         train: rows to fit.
         test: rows to evaluate on.
         image_shape: of a row, where rows are images.

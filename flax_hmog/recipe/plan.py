@@ -1,4 +1,4 @@
-"""What a run would do, without data and without training: `--dry-run`."""
+"""Plan of a run, without data and without training: `--dry-run`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _costs(compiled: Any, flops: float, mesh: Mesh) -> list[str]:
 
 
 def _head_flops(head: Any, obs_dim: int, rows: int, rep: str) -> float:
-    """Of the products of a pass (docs/performance.md)."""
+    """Floating-point operations of the products of a pass (docs/performance.md)."""
     lat_dim, n_components = head.lat_dim, head.n_components
     width = lat_dim * (lat_dim + 3) // 2 if rep == "full" else 2 * lat_dim
     noise = obs_dim**2 if head.obs_rep == "full" else 0
@@ -91,7 +91,7 @@ def _head_flops(head: Any, obs_dim: int, rows: int, rep: str) -> float:
 
 
 def _encoder_flops(model: Trainable, rows: int, obs_dim: int) -> float:
-    """Of an encoder for two views of the rows: forward as the compiler counts it, and twice that backward."""
+    """Operations of an encoder for two views of rows: forward as the compiler counts it, and twice that backward."""
     if model.encoder is None:
         return 0.0
     x = jax.ShapeDtypeStruct((2 * rows, obs_dim), jnp.float32)

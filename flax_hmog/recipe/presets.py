@@ -1,4 +1,4 @@
-"""Experiments to begin with, by name: what `hmog train NAME` runs; every option can be changed."""
+"""Experiments of `hmog train NAME`, by name; every option can be changed."""
 
 from __future__ import annotations
 

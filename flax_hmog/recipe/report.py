@@ -63,7 +63,7 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the checkpoints of a run hold.
+    """Contents of the checkpoints of a run.
 
     Attributes:
         config: the configuration.
@@ -166,7 +166,7 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
 
 
 def title(name: str) -> str:
-    """What a stage is called in tables: that of a head, of a round of it, or a baseline."""
+    """Name of a stage in tables: that of a head, of a round of it, or a baseline."""
     if name.split("-")[0] not in MODELS:
         return name
     head, number, is_trained = Stage(0, name).parts
@@ -181,7 +181,7 @@ def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
 
 
 def output_of(restored: Restored, part: Part) -> HMoGOutput:
-    """What a model says of all rows of a part, in numpy."""
+    """Output of a model for all rows of a part, in numpy."""
     blocks = [restored(block) for block in part.blocks(slice(None))]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *blocks)
 
@@ -202,7 +202,7 @@ def pair_agreement(clusters: list[np.ndarray]) -> list[float]:
 
 
 def clusters_in_use(clusters: list[np.ndarray]) -> list[float]:
-    """How many clusters each model uses, exp of their entropy: as many as there are where all are of one size."""
+    """Number of clusters that each model uses, exp of their entropy: all of them where they are of one size."""
     shares = [np.unique(found, return_counts=True)[1] / len(found) for found in clusters]
     return [float(np.exp(-np.sum(share * np.log(share)))) for share in shares]
 
@@ -281,7 +281,7 @@ def objective_section(run: Run, seed: int) -> Section:
 
 
 def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) -> Iterator[Section]:
-    """What the reported head found, on the test split of one seed."""
+    """Sections about the reported head, on the test split of one seed."""
     natural = restored.head.apply(restored.variables, method="natural")
     clusters = restored.clusters
     test = np.asarray(restored.features(dataset.test.read(slice(None))))

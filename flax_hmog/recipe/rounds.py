@@ -1,4 +1,4 @@
-"""What a round of training with an encoder starts from: clusters by EM, and a head fitted to them in closed form."""
+"""Start of a round of training with an encoder: clusters by EM, and a head fitted to them in closed form."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RoundStage:
         self.key = jax.random.fold_in(jax.random.key(seed), number)
 
     def result(self, linear: LinearFit, previous: dict[str, Any] | None) -> Start:
-        """What the round starts from: made, or read from the checkpoint of this stage.
+        """The start of the round: made, or read from the checkpoint of this stage.
 
         Args:
             linear: EM on the inputs.
@@ -64,7 +64,7 @@ class RoundStage:
 
     @property
     def _is_fresh(self) -> bool:
-        """Whether the encoder starts untrained."""
+        """True if the encoder starts untrained."""
         return self.number == 1 or self.config.rounds.fresh
 
     def _make(self, linear: LinearFit, previous: dict[str, Any] | None) -> None:

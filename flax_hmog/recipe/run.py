@@ -1,4 +1,4 @@
-"""What the stages of a run share, and what one hands to the next."""
+"""Objects that the stages of a run share, and those that one passes to the next."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from flax_hmog.training.processes import StopRequest, to_host
 
 @dataclasses.dataclass(frozen=True)
 class Keeper:
-    """Keeps the last checkpoint of a stage in memory: what `CheckpointWriter` is where the run has no folder.
+    """Keeps the last checkpoint of a stage in memory, in place of `CheckpointWriter` in a run without a folder.
 
     Attributes:
-        memory: where it is kept.
+        memory: dict in which it is kept.
         stage: of the run.
         head: the head.
         module: the head, or any linen module with the head in its field `head`.
@@ -97,13 +97,13 @@ def _on_host(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all stages share.
+    """Objects that all stages share.
 
     Attributes:
         config: the experiment.
         mesh: the devices.
-        log: where metrics go.
-        stop: whether the run has been told to stop.
+        log: destination of metrics.
+        stop: requests to stop the run.
         models: the trainable heads by name and number of clusters.
         memory: last checkpoint of every stage, where the run has no folder.
     """
@@ -144,7 +144,7 @@ class Run:
         return self.memory[stage] if self.workdir is None else restore(self.workdir / stage.folder)
 
     def last_checkpoint(self, stage: Stage) -> Path | None:
-        """Where the last checkpoint of a stage lies, if there is one on the disk."""
+        """Folder of the last checkpoint of a stage, if there is one on the disk."""
         steps = [] if self.workdir is None else saved_steps(self.workdir / stage.folder)
         return self.workdir / stage.folder / str(steps[-1]) if steps and self.workdir is not None else None
 
@@ -167,13 +167,13 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class LinearFit:
-    """What EM on the inputs hands on, on the host.
+    """Results of EM on the inputs, on the host.
 
     Attributes:
         natural: the fitted model.
         regularizer: the penalty that the training of a head alone keeps: that of weights and noise, which do not depend
             on the latent basis of a head.
-        rows: how many training rows it was fitted to.
+        rows: number of training rows it was fitted to.
         clusters: cluster of each component (K,), or None where every component is one.
     """
 
@@ -185,14 +185,14 @@ class LinearFit:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What training by gradients starts from.
+    """Start of training by gradients.
 
     Attributes:
         variables: of the module.
-        teacher: whose clusters an encoder learns, or None.
+        teacher: model whose clusters an encoder learns, or None.
         distil_epochs: epochs in which it learns nothing else.
         regularizer: of a head alone, or None.
-        rows: how many training rows its fit saw.
+        rows: number of training rows of its fit.
         clusters: cluster of each component (K,), or None where every component is one.
     """
 
@@ -204,7 +204,7 @@ class Start:
     clusters: np.ndarray | None = None
 
     def extra(self, config: Experiment, key: jax.Array, steps_per_epoch: int, done: int) -> Extra:
-        """What the loss of a step needs besides its batch, on the host."""
+        """Arguments of the loss of a step besides its batch, on the host."""
         key_data = np.asarray(jax.random.key_data(key))
         ends = self.distil_epochs, self.distil_epochs + config.rounds.mixed_epochs
         phases = np.asarray(ends, np.uint32) * steps_per_epoch

@@ -28,7 +28,7 @@ def saved_stages(folder: Path) -> Iterator[tuple[Stage, dict[str, Any] | None]]:
 
 
 def last_description(folder: Path) -> dict[str, Any]:
-    """What the last checkpoint in a folder says of itself.
+    """Description of the last checkpoint in a folder.
 
     Raises:
         CheckpointError: naming the checkpoint, if it is damaged.
@@ -63,6 +63,16 @@ def restore_run(
 
     Raises:
         CheckpointError: for a folder without such a model, or a damaged one.
+
+    Example:
+        >>> import tempfile
+        >>> from flax_hmog.recipe import EM, Model, fit_clusterer
+        >>> from flax_hmog.toy import x
+        >>> folder = tempfile.mkdtemp()
+        >>> small = {"model": Model(2, 3), "em": EM(max_steps=3)}
+        >>> found = fit_clusterer(None, x, 3, jax.random.key(0), **small, workdir=folder)
+        >>> bool((restore_run(folder)(x).log_density == found(x).log_density).all())
+        True
     """
     folder = Path(folder)
     if saved_steps(folder):

@@ -1,4 +1,4 @@
-"""How good a model is on the test part, and how good two-stage baselines are."""
+"""Scores of a model and of two-stage baselines on the test part."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ def run(
 
     Args:
         config: the experiment; without a `workdir` checkpoints are kept in memory.
-        console: where progress is shown.
-        stop: whether the run has been told to stop.
+        console: console for progress.
+        stop: requests to stop the run.
         file: rows and labels; None reads those of the configuration.
         encoder: a linen module in place of the one that the configuration describes.
         head: a head in place of those that it describes; rounds change the number of its components.
@@ -65,7 +65,7 @@ def run(
         The run, which gives the last checkpoint of every stage.
 
     Raises:
-        Stopped: when the run was told to stop, and has saved.
+        Stopped: when the run was asked to stop, and has saved.
         ValueError: for a configuration that cannot be run, or training that has failed.
     """
     mesh = make_mesh(model=config.devices.model)
@@ -129,7 +129,7 @@ def make_models(
 
 def _train_head(stages: Run, seed: int, name: str, inputs: Inputs, linear: LinearFit) -> None:
     """Train a head: by itself from the fit of EM, or on the encoder in rounds."""
-    if stages.stop.received:  # told so after the last step of a stage, or before the first
+    if stages.stop.received:  # asked so after the last step of a stage, or before the first
         raise Stopped
     if not stages.config.has_encoder:
         head_variables, _ = warm_start(stages.model(name).head, linear.natural)
@@ -177,7 +177,7 @@ def _write_config(workdir: Path, config: Experiment, data: str) -> None:
     if not any(saved_steps(folder) for folder in workdir.glob("checkpoints/*/*")):
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
     elif path.exists():
-        # an option that the run did not know had the value that it has by default
+        # an option that the run did not have yet has its default
         found = flat_options(json.loads(json.dumps(Experiment("").result_options())))
         former = flat_options(_read_config(path).get("result_options", {}))
         found |= {RENAMED.get(name, name): value for name, value in former.items()}

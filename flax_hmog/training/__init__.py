@@ -1,4 +1,4 @@
-"""What a training run is made of: mesh and shardings, train step, preprocessing, checkpoints, export."""
+"""Parts of a training run: mesh and shardings, train step, preprocessing, checkpoints, export."""
 
 from flax_hmog.training.checkpoints import CheckpointWriter
 from flax_hmog.training.describe import CheckpointError

@@ -45,7 +45,7 @@ class CheckpointWriter:
 
     Args:
         path: the folder; it is made if it is not there.
-        module: what is trained: any linen module with a head in it, or a head itself. It is saved by its import path
+        module: the trained module: any linen module with a head in it, or a head itself. It is saved by its import path
             and arguments, and those of the modules among these.
         head: in place of `module`, a head; or, for a module with several heads, the place of one in its variables, as
             "encoder/head": the one that `Restored.head` is.
@@ -56,14 +56,23 @@ class CheckpointWriter:
             it, `restore(path, module=...)`.
         config: the run's configuration, JSON values.
         preprocessing: from raw data to inputs, or None.
-        keep: how many of the latest checkpoints stay.
+        keep: number of latest checkpoints that stay.
         best: name of the metric whose best checkpoint stays as well, or None.
-        mode: whether the best is the largest ("max") or the smallest ("min").
+        mode: the best is the largest ("max") or the smallest ("min").
 
     Raises:
         CheckpointError: for modules that could not be restored, a folder that cannot be written to, or one that another
             writer has.
         ValueError: for another `keep` or `mode`.
+
+    Example:
+        >>> import tempfile
+        >>> from flax_hmog.toy import head, variables
+        >>> folder = tempfile.mkdtemp()
+        >>> with CheckpointWriter(folder, head=head) as writer:
+        ...     writer.save(1, variables)
+        >>> sorted(path.name for path in Path(folder).iterdir())
+        ['1']
     """
 
     def __init__(
@@ -112,10 +121,10 @@ class CheckpointWriter:
             self.lock.release()
 
     def wait(self) -> None:
-        """Nothing: what has been saved is on the disk. For loops written for savers in the background."""
+        """Do nothing: a save is on the disk when it returns. For loops written for savers in the background."""
 
     def _open(self) -> FolderLock:
-        """On the first process: the folder, its lock, and nothing left of interrupted saves."""
+        """Make and lock the folder, and remove what interrupted saves have left; the first process does it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -146,9 +155,9 @@ class CheckpointWriter:
             state: any tree of arrays and PRNG keys that the run needs to go on.
             progress: JSON values that the run needs to go on.
             history: metrics so far.
-            metrics: what the best checkpoint is chosen by; without them this one is not compared.
+            metrics: numbers by which the best checkpoint is chosen; without them this one is not compared.
             clusters: cluster of each component (K,) as `analysis.merge_components` gives them, where components are
-                merged: what is restored then speaks of clusters.
+                merged: the restored model then returns clusters.
 
         Raises:
             CheckpointError: for a step that is not above the latest, variables that are not those of the
@@ -195,7 +204,7 @@ class CheckpointWriter:
             ) from None
 
     def _write_alone(self, step: int, arrays: dict[str, np.ndarray], description: dict[str, Any]) -> None:
-        """What the first process does: as it alone writes, a failure is everybody's at once."""
+        """Write on the first process; a failure there is raised on all processes."""
         if self.lock is not None:
             self.lock.check()
         write_step(self.folder, step, arrays, description)
@@ -224,7 +233,7 @@ class CheckpointWriter:
             logger.warning("%s cannot be deleted: %s", self.folder / str(step), error)
 
     def _score(self, step: int) -> float:
-        """What the best is chosen by: -inf for a step without metrics."""
+        """The metric that the best step is chosen by: -inf for a step without metrics."""
         if step not in self._scores:
             value = read_description(self.folder / str(step))["metrics"].get(self.best, math.nan)
             sign = 1 if self.mode == "max" else -1
@@ -344,7 +353,7 @@ def _storable(name: str, leaf: Any) -> np.ndarray:
 
 
 def _whole_module(module: Any, head: Any, encoder: Any) -> nn.Module:
-    """What is trained, from what a writer was given."""
+    """The trained module, from the arguments of a writer."""
     if module is None and head is not None and not isinstance(head, str):
         check = encoder is None or isinstance(encoder, nn.Module)
         if check and isinstance(head, nn.Module) and isinstance(head, Head):

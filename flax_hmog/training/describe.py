@@ -37,7 +37,14 @@ Allowed = bool | str | Collection[str]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or of another structure; the message names the file or leaf."""
+    """A checkpoint that is missing, damaged, or of another structure; the message names the file or leaf.
+
+    Example:
+        >>> from flax_hmog.training import restore
+        >>> restore("no such folder")
+        Traceback (most recent call last):
+        flax_hmog.training.describe.CheckpointError: restore: ...
+    """
 
 
 class _NotAllowedError(Exception):
@@ -81,7 +88,7 @@ def rebuild(description: dict[str, Any], allow_import: Allowed = False) -> Any:
 
     Args:
         description: of `describe_module`.
-        allow_import: whether classes of others may be imported: any, or those with these paths MODULE:CLASS.
+        allow_import: permission to import classes of others: any, or those with these paths MODULE:CLASS.
 
     Raises:
         CheckpointError: for a class that is not there, is another than those allowed, is no linen module, or no longer
@@ -172,7 +179,7 @@ def _arguments(cls: Any) -> list[dataclasses.Field]:
 
 
 def import_path(name: str) -> Any:
-    """What a path MODULE:NAME leads to.
+    """The object at an import path MODULE:NAME.
 
     Raises:
         ImportError: for a module that is not there.
@@ -186,7 +193,7 @@ def import_path(name: str) -> Any:
 
 
 def _leads_to(name: str, cls: type) -> bool:
-    """Whether another process finds the class under its import path."""
+    """True if another process finds the class under its import path."""
     try:
         return not name.startswith("__main__:") and import_path(name) is cls
     except (ImportError, AttributeError):

@@ -24,7 +24,7 @@ from flax_hmog.training.named import FORMAT, describe_array
 
 
 class DamageError(CheckpointError):
-    """How a step is not as it was saved, without its name: a part of a message."""
+    """The difference between a step and what was saved, as part of a message, without the name of the step."""
 
 
 SUMS = "SHA256SUMS"  # digests of all other files of a step, as `sha256sum -c` reads them
@@ -54,7 +54,7 @@ def write_step(folder: Path, step: int, arrays: dict[str, Any], description: dic
     """Write a step, on one process, and give it its name once it is whole and on the disk.
 
     Args:
-        folder: where steps are.
+        folder: folder of the steps.
         step: its number.
         arrays: on the host, by name.
         description: JSON values.
@@ -169,7 +169,7 @@ def read_step(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if description["format"] == UNDIGESTED:
         warnings.warn(
             f"restore: {folder} has format {UNDIGESTED}, which has digests of arrays only; damage of its description "
-            "goes unnoticed. Save it anew.",
+            "goes unnoticed. Save it again.",
             UserWarning,
             stacklevel=2,
         )
@@ -231,12 +231,12 @@ def _digest(path: Path, *, sync: bool = False) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what orbax and tensorstore print of an error that is raised anyhow, and said in our words."""
+    """Suppress what orbax and tensorstore print about an error that is raised with a message of ours."""
     log, hook = logging.getLogger("absl"), sys.unraisablehook
     was_disabled, log.disabled = log.disabled, True
 
     def without_closed_loops(problem: Any) -> None:
-        """Of threads of tensorstore, which report to an event loop that orbax has closed."""
+        """Suppress reports of tensorstore's threads to an event loop that orbax has closed."""
         if not (isinstance(problem.exc_value, RuntimeError) and str(problem.exc_value) == "Event loop is closed"):
             hook(problem)
 

@@ -1,4 +1,4 @@
-"""One writer of a folder: a lock file that says who writes, and from which others can tell whether it still does.
+"""One writer of a folder: a lock file that names the writer and shows others whether it still runs.
 
 The file is made with O_EXCL, so that it works where file systems know no locks. On the same machine its holder is
 looked up by process id and start time; of a holder elsewhere the time of the file is watched, which the holder renews.
@@ -83,7 +83,7 @@ class FolderLock:
             )
 
     def _is_made(self) -> bool:
-        """Whether there was no lock file, and it is made."""
+        """True if there was no lock file, which is then made."""
         try:
             number = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
@@ -93,7 +93,7 @@ class FolderLock:
         return True
 
     def _is_taken_over(self) -> bool:
-        """Whether the lock of a holder that is gone is replaced; of several that replace it the last one has it.
+        """True if the lock of a holder that is gone is replaced; of several that replace it the last one has it.
 
         Raises:
             CheckpointError: if the holder is not gone.
@@ -117,7 +117,7 @@ class FolderLock:
 
 
 def _is_gone(path: Path, content: str) -> bool:
-    """Whether the holder of a lock no longer runs."""
+    """True if the holder of a lock no longer runs."""
     holder = _parsed(content)
     if holder.get("machine") == _machine():
         until = time.monotonic() + DYING
@@ -129,7 +129,7 @@ def _is_gone(path: Path, content: str) -> bool:
     if left > 0 and holder:
         logger.warning("%s is locked by %s: it is watched for up to %d s", path.parent, _who(content), left)
     until = time.monotonic() + left
-    # network file systems answer from memory for a while, but look anew at a file that is opened, which reading does
+    # network file systems answer from a cache for a while, but look again at a file that is opened, which reading does
     while (is_silent := _read(path) == content and _time(path) == first) and time.monotonic() < until:
         time.sleep(min(0.2, left))
     return is_silent
@@ -174,7 +174,7 @@ def _who(content: str) -> str:
 
 
 def _time(path: Path) -> float:
-    """When a lock was last renewed, in seconds of the file system's clock; 0 if it is gone."""
+    """Time at which a lock was last renewed, in seconds of the file system's clock; 0 if it is gone."""
     try:
         return path.stat().st_mtime
     except OSError:
@@ -191,7 +191,7 @@ def _now(path: Path) -> float:
 
 
 def _machine() -> str:
-    """What process ids are unique in, as long as it runs: host, boot, and namespace of processes."""
+    """Host, boot and namespace of processes, within which process ids are unique."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -200,7 +200,7 @@ def _machine() -> str:
 
 
 def _started(pid: str) -> str | None:
-    """When a process was started, in whatever unit; None if it does not run."""
+    """Start time of a process, in the unit of the system; None if it does not run."""
     if Path("/proc/self/stat").exists():
         try:
             state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: metrics.jsonl, a progress bar, and TensorBoard or Weights & Biases if asked for."""
+"""Reports of a run while it goes on: metrics.jsonl, a progress bar, and TensorBoard or Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoints lie in the run folder."""
+        """Folder of its checkpoints in the run folder."""
         return Path("checkpoints") / f"seed{self.seed}" / self.name
 
 
@@ -160,7 +160,7 @@ class Log:
 
 
 def _is_before(line: str, stage: Stage, done: int) -> bool:
-    """Whether a line stands for something that the stage, resumed after `done` steps, will not write again."""
+    """True if a line is one that the stage, resumed after `done` steps, will not write again."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:  # cut off when the process was killed

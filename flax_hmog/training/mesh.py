@@ -34,6 +34,10 @@ def make_mesh(*, model: int = 1, devices: Any = None) -> Mesh:
 
     Raises:
         ValueError: if `model` does not divide the number of devices.
+
+    Example:
+        >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+        {'data': 1, 'model': 1}
     """
     devices = jax.devices() if devices is None else devices
     check_size("make_mesh", "model", model)
@@ -47,7 +51,12 @@ def make_mesh(*, model: int = 1, devices: Any = None) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data axis."""
+    """Rows of a batch over the data axis.
+
+    Example:
+        >>> tuple(batch_sharding(make_mesh()).spec)
+        ('data',)
+    """
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
@@ -66,6 +75,11 @@ def global_rows(mesh: Mesh, shape: tuple[int, ...], read: Callable[[slice], Any]
 
     Returns:
         The array (N, ...), the same one on all processes.
+
+    Example:
+        >>> mesh, rows = make_mesh(devices=jax.devices()[:1]), np.arange(8.0).reshape(4, 2)
+        >>> global_rows(mesh, rows.shape, lambda part: rows[part]).shape
+        (4, 2)
     """
 
     @functools.cache  # devices along the other axes hold the same rows
@@ -87,18 +101,22 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES, min_size: int 
     """Shardings for a tree whose leaves may carry logical axis names.
 
     Args:
-        abstract: what `jax.eval_shape` of an init returns, linen's boxes included.
+        abstract: result of `jax.eval_shape` of an init, linen's boxes included.
         mesh: the mesh.
         rules: logical to mesh axes.
         min_size: entries of a leaf below which it is replicated.
 
     Returns:
         The tree of `NamedSharding`, unboxed. A leaf that its mesh axes do not divide is replicated, and logged.
+
+    Example:
+        >>> tree_shardings({"bias": jax.ShapeDtypeStruct((4,), np.float32)}, make_mesh())["bias"].is_fully_replicated
+        True
     """
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
 
     def of_leaf(path: Any, leaf: Any, sharding: NamedSharding) -> NamedSharding:
-        """As the rules say, or replicated if the leaf is small or cannot be divided."""
+        """The sharding of the rules; replicated if the leaf is small or cannot be divided."""
         sizes = [
             math.prod(mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes or ()))
             for axes in sharding.spec

@@ -1,4 +1,4 @@
-"""Leaves of a checkpoint by their names: what both its writer and its reader know of them."""
+"""Leaves of a checkpoint by their names, as both its writer and its reader see them."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from flax_hmog.model.checks import check_positive, check_size
 from flax_hmog.model.kinds import matmul
 
 Blocks: TypeAlias = Callable[[], Any]
-"""Gives an iterator over blocks (B, D) of this process's share of the training data, anew at each call."""
+"""Gives an iterator over blocks (B, D) of this process's share of the training data, a new one at each call."""
 Total: TypeAlias = Callable[[np.ndarray], np.ndarray]
 """Adds an array up over all processes."""
 Gather: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -33,6 +33,10 @@ class Affine:
     Attributes:
         offset: (D,), in units of the input.
         scale: (D,), positive, in units of the input.
+
+    Example:
+        >>> Affine.constant(2, offset=1.0, scale=2.0)(np.array([[1.0, 5.0]])).tolist()
+        [[0.0, 2.0]]
     """
 
     offset: Any
@@ -72,6 +76,10 @@ class SizeFactor:
 
     Attributes:
         target: () total of every row afterwards.
+
+    Example:
+        >>> SizeFactor(np.float32(10.0))(np.array([[1.0, 3.0, 1.0]])).tolist()
+        [[2.0, 6.0, 2.0]]
     """
 
     target: Any
@@ -79,7 +87,7 @@ class SizeFactor:
 
     @classmethod
     def mean(cls, blocks: Blocks, total: Total) -> SizeFactor:
-        """To the mean total of the training rows."""
+        """The step that scales rows to the mean total of the training rows."""
         sums = np.zeros(2)
         for block in blocks():
             sums += np.asarray(block, np.float64).sum(), len(block)
@@ -94,7 +102,12 @@ class SizeFactor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Log1p:
-    """log(1 + x), entry by entry."""
+    """log(1 + x), entry by entry.
+
+    Example:
+        >>> Log1p()(np.array([[0.0, 1.0]])).round(2).tolist()
+        [[0.0, 0.69]]
+    """
 
     name: ClassVar[str] = "log1p"
 
@@ -109,6 +122,10 @@ class SelectColumns:
 
     Attributes:
         columns: (D',) int32, ascending.
+
+    Example:
+        >>> SelectColumns(np.array([0, 2]))(np.array([[1.0, 2.0, 3.0]])).tolist()
+        [[1.0, 3.0]]
     """
 
     columns: Any
@@ -134,6 +151,11 @@ class Whiten:
     Attributes:
         mean: (D,), in units of the input.
         axes: (D, D'), principal axes divided by the standard deviations along them.
+
+    Example:
+        >>> step = Whiten.principal(lambda: iter([np.eye(3)]), lambda total: total, count=2)
+        >>> step(np.eye(3)).shape
+        (3, 2)
     """
 
     mean: Any
@@ -172,6 +194,11 @@ class Preprocessing:
     Attributes:
         steps: applied in this order.
         obs_dim: number of columns of the raw data.
+
+    Example:
+        >>> preprocessing = Preprocessing((Log1p(), Affine.constant(2, scale=2.0)), obs_dim=2)
+        >>> preprocessing(np.zeros((1, 2))).tolist()
+        [[0.0, 0.0]]
     """
 
     steps: tuple[Step, ...]

@@ -1,4 +1,4 @@
-"""Several processes, one program: how they find each other, what each does once, and how they stop together."""
+"""Several processes of one program: their connection, work that is done once, and a common stop."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jax.experimental import multihost_utils
 from flax_hmog.training.several import on_first_process as on_first_process
 
 STOPPED = 75
-"""Exit status of a run that was told to stop and has saved: run the same command again (sysexits' EX_TEMPFAIL)."""
+"""Exit status of a run that was asked to stop and has saved: run the same command again (sysexits' EX_TEMPFAIL)."""
 
 
 class Stopped(Exception):  # noqa: N818  it is no error
-    """The run was told to stop, and has saved."""
+    """The run was asked to stop, and has saved."""
 
 
 def connect(
@@ -56,7 +56,7 @@ def connect(
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """True on the process that writes what is written once."""
     return jax.process_index() == 0
 
 
@@ -77,12 +77,12 @@ def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 
 class StopRequest:
-    """Whether the run has been told to stop: by SIGTERM or Ctrl-C on one process; by SIGTERM on any of several.
+    """Requests to stop the run: by SIGTERM or Ctrl-C on one process; by SIGTERM on any of several.
 
     A second Ctrl-C stops at once, without a checkpoint.
 
     Args:
-        listens: whether one process takes over these signals; otherwise they do what they do.
+        listens: one process takes over these signals; otherwise their handlers stay.
     """
 
     def __init__(self, *, listens: bool = True) -> None:

@@ -32,6 +32,11 @@ def write_program(program: jax_export.Exported, path: str | Path) -> None:
     Raises:
         TypeError: for something else than a program.
         CheckpointError: for a file that cannot be written.
+
+    Example:
+        >>> import jax, tempfile
+        >>> program = jax.export.export(jax.jit(lambda x: 2 * x))(jax.ShapeDtypeStruct((2,), "float32"))
+        >>> write_program(program, Path(tempfile.mkdtemp()) / "program")
     """
     check_type("write_program", "program", program, jax_export.Exported, "Give what export(model) returns.")
     path = Path(path)
@@ -68,6 +73,13 @@ def load_program(path: str | Path) -> jax_export.Exported:
 
     Raises:
         CheckpointError: for a file that is missing, damaged, of something else, or of a jax that this one cannot read.
+
+    Example:
+        >>> import jax, tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "program"
+        >>> write_program(jax.export.export(jax.jit(lambda x: 2 * x))(jax.ShapeDtypeStruct((2,), "float32")), path)
+        >>> load_program(path).call(jax.numpy.ones(2)).tolist()
+        [2.0, 2.0]
     """
     try:
         content = Path(path).read_bytes()
@@ -86,7 +98,7 @@ def load_program(path: str | Path) -> jax_export.Exported:
     if digest != hashlib.sha256(body).hexdigest().encode():
         raise CheckpointError(
             f"load_program: `path` must be as it was written; got {path} with another SHA-256. It is damaged: export "
-            "the model anew."
+            "the model again."
         )
     about, _, program = body.partition(b"\n")
     try:
@@ -94,5 +106,5 @@ def load_program(path: str | Path) -> jax_export.Exported:
     except Exception as error:  # it is as it was written, by another jax
         raise CheckpointError(
             f"load_program: `path` must be of a jax that this one can read; got {path}, {type(error).__name__}: "
-            f"{str(error)[:200]}. It was written with {json.loads(about)['versions']}: export the model anew."
+            f"{str(error)[:200]}. It was written with {json.loads(about)['versions']}: export the model again."
         ) from error

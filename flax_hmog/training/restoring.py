@@ -46,7 +46,7 @@ MOST_ROWS = 4096  # that a call computes at once
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Restored:
-    """What a checkpoint holds; called with raw data it says their clusters, under `jit` too.
+    """A model from a checkpoint; called with raw data it returns their clusters, under `jit` too.
 
     Attributes:
         step: the step it was saved at.
@@ -54,16 +54,27 @@ class Restored:
             code was not to be imported.
         module_variables: for `module.apply`.
         head: the unbound head in it; None if its code was not to be imported.
-        place: where the head lies in the module, as "encoder/head"; "" if it is the module.
+        place: path of the head in the module, as "encoder/head"; "" if it is the module.
         inputs: shape (1, ...) and dtype of the module's inputs, or None where the writer did not know them.
         preprocessing: from raw data to the inputs of the module, or None.
         clusters: cluster of each component (K,) where components are merged, or None.
         state: all other arrays by name, as "opt_state/0/mu/params/means"; see `restore_like`.
-        progress: where the run stood, as it was saved.
+        progress: position of the run, as it was saved.
         history: metrics so far, one dict for each record.
         metrics: those by which the best checkpoint is chosen.
         config: the run's configuration.
         versions: of the libraries that saved it.
+
+    Example:
+        >>> import tempfile
+        >>> from flax_hmog.toy import head, variables, x
+        >>> from flax_hmog.training import CheckpointWriter
+        >>> folder = tempfile.mkdtemp()
+        >>> with CheckpointWriter(folder, head=head) as writer:
+        ...     writer.save(1, variables)
+        >>> model = restore(folder)
+        >>> model.step, model(x).log_responsibilities.shape
+        (1, (12, 3))
     """
 
     step: int
@@ -98,7 +109,7 @@ class Restored:
 
     @property
     def infers(self) -> bool:
-        """Whether a call is `infer` of the head's model at `features`: not so in networks and calls of one's own."""
+        """True if a call is `infer` of the head's model at `features`; not for networks and calls of one's own."""
         return (not self.place or isinstance(self.module, Clusterer)) and type(self.head).__call__ in CALLS
 
     @functools.cached_property
@@ -214,6 +225,16 @@ def restore(
     Raises:
         TypeError: for a `module` that is none.
         CheckpointError: if there is no such checkpoint, or it is damaged. A damaged step is never replaced by another.
+
+    Example:
+        >>> import tempfile
+        >>> from flax_hmog.toy import head, variables, x
+        >>> from flax_hmog.training import CheckpointWriter
+        >>> folder = tempfile.mkdtemp()
+        >>> with CheckpointWriter(folder, head=head) as writer:
+        ...     writer.save(1, variables)
+        >>> restore(folder)(x).log_density.shape
+        (12,)
     """
     if module is not None:
         check_type("restore", "module", module, nn.Module, "Give an instance, as the writer was given it.")
@@ -320,6 +341,11 @@ def restore_like(template: Any, arrays: dict[str, Any], what: str) -> Any:
 
     Raises:
         CheckpointError: naming the leaf that is missing, extra, or of another shape.
+
+    Example:
+        >>> template = {"mean": jnp.zeros(2)}
+        >>> restore_like(template, {"mean": np.ones(2, np.float32)}, "the state")["mean"].tolist()
+        [1.0, 1.0]
     """
     template = nn.unbox(template)
     wanted = named_arrays(template)
@@ -381,7 +407,7 @@ def _named(folder: Path, step: int, others: list[int]) -> Iterator[None]:
 
 
 def _where_else(folder: Path) -> str:
-    """What is to be said of a folder without checkpoints."""
+    """Message about a folder without checkpoints."""
     if not folder.is_dir():
         return "is no folder. Check the path"
     if folder.name.isdigit() and saved_steps(folder.parent):
@@ -393,7 +419,7 @@ def _where_else(folder: Path) -> str:
 
 
 def _best_step(folder: Path, steps: list[int]) -> int:
-    """By the descriptions alone.
+    """The best step, by the descriptions alone.
 
     Raises:
         CheckpointError: if one of them cannot be read, as it may be the best, or none has a metric.

@@ -40,6 +40,17 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
     Raises:
         TypeError: for something else than a restored checkpoint.
         ValueError: for a module that was not imported, or an unknown number of columns.
+
+    Example:
+        >>> import tempfile
+        >>> from flax_hmog.toy import head, variables, x
+        >>> from flax_hmog.training import CheckpointWriter, restore
+        >>> folder = tempfile.mkdtemp()
+        >>> with CheckpointWriter(folder, head=head) as writer:
+        ...     writer.save(1, variables)
+        >>> program = export(restore(folder), platforms=["cpu"])
+        >>> sorted(program.call(x))
+        ['assignment', 'latent_mean', 'log_density', 'responsibilities']
     """
     check_type("export", "model", model, Restored, "Give flax_hmog.training.restore(path).")
     if isinstance(platforms, str):
@@ -49,7 +60,7 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
 
     @jax.jit
     def assign(raw: Array) -> Any:
-        """What the program returns."""
+        """Output of the program."""
         output = model.merged(infer_rows(prepared, model.features(raw))) if model.infers else model(raw)
         return jax.tree.map(_named, output, is_leaf=lambda part: isinstance(part, HMoGOutput))
 

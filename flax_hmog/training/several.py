@@ -1,4 +1,4 @@
-"""What one of several processes does while the others wait."""
+"""Work of one of several processes, for which the others wait."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def on_first_process(function: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             result = function()
-        except Exception as error:  # raised again below, once the others know
+        except Exception as error:  # raised again below, on all processes
             problem = error
     has_failed = np.asarray(multihost_utils.process_allgather(np.array(problem is not None))).any()
     if problem is not None:

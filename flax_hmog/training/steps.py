@@ -23,13 +23,21 @@ class TrainState(train_state.TrainState):
 
     Attributes:
         collections: all variables beside `params`, as `batch_stats` of an encoder and `em` of an `AnalyticHMoG`.
+
+    Example:
+        >>> import flax.linen as nn, optax
+        >>> from flax_hmog.training import make_mesh
+        >>> module, x = nn.Dense(2), np.ones((12, 4), np.float32)
+        >>> state = create_state(module, module.init(jax.random.key(0), x), optax.sgd(0.1), x, make_mesh())
+        >>> sorted(state.variables["params"])
+        ['bias', 'kernel']
     """
 
     collections: Any = struct.field(default_factory=dict)
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `module.apply` takes, and `CheckpointWriter.save`."""
+        """Variables for `module.apply` and `CheckpointWriter.save`."""
         params = {"params": self.params} if jax.tree.leaves(self.params) else {}
         return params | self.collections
 
@@ -59,6 +67,16 @@ def create_state(
 
     Raises:
         ValueError: for variables of another module, or without a collection.
+
+    Example:
+        >>> import optax
+        >>> from flax_hmog import DifferentiableHMoG, warm_start
+        >>> from flax_hmog.toy import natural, x
+        >>> from flax_hmog.training import make_mesh
+        >>> head = DifferentiableHMoG(lat_dim=2, n_components=3, pst_rep="full")
+        >>> state = create_state(head, warm_start(head, natural, x)[0], optax.sgd(0.1), x, make_mesh())
+        >>> int(state.step)
+        0
     """
     abstract = abstract_state(module, optimizer, x, mesh, min_sharded=min_sharded)
     state = _state(module, nn.unbox(variables), optimizer)
@@ -84,7 +102,7 @@ def abstract_state(
     *,
     min_sharded: int = MIN_SHARDED,
 ) -> TrainState:
-    """What `create_state` returns as abstract arrays (`jax.ShapeDtypeStruct`) with shardings; nothing is computed."""
+    """The state of `create_state` as abstract arrays (`jax.ShapeDtypeStruct`) with shardings; nothing is computed."""
 
     def fresh(key: Array, x: Array) -> TrainState:
         return _state(module, module.init(key, x), optimizer)
@@ -115,6 +133,16 @@ def make_train_step(
         `step(state, x, extra=None) -> (state, loss)`; the given state is donated, x (B, D) is split over the data axis,
         which must divide B, and `extra` (any tree of arrays that the loss needs) is replicated. Its first call raises
         ValueError for a loss that returns something else.
+
+    Example:
+        >>> import flax.linen as nn, optax
+        >>> from flax_hmog.training import make_mesh
+        >>> module, x, mesh = nn.Dense(2), np.ones((12, 4), np.float32), make_mesh(devices=jax.devices()[:1])
+        >>> state = create_state(module, module.init(jax.random.key(0), x), optax.sgd(0.1), x, mesh)
+        >>> loss = lambda variables, x, extra: (jnp.mean(module.apply(variables, x) ** 2), {})
+        >>> state, value = make_train_step(loss, state, mesh)(state, x)
+        >>> int(state.step)
+        1
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
@@ -125,7 +153,7 @@ def make_train_step(
 
     def step(state: TrainState, x: Array, extra: Any) -> tuple[TrainState, Array]:
         """The state after one step, and the loss before it."""
-        # passes over rows then know over which axis x lies
+        # so that passes over rows see over which axis x lies
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             (value, collections), gradients = jax.value_and_grad(of_params, has_aux=True)(state.params, state, x, extra)
         return state.apply_gradients(grads=gradients, collections=collections), value
@@ -140,7 +168,7 @@ def make_train_step(
 
 
 def _checked(result: Any, collections: Any) -> tuple[Array, Any]:
-    """What a loss returned.
+    """The result of a loss, checked.
 
     Raises:
         ValueError: unless it is a loss and collections like those of the state.
