@@ -1,4 +1,4 @@
-"""Which noise model, regulariser and number of components for the digits, without labels.
+"""Choice of noise model, regulariser and number of components for the digits, without labels.
 
     python -m experiments.select_digits
 

@@ -3,7 +3,7 @@
     python -m experiments.train digits [--workdir runs/digits] [--model.lat-dim 10] ...
     python -m experiments.train mnist --dry-run
 
-Run again, it resumes where it stopped. Exit status 75: it was told to stop (SIGTERM) and has saved.
+Run again, it resumes where it stopped. Exit status 75: it was asked to stop (SIGTERM) and has saved.
 """
 
 import sys

@@ -26,7 +26,7 @@ from experiments.benchmarks.sizes import SIZES
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to measure.
+    """The measurements.
 
     Attributes:
         sizes: names of `sizes.SIZES`.
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
 
 
 def _child(module: str, *arguments: str) -> dict[str, Any]:
-    """What a measurement in a process of its own prints."""
+    """Output of a measurement in a process of its own."""
     run = subprocess.run(
         [sys.executable, "-m", f"experiments.benchmarks.{module}", *arguments], capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""What the parts of the recipe for encoders bring: an experiment, poorer and richer ones, and other heads.
+"""Ablations of the recipe for encoders: an experiment, poorer and richer ones, and other heads.
 
     python -m experiments.benchmarks.ablations usps_encoder --data.path usps_9298.npz
     python -m experiments.benchmarks.ablations mnist_encoder --data.rows 10000 --gradient.epochs 40
@@ -59,7 +59,7 @@ def main(name: str, config: Experiment) -> None:
         config: the experiment; it must have an encoder.
 
     Raises:
-        Stopped: when the process was told to stop.
+        Stopped: when the process was asked to stop.
         ValueError: for a dry run, an experiment that starts from nothing, or a variant that cannot be built.
     """
     if config.dry_run:
@@ -163,7 +163,7 @@ class KMeansHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> HMoGOutput:
-        """What an HMoG head returns: here of K spheres of one size and weight, with x as its own latent mean."""
+        """The output of an HMoG head, for K spheres of one size and weight, with x as its own latent mean."""
         centres = self.param("centres", nn.initializers.normal(), (self.n_clusters, x.shape[-1]))
         log_variance = self.param("log_variance", nn.initializers.zeros, ())
         squares = jnp.sum((x[:, None] - centres[None]) ** 2, axis=-1)
@@ -200,7 +200,7 @@ class KMeansTrainable(Trainable):
 
 
 def kmeans_scores(config: Experiment, workdir: Path, console: Console, stop: StopRequest) -> list[Scores]:
-    """Of the experiment with k-means' spheres as head, by seed; those that are done are kept."""
+    """Scores of the experiment with k-means' spheres as head, by seed; those that are done are kept."""
     config = dataclasses.replace(config, heads=("differentiable",), workdir=str(workdir))
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "scores.json"
@@ -217,7 +217,7 @@ def kmeans_rounds(config: Experiment, seed: int, log: Log, stop: StopRequest) ->
     """Scores of one seed on the test part.
 
     Raises:
-        Stopped: when the process was told to stop; a round is begun anew then.
+        Stopped: when the process was asked to stop; its round is begun again then.
     """
     mesh = make_mesh()
     inputs = prepare_inputs(config.data, load(config.data, seed), mesh)

@@ -1,4 +1,4 @@
-"""What comes of damage and of interruptions: restored right, or an error that says where; never something else.
+"""Outcomes of damage and interruptions: restored right, or an error that names the place; never something else.
 
     python -m experiments.benchmarks.hostile                            # all tasks
     python -m experiments.benchmarks.hostile --tasks damage             # 20 s on 2 cores
@@ -8,7 +8,7 @@
 `damage` changes single bits of a checkpoint and of an exported program, spread over all their files, and leaves out
 whole files, one at a time; what is then restored is compared with what was saved, the description included.
 `interruptions` stops and kills runs, half of them while they save, and compares what they end with (preemption.py).
-`fits` fits data that nobody would want to fit, and counts what comes of it (hostile_fits.py).
+`fits` fits unusual data, and counts the outcomes (hostile_fits.py).
 Moments, files, bits and data follow from `--seed`.
 """
 
@@ -59,7 +59,7 @@ TaskName = Literal["damage", "interruptions", "fits"]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to try.
+    """The trials.
 
     Attributes:
         tasks: names of `TASKS`.
@@ -190,7 +190,7 @@ def contents_of_program(program: Any) -> bytes:
 
 
 def file_kind(path: Path, step: Path) -> str:
-    """What a file is a part of."""
+    """The part of a checkpoint that a file belongs to."""
     if not path.is_relative_to(step):
         return "exported program"
     part = path.relative_to(step).parts[0]

@@ -1,4 +1,4 @@
-"""Fits of data that nobody would want to fit: other scales, constant columns, wild rows, tiny samples, extreme weights.
+"""Fits of unusual data: other scales, constant columns, wild rows, tiny samples, extreme weights.
 
 What may come of one: a fit whose numbers are all finite, or an error that says what is wrong. `hostile.py` counts.
 """
@@ -159,7 +159,7 @@ def parts_of(tree: Any) -> Any:
 
 
 def start_of(case: Case, result: Any, x: np.ndarray) -> Any:
-    """What a head that is started from the fit says; None where it warns that it cannot hold it."""
+    """Output of a head that is started from the fit; None where it warns that it cannot hold it."""
     head = DifferentiableHMoG(*case.sizes, obs_rep=case.noise, pst_rep="full")
     with warnings.catch_warnings():
         warnings.simplefilter("error", WarmStartWarning)

@@ -1,4 +1,4 @@
-"""What a fit does not depend on, and by how much it differs: `python -m experiments.benchmarks.invariance`.
+"""Changes of data that leave a fit as it is, and what differs: `python -m experiments.benchmarks.invariance`.
 
 Question: is a fit the same when rows, blocks, devices, origin, units, weights or names of labels are others, of which
 clusters know nothing? Each change is made to 400 samples of four clusters (7 columns, 3 factors), and the fit compared
@@ -95,7 +95,7 @@ class Problem:
 
     @property
     def rng(self) -> np.random.Generator:
-        """Of what a change draws."""
+        """Random numbers of a change."""
         return np.random.default_rng(self.seed + 1000)
 
     @property
@@ -106,7 +106,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """The same samples twice, and how what is said of them is compared.
+    """The same samples twice, and the comparison of outputs for them.
 
     Attributes:
         data: the changed data for a fit.
@@ -286,8 +286,8 @@ def deviations(change: Change, before: Any, after: Any) -> tuple[float, float]:
 
     Args:
         change: what was changed.
-        before: what is said of the rows as they were (`HMoGOutput`).
-        after: what is said of the changed rows.
+        before: output for the rows as they were (`HMoGOutput`).
+        after: output for the changed rows.
     """
     order = change.order
     apart = np.exp(np.asarray(after.log_responsibilities)[:, order]) - np.exp(np.asarray(before.log_responsibilities))
@@ -296,7 +296,7 @@ def deviations(change: Change, before: Any, after: Any) -> tuple[float, float]:
 
 
 def started(head: Any, result: EMResult, x: np.ndarray) -> Any:
-    """What a head that is started from a fit says of rows, or None with a warning that it cannot hold the fit."""
+    """Output of a head that is started from a fit, or None with a warning that it cannot hold the fit."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -310,7 +310,7 @@ def started(head: Any, result: EMResult, x: np.ndarray) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to compare.
+    """The comparison.
 
     Attributes:
         changes: names of `CHANGES`.
@@ -357,7 +357,7 @@ def of_one_change(name: str, seed: int) -> dict[str, tuple[float, float] | None]
 
 
 def of_models(fits: tuple[EMResult, EMResult], change: Change) -> tuple[Any, Any]:
-    """What both fits say of their rows."""
+    """Outputs of both fits for their rows."""
     return infer(fits[0].natural, change.before), infer(fits[1].natural, change.rows)
 
 

@@ -1,4 +1,4 @@
-"""How to merge the components of an over-clustered linear HMoG: methods, steps of EM, data sets; scored by labels.
+"""Methods to merge the components of an over-clustered linear HMoG, over steps of EM and data sets; scored by labels.
 
     python -m experiments.benchmarks.merging [--paths usps_9298.npz optdigits.npz pendigits.npz]
 

@@ -21,7 +21,7 @@ from flax_hmog import AnalyticHMoG, fit_em, fit_online_em, initialize_moments
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What to compare.
+    """The comparison.
 
     Attributes:
         images: idx file of images, gzipped.

@@ -1,4 +1,4 @@
-"""What scikit-learn takes at the same size: `python -m experiments.benchmarks.peers SIZE` prints JSON.
+"""Times of scikit-learn at the same size: `python -m experiments.benchmarks.peers SIZE` prints JSON.
 
 The mixture of Gaussians runs on data already projected to L dimensions, so its iteration leaves out all that D costs.
 """

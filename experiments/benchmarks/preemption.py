@@ -47,7 +47,7 @@ WINDOW = 3.0  # seconds of a stage in which it is interrupted
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What came of the interruptions of one kind.
+    """Outcome of the interruptions of one kind.
 
     Attributes:
         stage: the interrupted stage.
@@ -147,7 +147,7 @@ def interrupt(
 
 
 def unfinished_saves(workdir: Path, stage: str) -> list[Path]:
-    """What is there of saves of a stage that are going on, or were interrupted."""
+    """Files of saves of a stage that are going on, or were interrupted."""
     return list((workdir / Stage(0, stage).folder).glob(f"*{UNFINISHED}*"))
 
 
@@ -158,7 +158,7 @@ def stage_lines(workdir: Path, stage: str) -> list[str]:
 
 
 def fingerprint(workdir: Path) -> str:
-    """Of everything that a finished run holds, but for times."""
+    """Digest of everything that a finished run holds, but for times."""
     total = hashlib.sha256()
     for stage in STAGES:
         restored = restore(workdir / Stage(0, stage).folder)
