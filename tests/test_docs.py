@@ -1,5 +1,6 @@
-"""Every Python block of README and docs runs; every public name stands in the API pages."""
+"""Every Python block of README and docs runs; every public name stands in the API pages, with an example."""
 
+import ast
 import os
 import re
 from pathlib import Path
@@ -11,12 +12,16 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import flax_hmog
 import flax_hmog.analysis
+import flax_hmog.networks
 import flax_hmog.recipe
 import flax_hmog.training
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md"))]
 TRAINING = "encoders.md"  # whose blocks train longer than they compile
+PACKAGES = (flax_hmog, flax_hmog.networks, flax_hmog.analysis, flax_hmog.training, flax_hmog.recipe)
+SHOWN_ELSEWHERE = {"RULES", "Statistics", "WarmStartInfo"}  # a table, and what a function with an example returns
+QUESTIONS = {"What", "Where", "Whether", "Which", "Whose", "When", "How", "Of", "Why"}
 LONG = {"choosing.md", "encoders.md", "derivations.md", "sharp_bits.md", "model.md", "performance.md", "training.md"}
 
 
@@ -39,13 +44,28 @@ def test_code_blocks_run(page, tmp_path, monkeypatch, request):
             example.evaluate()
 
 
-@pytest.mark.parametrize(
-    "package", [flax_hmog, flax_hmog.analysis, flax_hmog.training, flax_hmog.recipe], ids=lambda p: p.__name__
-)
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
 def test_every_public_name_stands_in_the_api_pages(package):
     text = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     missing = [name for name in package.__all__ if not re.search(rf"\b{name}\b", text)]
     assert not missing
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
+def test_every_public_name_has_an_example(package):
+    missing = [name for name in package.__all__ if ">>>" not in (getattr(package, name).__doc__ or "")]
+    assert set(missing) <= SHOWN_ELSEWHERE
+
+
+def test_docstrings_say_what_a_thing_is():
+    """A noun or a verb, not a question: "True if ...", not "Whether ..."."""
+    questions = []
+    for path in sorted(Path(flax_hmog.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                line = (ast.get_docstring(node) or "").partition("\n")[0]
+                questions += [f"{path.name}: {line}"] * (line.partition(" ")[0] in QUESTIONS)
+    assert not questions
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -53,3 +73,10 @@ def test_links_to_files_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text())
     missing = [target for target in targets if not os.path.exists(page.parent / target)]
     assert not missing
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_files_that_pages_name_exist(page):
+    named = re.findall(r"`([\w./-]+\.(?:py|sh|sbatch|html))`", page.read_text())
+    folders = [ROOT, ROOT / "flax_hmog", ROOT / "flax_hmog" / "model", ROOT / "experiments" / "launch"]
+    assert not [name for name in named if not any((folder / name).exists() for folder in folders)]
