@@ -10,12 +10,14 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".csv", ".parquet")
+UNNAMED = "Unnamed: 0"  # as pandas calls a first column without a name, which holds numbers or names of the rows
 
 
 def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[str, ...]]:
     """Rows (N, D), the column of labels or None, and the names of the columns (D,).
 
-    Columns of text are left out, with a message in the log; missing numbers are NaN.
+    Columns of text and a first one without a name, as row numbers have none, are left out, with a message in the log;
+    missing numbers are NaN.
 
     Args:
         path: a .csv whose first line names the columns, or a .parquet.
@@ -26,6 +28,10 @@ def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[s
     """
     table = _read(path)
     names = [str(name) for name in table.columns]
+    if path.suffix == ".csv" and (names[:1] == [UNNAMED] != [labels] or type(table.index).__name__ != "RangeIndex"):
+        logger.warning("%s: the first column, which has no name, is left out", path)
+        table = table.drop(columns=UNNAMED, errors="ignore")
+        names = [name for name in names if name != UNNAMED]
     if path.suffix == ".csv" and names and all(_is_number(name) for name in names):
         raise ValueError(
             f"read_file: the first line of {path} must name the columns; got {', '.join(names[:4])}. "
