@@ -99,3 +99,12 @@ def test_without_an_encoder_em_is_all_or_a_head_follows():
 def test_mistakes_are_named(encoder, options, message):
     with pytest.raises(ValueError, match=message):
         fit(encoder, **options)
+
+
+@pytest.mark.parametrize(("package", "encoder"), [("sklearn", None), ("grain", MLP(4, (8,)))])
+def test_a_missing_package_is_named_before_em(monkeypatch, package, encoder):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    steps = []
+    with pytest.raises(ImportError, match=r'fit_clusterer: .*pip install "flax-hmog\[train\]"'):
+        fit_clusterer(encoder, np.zeros((20, 5)), 2, jax.random.key(0), on_step=lambda *step: steps.append(step))
+    assert not steps
