@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,14 +18,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 from rich.console import Console
 
-from flax_hmog.data.files import read_file
+from flax_hmog.data.files import File, read_file
 from flax_hmog.inference.posterior import infer
 from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.plan import print_plan
 from flax_hmog.recipe.presets import PRESETS
 from flax_hmog.recipe.report import report_run
-from flax_hmog.recipe.saved import restore_run, run_config, saved_stages
+from flax_hmog.recipe.saved import restore_run, run_columns, run_config, saved_stages
 from flax_hmog.recipe.train import run
 from flax_hmog.training import export, write_program
 from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first
@@ -77,7 +78,7 @@ def main(
         options = _parser().parse_args(arguments)
         options.command(options)
     except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -134,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("rows", type=Path, help=".npy, .npz, .csv, .parquet or .h5ad, raw as in training")
     predict.add_argument("--out", type=Path, help="file of comma-separated values; without it, the terminal")
     predict.add_argument("--probabilities", action="store_true", help="also the probability of each cluster")
-    predict.add_argument("--labels", help="column of the file that is no input and is left out")
+    predict.add_argument("--labels", help="column that is no input; a run on named columns finds them by name")
     predict.add_argument("--layer", help="of an .h5ad, instead of X")
     predict.add_argument("--obsm", help="of an .h5ad, instead of X")
     _add_choice(predict)
@@ -171,19 +172,49 @@ def _predict(options: argparse.Namespace) -> None:
     model = _restored(options)
     if not options.rows.is_file():
         raise ValueError(f"predict: `rows` must be a file; got {options.rows}, which is not there. Check the path.")
-    rows = read_file(options.rows, options.labels, layer=options.layer, obsm=options.obsm).rows
+    if options.out is not None and options.out.exists() and options.out.samefile(options.rows):
+        raise ValueError(f"predict: `--out` must be another file than the rows; got {options.out}. Choose another.")
+    file = read_file(options.rows, options.labels, layer=options.layer, obsm=options.obsm)
+    rows = _rows_of(file, run_columns(options.run))
     lines = predictions(model, rows, each=options.probabilities)
+    lines = itertools.chain([next(lines)], lines)  # rows that do not fit are found before a file is replaced
     if options.out is None:
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
         return
     try:
-        with options.out.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
+        with options.out.open("w", newline="") as out:
+            csv.writer(out, lineterminator="\n").writerows(lines)
     except OSError as error:
         raise ValueError(
             f"predict: `--out` must be a file that can be written to; got {error}. Choose another."
         ) from None
     print(f"{rows.shape[0]} rows: {options.out}")
+
+
+def _rows_of(file: File, names: list[str] | None) -> Any:
+    """The rows of a file, all finite, with the columns that a run was trained on, by name where both have names."""
+    rows, found = file.rows, file.column_names
+    if names is not None and found is not None and list(found) != names:
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(
+                f"predict: `rows` must have the run's columns; got {file.source} without numbers in {missing[0]!r}, "
+                f"{len(missing)} of {len(names)} missing. Name the columns as in training."
+            )
+        rows, found = rows[:, [found.index(name) for name in names]], tuple(names)
+    for start in range(0, rows.shape[0], BLOCK_ROWS):
+        bad = np.argwhere(~np.isfinite(_dense(rows[start : start + BLOCK_ROWS])))
+        if len(bad):
+            row, column = bad[0].tolist()
+            raise ValueError(
+                f"predict: `rows` must be finite; got a missing or infinite value in row {start + row}, counted from "
+                f"0, and column {found[column] if found else column!r} of {file.source}. Drop or impute such rows."
+            )
+    return rows
+
+
+def _dense(block: Any) -> np.ndarray:
+    return block.toarray() if hasattr(block, "toarray") else np.asarray(block)
 
 
 def predictions(model: Restored, rows: Any, *, each: bool = False) -> Iterator[list[Any]]:
@@ -198,8 +229,7 @@ def predictions(model: Restored, rows: Any, *, each: bool = False) -> Iterator[l
     """
     natural, is_merged = model.head.apply(model.variables, method="natural"), model.clusters is not None
     for start in range(0, rows.shape[0], BLOCK_ROWS):
-        block = rows[start : start + BLOCK_ROWS]
-        components = infer(natural, model.features(block.toarray() if hasattr(block, "toarray") else np.asarray(block)))
+        components = infer(natural, model.features(_dense(rows[start : start + BLOCK_ROWS])))
         output = model.merged(components)
         probabilities = np.exp(np.asarray(output.log_responsibilities))
         found = [np.argmax(probabilities, axis=1), probabilities.max(axis=1), np.asarray(output.log_density)]

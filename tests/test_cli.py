@@ -4,10 +4,12 @@ import csv
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.datasets import load_digits
 
 from flax_hmog.cli import main
+from flax_hmog.data.files import read_file
 from flax_hmog.recipe.saved import restore_run
 from flax_hmog.training import load_program
 
@@ -37,6 +39,11 @@ def work(tmp_path_factory):
     np.save(folder / "rows.npy", x[400:420])
     options = ["--data.path", str(folder / "rows.csv"), "--data.labels", "digit", "--workdir", str(folder / "run")]
     assert main(["train", "file", *options, *SMALL]) == 0
+    named = pd.read_csv(folder / "rows.csv").head(20)
+    named.iloc[:, :3].to_csv(folder / "narrow.csv", index=False)
+    named.mask((named.index == 2)[:, None] & (named.columns == "pixel1")).to_csv(folder / "holes.csv", index=False)
+    np.save(folder / "wide.npy", named.to_numpy())
+    (folder / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
     return folder
 
 
@@ -93,17 +100,56 @@ def test_help_names_every_command(capsys):
         (["predict", "RUN", "nowhere.csv"], "`rows` must be a file; got nowhere.csv"),
         (["predict", "RUN", "ROWS", "--stage", "symmetric"], "with seed 0 em, seed 0 differentiable. Choose one"),
         (["predict", "RUN", "ROWS", "--labels", "name"], "`data.labels` must be a column"),
-        (["predict", "RUN", "ROWS"], "must have"),  # the labels are a column too many
-        (["predict", "RUN", "ROWS", "--labels", "digit", "--out", "RUN"], "`--out` must be a file"),
+        (["predict", "RUN", "narrow.csv"], "narrow.csv without numbers in 'pixel3', 61 of 64 missing"),
+        (["predict", "RUN", "wide.npy"], "`raw` must have shape (..., 64); got (20, 65)"),
+        (["predict", "RUN", "holes.csv"], "a missing or infinite value in row 2, counted from 0, and column 'pixel1'"),
+        (["predict", "RUN", "ragged.csv"], "Expected 2 fields in line 3, saw 3"),
+        (["predict", "RUN", "ROWS", "--out", "RUN"], "`--out` must be a file"),
+        (["predict", "RUN", "ROWS", "--out", "ROWS"], "`--out` must be another file than the rows"),
         (["train", "file"], "`data.path` must name a file"),
+        (
+            ["train", "file", "--data.path", "narrow.csv", "--gradient.batch-size", "8"],
+            "at most the 3 columns of the inputs",
+        ),
     ],
 )
-def test_mistakes_are_one_line(work, arguments, message, capsys):
+def test_mistakes_are_one_line(work, arguments, message, capsys, monkeypatch):
     places = {"RUN": str(work / "run"), "ROWS": str(work / "rows.csv")}
+    monkeypatch.chdir(work)
+    before = set(work.iterdir())
     assert main([places.get(argument, argument) for argument in arguments]) == 1
     shown = capsys.readouterr()
     assert message in shown.err
     assert len(shown.err.splitlines()) == 1
+    assert set(work.iterdir()) == before
+
+
+def test_rows_that_do_not_fit_leave_the_file_of_clusters_as_it_was(work):
+    out = work / "kept.csv"
+    out.write_text("as it was")
+    for rows in ("narrow.csv", "wide.npy", "holes.csv"):
+        assert main(["predict", str(work / "run"), str(work / rows), "--out", str(out)]) == 1
+        assert out.read_text() == "as it was"
+
+
+def test_columns_are_found_by_name(work):
+    table = pd.read_csv(work / "rows.csv").head(20)
+    table.iloc[:, ::-1].to_csv(work / "turned.csv")  # labels first, and row numbers without a name before them
+    np.save(work / "same.npy", table.drop(columns="digit").to_numpy())
+    for rows in ("turned.csv", "same.npy"):
+        arguments = ["predict", str(work / "run"), str(work / rows), "--out", str(work / f"{rows}.out")]
+        assert main(arguments) == 0
+    assert (work / "turned.csv.out").read_text() == (work / "same.npy.out").read_text()
+
+
+def test_a_first_column_without_a_name_is_no_input(tmp_path, caplog):
+    (tmp_path / "numbered.csv").write_text(",a,b\n0,1,2\n1,3,4\n")
+    (tmp_path / "called.csv").write_text("a,b\nfirst,1,2\nsecond,3,4\n")
+    for name in ("numbered.csv", "called.csv"):
+        file = read_file(tmp_path / name)
+        assert file.column_names == ("a", "b")
+        np.testing.assert_array_equal(file.rows, [[1, 2], [3, 4]])
+        assert f"{name}: the first column, which has no name, is left out" in caplog.text
 
 
 def test_what_cannot_be_read_ends_with_2(capsys):

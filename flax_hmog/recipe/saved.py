@@ -98,9 +98,19 @@ def run_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: for a folder that holds none.
     """
+    return dict(_run_file(folder)["config"])
+
+
+def run_columns(folder: Path) -> list[str] | None:
+    """Names of the raw columns that a run was trained on; None where they had none, or for the folder of a stage."""
+    return None if saved_steps(folder) else _run_file(folder).get("column_names")
+
+
+def _run_file(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / "config.json").read_text())["config"])
-    except (OSError, ValueError, KeyError) as error:
+        content = json.loads((folder / "config.json").read_text())
+        return content | {"config": content["config"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             "restore_run: `folder` must hold checkpoints of a run, and its config.json; got "
             f"{type(error).__name__}: {error}. Check the path, or train first."

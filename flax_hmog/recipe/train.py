@@ -21,6 +21,7 @@ from flax_hmog.recipe.gradient import GradientStage
 from flax_hmog.recipe.inputs import Inputs, input_dim, input_image_shape, prepare_inputs
 from flax_hmog.recipe.load import load, read_data
 from flax_hmog.recipe.models import Trainable
+from flax_hmog.recipe.parts import Dataset
 from flax_hmog.recipe.rounds import RoundStage
 from flax_hmog.recipe.run import LinearFit, Run, Start
 from flax_hmog.training import make_mesh
@@ -83,7 +84,7 @@ def run(
             _run_stages(stages, file)
         return stages
     workdir, options = Path(config.workdir), dataclasses.asdict(config)
-    with on_first_process(lambda: _claim(workdir, config, dataset.fingerprint)) or contextlib.nullcontext():
+    with on_first_process(lambda: _claim(workdir, config, dataset)) or contextlib.nullcontext():
         if is_first():
             console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
         with log(workdir, config=options, **options["logs"]) as opened:
@@ -118,7 +119,16 @@ def _run_stages(stages: Run, file: File) -> None:
 def make_models(
     config: Experiment, obs_dim: int, image_shape: tuple[int, ...] | None, encoder: Any = None, head: Any = None
 ) -> dict[tuple[str, int], Trainable]:
-    """The trainable heads of all rounds, by name and number of clusters."""
+    """The trainable heads of all rounds, by name and number of clusters.
+
+    Raises:
+        ValueError: for a model that does not fit the inputs.
+    """
+    if config.model.lat_dim > obs_dim:
+        raise ValueError(
+            f"run: `model.lat_dim` must be at most the {obs_dim} columns of the inputs; got {config.model.lat_dim}. "
+            "Lower it."
+        )
     counts = {config.round_clusters(number) for number in range(config.rounds.count + 1)}
     return {
         (name, count): Trainable(config, name, count, obs_dim, image_shape, encoder, head)
@@ -144,7 +154,7 @@ def _train_head(stages: Run, seed: int, name: str, inputs: Inputs, linear: Linea
             raise Stopped
 
 
-def _claim(workdir: Path, config: Experiment, data: str) -> FolderLock:
+def _claim(workdir: Path, config: Experiment, dataset: Dataset) -> FolderLock:
     """The lock of the run's folder, with the run's config in it.
 
     Raises:
@@ -155,7 +165,7 @@ def _claim(workdir: Path, config: Experiment, data: str) -> FolderLock:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(workdir, caller="run", argument="workdir")
         try:
-            _write_config(workdir, config, data)
+            _write_config(workdir, config, dataset)
         except BaseException:
             lock.release()
             raise
@@ -167,12 +177,12 @@ def _claim(workdir: Path, config: Experiment, data: str) -> FolderLock:
     return lock
 
 
-def _write_config(workdir: Path, config: Experiment, data: str) -> None:
+def _write_config(workdir: Path, config: Experiment, dataset: Dataset) -> None:
     """Write the run's config, or check that the run in the folder has the same, and the same data.
 
     Without a checkpoint nothing of another config is worth keeping: a mistake was made, and corrected.
     """
-    wanted = json.loads(json.dumps(config.result_options() | {"contents of the data": data}))
+    wanted = json.loads(json.dumps(config.result_options() | {"contents of the data": dataset.fingerprint}))
     path = workdir / "config.json"
     if not any(saved_steps(folder) for folder in workdir.glob("checkpoints/*/*")):
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
@@ -187,7 +197,7 @@ def _write_config(workdir: Path, config: Experiment, data: str) -> None:
                 f"run: `workdir` must hold a run of the same config; got {workdir} with another {', '.join(changed)}. "
                 "Choose another --workdir or delete this one."
             )
-    everything = {"config": dataclasses.asdict(config), "result_options": wanted}
+    everything = {"config": dataclasses.asdict(config), "result_options": wanted, "column_names": dataset.column_names}
     path.with_suffix(".new").write_text(json.dumps(everything, indent=2) + "\n")
     path.with_suffix(".new").replace(path)
 
