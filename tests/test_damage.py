@@ -102,6 +102,15 @@ def test_every_changed_bit_is_noticed(saved):
     assert restore(saved).step == 2
 
 
+def test_a_list_whose_lines_end_otherwise_is_another_list(saved):
+    """A newline with one bit changed is a vertical tab, at which Python splits lines too."""
+    path = saved / "2" / "SHA256SUMS"
+    whole = path.read_bytes()
+    for position in (whole.index(b"\n"), len(whole) - 1):
+        path.write_bytes(whole[:position] + b"\v" + whole[position + 1 :])
+        assert refused(saved)
+
+
 def test_a_list_that_is_cut_off_covers_nothing(saved):
     path = saved / "2" / "SHA256SUMS"
     lines = path.read_text().splitlines(keepends=True)

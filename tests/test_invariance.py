@@ -245,14 +245,16 @@ def test_known_labels_keep_their_class(seed):
 def test_a_fall_is_no_convergence(monkeypatch):
     """The third pass is made to look worse than the second: the best model is returned, with a warning."""
     problem, seen = Problem.of("diagonal", 0), []
-    true_evaluate = fit_module.evaluate
+    true_evaluate = fit_module.Fit.evaluate
 
-    def falling(blocks, source, natural, regularizer, dtype):
-        at = true_evaluate(blocks, source, natural, regularizer, dtype)
+    def falling(fit, natural, regularizer, blocks=None):
+        at = true_evaluate(fit, natural, regularizer, blocks)
+        if blocks is not None:
+            return at
         seen.append((natural, at.objective))
         return dataclasses.replace(at, objective=at.objective - 1) if len(seen) == 3 else at
 
-    monkeypatch.setattr(fit_module, "evaluate", falling)
+    monkeypatch.setattr(fit_module.Fit, "evaluate", falling)
     with pytest.warns(ConvergenceWarning, match="the objective fell from .* beyond rounding"):
         result = fit(problem.x, "diagonal", {})
     assert not result.converged

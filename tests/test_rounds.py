@@ -267,17 +267,21 @@ def test_a_run_calls_nothing_that_its_checkpoints_name(rounds_folder, tmp_path):
     """Finished, resumed in its last round, or reported on with leave to import: only encoders of the configuration."""
     shutil.copytree(rounds_folder, tmp_path / "run")
     config = dataclasses.replace(WITH_ENCODER, em=EM(max_steps=4, tolerance=1e-9))
-    marked = {"class": f"{__name__}:leave_a_mark"}
+
+    def mark(arguments):
+        if "encoder" in arguments:
+            arguments["encoder"]["class"] = f"{__name__}:leave_a_mark"
+
     for step in (tmp_path / "run" / "checkpoints" / "seed0").glob("differentiable-*/*"):
-        redescribe(step, lambda description: description["encoder"] and description["encoder"].update(marked))
+        redescribe(step, lambda description: mark(description["module"]["arguments"]))
     run(tmp_path / "run", config)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "seed0" / "differentiable-2")
     run(tmp_path / "run", config)
     got, want = (read_metrics(path, stage="differentiable-2") for path in (tmp_path / "run", rounds_folder))
     assert without_times(got) == without_times(want)
-    with pytest.raises(ValueError, match="`encoder` must be imported to take raw data"):
+    with pytest.raises(ValueError, match="`module` must be imported to take raw data"):
         analyze.load_run(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"the encoder must be mlp, .*; got .*:leave_a_mark"):
+    with pytest.raises(CheckpointError, match=r"the module must be mlp, .*; got .*:leave_a_mark"):
         analyze.load_run(tmp_path / "run", allow_import=True)
     assert CALLED == []
 

@@ -13,7 +13,8 @@ ON_EIGHT_DEVICES = """
 import json, re, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec
 from flax_hmog import *
-from flax_hmog import rows, statistics
+from flax_hmog.data import rows
+from flax_hmog.em import statistics
 from flax_hmog.model.prepared import prepare
 from flax_hmog.training import create_state, make_mesh, make_train_step
 
