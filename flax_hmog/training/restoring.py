@@ -26,21 +26,12 @@ from flax_hmog.networks.encoders import Clusterer, train_arguments
 from flax_hmog.networks.objectives import merge_output
 from flax_hmog.training.describe import Allowed, CheckpointError, rebuild
 from flax_hmog.training.files import DESCRIPTION, LEFTOVERS, DamageError, read_description, read_step, saved_steps
-from flax_hmog.training.inside import (
-    abstract_variables,
-    find_heads,
-    head_inputs,
-    observed_dim,
-    part_of,
-    replace_part,
-)
+from flax_hmog.training.inside import abstract_variables, find_heads, head_inputs, observed_dim, part_of, replace_part
 from flax_hmog.training.mesh import place as place_on
 from flax_hmog.training.named import FORMAT, named_arrays
 from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessing
 
 CALLS = (HMoGHead.__call__, AnalyticHMoG.__call__)  # of heads that return what `infer` does
-
-
 MOST_ROWS = 4096  # that a call computes at once
 
 
@@ -151,7 +142,7 @@ class Restored:
         if not self.infers:
             output = self._apply(self.module_variables, self.preprocessed(raw))
             return self.merged(output) if isinstance(output, HMoGOutput) else output
-        x = dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw)
+        x = self._inputs(raw)
         is_split = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and len(x.sharding.device_set) > 1)
         if is_split or x.ndim != 2 or not x.size:
             return self._inferred(x)
@@ -191,7 +182,10 @@ class Restored:
 
     def preprocessed(self, raw: Any) -> Array:
         """The inputs of the module for raw data (..., D)."""
-        return jnp.asarray(dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw))
+        return jnp.asarray(self._inputs(raw))
+
+    def _inputs(self, raw: Any) -> Any:
+        return dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw)
 
     def _imported_module(self) -> Any:
         if self.module is None:
