@@ -1,4 +1,4 @@
-"""The flat layout of goal-jax in numpy, written from the fixtures' README and independent of `flax_hmog.layout`."""
+"""The flat layout of goal-jax in numpy, written from the fixtures' README and independent of `flax_hmog.model.goal`."""
 
 from __future__ import annotations
 

@@ -68,6 +68,11 @@ def test_every_file_is_in_a_folder():
     assert {part(path) for path in FILES} == {*ORDER, *FORMER, "__init__", "serialization", "toy"}
 
 
+def test_tests_lie_in_the_folders_of_what_they_test():
+    folders = {path.parent.name for path in Path(__file__).parent.glob("*/test_*.py")}
+    assert folders == {*ORDER, "experiments"} - {"cli"}
+
+
 @pytest.mark.parametrize("path", [path for path in FILES if part(path) in ORDER[: ORDER.index("heads")]], ids=str)
 def test_files_with_formulas_import_no_flax(path):
     modules = {module.split(".")[0] for module in imported_modules(parse(path))}

@@ -85,7 +85,7 @@ def test_missing_and_damaged_downloads_are_named(downloads, tmp_path):
 
 def test_real_idx_files():
     """The files as published, where the folder beside the checkout holds them."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "mnist"
     if not folder.is_dir():
         pytest.skip(f"the MNIST files are missing: no folder {folder}")
     images, labels = (read_idx(folder / name) for name in IDX_FILES["test"])

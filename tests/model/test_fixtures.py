@@ -36,7 +36,7 @@ from flax_hmog import (
 )
 from flax_hmog.model.conversions import conjugation
 
-FOLDER = Path(__file__).parent / "fixtures"
+FOLDER = Path(__file__).parent.parent / "fixtures"
 FILES = (
     "analytic_diagonal_d5_l2_k3",
     "analytic_scale_d4_l1_k2",

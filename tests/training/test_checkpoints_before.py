@@ -11,7 +11,7 @@ from flax.serialization import from_bytes
 from flax_hmog import ResidualMoments
 from flax_hmog.training import restore
 
-FOLDER = Path(__file__).parent / "checkpoints_before"
+FOLDER = Path(__file__).parent.parent / "checkpoints_before"
 OUTPUTS = np.load(FOLDER / "outputs.npz")
 
 
