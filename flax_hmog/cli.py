@@ -101,7 +101,7 @@ def train(default: Experiment, arguments: list[str], prog: str) -> int:
         ImportError: without the extra `train`.
     """
     console = Console()
-    config = require("tyro", prog, "train").cli(Experiment, default=default, prog=prog, args=arguments)
+    config = require("tyro", "train").cli(Experiment, default=default, prog=prog, args=arguments)
     try:
         connect(**dataclasses.asdict(config.processes))
         if config.dry_run:
@@ -243,7 +243,7 @@ def predictions(model: Restored, rows: Any, *, each: bool = False) -> Iterator[l
 
 
 def _export(options: argparse.Namespace) -> None:
-    require("flatbuffers", "export", "export")
+    require("flatbuffers", "export")
     write_program(export(_restored(options)), options.out)
     print(f"program: {options.out}")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_hmog.model.checks import public
 from flax_hmog.model.optional import require
 
 NOISE_FLOOR = 1e-3  # of the mean variance of the training data, for the floored factor analysis
@@ -27,6 +28,7 @@ class Baseline:
     test_log_density: float
 
 
+@public
 def fit_baselines(train: np.ndarray, test: np.ndarray, *, lat_dim: int, n_components: int, seed: int) -> dict:
     """PCA + k-means, PCA + GMM and FA + GMM (plain and with floored noise), each with scikit-learn's defaults.
 
@@ -41,7 +43,7 @@ def fit_baselines(train: np.ndarray, test: np.ndarray, *, lat_dim: int, n_compon
         `Baseline` by name.
     """
     cluster, decomposition, mixture = (
-        require(f"sklearn.{name}", "fit_baselines", "cluster") for name in ("cluster", "decomposition", "mixture")
+        require(f"sklearn.{name}", "cluster") for name in ("cluster", "decomposition", "mixture")
     )
     train, test = train.astype(np.float64), test.astype(np.float64)
     pca = decomposition.PCA(lat_dim, random_state=seed).fit(train)
@@ -66,7 +68,7 @@ def fit_baselines(train: np.ndarray, test: np.ndarray, *, lat_dim: int, n_compon
 
 def _log_density(x: np.ndarray, loadings: np.ndarray, noise: np.ndarray, mixture: Any, mean: np.ndarray) -> np.ndarray:
     """Log sum_k w_k N(x; W m_k + b, W S_k W' + Psi) with dense covariances."""
-    special, stats = (require(f"scipy.{name}", "fit_baselines", "cluster") for name in ("special", "stats"))
+    special, stats = (require(f"scipy.{name}", "cluster") for name in ("special", "stats"))
     # in units of the noise's standard deviations, so that the smallest variances are not lost beside the largest
     root = np.sqrt(noise)
     scaled, whitened = (x - mean) / root, loadings / root[:, None]

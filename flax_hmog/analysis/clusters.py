@@ -14,7 +14,7 @@ from scipy.spatial.distance import squareform
 
 from flax_hmog.analysis.inputs import as_array, as_labels, as_responsibilities, check_choice, geometry
 from flax_hmog.inference.posterior import posterior_soft_assignments
-from flax_hmog.model.checks import check_size
+from flax_hmog.model.checks import check_size, door, public
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 
 MEASURES = ("bhattacharyya", "kl")
@@ -57,6 +57,7 @@ class ComponentSummary:
         ]
 
 
+@public
 def component_distances(natural: Natural, *, measure: str = "bhattacharyya") -> np.ndarray:
     """Distances between the densities p(x | k) of all pairs of components, in nats, in closed form.
 
@@ -86,14 +87,15 @@ def component_distances(natural: Natural, *, measure: str = "bhattacharyya") -> 
         >>> component_distances(natural).shape
         (3, 3)
     """
-    check_choice("component_distances", "measure", measure, MEASURES)
-    means, covariances = geometry("component_distances", natural).signal_components()
+    check_choice("measure", measure, MEASURES)
+    means, covariances = geometry(natural).signal_components()
     distances = (_kl if measure == "kl" else _bhattacharyya)(means, covariances)
     distances = np.maximum((distances + distances.T) / 2, 0)  # rounding only: both are at least 0
     np.fill_diagonal(distances, 0)
     return distances
 
 
+@public
 def co_assignment(responsibilities: Any, *, normalize: str = "rows") -> np.ndarray:
     """Frequency with which two components claim the same samples, from M = R'R = sum_n r_n r_n'.
 
@@ -115,8 +117,8 @@ def co_assignment(responsibilities: Any, *, normalize: str = "rows") -> np.ndarr
         >>> co_assignment([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]).tolist()
         [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
     """
-    check_choice("co_assignment", "normalize", normalize, ("rows", "cosine"))
-    r = as_responsibilities("co_assignment", responsibilities)
+    check_choice("normalize", normalize, ("rows", "cosine"))
+    r = as_responsibilities(responsibilities)
     joint = r.T @ r
     alone = np.diag(joint) == 0
     joint[alone, alone] = 1
@@ -126,6 +128,7 @@ def co_assignment(responsibilities: Any, *, normalize: str = "rows") -> np.ndarr
     return joint / root[:, None] / root[None, :]
 
 
+@public
 def cluster_hierarchy(source: Any, *, method: str = "average", measure: str | None = None) -> np.ndarray:
     """Hierarchy of the components by agglomeration: the nearest two merge first.
 
@@ -149,11 +152,9 @@ def cluster_hierarchy(source: Any, *, method: str = "average", measure: str | No
         >>> cluster_hierarchy(natural).shape  # K - 1 merges
         (2, 4)
     """
-    check_choice("cluster_hierarchy", "method", method, METHODS)
+    check_choice("method", method, METHODS)
     if isinstance(source, Natural | Prepared):
-        distances = component_distances(
-            check_natural("cluster_hierarchy", source), measure=MEASURES[0] if measure is None else measure
-        )
+        distances = component_distances(check_natural(source), measure=MEASURES[0] if measure is None else measure)
     elif measure is not None:
         raise ValueError(
             f"cluster_hierarchy: `measure` must be None for responsibilities; got {measure!r}. Give the model for it."
@@ -167,6 +168,7 @@ def cluster_hierarchy(source: Any, *, method: str = "average", measure: str | No
     return hierarchy.linkage(condensed, method, optimal_ordering=True)
 
 
+@public
 def merge_clusters(linkage: Any, n_clusters: int) -> np.ndarray:
     """Cut a hierarchy of K components into exactly `n_clusters` clusters, by its first K - n_clusters merges.
 
@@ -185,10 +187,9 @@ def merge_clusters(linkage: Any, n_clusters: int) -> np.ndarray:
         >>> merge_clusters(cluster_hierarchy([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]), 2).tolist()
         [0, 0, 1]
     """
-    caller = "merge_clusters"
-    linkage = check_linkage(caller, linkage)
+    linkage = check_linkage(linkage)
     n_components = len(linkage) + 1
-    check_size(caller, "n_clusters", n_clusters, at_most=n_components)
+    check_size("n_clusters", n_clusters, at_most=n_components)
     members = {k: [k] for k in range(n_components)}
     for merge in range(n_components - n_clusters):
         left, right = linkage[merge, :2].astype(int)
@@ -199,6 +200,7 @@ def merge_clusters(linkage: Any, n_clusters: int) -> np.ndarray:
     return labels
 
 
+@public
 def merged_responsibilities(responsibilities: Any, labels: Any) -> np.ndarray:
     """p(cluster | x): the responsibilities of the components of each cluster, summed.
 
@@ -217,11 +219,11 @@ def merged_responsibilities(responsibilities: Any, labels: Any) -> np.ndarray:
         >>> merged_responsibilities([[0.5, 0.25, 0.25]], [0, 0, 1]).tolist()
         [[0.75, 0.25]]
     """
-    caller = "merged_responsibilities"
-    r = as_responsibilities(caller, responsibilities)
-    return (r @ as_membership(caller, labels, r.shape[1])).reshape(*np.shape(responsibilities)[:-1], -1)
+    r = as_responsibilities(responsibilities)
+    return (r @ as_membership(labels, r.shape[1])).reshape(*np.shape(responsibilities)[:-1], -1)
 
 
+@public
 def cluster_prototypes(natural: Natural, *, labels: Any = None) -> np.ndarray:
     """Mean of each cluster: E[x | z = k] = W m_k + b, or E[x | cluster] for merged components.
 
@@ -241,14 +243,15 @@ def cluster_prototypes(natural: Natural, *, labels: Any = None) -> np.ndarray:
         >>> cluster_prototypes(natural).round(1).tolist()
         [[1.0, 1.0, 2.0, 1.0], [3.0, 1.5, -1.0, -1.0], [-1.0, -2.5, -1.0, -3.0]]
     """
-    model = geometry("cluster_prototypes", natural)
+    model = geometry(natural)
     means = model.means
     if labels is not None:
-        share = model.weights[:, None] * as_membership("cluster_prototypes", labels, len(means))
+        share = model.weights[:, None] * as_membership(labels, len(means))
         means = (share / share.sum(axis=0, keepdims=True)).T @ means
     return means @ model.loadings.T + model.bias
 
 
+@public
 def component_summary(natural: Natural, x: Any) -> ComponentSummary:
     """Size, crispness and extent of each component.
 
@@ -268,7 +271,7 @@ def component_summary(natural: Natural, x: Any) -> ComponentSummary:
         >>> component_summary(natural, x).weights.round(2).tolist()
         [0.5, 0.25, 0.25]
     """
-    model = geometry("component_summary", natural)
+    model = geometry(natural)
     _, covariances = model.signal_components()
     r = np.asarray(posterior_soft_assignments(natural, x), np.float64).reshape(-1, len(model.weights))
     entropy = -np.sum(r * np.log(np.where(r > 0, r, 1)), axis=1)
@@ -278,7 +281,7 @@ def component_summary(natural: Natural, x: Any) -> ComponentSummary:
     return ComponentSummary(model.weights, counts, shared, np.linalg.slogdet(covariances)[1] / 2)
 
 
-def check_linkage(caller: str, linkage: Any) -> np.ndarray:
+def check_linkage(linkage: Any) -> np.ndarray:
     """A linkage matrix in float64; (0, 4) for one component.
 
     Raises:
@@ -287,10 +290,10 @@ def check_linkage(caller: str, linkage: Any) -> np.ndarray:
     """
     if np.shape(linkage) == (0, 4):
         return np.zeros((0, 4))
-    linkage = as_array(caller, "linkage", linkage, 2, "(K - 1, 4)")
+    linkage = as_array("linkage", linkage, 2, "(K - 1, 4)")
     if not hierarchy.is_valid_linkage(linkage):
         raise ValueError(
-            f"{caller}: `linkage` must be a hierarchy (K - 1, 4); got an array {linkage.shape} that is none. "
+            f"{door()}: `linkage` must be a hierarchy (K - 1, 4); got an array {linkage.shape} that is none. "
             "Use cluster_hierarchy."
         )
     return linkage
@@ -323,12 +326,12 @@ def _squares(rows: np.ndarray, precision: np.ndarray) -> np.ndarray:
     return np.sum((rows @ precision) * rows, axis=1)
 
 
-def as_membership(caller: str, labels: Any, n_components: int) -> np.ndarray:
+def as_membership(labels: Any, n_components: int) -> np.ndarray:
     """Indicators (K, n_clusters) of labels (K,)."""
-    labels = as_labels(caller, "labels", labels, n_components)
+    labels = as_labels("labels", labels, n_components)
     if labels.dtype.kind not in "iu" or not np.array_equal(np.unique(labels), np.arange(labels.max() + 1)):
         raise ValueError(
-            f"{caller}: `labels` must be integers that number the clusters from 0; got {np.unique(labels)}. "
+            f"{door()}: `labels` must be integers that number the clusters from 0; got {np.unique(labels)}. "
             "Use merge_clusters."
         )
     return np.eye(labels.max() + 1)[labels]

@@ -10,6 +10,7 @@ import numpy as np
 
 from flax_hmog.data.containers import in_memory
 from flax_hmog.data.labels import as_vector, is_known, of_one_kind
+from flax_hmog.model.checks import door
 from flax_hmog.model.conversions import with_prior
 from flax_hmog.model.coordinates import check_natural
 
@@ -53,16 +54,16 @@ class Geometry:
         return center, within, (self.weights[:, None] * gap).T @ gap
 
 
-def geometry(caller: str, natural: Any) -> Geometry:
+def geometry(natural: Any) -> Geometry:
     """The standard form of a model, in float64.
 
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
     """
-    natural = check_natural(caller, natural)
+    natural = check_natural(natural)
     frame = natural.frame
-    natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(natural, caller))
+    natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(natural))
     theta, precision = natural.interaction, natural.observable_precision
     noise, whitened = precision.inverse(), precision.cholesky().lower_solve(theta)
     loadings, bias = noise.times(theta), noise.times(natural.observable_location[:, None])[:, 0]
@@ -80,47 +81,47 @@ def geometry(caller: str, natural: Any) -> Geometry:
     )
 
 
-def as_array(caller: str, argument: str, value: Any, ndim: int, shape: str) -> np.ndarray:
+def as_array(argument: str, value: Any, ndim: int, shape: str) -> np.ndarray:
     """`value` as finite float64 numbers of this rank.
 
     Raises:
         TypeError: if it holds no real numbers.
         ValueError: for another rank, no entries, or entries that are not finite.
     """
-    array = np.asarray(in_memory(caller, argument, value))
+    array = np.asarray(in_memory(argument, value))
     if array.dtype.kind not in "biuf" and not jax.numpy.issubdtype(array.dtype, np.floating):
-        raise TypeError(f"{caller}: `{argument}` must hold real numbers; got {array.dtype}. Convert it first.")
+        raise TypeError(f"{door()}: `{argument}` must hold real numbers; got {array.dtype}. Convert it first.")
     if array.ndim != ndim or array.size == 0:
         raise ValueError(
-            f"{caller}: `{argument}` must have shape {shape}; got {array.shape}. Reshape it; it may not be empty."
+            f"{door()}: `{argument}` must have shape {shape}; got {array.shape}. Reshape it; it may not be empty."
         )
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
         count = int((~np.isfinite(array)).sum())
-        raise ValueError(f"{caller}: `{argument}` must be finite; got {count} entries that are not. Drop these rows.")
+        raise ValueError(f"{door()}: `{argument}` must be finite; got {count} entries that are not. Drop these rows.")
     return array
 
 
-def as_responsibilities(caller: str, value: Any) -> np.ndarray:
+def as_responsibilities(value: Any) -> np.ndarray:
     """Responsibilities (N, K) in float64, from (..., K).
 
     Raises:
         TypeError: if `value` holds no real numbers.
         ValueError: unless the rows are probabilities.
     """
-    array = np.asarray(in_memory(caller, "responsibilities", value))
+    array = np.asarray(in_memory("responsibilities", value))
     array = array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
-    array = as_array(caller, "responsibilities", array, 2, "(..., K)")
+    array = as_array("responsibilities", array, 2, "(..., K)")
     worst = int(np.abs(array.sum(axis=1) - 1).argmax())
     if array.min() < 0 or abs(array[worst].sum() - 1) > 1e-3:
         raise ValueError(
-            f"{caller}: `responsibilities` must be probabilities that sum to 1 in each row; got smallest entry "
+            f"{door()}: `responsibilities` must be probabilities that sum to 1 in each row; got smallest entry "
             f"{array.min():.3g} and sum {array[worst].sum():.6g} in row {worst}. Use posterior_soft_assignments."
         )
     return array
 
 
-def as_labels(caller: str, argument: str, value: Any, length: int | None = None, shape: str = "(N,)") -> np.ndarray:
+def as_labels(argument: str, value: Any, length: int | None = None, shape: str = "(N,)") -> np.ndarray:
     """Labels of any kind that can be compared.
 
     Raises:
@@ -130,36 +131,36 @@ def as_labels(caller: str, argument: str, value: Any, length: int | None = None,
     if array.ndim != 1 or array.size == 0 or length not in (None, array.size):
         wanted = shape if length is None else f"({length},)"
         raise ValueError(
-            f"{caller}: `{argument}` must have shape {wanted}; got {array.shape}. Give one label for each, in order."
+            f"{door()}: `{argument}` must have shape {wanted}; got {array.shape}. Give one label for each, in order."
         )
     return array
 
 
-def as_groups(caller: str, argument: str, value: Any, length: int) -> np.ndarray:
+def as_groups(argument: str, value: Any, length: int) -> np.ndarray:
     """Labels (N,) of which some may be missing: these are a group of their own, "no label".
 
     Raises:
         ValueError: unless they are one vector of this length.
     """
-    labels = as_labels(caller, argument, as_vector(value), length)
+    labels = as_labels(argument, as_vector(value), length)
     known = is_known(labels)
     if known.all():
-        return of_one_kind(caller, argument, labels)
+        return of_one_kind(argument, labels)
     groups = np.full(length, "no label", object)
-    groups[known] = of_one_kind(caller, argument, labels[known]).astype(str)
+    groups[known] = of_one_kind(argument, labels[known]).astype(str)
     return groups.astype(str)
 
 
-def as_names(caller: str, names: Any, count: int, *, argument: str = "names") -> list[str]:
+def as_names(names: Any, count: int, *, argument: str = "names") -> list[str]:
     """Names as text; the numbers from 0 if none are given.
 
     Raises:
         ValueError: unless there are `count` of them.
     """
-    return [str(name) for name in (range(count) if names is None else as_labels(caller, argument, names, count))]
+    return [str(name) for name in (range(count) if names is None else as_labels(argument, names, count))]
 
 
-def as_images(caller: str, rows: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
+def as_images(rows: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
     """Rows (n, D) as images (n, height, width) or (n, height, width, 3).
 
     Raises:
@@ -168,13 +169,13 @@ def as_images(caller: str, rows: np.ndarray, image_shape: tuple[int, ...]) -> np
     shape = tuple(image_shape)
     if len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,)) or np.prod(shape) != rows.shape[1]:
         raise ValueError(
-            f"{caller}: `image_shape` must be (height, width) or (height, width, 3) with product {rows.shape[1]}; got "
+            f"{door()}: `image_shape` must be (height, width) or (height, width, 3) with product {rows.shape[1]}; got "
             f"{image_shape}. Give the shape of one observation before it was flattened."
         )
     return rows.reshape(-1, *(shape[:2] if shape[2:] == (1,) else shape))
 
 
-def check_choice(caller: str, argument: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
     """ValueError unless `value` is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{caller}: `{argument}` must be one of {choices}; got {value!r}. Choose one of them.")
+        raise ValueError(f"{door()}: `{argument}` must be one of {choices}; got {value!r}. Choose one of them.")

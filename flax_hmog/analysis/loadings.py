@@ -9,7 +9,7 @@ import numpy as np
 from scipy.linalg import eigh
 
 from flax_hmog.analysis.inputs import geometry
-from flax_hmog.model.checks import check_shape, check_size
+from flax_hmog.model.checks import check_shape, check_size, public
 from flax_hmog.model.coordinates import Natural
 
 
@@ -32,10 +32,11 @@ class LatentAxes:
     center: np.ndarray
     scores: np.ndarray
 
+    @public
     def project(self, y: Any) -> np.ndarray:
         """Coordinates (..., A) of latent points (..., L), such as `latent_mean(natural, x)`."""
         y = np.asarray(y, np.float64)
-        check_shape("LatentAxes.project", "y", y, (*y.shape[:-1], len(self.center)))
+        check_shape("y", y, (*y.shape[:-1], len(self.center)))
         return (y - self.center) @ self.directions
 
 
@@ -61,6 +62,7 @@ class CanonicalLoadings:
     axes: LatentAxes
 
 
+@public
 def canonical_loadings(natural: Natural) -> CanonicalLoadings:
     """Loadings in the one latent basis in which y is white and its axes are orthogonal in x: canonical factor analysis.
 
@@ -89,7 +91,7 @@ def canonical_loadings(natural: Natural) -> CanonicalLoadings:
         >>> bool(canonical_loadings(natural).variance_shares.sum() < 1)  # the rest is noise
         True
     """
-    model = geometry("canonical_loadings", natural)
+    model = geometry(natural)
     obs_dim, lat_dim = model.loadings.shape
     center, within, between = model.latent_moments()
     factor = np.linalg.cholesky(within + between)
@@ -103,6 +105,7 @@ def canonical_loadings(natural: Natural) -> CanonicalLoadings:
     return CanonicalLoadings(loadings * signs, shares, LatentAxes(directions, center, scale**2))
 
 
+@public
 def discriminant_axes(natural: Natural, n_axes: int = 2) -> LatentAxes:
     """Axes of the latent space that separate the components best: linear discriminants of the model itself.
 
@@ -126,8 +129,8 @@ def discriminant_axes(natural: Natural, n_axes: int = 2) -> LatentAxes:
         >>> discriminant_axes(natural).directions.shape
         (2, 2)
     """
-    model = geometry("discriminant_axes", natural)
-    check_size("discriminant_axes", "n_axes", n_axes, at_most=model.means.shape[1])
+    model = geometry(natural)
+    check_size("n_axes", n_axes, at_most=model.means.shape[1])
     center, within, between = model.latent_moments()
     values, vectors = eigh(between, within)
     directions = vectors[:, ::-1][:, :n_axes]

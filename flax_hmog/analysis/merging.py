@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_hmog.analysis.clusters import as_membership, merge_clusters
 from flax_hmog.analysis.inputs import as_array
-from flax_hmog.model.checks import check_positive, check_size
+from flax_hmog.model.checks import check_positive, check_size, door, public
 from flax_hmog.model.optional import require
 
 TEMPERATURE = 16.0
@@ -16,6 +16,7 @@ SMALLEST_GAIN = 1e-12  # nats
 ISOLATED = 1e-9  # affinity of components without a common sample, relative to the average
 
 
+@public
 def component_affinity(log_responsibilities: Any, *, temperature: float = TEMPERATURE) -> np.ndarray:
     """Affinity of two components: the samples of which they are the first and second choice.
 
@@ -45,9 +46,8 @@ def component_affinity(log_responsibilities: Any, *, temperature: float = TEMPER
         >>> component_affinity(np.log([[0.6, 0.4], [0.3, 0.7]])).shape
         (2, 2)
     """
-    caller = "component_affinity"
-    check_positive(caller, "temperature", temperature, f"Use {TEMPERATURE}.")
-    rows = _log_responsibilities(caller, log_responsibilities)
+    check_positive("temperature", temperature, f"Use {TEMPERATURE}.")
+    rows = _log_responsibilities(log_responsibilities)
     count = rows.shape[1]
     if count == 1:
         return np.array([[float(len(rows))]])
@@ -60,6 +60,7 @@ def component_affinity(log_responsibilities: Any, *, temperature: float = TEMPER
     return affinity
 
 
+@public
 def merge_components(log_responsibilities: Any, n_clusters: int, *, temperature: float = TEMPERATURE) -> np.ndarray:
     """Merge the components of a mixture so that the clusters keep the most information about each other. Deterministic.
 
@@ -90,10 +91,9 @@ def merge_components(log_responsibilities: Any, n_clusters: int, *, temperature:
         >>> merge_components(np.log(responsibilities), 2).tolist()
         [0, 0, 1]
     """
-    caller = "merge_components"
-    rows = _log_responsibilities(caller, log_responsibilities)
+    rows = _log_responsibilities(log_responsibilities)
     count = rows.shape[1]
-    check_size(caller, "n_clusters", n_clusters, at_most=count)
+    check_size("n_clusters", n_clusters, at_most=count)
     if n_clusters in (1, count):
         return np.arange(count) if n_clusters > 1 else np.zeros(count, int)
     affinity = component_affinity(rows, temperature=temperature)
@@ -104,6 +104,7 @@ def merge_components(log_responsibilities: Any, n_clusters: int, *, temperature:
     return best
 
 
+@public
 def normalized_cut(affinity: np.ndarray, n_clusters: int) -> np.ndarray:
     """Clusters of the nodes of a graph that cut little of the affinity of each, by scikit-learn.
 
@@ -119,13 +120,14 @@ def normalized_cut(affinity: np.ndarray, n_clusters: int) -> np.ndarray:
 
     Source: Shi and Malik 2000; Damle, Minden and Ying 2019 (clusters from its eigenvectors).
     """
-    cluster = require("sklearn.cluster", "merge_components", "cluster")
+    cluster = require("sklearn.cluster", "cluster")
     # a node without any neighbour would leave the graph in pieces, of which eigenvectors say nothing
     connected = affinity + ISOLATED * affinity.mean()
     cut = cluster.SpectralClustering(n_clusters, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
     return _in_order(cut.fit_predict(connected))
 
 
+@public
 def information_hierarchy(affinity: Any) -> np.ndarray:
     """Hierarchy in which each merge loses the least information that one of two linked samples has on the other.
 
@@ -154,7 +156,7 @@ def information_hierarchy(affinity: Any) -> np.ndarray:
         >>> information_hierarchy(component_affinity(np.log(responsibilities))).shape
         (2, 4)
     """
-    table = _joint_table("information_hierarchy", affinity)
+    table = _joint_table(affinity)
     count = len(table)
     # gain_ij: what merging rows i and j adds to sum_jk P_jk log P_jk, with all columns as they are
     gain = sum((_row_gain(table, column) for column in range(count)), start=np.zeros((count, count)))
@@ -180,6 +182,7 @@ def information_hierarchy(affinity: Any) -> np.ndarray:
     return linkage
 
 
+@public
 def refine_information(affinity: Any, labels: Any) -> tuple[np.ndarray, float]:
     """Clusters after moves of single components that raise the information, until no move does.
 
@@ -205,9 +208,8 @@ def refine_information(affinity: Any, labels: Any) -> tuple[np.ndarray, float]:
         >>> labels.tolist(), round(information, 2)
         ([0, 0, 1], 0.5)
     """
-    caller = "refine_information"
-    table = _joint_table(caller, affinity)
-    membership = as_membership(caller, labels, len(table))
+    table = _joint_table(affinity)
+    membership = as_membership(labels, len(table))
     labels, each = membership.argmax(axis=1), np.arange(membership.shape[1])
     linked = table @ membership  # of components with clusters (K, C)
     merged = membership.T @ linked
@@ -246,15 +248,15 @@ def _gains(rest: np.ndarray, others: np.ndarray, own: float) -> np.ndarray:
     return joint - 2 * (_x_log_x(linked + others.sum() + own) - _x_log_x(linked))
 
 
-def _joint_table(caller: str, affinity: Any) -> np.ndarray:
+def _joint_table(affinity: Any) -> np.ndarray:
     """Affinities as a joint distribution of two components (K, K)."""
-    table = as_array(caller, "affinity", affinity, 2, "(K, K)")
+    table = as_array("affinity", affinity, 2, "(K, K)")
     count = len(table)
     scale = float(np.abs(table).max())
     is_symmetric = table.shape == (count, count) and np.allclose(table, table.T, atol=1e-9 * scale)
     if not is_symmetric or table.min() < 0 or scale == 0:
         raise ValueError(
-            f"{caller}: `affinity` must be symmetric, (K, K), at least 0 and not all 0; got shape {table.shape}. "
+            f"{door()}: `affinity` must be symmetric, (K, K), at least 0 and not all 0; got shape {table.shape}. "
             "Use component_affinity."
         )
     return (table + table.T) / (2 * table.sum())
@@ -289,18 +291,18 @@ def _in_order(labels: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[numbers]
 
 
-def _log_responsibilities(caller: str, value: Any) -> np.ndarray:
+def _log_responsibilities(value: Any) -> np.ndarray:
     """Log-responsibilities (N, K) in float64, from (..., K)."""
     array = np.asarray(value)
     array = array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
     if array.dtype.kind == "f":
         array = np.maximum(array, -1e30, dtype=np.float64)
-    array = as_array(caller, "log_responsibilities", array, 2, "(..., K)")
+    array = as_array("log_responsibilities", array, 2, "(..., K)")
     total = np.exp(array).sum(axis=1)
     worst = int(np.abs(total - 1).argmax())
     if abs(total[worst] - 1) > 1e-3:
         raise ValueError(
-            f"{caller}: `log_responsibilities` must be logarithms of probabilities that sum to 1 in each row; got sum "
+            f"{door()}: `log_responsibilities` must be logarithms of probabilities that sum to 1 in each row; got sum "
             f"{total[worst]:.6g} in row {worst}. Use the output's log_responsibilities."
         )
     return array

@@ -9,9 +9,11 @@ from scipy.optimize import linear_sum_assignment
 
 from flax_hmog.analysis.inputs import as_labels
 from flax_hmog.data.labels import as_vector, is_known, of_one_kind
+from flax_hmog.model.checks import door, public
 from flax_hmog.model.optional import require
 
 
+@public
 def contingency_table(labels: Any, assignments: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts of samples by cluster and label.
 
@@ -32,13 +34,14 @@ def contingency_table(labels: Any, assignments: Any) -> tuple[np.ndarray, np.nda
         >>> counts.tolist(), names.tolist()
         ([[0, 1], [2, 0]], ['a', 'b'])
     """
-    labels, assignments = _labelled("contingency_table", labels, assignments)
+    labels, assignments = _labelled(labels, assignments)
     columns, column = np.unique(labels, return_inverse=True)
     rows, row = np.unique(assignments, return_inverse=True)
     counts = np.bincount(row * columns.size + column, minlength=rows.size * columns.size)
     return counts.reshape(rows.size, columns.size), rows, columns
 
 
+@public
 def clustering_metrics(labels: Any, assignments: Any) -> dict[str, float]:
     """Agreement of clusters with known labels; none depends on how clusters are numbered.
 
@@ -62,9 +65,9 @@ def clustering_metrics(labels: Any, assignments: Any) -> dict[str, float]:
         >>> clustering_metrics(["a", "a", "b"], [1, 1, 0])["accuracy"]
         1.0
     """
-    scores = require("sklearn.metrics", "clustering_metrics", "cluster")
-    count = len(as_labels("clustering_metrics", "assignments", assignments))
-    labels, assignments = _labelled("clustering_metrics", labels, assignments)
+    scores = require("sklearn.metrics", "cluster")
+    count = len(as_labels("assignments", assignments))
+    labels, assignments = _labelled(labels, assignments)
     counts, _, _ = contingency_table(labels, assignments)
     matched = counts[linear_sum_assignment(counts, maximize=True)].sum()
     metrics = {
@@ -75,14 +78,14 @@ def clustering_metrics(labels: Any, assignments: Any) -> dict[str, float]:
     return metrics if labels.size == count else metrics | {"labelled": int(labels.size)}
 
 
-def _labelled(caller: str, labels: Any, assignments: Any) -> tuple[np.ndarray, np.ndarray]:
+def _labelled(labels: Any, assignments: Any) -> tuple[np.ndarray, np.ndarray]:
     """Labels and clusters of the samples whose label is known."""
-    vector = as_labels(caller, "labels", as_vector(labels))
-    assignments = as_labels(caller, "assignments", assignments, vector.size)
+    vector = as_labels("labels", as_vector(labels))
+    assignments = as_labels("assignments", assignments, vector.size)
     known = is_known(vector)
     if not known.any():
         raise ValueError(
-            f"{caller}: `labels` must have one that is known; got {vector.size} that are missing. "
+            f"{door()}: `labels` must have one that is known; got {vector.size} that are missing. "
             "Leave the comparison out."
         )
-    return of_one_kind(caller, "labels", vector[known]), assignments[known]
+    return of_one_kind("labels", vector[known]), assignments[known]

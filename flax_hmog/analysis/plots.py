@@ -14,6 +14,7 @@ from flax_hmog.analysis import style
 from flax_hmog.analysis.inputs import as_array, as_groups, as_images, as_labels, as_names, check_choice
 from flax_hmog.analysis.loadings import CanonicalLoadings, canonical_loadings, discriminant_axes
 from flax_hmog.inference.posterior import latent_mean, posterior_hard_assignment
+from flax_hmog.model.checks import public
 from flax_hmog.model.coordinates import Natural
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 AXES = ("discriminant", "canonical")
 
 
+@public
 def plot_objective(
     histories: Any,
     *,
@@ -50,11 +52,11 @@ def plot_objective(
         >>> figure = plot_objective({"seed 0": [-3.0, -2.0, -1.9]})
     """
     named = dict(histories) if isinstance(histories, Mapping) else {"": histories}
-    figure = style.new_figure("plot_objective", style.WIDTH, 4.2)
+    figure = style.new_figure(style.WIDTH, 4.2)
     axes = figure.subplots()
     ends = []
     for index, (name, history) in enumerate(named.items()):
-        history = as_labels("plot_objective", "histories", history, shape="(T,)").astype(float)
+        history = as_labels("histories", history, shape="(T,)").astype(float)
         steps = np.arange(history.size)
         marker = style.marker(index) if history.size <= 40 else ""
         axes.plot(steps, history, color=style.color(index), linewidth=1.8, marker=marker, markersize=4)
@@ -68,6 +70,7 @@ def plot_objective(
     return figure
 
 
+@public
 def plot_latent_space(
     natural: Natural,
     x: Any,
@@ -103,9 +106,9 @@ def plot_latent_space(
         >>> from flax_hmog.toy import natural, x
         >>> figure = plot_latent_space(natural, x)
     """
-    check_choice("plot_latent_space", "axes", axes, AXES)
-    x = as_array("plot_latent_space", "x", x, 2, "(N, D)")
-    groups = None if groups is None else as_groups("plot_latent_space", "groups", groups, len(x))
+    check_choice("axes", axes, AXES)
+    x = as_array("x", x, 2, "(N, D)")
+    groups = None if groups is None else as_groups("groups", groups, len(x))
     chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), max_points)).round().astype(int))
     colours = np.asarray(posterior_hard_assignment(natural, x[chosen])) if groups is None else groups[chosen]
     names, group = np.unique(colours, return_inverse=True)
@@ -114,7 +117,7 @@ def plot_latent_space(
     if in_rows:
         heights = group + np.random.default_rng(0).uniform(-0.3, 0.3, group.shape)
         points, labels = np.column_stack([points, heights]), [*labels, "Cluster" if groups is None else "Group"]
-    figure = style.new_figure("plot_latent_space", style.WIDTH, 6.4)
+    figure = style.new_figure(style.WIDTH, 6.4)
     panel = figure.subplots()
     for index in range(len(names)):
         mine = points[group == index]
@@ -130,6 +133,7 @@ def plot_latent_space(
     return figure
 
 
+@public
 def plot_prototypes(
     prototypes: Any,
     *,
@@ -160,17 +164,17 @@ def plot_prototypes(
         >>> from flax_hmog.toy import natural
         >>> figure = plot_prototypes(cluster_prototypes(natural), image_shape=(2, 2))
     """
-    caller = "plot_prototypes"
-    prototypes = as_array(caller, "prototypes", prototypes, 2, "(K, D)")
-    names = as_names(caller, names, len(prototypes))
+    prototypes = as_array("prototypes", prototypes, 2, "(K, D)")
+    names = as_names(names, len(prototypes))
     if image_shape is not None:
-        images = as_images(caller, prototypes, image_shape)
-        return style.image_grid(caller, images, names, title=title, label="E[x | cluster]", diverging=False)
+        images = as_images(prototypes, image_shape)
+        return style.image_grid(images, names, title=title, label="E[x | cluster]", diverging=False)
     rows = prototypes - prototypes.mean(axis=0)
     texts = {"title": title, "xlabel": "Feature", "ylabel": "Cluster", "label": "Difference from the average"}
-    return style.heat_rows(caller, rows, names, _columns(caller, feature_names, rows), **texts)
+    return style.heat_rows(rows, names, _columns(feature_names, rows), **texts)
 
 
+@public
 def plot_loadings(
     canonical: CanonicalLoadings,
     *,
@@ -200,22 +204,21 @@ def plot_loadings(
         >>> from flax_hmog.toy import natural
         >>> figure = plot_loadings(canonical_loadings(natural))
     """
-    caller = "plot_loadings"
     rows = canonical.loadings.T[:max_axes]
     names = [f"{axis + 1} ({100 * share:.2g} %)" for axis, share in enumerate(canonical.variance_shares[: len(rows)])]
     label = "Change of x per sd"
     if image_shape is not None:
-        images = as_images(caller, rows, image_shape[:2])
-        return style.image_grid(caller, images, names, title=title, label=label, diverging=True)
+        images = as_images(rows, image_shape[:2])
+        return style.image_grid(images, names, title=title, label=label, diverging=True)
     texts = {"title": title, "xlabel": "Feature", "ylabel": "Axis (share of variance)", "label": label}
-    return style.heat_rows(caller, rows, names, _columns(caller, feature_names, rows), **texts)
+    return style.heat_rows(rows, names, _columns(feature_names, rows), **texts)
 
 
-def _columns(caller: str, feature_names: Sequence[str] | None, rows: np.ndarray) -> list[str] | None:
+def _columns(feature_names: Sequence[str] | None, rows: np.ndarray) -> list[str] | None:
     """Names of the columns (D,), or none."""
     if feature_names is None:
         return None
-    return as_names(caller, feature_names, rows.shape[1], argument="feature_names")
+    return as_names(feature_names, rows.shape[1], argument="feature_names")
 
 
 def _latent_points(natural: Natural, x: np.ndarray, axes: str) -> tuple[np.ndarray, list[str]]:

@@ -12,6 +12,7 @@ from flax_hmog.analysis import style
 from flax_hmog.analysis.clusters import check_linkage
 from flax_hmog.analysis.inputs import as_array, as_images, as_labels, as_names
 from flax_hmog.analysis.metrics import contingency_table
+from flax_hmog.model.checks import door, public
 from flax_hmog.model.optional import require
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 MAX_NUMBERS = 24  # columns of a table that still have room for numbers
 
 
+@public
 def plot_dendrogram(
     linkage: Any,
     *,
@@ -54,18 +56,17 @@ def plot_dendrogram(
         >>> from flax_hmog.analysis import cluster_hierarchy
         >>> figure = plot_dendrogram(cluster_hierarchy([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
     """
-    caller = "plot_dendrogram"
-    linkage = check_linkage(caller, linkage)
+    linkage = check_linkage(linkage)
     count = len(linkage) + 1
-    names = as_names(caller, names, count)
+    names = as_names(names, count)
     clusters, numbers = None, None
     if labels is not None:
-        clusters, numbers = np.unique(as_labels(caller, "labels", labels, count), return_inverse=True)
+        clusters, numbers = np.unique(as_labels("labels", labels, count), return_inverse=True)
     images = None
     if prototypes is not None:
-        images = as_images(caller, as_array(caller, "prototypes", prototypes, 2, "(K, D)"), image_shape or ())
+        images = as_images(as_array("prototypes", prototypes, 2, "(K, D)"), image_shape or ())
     size = float(np.clip(12 / count, 0.17, 0.36))
-    figure = style.new_figure(caller, style.WIDTH, size * count + 1.3)
+    figure = style.new_figure(style.WIDTH, size * count + 1.3)
     axes = figure.subplots()
     leaves = _draw_tree(axes, linkage, numbers)
     style.decorate(axes, title=title, xlabel=distance_name)
@@ -80,6 +81,7 @@ def plot_dendrogram(
     return figure
 
 
+@public
 def plot_contingency(
     labels: Any,
     assignments: Any,
@@ -109,15 +111,14 @@ def plot_contingency(
     Example:
         >>> figure = plot_contingency(["a", "a", "b"], [1, 1, 0])
     """
-    caller = "plot_contingency"
     counts, clusters, known = contingency_table(labels, assignments)
-    columns = as_names(caller, known if label_names is None else label_names, known.size, argument="label_names")
+    columns = as_names(known if label_names is None else label_names, known.size, argument="label_names")
     named = clusters if cluster_names is None else cluster_names
-    rows = as_names(caller, named, clusters.size, argument="cluster_names")
+    rows = as_names(named, clusters.size, argument="cluster_names")
     order = np.lexsort((-counts.max(axis=1), counts.argmax(axis=1)))
     counts, totals = counts[order], counts.sum(axis=1)[order]
     height = float(np.clip(12 / len(rows), 0.2, 0.36))
-    figure = style.new_figure(caller, style.WIDTH, height * len(rows) + 1.6)
+    figure = style.new_figure(style.WIDTH, height * len(rows) + 1.6)
     axes = figure.subplots()
     shown = axes.imshow(100 * counts / totals[:, None], cmap=style.SEQUENTIAL, vmin=0, vmax=100, aspect="auto")
     names = [f"{rows[row]}  (n = {total:,})" for row, total in zip(order, totals, strict=True)]
@@ -139,6 +140,7 @@ def plot_contingency(
     return figure
 
 
+@public
 def plot_co_assignment(
     matrix: Any,
     *,
@@ -165,19 +167,18 @@ def plot_co_assignment(
         >>> from flax_hmog.analysis import co_assignment
         >>> figure = plot_co_assignment(co_assignment([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]))
     """
-    caller = "plot_co_assignment"
-    matrix = as_array(caller, "matrix", matrix, 2, "(K, K)")
+    matrix = as_array("matrix", matrix, 2, "(K, K)")
     count = len(matrix)
-    named = as_names(caller, names, count)
+    named = as_names(names, count)
     if matrix.shape != (count, count) or (linkage is not None and np.shape(linkage) != (count - 1, 4)):
         raise ValueError(
-            f"{caller}: `matrix` must have shape (K, K) and `linkage` (K - 1, 4); got {matrix.shape} and "
+            f"{door()}: `matrix` must have shape (K, K) and `linkage` (K - 1, 4); got {matrix.shape} and "
             f"{None if linkage is None else np.shape(linkage)}. Make both from the same model."
         )
-    order = np.arange(count) if linkage is None or count == 1 else hierarchy.leaves_list(check_linkage(caller, linkage))
-    figure = style.new_figure(caller, style.WIDTH, 7.4)
+    order = np.arange(count) if linkage is None or count == 1 else hierarchy.leaves_list(check_linkage(linkage))
+    figure = style.new_figure(style.WIDTH, 7.4)
     axes = figure.subplots()
-    norm = require("matplotlib.colors", caller, "plots").PowerNorm(0.5, vmin=0, vmax=1)
+    norm = require("matplotlib.colors", "plots").PowerNorm(0.5, vmin=0, vmax=1)
     shown = axes.imshow(matrix[np.ix_(order, order)], cmap=style.SEQUENTIAL, norm=norm)
     named = [named[k] for k in order]
     _matrix_axes(axes, named, named, title=title, xlabel="Component", ylabel="Component")
@@ -228,7 +229,7 @@ def _draw_tree(axes: Axes, linkage: np.ndarray, numbers: np.ndarray | None) -> n
 
 def _draw_thumbnails(axes: Axes, images: np.ndarray, size: float) -> None:
     """An image of `size` points left of each leaf."""
-    boxes = require("matplotlib.offsetbox", "plot_dendrogram", "plots")
+    boxes = require("matplotlib.offsetbox", "plots")
     low, high = images.min(), images.max()
     images = (images - low) / ((high - low) or 1.0)
     for index, image in enumerate(images):

@@ -99,7 +99,7 @@ def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section
         >>> write_report(Path(tempfile.mkdtemp()) / "report.html", "Digits", [Section("Scores", tables=[table])]).name
         'report.html'
     """
-    jinja = require("jinja2", "write_report", "report")
+    jinja = require("jinja2", "report")
     _check_sections(sections)
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja.StrictUndefined}
     template = importlib.resources.files("flax_hmog.analysis").joinpath("report.html").read_text(encoding="utf-8")

@@ -50,9 +50,9 @@ def marker(index: int) -> str:
     return MARKERS[index // len(PALETTE) % len(MARKERS)]
 
 
-def new_figure(caller: str, width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure in inches, free of pyplot's global state."""
-    figures = require("matplotlib.figure", caller, "plots")
+    figures = require("matplotlib.figure", "plots")
     return figures.Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 
@@ -87,7 +87,7 @@ def add_colorbar(figure: Figure, mappable: Any, axes: Any, label: str) -> None:
 
 def outlined(axes: Axes, position: np.ndarray, text: str, **style: Any) -> None:
     """Text with a white outline, readable on top of data."""
-    effects = require("matplotlib.patheffects", "outlined", "plots")
+    effects = require("matplotlib.patheffects", "plots")
     x, y = position
     label = axes.text(x, y, text, fontsize=TEXT, fontweight="bold", ha="center", va="center", zorder=5, **style)
     label.set_path_effects([effects.withStroke(linewidth=3, foreground="white")])
@@ -109,15 +109,13 @@ def spread(points: np.ndarray, width: float, height: float, rounds: int = 200) -
     return position
 
 
-def image_grid(
-    caller: str, images: np.ndarray, titles: Sequence[str], *, title: str, label: str, diverging: bool
-) -> Figure:
+def image_grid(images: np.ndarray, titles: Sequence[str], *, title: str, label: str, diverging: bool) -> Figure:
     """Images (n, h, w) or (n, h, w, 3) in a grid, on one common scale."""
     columns = min(len(images), 5 if len(images) <= 10 else 10)
     rows = -(-len(images) // columns)
     tall = images.shape[1] / images.shape[2]
     cell = min(WIDTH / columns, 1.6)
-    figure = new_figure(caller, max(cell * columns, 3.0) + 0.9, (0.93 * cell * min(tall, 3) + 0.27) * rows + 0.45)
+    figure = new_figure(max(cell * columns, 3.0) + 0.9, (0.93 * cell * min(tall, 3) + 0.27) * rows + 0.45)
     grid = figure.subplots(rows, columns, squeeze=False)
     low, high = float(images.min()), float(images.max())
     if diverging:
@@ -140,7 +138,6 @@ def image_grid(
 
 
 def heat_rows(
-    caller: str,
     rows: np.ndarray,
     row_names: Sequence[str],
     column_names: Sequence[str] | None,
@@ -152,7 +149,7 @@ def heat_rows(
 ) -> Figure:
     """Rows (n, D) as a heat map with 0 in white."""
     count, width = rows.shape
-    figure = new_figure(caller, WIDTH, 1.6 + np.clip(0.3 * count, 0.9, 11) + (0.6 if column_names else 0))
+    figure = new_figure(WIDTH, 1.6 + np.clip(0.3 * count, 0.9, 11) + (0.6 if column_names else 0))
     axes = figure.subplots()
     limit = float(np.abs(rows).max()) or 1.0
     shown = axes.imshow(rows, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.model.checks import MISSING_VALUES
+from flax_hmog.model.checks import MISSING_VALUES, door
 
 BY_BLOCKS = (
     "Use infer_blocks(natural, data), fit_em or fit_online_em, which read it block by block; or give an array of it, "
@@ -98,16 +98,15 @@ def _dense(block: Any) -> np.ndarray:
     return np.asarray(block.toarray() if hasattr(block, "toarray") else block)
 
 
-def in_memory(caller: str, argument: str, value: Any) -> Any:
+def in_memory(argument: str, value: Any) -> Any:
     """Numbers as a numpy or jax array, in their own dtype; nothing that is missing passes for a number.
 
     Args:
-        caller: public function, for messages.
         argument: name of the argument, for messages.
         value: array, masked array, list, table, AnnData, or what has `__array__` or `__dlpack__`.
 
     Returns:
-        The array. One that holds no numbers comes back as it is, for the caller to refuse.
+        The array. One that holds no numbers comes back as it is, for others to refuse.
 
     Raises:
         TypeError: for a sparse matrix or a file, which are not arrays, or columns that hold no numbers.
@@ -116,28 +115,28 @@ def in_memory(caller: str, argument: str, value: Any) -> Any:
     if isinstance(value, jax.Array):
         return value
     if isinstance(value, np.ma.MaskedArray):
-        return _unmasked(caller, argument, value)
+        return _unmasked(argument, value)
     value = unwrapped(value)
     if isinstance(value, np.ndarray):
-        return value if value.dtype != object else _numbers(caller, argument, value)
+        return value if value.dtype != object else _numbers(argument, value)
     if is_jax_sparse(value):
         raise TypeError(
-            f"{caller}: `{argument}` must be an array, or a scipy sparse matrix where these are taken; got "
+            f"{door()}: `{argument}` must be an array, or a scipy sparse matrix where these are taken; got "
             f"{_what(value)}. Give {argument}.todense(), or the same entries as a scipy.sparse.csr_matrix to fit_em."
         )
     if is_read_by_blocks(value):
-        raise TypeError(f"{caller}: `{argument}` must be an array in memory; got {_what(value)}. {BY_BLOCKS}")
+        raise TypeError(f"{door()}: `{argument}` must be an array in memory; got {_what(value)}. {BY_BLOCKS}")
     if is_table(value):
-        return _from_table(caller, argument, value)
+        return _from_table(argument, value)
     if isinstance(value, list | tuple) and any(isinstance(entry, np.ma.MaskedArray) for entry in value):
-        return _unmasked(caller, argument, np.ma.stack([np.ma.asarray(entry) for entry in value]))
-    array = _as_array(caller, argument, value)
-    return array if array.dtype != object else _numbers(caller, argument, array)
+        return _unmasked(argument, np.ma.stack([np.ma.asarray(entry) for entry in value]))
+    array = _as_array(argument, value)
+    return array if array.dtype != object else _numbers(argument, array)
 
 
-def dense(caller: str, argument: str, value: Any) -> Any:
+def dense(argument: str, value: Any) -> Any:
     """`in_memory`, or all rows of what is read by blocks: for batches and raw data that are small."""
-    return read_rows(unwrapped(value), slice(None)) if is_read_by_blocks(value) else in_memory(caller, argument, value)
+    return read_rows(unwrapped(value), slice(None)) if is_read_by_blocks(value) else in_memory(argument, value)
 
 
 def is_missing(entry: Any) -> bool:
@@ -155,53 +154,53 @@ def _what(value: Any) -> str:
     return f"{type(value).__name__} of shape {tuple(value.shape)}"
 
 
-def _as_array(caller: str, argument: str, value: Any) -> Any:
+def _as_array(argument: str, value: Any) -> Any:
     """Numpy's view of an object; jax's where it lies on an accelerator."""
     try:
         return np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"{caller}: `{argument}` must be an array; got rows that differ: {error}. Pad them.") from None
+        raise ValueError(f"{door()}: `{argument}` must be an array; got rows that differ: {error}. Pad them.") from None
     except (TypeError, RuntimeError, BufferError) as error:  # tensors on an accelerator, or with a gradient
         try:
             return jnp.from_dlpack(value)
         except Exception:  # what each library raises
             raise TypeError(
-                f"{caller}: `{argument}` must be an array; got {type(value).__name__}, which gives none: {error}. "
+                f"{door()}: `{argument}` must be an array; got {type(value).__name__}, which gives none: {error}. "
                 "Convert it to a numpy array."
             ) from None
 
 
-def _unmasked(caller: str, argument: str, value: np.ma.MaskedArray) -> np.ndarray:
+def _unmasked(argument: str, value: np.ma.MaskedArray) -> np.ndarray:
     mask = np.ma.getmaskarray(value)
     if mask.any():
-        _refuse_missing(caller, argument, mask, "masked entries")
+        _refuse_missing(argument, mask, "masked entries")
     return value.data
 
 
-def _refuse_missing(caller: str, argument: str, missing: np.ndarray, what: str) -> None:
+def _refuse_missing(argument: str, missing: np.ndarray, what: str) -> None:
     row = int(missing.reshape(len(missing), -1).any(axis=1).argmax()) if missing.ndim else 0
     raise ValueError(
-        f"{caller}: `{argument}` must hold no missing values; got {int(missing.sum())} {what}, the first in row {row}. "
+        f"{door()}: `{argument}` must hold no missing values; got {int(missing.sum())} {what}, the first in row {row}. "
         f"{MISSING_VALUES}"
     )
 
 
-def _numbers(caller: str, argument: str, array: np.ndarray) -> np.ndarray:
+def _numbers(argument: str, array: np.ndarray) -> np.ndarray:
     """Object arrays, as of nullable columns and lists with None, as numbers."""
     if array.ndim == 0 or not array.size:
         return array
     missing = np.frompyfunc(is_missing, 1, 1)(array).astype(bool)
     if missing.any():
-        _refuse_missing(caller, argument, missing, "that are (None, NaN or NA)")
+        _refuse_missing(argument, missing, "that are (None, NaN or NA)")
     first = array.flat[0]
     if array.ndim == 1 and hasattr(first, "__len__") and not isinstance(first, str | bytes):  # a column of lists
-        return in_memory(caller, argument, list(array))
+        return in_memory(argument, list(array))
     if all(hasattr(type(entry), "__float__") for entry in array.flat):
         return array.astype(np.float64)
     return array
 
 
-def _from_table(caller: str, argument: str, table: Any) -> np.ndarray:
+def _from_table(argument: str, table: Any) -> np.ndarray:
     """The columns of a table side by side."""
     if hasattr(type(table), "items"):
         columns = [column for _, column in table.items()]
@@ -214,13 +213,13 @@ def _from_table(caller: str, argument: str, table: Any) -> np.ndarray:
             return whole
     arrays = []
     for name, column in zip(names, columns, strict=True):
-        values = in_memory(caller, f"{argument}[{str(name)!r}]", column)
+        values = in_memory(f"{argument}[{str(name)!r}]", column)
         if values.dtype.kind not in "biuf" or values.ndim != 1:
             raise TypeError(
-                f"{caller}: `{argument}` must hold real numbers in every column; got {values.dtype} in column "
+                f"{door()}: `{argument}` must hold real numbers in every column; got {values.dtype} in column "
                 f"{name!r}. Leave this column out, or encode it as numbers."
             )
         if values.dtype.kind == "f" and np.isnan(values).any():
-            _refuse_missing(caller, f"{argument}[{str(name)!r}]", np.isnan(values), "that are (NaN or null)")
+            _refuse_missing(f"{argument}[{str(name)!r}]", np.isnan(values), "that are (NaN or null)")
         arrays.append(values)
     return np.column_stack(arrays) if arrays else np.empty(table.shape)

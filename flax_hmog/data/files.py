@@ -13,6 +13,7 @@ import numpy as np
 
 from flax_hmog.data.labels import encode_labels
 from flax_hmog.data.tables import SUFFIXES, read_table
+from flax_hmog.model.checks import public
 from flax_hmog.model.optional import require
 
 ROWS, LABELS = ("X", "x", "data"), ("y", "labels")  # names under which an npz may hold them
@@ -64,6 +65,7 @@ def find_file(path: str | None, folder: Path) -> Path:
     )
 
 
+@public
 def read_file(path: Path, labels: str | None = None, *, layer: str | None = None, obsm: str | None = None) -> File:
     """Rows and labels of a file.
 
@@ -132,7 +134,7 @@ def _checked(path: Path, file: File) -> File:
 
 def _coded(path: Path, labels: Any) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """Labels as integers: as they are, or -1 where unknown beside the names of the classes."""
-    codes, known, names = encode_labels("read_file", labels, argument=f"labels of {path}")
+    codes, known, names = encode_labels(labels, argument=f"labels of {path}")
     if names is None and not known.all():
         values, codes[known] = np.unique(codes[known], return_inverse=True)
         names = tuple(map(str, values.tolist()))
@@ -158,7 +160,7 @@ def _read_npz(path: Path, labels: str | None) -> File:
             rows: Any = _load_sparse(path)
         elif names >= CSR:
             index = parts["indices"].astype(np.int32)
-            rows = require("scipy.sparse", "read_file", "cluster").csr_matrix(
+            rows = require("scipy.sparse", "cluster").csr_matrix(
                 (parts["data"], index, parts["indptr"]), shape=tuple(parts["shape"])
             )
         elif rows_name is not None:
@@ -209,7 +211,7 @@ def _read_h5ad(layer: str | None, obsm: str | None, path: Path, labels: str | No
 def _load_sparse(path: Path) -> Any:
     """A sparse matrix saved by scipy, in any of its formats, as CSR."""
     try:
-        return require("scipy.sparse", "read_file", "cluster").load_npz(path).tocsr()
+        return require("scipy.sparse", "cluster").load_npz(path).tocsr()
     except (ValueError, NotImplementedError) as error:
         raise OSError(f"it is no sparse matrix of scipy's ({error})") from error
 

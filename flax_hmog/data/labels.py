@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from flax_hmog.data.containers import is_missing
+from flax_hmog.model.checks import door
 
 
-def encode_labels(caller: str, labels: Any, *, argument: str = "labels") -> tuple[np.ndarray, np.ndarray, Any]:
+def encode_labels(labels: Any, *, argument: str = "labels") -> tuple[np.ndarray, np.ndarray, Any]:
     """Labels as integers, which of them are known, and the names of classes where labels were no integers.
 
     Unknown are None, NaN, NA of pandas, NaT, empty text, and masked entries. Integers stay as they are, -1 too; whole
     numbers as floats are integers, as a column of integers with missing ones becomes floats in pandas.
 
     Args:
-        caller: public function, for messages.
         labels: (N,) list, array, masked array, column of a table, categorical.
         argument: name of the argument, for messages.
 
@@ -30,7 +30,7 @@ def encode_labels(caller: str, labels: Any, *, argument: str = "labels") -> tupl
     array = as_vector(labels)
     known = is_known(array)
     codes = np.full(array.shape, -1, np.int64)
-    entries = of_one_kind(caller, argument, array[known])
+    entries = of_one_kind(argument, array[known])
     if entries.dtype.kind == "f" and np.all(entries == np.trunc(entries)) and np.all(np.abs(entries) < 2**53):
         entries = entries.astype(np.int64)
     if entries.dtype.kind in "biu" or not entries.size:
@@ -70,7 +70,7 @@ def is_known(array: np.ndarray) -> np.ndarray:
     return np.ones(array.shape, bool)
 
 
-def of_one_kind(caller: str, argument: str, entries: np.ndarray) -> np.ndarray:
+def of_one_kind(argument: str, entries: np.ndarray) -> np.ndarray:
     """Labels that are known as an array that sorts: objects become integers, floats or text.
 
     Raises:
@@ -84,7 +84,7 @@ def of_one_kind(caller: str, argument: str, entries: np.ndarray) -> np.ndarray:
     if any(is_number):
         kinds = sorted({type(entry).__name__ for entry in entries.flat})
         raise ValueError(
-            f"{caller}: `{argument}` must be all numbers or all names; got {' and '.join(kinds)}. "
+            f"{door()}: `{argument}` must be all numbers or all names; got {' and '.join(kinds)}. "
             "Convert all of them to text."
         )
     decode = lambda entry: entry.decode() if isinstance(entry, bytes) else str(entry)  # noqa: E731

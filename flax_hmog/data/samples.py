@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from flax_hmog.data.containers import in_memory
 from flax_hmog.data.rows import Shards, row_shards
-from flax_hmog.model.checks import check_finite, check_shape, is_concrete
+from flax_hmog.model.checks import check_finite, check_shape, door, is_concrete
 from flax_hmog.model.conversions import with_prior
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.frames import has_more_digits
@@ -24,16 +24,16 @@ from flax_hmog.model.kinds import (
 MOST_REPEATS, WHOLE = 1000, 1e-3  # of weights that are counts: the largest, and how far from a whole number
 
 
-def check_samples(caller: str, natural: Any, x: Any, weights: Any) -> tuple[Natural | Prepared, Array, Array]:
+def check_samples(natural: Any, x: Any, weights: Any) -> tuple[Natural | Prepared, Array, Array]:
     """The model with its prior, samples as rows (N, D) and their weights (N,)."""
-    natural, x, _ = enter(caller, natural, x)
+    natural, x, _ = enter(natural, x)
     if x.size == 0:
-        raise ValueError(f"{caller}: `x` must hold at least one sample (N, D); got shape {x.shape}. Give more samples.")
-    weights = check_weights(caller, weights, x.shape[:-1], x.dtype)
+        raise ValueError(f"{door()}: `x` must hold at least one sample (N, D); got shape {x.shape}. Give more samples.")
+    weights = check_weights(weights, x.shape[:-1], x.dtype)
     return natural, x.reshape(-1, x.shape[-1]), weights.reshape(-1)
 
 
-def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+def check_weights(weights: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """Sample weights as an array of this shape; ones if None.
 
     Raises:
@@ -41,8 +41,8 @@ def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any)
     """
     if weights is None:
         return jnp.ones(shape, dtype)
-    weights = in_memory(caller, "weights", weights)
-    check_shape(caller, "weights", weights, shape)
+    weights = in_memory("weights", weights)
+    check_shape("weights", weights, shape)
     if not is_concrete(weights):
         return jnp.asarray(weights, dtype)
     with jax.ensure_compile_time_eval():
@@ -51,7 +51,7 @@ def check_weights(caller: str, weights: Any, shape: tuple[int, ...], dtype: Any)
         smallest, largest = float(jnp.min(weights)), float(jnp.max(weights))
     if not (smallest >= 0 and 0 < largest < math.inf):
         raise ValueError(
-            f"{caller}: `weights` must be finite, at least 0 and not all 0; got weights from {smallest:.3g} to "
+            f"{door()}: `weights` must be finite, at least 0 and not all 0; got weights from {smallest:.3g} to "
             f"{largest:.3g}. Use 0 to leave a sample out."
         )
     return weights
@@ -80,17 +80,17 @@ def _effective_weights(weights: Array) -> Array:
     return weights * (count / total)
 
 
-def enter(caller: str, natural: Any, x: Any) -> tuple[Natural | Prepared, Array, Shards]:
+def enter(natural: Any, x: Any) -> tuple[Natural | Prepared, Array, Shards]:
     """Checked arguments of a function of (natural, x): the model with its prior, observations (..., D) in its dtype,
     and their shards.
 
     Rows on the host with more digits than the dtype has are moved to the model's frame before any is lost.
     """
-    model: Any = natural if isinstance(natural, Prepared) else with_prior(check_natural(caller, natural), caller)
-    parameters = check_natural(caller, model)
+    model: Any = natural if isinstance(natural, Prepared) else with_prior(check_natural(natural))
+    parameters = check_natural(model)
     interaction, frame = parameters.interaction, parameters.frame
-    given = check_given(caller, x, interaction.shape[0])
-    rows = as_rows(caller, given, interaction.dtype)
+    given = check_given(x, interaction.shape[0])
+    rows = as_rows(given, interaction.dtype)
     if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
         rows = jnp.asarray(frame.inward_on_host(given), interaction.dtype)
         applied = dataclasses.replace(parameters, frame=frame.applied())
@@ -99,7 +99,7 @@ def enter(caller: str, natural: Any, x: Any) -> tuple[Natural | Prepared, Array,
 
 
 def check_observations(
-    caller: str, x: Any, obs_dim: int | None, dtype: Any, *, argument: str = "x", row_numbers: Any = None
+    x: Any, obs_dim: int | None, dtype: Any, *, argument: str = "x", row_numbers: Any = None
 ) -> Array:
     """Observations (..., D) as an array of the working dtype; errors name rows by `row_numbers` (N,), if given.
 
@@ -108,11 +108,11 @@ def check_observations(
         ValueError: for no dimension, a wrong last dimension, missing entries, or such that are not finite once
             converted.
     """
-    x = check_given(caller, x, obs_dim, argument=argument)
-    return as_rows(caller, x, dtype, argument=argument, row_numbers=row_numbers)
+    x = check_given(x, obs_dim, argument=argument)
+    return as_rows(x, dtype, argument=argument, row_numbers=row_numbers)
 
 
-def check_given(caller: str, x: Any, obs_dim: int | None, *, argument: str = "x") -> Any:
+def check_given(x: Any, obs_dim: int | None, *, argument: str = "x") -> Any:
     """Observations (..., D) as an array in the dtype they have, on the host if they are there; values are not seen.
 
     Raises:
@@ -120,18 +120,18 @@ def check_given(caller: str, x: Any, obs_dim: int | None, *, argument: str = "x"
         ValueError: for no dimension, a wrong last dimension, or missing entries.
     """
     if type(x) is not np.ndarray or x.dtype == object:
-        x = in_memory(caller, argument, x)
+        x = in_memory(argument, x)
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
-        raise TypeError(f"{caller}: `{argument}` must hold real numbers; got dtype {x.dtype}. Convert it first.")
+        raise TypeError(f"{door()}: `{argument}` must hold real numbers; got dtype {x.dtype}. Convert it first.")
     if x.ndim == 0 or (obs_dim is not None and x.shape[-1] != obs_dim):
         wanted = "D" if obs_dim is None else obs_dim
         raise ValueError(
-            f"{caller}: `{argument}` must have shape (..., {wanted}); got {x.shape}. Put the observed dimensions last."
+            f"{door()}: `{argument}` must have shape (..., {wanted}); got {x.shape}. Put the observed dimensions last."
         )
     return x
 
 
-def as_rows(caller: str, x: Any, dtype: Any, *, argument: str = "x", row_numbers: Any = None) -> Array:
+def as_rows(x: Any, dtype: Any, *, argument: str = "x", row_numbers: Any = None) -> Array:
     """Observations of `check_given` in the working dtype: the one place where they are converted.
 
     Raises:
@@ -149,5 +149,5 @@ def as_rows(caller: str, x: Any, dtype: Any, *, argument: str = "x", row_numbers
         mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
         x = jax.device_put(x, NamedSharding(mesh, sharding.spec))
     if not is_finite:
-        check_finite(caller, argument, x, row_numbers=row_numbers)
+        check_finite(argument, x, row_numbers=row_numbers)
     return x

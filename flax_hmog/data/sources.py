@@ -20,7 +20,7 @@ from flax_hmog.data.framing import Framing
 from flax_hmog.data.labels import as_vector, encode_labels
 from flax_hmog.data.rows import on_host, row_shards
 from flax_hmog.data.samples import as_rows, check_given, check_weights, effective_weights
-from flax_hmog.model.checks import check_precision, check_shape
+from flax_hmog.model.checks import check_precision, check_shape, door
 from flax_hmog.model.frames import has_more_digits
 from flax_hmog.model.kinds import Array
 
@@ -36,14 +36,14 @@ class RowsOnDevice:
     """An array, with weights and labels: one block, sharded or not."""
 
     def __init__(
-        self, caller: str, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int
+        self, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int
     ) -> None:
-        self.data = check_given(caller, data, obs_dim, argument="data")
-        self.x = as_rows(caller, self.data, dtype, argument="data")
-        check_rows(caller, self.x)
+        self.data = check_given(data, obs_dim, argument="data")
+        self.x = as_rows(self.data, dtype, argument="data")
+        check_rows(self.x)
         self.count, self.obs_dim = self.x.shape
-        self.weights = _effective(caller, weights, self.count, self.x.dtype)
-        self.labels, self.classes = check_labels(caller, labels, (self.count,), n_components)
+        self.weights = _effective(weights, self.count, self.x.dtype)
+        self.labels, self.classes = check_labels(labels, (self.count,), n_components)
         self.total_weight = float(jnp.sum(self.weights))
 
     def use_frame(self, framing: Framing) -> None:
@@ -83,17 +83,17 @@ class RowsInBlocks:
     """
 
     def __init__(
-        self, caller: str, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int = 1
+        self, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int = 1
     ) -> None:
-        self.caller, self.dtype = caller, dtype
+        self.dtype = dtype
         data = unwrapped(data)
-        check_rows(caller, data)
-        check_given(caller, np.empty((0, data.shape[1]), data.dtype), obs_dim, argument="data")
+        check_rows(data)
+        check_given(np.empty((0, data.shape[1]), data.dtype), obs_dim, argument="data")
         self.rows = data.tocsr() if hasattr(type(data), "tocsr") else data
         self.count, self.obs_dim = map(int, data.shape)
         self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
-        self.weights: Any = np.asarray(_effective(caller, weights, self.count, dtype))
-        self.labels, self.classes = check_labels(caller, labels, (self.count,), n_components)
+        self.weights: Any = np.asarray(_effective(weights, self.count, dtype))
+        self.labels, self.classes = check_labels(labels, (self.count,), n_components)
         self.total_weight = float(np.sum(self.weights))
         self.size = min(self.count, max(1, BLOCK_BYTES // (jnp.dtype(dtype).itemsize * max(1, self.obs_dim))))
 
@@ -133,7 +133,7 @@ class RowsInBlocks:
 
     def _block(self, index: Any, size: int) -> Block:
         given, numbers = self._given(index), np.arange(self.count)[index]
-        x = as_rows(self.caller, given, self.dtype, argument="data", row_numbers=numbers)
+        x = as_rows(given, self.dtype, argument="data", row_numbers=numbers)
         weights = self.weights[index]
         if self.framing is not None:
             x, weights = self.framing.rows(given, x, jnp.asarray(weights), numbers)
@@ -143,7 +143,7 @@ class RowsInBlocks:
 
     def _given(self, index: Any) -> Any:
         """Rows with these numbers in their own dtype."""
-        return check_given(self.caller, read_rows(self.rows, index), self.obs_dim, argument="data")
+        return check_given(read_rows(self.rows, index), self.obs_dim, argument="data")
 
 
 class Stream:
@@ -154,8 +154,8 @@ class Stream:
     total_weight = 0.0  # not known before the first pass ends
     classes = None
 
-    def __init__(self, caller: str, batches: Iterable, obs_dim: int | None, dtype: Any) -> None:
-        self.caller, self.data, self.dtype, self.width = caller, batches, dtype, obs_dim
+    def __init__(self, batches: Iterable, obs_dim: int | None, dtype: Any) -> None:
+        self.data, self.dtype, self.width = batches, dtype, obs_dim
         self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
 
     @property
@@ -178,7 +178,7 @@ class Stream:
         """The batches of one pass; those shorter than the longest so far are filled up with rows of weight 0."""
         rows = 0
         for batch, numbers in self._given():
-            x = as_rows(self.caller, batch, self.dtype, argument="data", row_numbers=numbers)
+            x = as_rows(batch, self.dtype, argument="data", row_numbers=numbers)
             weights = jnp.ones(x.shape[0], x.dtype)
             if self.framing is not None:
                 x, weights = self.framing.rows(_on_host(batch), x, weights, numbers)
@@ -189,7 +189,7 @@ class Stream:
     def sample(self) -> Block:
         """Rows and weights that the initialisation looks at, as `host_sample`."""
         given, numbers = self._sampled
-        x = as_rows(self.caller, given, self.dtype, argument="data", row_numbers=numbers)
+        x = as_rows(given, self.dtype, argument="data", row_numbers=numbers)
         weights = jnp.ones(x.shape[0], x.dtype)
         if self.framing is not None:
             x, weights = self.framing.rows(given, x, weights, numbers)
@@ -232,50 +232,50 @@ class Stream:
         """The batches (B, D) of one pass in their own dtype, and the numbers of their rows (B,)."""
         width, count = self.width, 0
         for batch in self.data:
-            x = check_batch(self.caller, batch, width)
+            x = check_batch(batch, width)
             width = x.shape[1]
             yield x, np.arange(count, count + x.shape[0])
             count += x.shape[0]
         if not count:
-            raise ValueError(f"{self.caller}: `data` must hold at least one batch; got none. Check the collection.")
+            raise ValueError(f"{door()}: `data` must hold at least one batch; got none. Check the collection.")
 
 
 Source: TypeAlias = RowsOnDevice | RowsInBlocks | Stream
 
 
-def as_source(caller: str, head: Any, data: Any, weights: Any, labels: Any) -> Source:
+def as_source(head: Any, data: Any, weights: Any, labels: Any) -> Source:
     """The source for what a user gives as data.
 
     Raises:
         TypeError: for data that cannot be read twice, or are no arrays of numbers.
         ValueError: for unusable data, or weights or labels of a stream.
     """
-    check_precision(caller, head.param_dtype)
+    check_precision(head.param_dtype)
     if is_read_by_blocks(data):
-        return RowsInBlocks(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
+        return RowsInBlocks(data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
     data = unwrapped(data)
     names = ("shape", "__array__", "__dlpack__", "to_numpy")
     if is_jax_sparse(data) or any(hasattr(data, name) for name in names):
-        return RowsOnDevice(caller, data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
+        return RowsOnDevice(data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
     if isinstance(data, Iterator | Mapping) or not isinstance(data, Iterable):
         raise TypeError(
-            f"{caller}: `data` must be an array or a collection of batches that can be iterated repeatedly; got "
+            f"{door()}: `data` must be an array or a collection of batches that can be iterated repeatedly; got "
             f"{type(data).__name__}. EM reads the data once per step: give a list or an object with __iter__."
         )
     if weights is not None or labels is not None:
         raise ValueError(
-            f"{caller}: `weights` and `labels` must come with an array or a file; got a stream of batches. Give one."
+            f"{door()}: `weights` and `labels` must come with an array or a file; got a stream of batches. Give one."
         )
-    return Stream(caller, data, head.obs_dim, head.param_dtype)
+    return Stream(data, head.obs_dim, head.param_dtype)
 
 
-def _effective(caller: str, weights: Any, count: int, dtype: Any) -> Array:
+def _effective(weights: Any, count: int, dtype: Any) -> Array:
     """Sample weights (N,) that sum to the number of samples; ones if None."""
-    checked = check_weights(caller, weights, (count,), dtype)
+    checked = check_weights(weights, (count,), dtype)
     return checked if weights is None else effective_weights(checked)
 
 
-def check_batch(caller: str, batch: Any, obs_dim: int | None) -> Any:
+def check_batch(batch: Any, obs_dim: int | None) -> Any:
     """A batch (B, D) of a stream in its own dtype; sparse ones become dense.
 
     Raises:
@@ -288,37 +288,34 @@ def check_batch(caller: str, batch: Any, obs_dim: int | None) -> Any:
         shapes = ", ".join(f"{key!r}: {getattr(entry, 'shape', type(entry).__name__)}" for key, entry in held)
         first = next(iter(batch)) if isinstance(batch, Mapping) else 0
         raise TypeError(
-            f"{caller}: `data` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. Give "
+            f"{door()}: `data` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. Give "
             f"an object whose __iter__ yields the rows of each, as `batch[{first!r}]`; labels go with an array, as "
             "`labels`."
         )
-    x = check_given(caller, dense(caller, "data", batch), None, argument="data")
+    x = check_given(dense("data", batch), None, argument="data")
     remedy = "Give whole batches of rows."
     if x.ndim == 1:
         remedy = "Join single rows to one array: numpy.stack(data), or numpy.asarray(data) for lists of numbers."
     elif x.ndim > 2:
         remedy = "Flatten what a row holds: batch.reshape(len(batch), -1)."
     if x.ndim != 2 or not x.shape[0]:
-        raise ValueError(f"{caller}: `data` must hold batches (B, D); got {x.shape}. {remedy}")
-    return check_given(caller, x, obs_dim, argument="data")
+        raise ValueError(f"{door()}: `data` must hold batches (B, D); got {x.shape}. {remedy}")
+    return check_given(x, obs_dim, argument="data")
 
 
-def check_rows(caller: str, x: Any) -> None:
+def check_rows(x: Any) -> None:
     """ValueError unless x is (N, D) with N > 0."""
     if len(x.shape) != 2 or not x.shape[0]:
-        raise ValueError(f"{caller}: `data` must have shape (N, D); got {x.shape}. Reshape it to one row per sample.")
+        raise ValueError(f"{door()}: `data` must have shape (N, D); got {x.shape}. Reshape it to one row per sample.")
 
 
-def check_labels(
-    caller: str, labels: Any, shape: tuple[int, ...], n_components: int
-) -> tuple[Array | None, tuple[str, ...] | None]:
+def check_labels(labels: Any, shape: tuple[int, ...], n_components: int) -> tuple[Array | None, tuple[str, ...] | None]:
     """Known components as int32, -1 where unknown, and the names of classes where labels are no integers.
 
     Integers are numbers of components, -1 where unknown. Names are numbered as they sort: class k is component k.
     Unknown beside them are None, NaN, NA of pandas, empty text and masked entries.
 
     Args:
-        caller: public function, for messages.
         labels: (N,) as `encode_labels` takes them; None if none are known.
         shape: (N,).
         n_components: K.
@@ -335,23 +332,23 @@ def check_labels(
     values: Any
     if isinstance(labels, jax.Array):
         values, kind = labels, labels.dtype
-        check_shape(caller, "labels", labels, shape)
+        check_shape("labels", labels, shape)
     else:
         vector = as_vector(labels)
-        check_shape(caller, "labels", vector, shape)
-        values, known, classes = encode_labels(caller, vector)
+        check_shape("labels", vector, shape)
+        values, known, classes = encode_labels(vector)
         kind = vector.dtype if vector.dtype.kind == "b" or (vector.dtype.kind == "f" and known.all()) else values.dtype
     if classes is not None and kind.kind == "i" and len(classes) > n_components:
         shown = ", ".join(map(repr, classes[:3]))
         raise ValueError(
-            f"{caller}: `labels` must name at most {n_components} classes, a component each; got {len(classes)}: "
+            f"{door()}: `labels` must name at most {n_components} classes, a component each; got {len(classes)}: "
             f"{shown} and so on. Raise n_components, or give None for rows whose class is not sought."
         )
     # on the devices, since the rows may be spread over processes, all of which must raise
     least, largest = values.min().item(), values.max().item()
     if kind.kind not in "iu" or least < -1 or largest >= n_components:
         raise ValueError(
-            f"{caller}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {kind} from "
+            f"{door()}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {kind} from "
             f"{least} to {largest}. Number the known components from 0, or name them."
         )
     return jnp.asarray(values, jnp.int32), classes

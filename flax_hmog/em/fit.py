@@ -21,7 +21,7 @@ from flax_hmog.em.initialize import check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
 from flax_hmog.em.statistics import Statistics, accumulate
 from flax_hmog.em.step import EMInfo, em_info, next_natural, whiten_moments, whiten_regularizer
-from flax_hmog.model.checks import check_outside_transformations
+from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, named, public
 from flax_hmog.model.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
 from flax_hmog.model.coordinates import Moments, Natural, check_full, check_natural
 from flax_hmog.model.frames import Frame, has_more_digits
@@ -91,6 +91,7 @@ class EMState:
     best: EMResult | None = None
 
 
+@public
 def fit_em(
     head: Any,
     data: Any,
@@ -141,7 +142,7 @@ def fit_em(
     """
     options = chosen_options("fit_em", options, changes)
     n_starts, passes = options.n_restarts, options.max_steps + 1
-    fit = Fit("fit_em", head, data, key, weights, labels, options)
+    fit = Fit(head, data, key, weights, labels, options)
     if not isinstance(options.init, str) and n_starts > 1:
         raise ValueError(
             f"fit_em: `n_restarts` must be 1 for a given `init`; got {n_starts}. All starts would be the same."
@@ -156,7 +157,8 @@ def fit_em(
             state, objective = fit.step(state)
             report(start * passes + max(len(state.history) - 1, 0), start + 1, objective)
             if on_step is not None:
-                on_step(state)
+                with named(OUTSIDE):
+                    on_step(state)
     if state.best is None:
         raise ValueError(f"fit_em: `state` must be one of these starts; got {state.finals}. Give that of this fit.")
     history = state.best.objective_history
@@ -166,7 +168,7 @@ def fit_em(
             f"{len(history) - 1} steps, beyond rounding; the best model is returned, `converged` is False. Raise the "
             "counts of `regularizer`, or fit in float64.",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return fit.finished(dataclasses.replace(state.best, restart_objectives=np.asarray(state.finals)))
 
@@ -215,18 +217,16 @@ class Evaluation:
 class Fit:
     """A head and samples, checked as `fit_em` says and moved to the frame that the fit computes in."""
 
-    def __init__(
-        self, caller: str, head: Any, data: Any, key: Any, weights: Any, labels: Any, options: EMOptions
-    ) -> None:
-        check_head_and_key(caller, head, key)
-        check_outside_transformations(caller, data=data, key=key, weights=weights, labels=labels, init=options.init)
-        check_full(caller, "head", head.component_structure[0]())
-        self.caller, self.head, self.options, self.dtype = caller, head, options, head.projection_dtype
-        self.source = source = as_source(caller, head, data, weights, labels)
+    def __init__(self, head: Any, data: Any, key: Any, weights: Any, labels: Any, options: EMOptions) -> None:
+        check_head_and_key(head, key)
+        check_outside_transformations(data=data, key=key, weights=weights, labels=labels, init=options.init)
+        check_full("head", head.component_structure[0]())
+        self.head, self.options, self.dtype = head, options, head.projection_dtype
+        self.source = source = as_source(head, data, weights, labels)
         if source.count is not None:
-            check_counts(caller, (source.count, source.obs_dim), head)
+            check_counts((source.count, source.obs_dim), head)
         rows, row_weights = source.host_sample()
-        self.frame, by_column = frame_of(caller, head, rows, row_weights, options.column_units)
+        self.frame, by_column = frame_of(head, rows, row_weights, options.column_units)
         exact = has_more_digits(rows, head.param_dtype)
         # from now on the source gives rows that go with the frame
         source.use_frame(Framing(self.frame, head.param_dtype, options.max_distance, by_column, exact))
@@ -241,7 +241,7 @@ class Fit:
         init = self.options.init
         if not isinstance(init, str):
             natural = self._checked_model(init)
-            return self._whitened(reframe(own_moments(natural, self.caller), natural.frame, self.frame), natural.frame)
+            return self._whitened(reframe(own_moments(natural), natural.frame, self.frame), natural.frame)
         x, weights, labels = block = self.source.sample()
         best: Any = None
         framing = self.source.framing
@@ -258,7 +258,7 @@ class Fit:
                 best = objective, natural, regularizer
         if best is None:
             raise ValueError(
-                f"{self.caller}: `regularizer` must keep the likelihood bounded on these data; got no start whose "
+                f"{door()}: `regularizer` must keep the likelihood bounded on these data; got no start whose "
                 "objective is finite. Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
             )
         return best[1], best[2]
@@ -266,14 +266,13 @@ class Fit:
     def _checked_model(self, init: Moments | Natural | Prepared) -> Natural:
         """The model to start from, once its size is that of head and data."""
         head, init = self.head, moments_to_natural(init) if isinstance(init, Moments) else init
-        natural = check_natural(self.caller, init, "init")
+        natural = check_natural(init, "init")
         got = (*natural.interaction.shape, natural.posterior_location.shape[0], natural.observable_precision.name)
-        obs_rep = as_rep(head.obs_rep, caller=self.caller, argument="head.obs_rep").name
+        obs_rep = as_rep(head.obs_rep, argument="head.obs_rep").name
         wanted = (self.source.obs_dim, head.lat_dim, head.n_components, obs_rep)
         if got != wanted:
             raise ValueError(
-                f"{self.caller}: `init` must have (D, L, K, obs_rep) {wanted}; got {got}. Start from a model of one "
-                "size."
+                f"{door()}: `init` must have (D, L, K, obs_rep) {wanted}; got {got}. Start from a model of one size."
             )
         return natural
 
@@ -375,10 +374,10 @@ class Fit:
         wild, limit = self.source.framing.wild, self.options.max_distance
         if wild:
             warnings.warn(
-                f"{self.caller}: {len(wild)} rows are left out, as an entry is more than `max_distance` = {limit:g} "
+                f"{door()}: {len(wild)} rows are left out, as an entry is more than `max_distance` = {limit:g} "
                 f"typical distances from the median; the first is row {min(wild)}. Check them, or raise max_distance.",
                 WildRowsWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         natural, regularizer = result.natural, result.regularizer
         result = dataclasses.replace(result, classes=self.source.classes)

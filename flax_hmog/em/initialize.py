@@ -17,7 +17,7 @@ from flax_hmog.data.samples import check_observations, check_weights, effective_
 from flax_hmog.em.directions import Directions, latent_directions, project
 from flax_hmog.em.k_means import k_means, members
 from flax_hmog.em.options import METHODS, check_options
-from flax_hmog.model.checks import check_precision
+from flax_hmog.model.checks import check_precision, door, public
 from flax_hmog.model.conversions import reframe
 from flax_hmog.model.coordinates import Moments
 from flax_hmog.model.frames import Frame
@@ -29,6 +29,7 @@ POOLED_SAMPLES = 10  # samples with the pooled covariance that each initial clus
 ISOTROPIC_SHARE = 1e-2  # unit variance mixed into the pooled covariance, so that no direction is lost
 
 
+@public
 def initialize_moments(
     head: Any,
     data: Any,
@@ -63,23 +64,22 @@ def initialize_moments(
         >>> initialize_moments(head, x, jax.random.key(0)).means.shape
         (3, 2)
     """
-    caller = "initialize_moments"
-    check_head_and_key(caller, head, key)
+    check_head_and_key(head, key)
     if method not in METHODS:
-        raise ValueError(f"{caller}: `method` must be one of {METHODS}; got {method!r}. Choose one of them.")
-    check_options(caller, {"column_units": column_units})
-    check_precision(caller, head.param_dtype)
-    x = check_observations(caller, data, head.obs_dim, head.param_dtype, argument="data")
-    check_counts(caller, x.shape, head)
-    weights = effective_weights(check_weights(caller, weights, x.shape[:-1], x.dtype))
-    frame, by_column = frame_of(caller, head, on_host(x), on_host(weights), column_units)
+        raise ValueError(f"{door()}: `method` must be one of {METHODS}; got {method!r}. Choose one of them.")
+    check_options({"column_units": column_units})
+    check_precision(head.param_dtype)
+    x = check_observations(data, head.obs_dim, head.param_dtype, argument="data")
+    check_counts(x.shape, head)
+    weights = effective_weights(check_weights(weights, x.shape[:-1], x.dtype))
+    frame, by_column = frame_of(head, on_host(x), on_host(weights), column_units)
     first = next(starts(head, x, weights, None, frame, by_column, key, method=method))
     return reframe(first, frame, None)
 
 
-def frame_of(caller: str, head: Any, rows: np.ndarray, weights: np.ndarray, column_units: str) -> tuple[Frame, bool]:
+def frame_of(head: Any, rows: np.ndarray, weights: np.ndarray, column_units: str) -> tuple[Frame, bool]:
     """The frame that a fit of this head to rows (N, D) on the host computes in, and whether columns have own units."""
-    rep = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep")
+    rep = as_rep(head.obs_rep, argument="head.obs_rep")
     has_units = rep.is_diagonal and not rep.is_isotropic
     by_column = has_units and (column_units == "own" or (column_units == "auto" and not share_bounds(rows)))
     return robust_frame(rows, weights, by_column, head.param_dtype), by_column
@@ -115,7 +115,7 @@ def starts(
     Yields:
         `Moments` of x' = (x - origin) / unit.
     """
-    obs_rep, shards = as_rep(head.obs_rep, caller="starts", argument="head.obs_rep"), row_shards(x)
+    obs_rep, shards = as_rep(head.obs_rep, argument="head.obs_rep"), row_shards(x)
     find = partial(
         latent_directions, x, weights, frame, jax.random.fold_in(key, 1),
         lat_dim=head.lat_dim, by_column=by_column, obs_rep=obs_rep, shards=shards,
@@ -127,18 +127,18 @@ def starts(
     yield _clustered(x, weights, labels, frame, key, find(method="kurtosis"), True, **sizes)
 
 
-def check_counts(caller: str, shape: tuple[int, ...], head: Any) -> None:
+def check_counts(shape: tuple[int, ...], head: Any) -> None:
     """ValueError unless the shape is (N, D) with N >= K and D >= L."""
     if len(shape) != 2:
-        raise ValueError(f"{caller}: `data` must have shape (N, D); got {shape}. Reshape it to one row per sample.")
+        raise ValueError(f"{door()}: `data` must have shape (N, D); got {shape}. Reshape it to one row per sample.")
     if shape[0] < head.n_components:
         raise ValueError(
-            f"{caller}: `data` must have at least as many samples as components; got {shape[0]} samples for "
+            f"{door()}: `data` must have at least as many samples as components; got {shape[0]} samples for "
             f"n_components={head.n_components}. Lower n_components."
         )
     if shape[1] < head.lat_dim:
         raise ValueError(
-            f"{caller}: `data` must have at least lat_dim columns; got {shape[1]} for lat_dim={head.lat_dim}. "
+            f"{door()}: `data` must have at least lat_dim columns; got {shape[1]} for lat_dim={head.lat_dim}. "
             "Lower lat_dim."
         )
 

@@ -25,6 +25,7 @@ from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.options import EMOptions, Regularizer, chosen_options
 from flax_hmog.em.statistics import accumulate, log_likelihood, residual_mean
 from flax_hmog.em.step import maximize, penalty
+from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Moments, ResidualMoments, prior_moments, within_covariance
 from flax_hmog.model.frames import Frame
@@ -88,6 +89,7 @@ def mix(old: ResidualMoments, new: ResidualMoments, rate: Array | float) -> Resi
     return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, old, new)
 
 
+@public
 def fit_online_em(
     head: Any,
     data: Any,
@@ -138,7 +140,7 @@ def fit_online_em(
             f"fit_online_em: `step_decay` must be above 0.5, for steps to converge; got {options.step_decay!r}. Use "
             f"{EMOptions.step_decay}."
         )
-    fit = Fit("fit_online_em", head, data, key, weights, labels, options)
+    fit = Fit(head, data, key, weights, labels, options)
     init_key, order_key = jax.random.split(key)
     natural, regularizer = fit.start(init_key)
     moments = own_moments(natural)
@@ -232,7 +234,7 @@ def first_moments(
     moments = random_moments(key, obs_dim, lat_dim, n_components, obs_rep, dtype)
     if x is None or math.prod(jnp.shape(x)[:-1]) < 2:
         return moments
-    x = check_observations("AnalyticHMoG", x, obs_dim, dtype)
+    x = check_observations(x, obs_dim, dtype)
     rows = jax.lax.stop_gradient(x).reshape(-1, obs_dim)
     center = jnp.mean(rows, axis=0)
     variances = jnp.mean(jnp.square(rows - center[None]), axis=0)
@@ -263,7 +265,7 @@ def stepwise_update(
     Returns:
         The new model and its running statistics.
     """
-    natural, x, weights = check_samples("stepwise_update", moments_to_natural(moments), jax.lax.stop_gradient(x), None)
+    natural, x, weights = check_samples(moments_to_natural(moments), jax.lax.stop_gradient(x), None)
     factors = prepare(natural)
     statistics = accumulate(factors, x, weights, shards=row_shards(x))
     if axis_name is not None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from flax_hmog.model.checks import check_size, check_type
+from flax_hmog.model.checks import check_size, check_type, door, public
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, within_covariance
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, matmul, pytree
 
@@ -150,8 +150,9 @@ class EMOptions:
     min_rate: float = 0.0
     pseudo_share: float = 1e-4
 
+    @public
     def __post_init__(self) -> None:
-        check_options("EMOptions", {name: getattr(self, name) for name in NAMES})
+        check_options({name: getattr(self, name) for name in NAMES})
 
     def rate(self, step: Any) -> Any:
         """The step size after so many steps: max(min_rate, (step + step_delay) ** -step_decay)."""
@@ -179,41 +180,41 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def check_options(caller: str, values: Mapping[str, Any]) -> None:
+def check_options(values: Mapping[str, Any]) -> None:
     """ValueError or TypeError for the first option, by name, whose value is none."""
     for name, value in values.items():
         if name in COUNTS:
-            check_size(caller, name, value)
+            check_size(name, value)
         elif name in RULES and not RULES[name][0](value):
             default = getattr(EMOptions, name)
-            raise ValueError(f"{caller}: `{name}` must be {RULES[name][1]}; got {value!r}. The default is {default!r}.")
+            raise ValueError(f"{door()}: `{name}` must be {RULES[name][1]}; got {value!r}. The default is {default!r}.")
         elif name == "init" and not isinstance(value, str | Moments | Prepared):
-            check_type(caller, name, value, Natural, 'Give "pca", "fa", Moments or Natural.')
+            check_type(name, value, Natural, 'Give "pca", "fa", Moments or Natural.')
         elif name == "regularizer" and not isinstance(value, PseudoCounts | None):
-            check_type(caller, name, value, Regularizer, "Give PseudoCounts(), a Regularizer or None.")
+            check_type(name, value, Regularizer, "Give PseudoCounts(), a Regularizer or None.")
 
 
-def chosen_options(caller: str, options: Any, changes: Mapping[str, Any]) -> EMOptions:
+def chosen_options(function: str, options: Any, changes: Mapping[str, Any]) -> EMOptions:
     """The options of a fit, those that were given by name in place of those of `options`.
 
     Raises:
-        TypeError: for a name that is no option of `caller`, or as `check_used`.
+        TypeError: for a name that is no option of `function`, or as `check_used`.
         ValueError: for a value that is none.
     """
-    check_type(caller, "options", options, EMOptions, "Give EMOptions(...), and single options by their names.")
-    check_used(caller, options, changes)
-    check_options(caller, changes)
+    check_type("options", options, EMOptions, "Give EMOptions(...), and single options by their names.")
+    check_used(function, options, changes)
+    check_options(changes)
     return dataclasses.replace(options, **changes)
 
 
-def check_used(caller: str, options: EMOptions, names: Iterable[str] = ()) -> None:
-    """TypeError unless `caller` uses the options with these names, and all those that differ from their defaults."""
-    used = USED[caller]
+def check_used(function: str, options: EMOptions, names: Iterable[str] = ()) -> None:
+    """TypeError unless `function` uses the options with these names, and all those that differ from their defaults."""
+    used = USED[function]
     changed = [name for name in NAMES if name not in used and getattr(options, name) != getattr(EMOptions, name)]
     for name in (*names, *changed):
         if name not in used:
             users = " and ".join(user for user, known in USED.items() if name in known)
             raise TypeError(
-                f"{caller}: `{name}` must be an option of {caller}; got {f'one of {users}' if users else 'no option'}. "
-                f"Choose from {', '.join(used)}."
+                f"{function}: `{name}` must be an option of {function}; got "
+                f"{f'one of {users}' if users else 'no option'}. Choose from {', '.join(used)}."
             )

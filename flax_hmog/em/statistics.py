@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from flax_hmog.data.rows import Shards, block_rows, row_shards, sum_rows
 from flax_hmog.data.samples import check_samples
+from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import in_units_of_x
 from flax_hmog.model.coordinates import Mean, Natural, ResidualMoments, check_mean, check_natural, outer, structure
 from flax_hmog.model.kinds import (
@@ -77,6 +78,7 @@ class Statistics:
         return square[:lat_dim, :lat_dim], square[:lat_dim, lat_dim:], square[lat_dim:, lat_dim:]
 
 
+@public
 def expected_statistics(natural: Natural | Prepared, x: Any, weights: Any = None) -> Mean:
     """E-step: average of E[s(x, y, z) | x] over observations.
 
@@ -97,8 +99,8 @@ def expected_statistics(natural: Natural | Prepared, x: Any, weights: Any = None
         >>> np.asarray(expected_statistics(natural, x).weights, float).round(2).tolist()
         [0.33, 0.33, 0.33]
     """
-    plain = in_units_of_x(check_natural("expected_statistics", natural))
-    entered, x, weights = check_samples("expected_statistics", plain, x, weights)
+    plain = in_units_of_x(check_natural(natural))
+    entered, x, weights = check_samples(plain, x, weights)
     factors = factorise(entered)
     return _statistics_to_mean(factors.natural, factors, accumulate(factors, x, weights, shards=row_shards(x)))
 
@@ -264,6 +266,7 @@ def _statistics_to_mean(natural: Natural, factors: Prepared, statistics: Statist
     )
 
 
+@public
 def whiten_prior(mean: Mean) -> Mean:
     """Statistics in the latent basis y' = H^-1 (y - E[y]), H H' = Cov(y), in which y has mean 0 and covariance I.
 
@@ -285,7 +288,7 @@ def whiten_prior(mean: Mean) -> Mean:
         >>> bool(abs(whitened.weighted_second_moments.entries.sum(axis=0) - jnp.eye(2)).max() < 1e-4)  # E[y y'] = I
         True
     """
-    check_mean("whiten_prior", mean)
+    check_mean(mean)
     second = mean.weighted_second_moments
     center = jnp.sum(mean.weighted_means, axis=0)
     spread = second.project(outer(center, center))

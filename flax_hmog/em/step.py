@@ -13,7 +13,7 @@ from flax_hmog.data.rows import row_shards
 from flax_hmog.data.samples import check_samples
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
-from flax_hmog.model.checks import check_type, is_concrete
+from flax_hmog.model.checks import check_type, is_concrete, public
 from flax_hmog.model.conversions import component_moments, moments_to_natural, regress_observed, with_prior
 from flax_hmog.model.coordinates import (
     Moments,
@@ -64,6 +64,7 @@ class EMInfo:
     smallest_latent_variance: Array
 
 
+@public
 def em_step(
     natural: Natural | Prepared, x: Any, weights: Any = None, regularizer: Regularizer | None = None
 ) -> tuple[Natural, EMInfo]:
@@ -91,12 +92,12 @@ def em_step(
         >>> print(info.occupancy.round())
         [4. 4. 4.]
     """
-    parameters = check_natural("em_step", natural)
-    check_full("em_step", "natural", parameters.posterior_precision)
+    parameters = check_natural(natural)
+    check_full("natural", parameters.posterior_precision)
     if regularizer is not None:
         remedy = "Take one from PseudoCounts.regularizer(moments)."
-        check_type("em_step", "regularizer", regularizer, Regularizer, remedy)
-    entered, x, weights = check_samples("em_step", natural, x, weights)
+        check_type("regularizer", regularizer, Regularizer, remedy)
+    entered, x, weights = check_samples(natural, x, weights)
     factors = prepare(entered)
     natural = factors.natural
     statistics = accumulate(factors, x, weights, shards=row_shards(x))
@@ -164,6 +165,7 @@ def maximize(
     return Moments(loadings + turn, bias + shift, noise, weights, means, covariances)
 
 
+@public
 def penalty(natural: Natural, regularizer: Regularizer) -> Array:
     """Log-density of the pseudo-samples of a `Regularizer`, which EM adds to the sum of log-densities.
 
@@ -180,8 +182,8 @@ def penalty(natural: Natural, regularizer: Regularizer) -> Array:
         >>> penalty(natural, PseudoCounts().regularizer(moments)).shape
         ()
     """
-    natural = check_natural("penalty", natural)
-    natural = with_prior(natural, "penalty")
+    natural = check_natural(natural)
+    natural = with_prior(natural)
     r, precision = regularizer, natural.observable_precision
     obs_dim, lat_dim = natural.interaction.shape
     covariances, log_det = inverse_and_log_det(natural.prior_precision.entries)

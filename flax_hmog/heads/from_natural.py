@@ -19,7 +19,7 @@ from flax_hmog.em.step import whiten_moments
 from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, head_bounds
 from flax_hmog.inference.posterior import log_observable_density, sample
-from flax_hmog.model.checks import check_precision
+from flax_hmog.model.checks import check_precision, public
 from flax_hmog.model.conversions import moments_to_natural, own_moments, with_prior
 from flax_hmog.model.coordinates import Moments, Natural, check_natural
 from flax_hmog.model.frames import Frame
@@ -45,6 +45,7 @@ class WarmStartInfo:
     log_likelihood_after: Array
 
 
+@public
 def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, Any], WarmStartInfo]:
     """Variables of a head for a fitted model.
 
@@ -74,21 +75,21 @@ def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, A
         >>> round(float(info.log_likelihood_before - info.log_likelihood_after), 2)
         0.0
     """
-    check_head("warm_start", head, "(head, natural, x); a `Clusterer` has its `head`")
+    check_head(head, "(head, natural, x); a `Clusterer` has its `head`")
     if not (hasattr(head, "start") or isinstance(head, HMoGHead)):
         raise TypeError(
             f"warm_start: `head` must be one of ours, or have a method `start`; got {type(head).__name__}. Give its "
             "class a method start(moments) that returns its variables."
         )
-    check_precision("warm_start", head.param_dtype)
-    natural = check_natural("warm_start", natural)
-    natural = with_prior(natural, "warm_start")
+    check_precision(head.param_dtype)
+    natural = check_natural(natural)
+    natural = with_prior(natural)
     _check_dimensions(head, natural)
     obs_dim = natural.interaction.shape[0]
     x = sample(natural, jax.random.key(0), REFERENCE_DRAWS)[0] if x is None else x
-    check_observations("warm_start", x, obs_dim, natural.interaction.dtype)
+    check_observations(x, obs_dim, natural.interaction.dtype)
     given = _in_units_of_x(whiten_moments(own_moments(natural)), natural.frame)
-    obs_rep = as_rep(head.obs_rep, caller="warm_start", argument="head.obs_rep")
+    obs_rep = as_rep(head.obs_rep, argument="head.obs_rep")
     moments = dataclasses.replace(given, noise=_restricted(given.noise, obs_rep))
     if hasattr(head, "start"):
         variables: dict[str, Any] = head.start(moments)
@@ -147,7 +148,7 @@ def _warn_of_loss(head: Head, moments: Moments, started: Natural, info: WarmStar
         f"warm_start: {type(head).__name__} must hold the model; it has {after:.6g} nats per sample instead of "
         f"{before:.6g}: {cause}",
         WarmStartWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -18,7 +18,15 @@ from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.inference import posterior as inference
 from flax_hmog.inference.likelihood import mean_log_density
 from flax_hmog.inference.posterior import HMoGOutput, Posterior
-from flax_hmog.model.checks import check_float_dtype, check_interval, check_positive, check_precision, check_size
+from flax_hmog.model.checks import (
+    check_float_dtype,
+    check_interval,
+    check_positive,
+    check_precision,
+    check_size,
+    door,
+    public,
+)
 from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, ResidualMoments
@@ -46,75 +54,90 @@ class HMoGHead(nn.Module):
             return None
         return meta.unbox(self.get_variable("params", "bias")).shape[-1]
 
-    def _natural(self, caller: str, x: Any = None) -> Natural:
-        check_precision(type(self).__name__, getattr(self, "param_dtype", None))
-        x = None if x is None else in_memory(caller, "x", x)
+    def _natural(self, x: Any = None) -> Natural:
+        check_precision(getattr(self, "param_dtype", None))
+        x = None if x is None else in_memory("x", x)
         known = getattr(self, "obs_dim", None) or self._stored_obs_dim()
         if known is None and x is not None and x.ndim:
             known = x.shape[-1]
         if known is None:
             raise ValueError(
-                f"{caller}: `obs_dim` must be known; got None and no observations. "
+                f"{door()}: `obs_dim` must be known; got None and no observations. "
                 "Initialise with an x, or give obs_dim."
             )
         return dataclasses.replace(self._model(known, x), projection_dtype=self.projection_dtype)  # type: ignore[attr-defined]
 
+    @public
     def __call__(self, x: Array) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D)."""
-        return inference.infer(self._natural("__call__", x), x)
+        return inference.infer(self._natural(x), x)
 
+    @public
     def natural(self) -> Natural:
         """The model in natural coordinates."""
-        return self._natural("natural")
+        return self._natural()
 
+    @public
     def prepared(self) -> Prepared:
         """The model with all that inference needs of it and that does not depend on x."""
         return prepare(self.natural())
 
+    @public
     def moments(self) -> Moments:
         """The model in standard form."""
         return natural_to_moments(self.natural())
 
+    @public
     def mean(self) -> Mean:
         """The model's expected statistics."""
         return natural_to_mean(self.natural())
 
+    @public
     def log_observable_density(self, x: Array) -> Array:
         """Log p(x) (...)."""
-        return inference.log_observable_density(self._natural("log_observable_density", x), x)
+        return inference.log_observable_density(self._natural(x), x)
 
+    @public
     def mean_log_density(self, x: Array, weights: Array | None = None) -> Array:
         """Weighted average of log p(x) over x (..., D) (): minus the loss of a fit, value and gradient in one pass."""
-        return mean_log_density(self._natural("mean_log_density", x), x, weights)
+        return mean_log_density(self._natural(x), x, weights)
 
+    @public
     def posterior_at(self, x: Array) -> Posterior:
         """Natural parameters of p(y, z | x)."""
-        return inference.posterior_at(self._natural("posterior_at", x), x)
+        return inference.posterior_at(self._natural(x), x)
 
+    @public
     def posterior_categorical(self, x: Array) -> Array:
         """Log-odds of components against component 0 (..., K-1)."""
-        return inference.posterior_categorical(self._natural("posterior_categorical", x), x)
+        return inference.posterior_categorical(self._natural(x), x)
 
+    @public
     def posterior_soft_assignments(self, x: Array) -> Array:
         """Responsibilities (..., K)."""
-        return inference.posterior_soft_assignments(self._natural("posterior_soft_assignments", x), x)
+        return inference.posterior_soft_assignments(self._natural(x), x)
 
+    @public
     def posterior_assignments(self, x: Array) -> Array:
         """Responsibilities (..., K); the same as `posterior_soft_assignments`."""
         return self.posterior_soft_assignments(x)
 
+    @public
     def posterior_hard_assignment(self, x: Array) -> Array:
         """Most probable component (...)."""
-        return inference.posterior_hard_assignment(self._natural("posterior_hard_assignment", x), x)
+        return inference.posterior_hard_assignment(self._natural(x), x)
 
+    @public
     def latent_mean(self, x: Array) -> Array:
         """E[y | x] (..., L)."""
-        return inference.latent_mean(self._natural("latent_mean", x), x)
+        return inference.latent_mean(self._natural(x), x)
 
+    @public
     def sample(self, n: int) -> tuple[Array, Array, Array]:
         """X (n, D), y (n, L), z (n,) from the joint, with the rng stream "sample"."""
         return inference.sample(self.natural(), self.make_rng("sample"), n)
 
+    @public
     def whiten_prior(self) -> Mean:
         """Expected statistics in the latent basis in which y has mean 0 and covariance I, as far as the kind allows."""
         return whiten_prior(self.mean())
@@ -163,6 +186,7 @@ class DifferentiableHMoG(HMoGHead):
     param_dtype: Any = jnp.float32
     projection_dtype: Any = None
 
+    @public
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep", "pst_rep")
         rep, _ = self.component_structure
@@ -176,7 +200,7 @@ class DifferentiableHMoG(HMoGHead):
     @property
     def component_structure(self) -> tuple[Rep, bool]:
         """Kind of the component precisions, and True if they are differences from a full base."""
-        return as_rep(self.pst_rep, caller="DifferentiableHMoG"), False
+        return as_rep(self.pst_rep), False
 
     @nn.compact
     def _model(self, obs_dim: int, x: Any) -> Natural:
@@ -224,6 +248,7 @@ class SymmetricHMoG(HMoGHead):
     param_dtype: Any = jnp.float32
     projection_dtype: Any = None
 
+    @public
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep", "lat_rep")
         super().__post_init__()
@@ -231,7 +256,7 @@ class SymmetricHMoG(HMoGHead):
     @property
     def component_structure(self) -> tuple[Rep, bool]:
         """Kind of the component precisions, and True if they are differences from a full base."""
-        rep = as_rep(self.lat_rep, caller="SymmetricHMoG")
+        rep = as_rep(self.lat_rep)
         return rep, rep is not PositiveDefinite
 
     @nn.compact
@@ -293,9 +318,10 @@ class AnalyticHMoG(HMoGHead):
     param_dtype: Any = jnp.float32
     projection_dtype: Any = None
 
+    @public
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep")
-        check_options("AnalyticHMoG", {name: getattr(self, name) for name in USED["AnalyticHMoG"]})
+        check_options({name: getattr(self, name) for name in USED["AnalyticHMoG"]})
         super().__post_init__()
 
     @property
@@ -310,8 +336,8 @@ class AnalyticHMoG(HMoGHead):
 
     @nn.compact
     def _model(self, obs_dim: int, x: Any) -> Natural:
-        obs_rep = as_rep(self.obs_rep, caller="AnalyticHMoG")
-        check_size("AnalyticHMoG", "lat_dim", self.lat_dim, at_most=obs_dim)
+        obs_rep = as_rep(self.obs_rep)
+        check_size("lat_dim", self.lat_dim, at_most=obs_dim)
 
         def first() -> Moments:
             sizes = obs_dim, self.lat_dim, self.n_components
@@ -327,30 +353,35 @@ class AnalyticHMoG(HMoGHead):
             return None
         return self.get_variable("em", "moments").bias.shape[-1]
 
+    @public
     def __call__(self, x: Array, train: bool = False) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D); with `train` also a step of stepwise EM."""
-        natural = self._natural("__call__", x)
+        natural = self._natural(x)
         if train and not self.is_initializing():
             em: Any = {name: self.get_variable("em", name) for name in ("moments", "running", "step")}
             for name, value in accepted_update(em, x, self.options, self.axis_name).items():
                 self.put_variable("em", name, value)
         return inference.infer(natural, x)
 
+    @public
     def moments(self) -> Moments:
         """The model in standard form, as the collection `em` holds it."""
         self.natural()
         return self.get_variable("em", "moments")
 
+    @public
     def expectation_maximization(
         self, x: Array, weights: Array | None = None, regularizer: Regularizer | None = None
     ) -> tuple[Natural, EMInfo]:
         """One step of exact EM on x (N, D): the new model and diagnostics; the collection `em` is not changed."""
-        return em_step(self._natural("expectation_maximization", x), x, weights, regularizer)
+        return em_step(self._natural(x), x, weights, regularizer)
 
+    @public
     def split_conjugated(self) -> tuple[LinearGaussian, Mixture]:
         """p(x | y) and p(y, z)."""
         return split_conjugated(self.natural())
 
+    @public
     def join_conjugated(self, likelihood: LinearGaussian, prior: Mixture) -> Natural:
         """The joint of a likelihood and a prior."""
         return join_conjugated(likelihood, prior)
@@ -392,35 +423,34 @@ def analytic_hmog(obs_dim: int | None, obs_rep: Any, lat_dim: int, n_components:
 
 def _check_head(head: Any, *reps: str) -> None:
     """Check what a head was given, and hold its kinds by name."""
-    caller = type(head).__name__
     for argument in reps:
-        rep = as_rep(getattr(head, argument), caller=caller, argument=argument)
+        rep = as_rep(getattr(head, argument), argument=argument)
         object.__setattr__(head, argument, rep.name)
-    check_size(caller, "n_components", head.n_components)
+    check_size("n_components", head.n_components)
     if head.obs_dim is not None:
-        check_size(caller, "obs_dim", head.obs_dim)
-    check_size(caller, "lat_dim", head.lat_dim, at_most=head.obs_dim)
+        check_size("obs_dim", head.obs_dim)
+    check_size("lat_dim", head.lat_dim, at_most=head.obs_dim)
     for size in ("lat_dim", "n_components", "obs_dim"):  # numpy's integers are not JSON
         if getattr(head, size) is not None:
             object.__setattr__(head, size, int(getattr(head, size)))
     if hasattr(head, "noise_bounds"):
-        check_interval(caller, "noise_bounds", head.noise_bounds)
-        check_interval(caller, "precision_bounds", head.precision_bounds)
-        check_positive(caller, "signal_bound", head.signal_bound, "Say how far axes may spread, as 1e3.")
-        check_positive(caller, "relative_floor", head.relative_floor, "Use a small share, as 1e-3.")
+        check_interval("noise_bounds", head.noise_bounds)
+        check_interval("precision_bounds", head.precision_bounds)
+        check_positive("signal_bound", head.signal_bound, "Say how far axes may spread, as 1e3.")
+        check_positive("relative_floor", head.relative_floor, "Use a small share, as 1e-3.")
     if jnp.dtype(head.param_dtype) not in (jnp.float32, jnp.float64):
         raise ValueError(
-            f"{caller}: `param_dtype` must be float32 or float64, in which matrices can be factorised; got "
+            f"{door()}: `param_dtype` must be float32 or float64, in which matrices can be factorised; got "
             f"{jnp.dtype(head.param_dtype).name}. Use jnp.float32, and projection_dtype or an encoder in bfloat16."
         )
-    dtype = check_float_dtype(caller, "projection_dtype", head.projection_dtype)
+    dtype = check_float_dtype("projection_dtype", head.projection_dtype)
     object.__setattr__(head, "projection_dtype", dtype)
 
 
 def _trainable_model(head: DifferentiableHMoG | SymmetricHMoG, obs_dim: int) -> Natural:
     """The model of a head with trainable leaves, created at init with their logical axis names."""
-    check_size(type(head).__name__, "lat_dim", head.lat_dim, at_most=obs_dim)
-    obs_rep = as_rep(head.obs_rep, caller=type(head).__name__)
+    check_size("lat_dim", head.lat_dim, at_most=obs_dim)
+    obs_rep = as_rep(head.obs_rep)
     specs = leaf_specs(obs_dim, head.lat_dim, head.n_components, obs_rep, *head.component_structure)
     leaves = {
         name: head.param(

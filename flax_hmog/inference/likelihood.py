@@ -12,6 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from flax_hmog.data.rows import Shards, block_rows, map_rows, row_shards
 from flax_hmog.data.samples import check_samples
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
+from flax_hmog.model.checks import public
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import Array, matmul, trace_product
 from flax_hmog.model.prepared import (
@@ -29,6 +30,7 @@ from flax_hmog.model.prepared import (
 )
 
 
+@public
 def mean_log_density(natural: Natural | Prepared, x: Any, weights: Any = None) -> Array:
     """Weighted average of log p(x) over observations, in nats: minus the loss that fits a model to data.
 
@@ -52,7 +54,7 @@ def mean_log_density(natural: Natural | Prepared, x: Any, weights: Any = None) -
         >>> bool(abs(mean_log_density(natural, x) - output.log_density.mean()) < 1e-3)
         True
     """
-    natural, x, weights = check_samples("mean_log_density", natural, x, weights)
+    natural, x, weights = check_samples(natural, x, weights)
     return _mean_log_density(natural, x, weights, row_shards(x))
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from flax_hmog.data.rows import Shards, block_rows, map_rows
 from flax_hmog.data.samples import enter
-from flax_hmog.model.checks import check_size
+from flax_hmog.model.checks import check_size, public
 from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
 from flax_hmog.model.coordinates import Natural, Precision, check_natural
 from flax_hmog.model.kinds import Array, matmul, pytree
@@ -73,6 +73,7 @@ class HMoGOutput:
     latent_mean: Array
 
 
+@public
 def infer(natural: Natural | Prepared, x: Any) -> HMoGOutput:
     """Log-density, log-responsibilities and latent mean of observations in one pass.
 
@@ -93,9 +94,10 @@ def infer(natural: Natural | Prepared, x: Any) -> HMoGOutput:
         >>> output.log_density.shape, output.log_responsibilities.shape, output.latent_mean.shape
         ((12,), (12, 3), (12, 2))
     """
-    return _by_blocks(infer_rows, *enter("infer", natural, x))
+    return _by_blocks(infer_rows, *enter(natural, x))
 
 
+@public
 def log_observable_density(natural: Natural | Prepared, x: Any) -> Array:
     """Log p(x) = log sum_k w_k N(x; W m_k + b, W S_k W' + Psi), in nats.
 
@@ -111,9 +113,10 @@ def log_observable_density(natural: Natural | Prepared, x: Any) -> Array:
         >>> log_observable_density(natural, x).shape
         (12,)
     """
-    return _by_blocks(infer_rows, *enter("log_observable_density", natural, x), "log_density")
+    return _by_blocks(infer_rows, *enter(natural, x), "log_density")
 
 
+@public
 def posterior_soft_assignments(natural: Natural | Prepared, x: Any) -> Array:
     """Responsibilities p(z = k | x). Rows sum to 1.
 
@@ -129,12 +132,13 @@ def posterior_soft_assignments(natural: Natural | Prepared, x: Any) -> Array:
         >>> print(posterior_soft_assignments(natural, x)[:2].round(2))
         [[1. 0. 0.] [0. 1. 0.]]
     """
-    return jnp.exp(_by_blocks(infer_rows, *enter("posterior_soft_assignments", natural, x), "log_responsibilities"))
+    return jnp.exp(_by_blocks(infer_rows, *enter(natural, x), "log_responsibilities"))
 
 
 posterior_assignments = posterior_soft_assignments
 
 
+@public
 def posterior_categorical(natural: Natural | Prepared, x: Any) -> Array:
     """Natural parameters of p(z | x): log-odds of components 1..K-1 against component 0.
 
@@ -150,10 +154,11 @@ def posterior_categorical(natural: Natural | Prepared, x: Any) -> Array:
         >>> (posterior_categorical(natural, x)[:2] > 0).tolist()
         [[False, False], [True, False]]
     """
-    logits = _by_blocks(infer_rows, *enter("posterior_categorical", natural, x), "log_responsibilities")
+    logits = _by_blocks(infer_rows, *enter(natural, x), "log_responsibilities")
     return logits[..., 1:] - logits[..., :1]
 
 
+@public
 def posterior_hard_assignment(natural: Natural | Prepared, x: Any) -> Array:
     """The most probable component of each observation.
 
@@ -169,10 +174,11 @@ def posterior_hard_assignment(natural: Natural | Prepared, x: Any) -> Array:
         >>> posterior_hard_assignment(natural, x).tolist()
         [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
     """
-    logits = _by_blocks(infer_rows, *enter("posterior_hard_assignment", natural, x), "log_responsibilities")
+    logits = _by_blocks(infer_rows, *enter(natural, x), "log_responsibilities")
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
+@public
 def latent_mean(natural: Natural | Prepared, x: Any) -> Array:
     """E[y | x] = sum_k p(z = k | x) Q_k^-1 (eta_k + Theta' x).
 
@@ -188,9 +194,10 @@ def latent_mean(natural: Natural | Prepared, x: Any) -> Array:
         >>> latent_mean(natural, x).shape
         (12, 2)
     """
-    return _by_blocks(infer_rows, *enter("latent_mean", natural, x), "latent_mean")
+    return _by_blocks(infer_rows, *enter(natural, x), "latent_mean")
 
 
+@public
 def posterior_at(natural: Natural | Prepared, x: Any) -> Posterior:
     """Natural parameters of p(y, z | x): locations eta_k + Theta' x, precisions Q_k, categorical bias.
 
@@ -206,14 +213,15 @@ def posterior_at(natural: Natural | Prepared, x: Any) -> Posterior:
         >>> posterior_at(natural, x[0]).location.shape
         (3, 2)
     """
-    model = in_units_of_x(check_natural("posterior_at", natural))
-    _, x, _ = enter("posterior_at", model, x)
+    model = in_units_of_x(check_natural(natural))
+    _, x, _ = enter(model, x)
     shift = matmul(x, model.interaction)[..., None, :]
     eta = model.posterior_location
     location = shift + eta.reshape(*(1,) * (x.ndim - 1), *eta.shape)
     return Posterior(location, model.posterior_precision, model.categorical_bias)
 
 
+@public
 def sample(natural: Natural | Prepared, key: Array, n: int) -> tuple[Array, Array, Array]:
     """Draw from the joint: z ~ w, y | z ~ N(m_z, S_z), x | y ~ N(W y + b, Psi).
 
@@ -235,9 +243,9 @@ def sample(natural: Natural | Prepared, key: Array, n: int) -> tuple[Array, Arra
         >>> x.shape, y.shape, z.shape
         ((5, 4), (5, 2), (5,))
     """
-    natural = check_natural("sample", natural)
-    check_size("sample", "n", n)
-    return _sample(with_prior(natural, "sample"), key, n)
+    natural = check_natural(natural)
+    check_size("n", n)
+    return _sample(with_prior(natural), key, n)
 
 
 @partial(jax.jit, static_argnames=("of_rows", "shards", "field"))

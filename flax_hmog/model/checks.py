@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,39 +19,84 @@ MISSING_VALUES = (
     "for the dtype."
 )
 
+P = ParamSpec("P")
+R = TypeVar("R")
+OUTSIDE = "flax_hmog"
+_DOOR = ContextVar("door", default=OUTSIDE)
+
+
+def door() -> str:
+    """The name that errors carry: of the public function that was entered first."""
+    return _DOOR.get()
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors carry this name here; with `OUTSIDE` that of the next public function, as in what a user hands in."""
+    token = _DOOR.set(name)
+    try:
+        yield
+    finally:
+        _DOOR.reset(token)
+
+
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function that users call: the first one entered gives errors its name.
+
+    A method's name has that of its class before it; a call and a constructor have the name of the class. Errors of a
+    constructor name the class in any case, since arguments are those of the class. Not for generators.
+    """
+    name, owner = function.__name__, function.__qualname__.rpartition(".")[0]
+    is_method, is_constructor = owner and not owner.endswith("<locals>"), name in ("__init__", "__post_init__")
+    suffix = "" if name.startswith("__") else f".{name}"
+
+    @functools.wraps(function)
+    def entered(*args: P.args, **kwargs: P.kwargs) -> R:
+        if _DOOR.get() is not OUTSIDE and not is_constructor:
+            return function(*args, **kwargs)
+        cls = args[0] if is_method else None
+        cls = cls if isinstance(cls, type) else type(cls)
+        token = _DOOR.set(f"{cls.__name__}{suffix}" if is_method else name)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _DOOR.reset(token)
+
+    return entered
+
 
 def is_concrete(*trees: Any) -> bool:
     """True if all leaves hold values: none is a tracer."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def check_precision(caller: str, dtype: Any) -> None:
+def check_precision(dtype: Any) -> None:
     """ValueError for a head in float64 where JAX would silently compute in float32."""
     if dtype is not None and jnp.dtype(dtype) == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
         raise ValueError(
-            f"{caller}: `param_dtype` must be float32 while JAX computes in 32 bits; got float64. Switch 64 bits on at "
+            f"{door()}: `param_dtype` must be float32 while JAX computes in 32 bits; got float64. Switch 64 bits on at "
             'the start of the program: jax.config.update("jax_enable_x64", True).'
         )
 
 
-def check_outside_transformations(caller: str, **arguments: Any) -> None:
+def check_outside_transformations(**arguments: Any) -> None:
     """TypeError unless all arguments hold values: a loop on the host cannot run inside of `jit`, `vmap` or `grad`."""
     for argument, value in arguments.items():
         is_tree = isinstance(value, jax.Array | list | tuple) or dataclasses.is_dataclass(value)
         if is_tree and not is_concrete(value):
             raise TypeError(
-                f"{caller}: `{argument}` must hold values; got a tracer of jit, vmap or grad. Call {caller} outside of "
+                f"{door()}: `{argument}` must hold values; got a tracer of jit, vmap or grad. Call {door()} outside of "
                 "them, in a loop over keys or data sets; inside, em_step is a step of EM."
             )
 
 
-def check_type(caller: str, argument: str, value: Any, expected: type, remedy: str) -> None:
+def check_type(argument: str, value: Any, expected: type, remedy: str) -> None:
     """TypeError unless `value` is an instance of `expected`."""
     if not isinstance(value, expected):
-        raise TypeError(f"{caller}: `{argument}` must be {expected.__name__}; got {type(value).__name__}. {remedy}")
+        raise TypeError(f"{door()}: `{argument}` must be {expected.__name__}; got {type(value).__name__}. {remedy}")
 
 
-def check_float_dtype(caller: str, argument: str, dtype: Any) -> str | None:
+def check_float_dtype(argument: str, dtype: Any) -> str | None:
     """The name of a float dtype; None for None. ValueError for another one."""
     if dtype is None:
         return None
@@ -58,43 +106,41 @@ def check_float_dtype(caller: str, argument: str, dtype: Any) -> str | None:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
         raise ValueError(
-            f'{caller}: `{argument}` must be a float dtype or None; got {dtype!r}. Use "bfloat16" or None.'
+            f'{door()}: `{argument}` must be a float dtype or None; got {dtype!r}. Use "bfloat16" or None.'
         )
     return found.name
 
 
-def check_size(caller: str, argument: str, value: Any, *, at_most: int | None = None, at_least: int = 1) -> None:
+def check_size(argument: str, value: Any, *, at_most: int | None = None, at_least: int = 1) -> None:
     """ValueError unless `value` is a whole number within the bounds."""
     bound = "" if at_most is None else f" and at most {at_most}"
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or value < at_least or (at_most is not None and value > at_most):
         raise ValueError(
-            f"{caller}: `{argument}` must be a whole number of at least {at_least}{bound}; got {value!r}. "
+            f"{door()}: `{argument}` must be a whole number of at least {at_least}{bound}; got {value!r}. "
             f"Choose {argument} within these bounds."
         )
 
 
-def check_interval(caller: str, argument: str, value: Any) -> None:
+def check_interval(argument: str, value: Any) -> None:
     """ValueError unless `value` is a pair 0 < lower < upper of finite numbers."""
     valid = isinstance(value, Sequence) and len(value) == 2 and 0 < value[0] < value[1] < float("inf")
     if not valid:
         raise ValueError(
-            f"{caller}: `{argument}` must be a pair 0 < lower < upper; got {value!r}. Give both bounds, as (1e-6, 1e6)."
+            f"{door()}: `{argument}` must be a pair 0 < lower < upper; got {value!r}. Give both bounds, as (1e-6, 1e6)."
         )
 
 
-def check_shape(caller: str, argument: str, value: Any, shape: tuple) -> None:
+def check_shape(argument: str, value: Any, shape: tuple) -> None:
     """ValueError unless `value` has exactly this shape."""
     if np.shape(value) != shape:
         raise ValueError(
-            f"{caller}: `{argument}` must have shape {shape}; got {np.shape(value)}. "
+            f"{door()}: `{argument}` must have shape {shape}; got {np.shape(value)}. "
             "Check the dimensions against those of the model."
         )
 
 
-def check_finite(
-    caller: str, argument: str, x: Array, remedy: str = MISSING_VALUES, *, row_numbers: Any = None
-) -> None:
+def check_finite(argument: str, x: Array, remedy: str = MISSING_VALUES, *, row_numbers: Any = None) -> None:
     """ValueError if any entry is not finite, with the count and the first row."""
     if not is_concrete(x):
         return
@@ -105,7 +151,7 @@ def check_finite(
         bad = ~jnp.isfinite(x).reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
         count, row = int(jnp.sum(bad)), int(jnp.argmax(jnp.any(bad, axis=-1)))
     raise ValueError(
-        f"{caller}: `{argument}` must be finite in {x.dtype}; got {count} entries that are not, "
+        f"{door()}: `{argument}` must be finite in {x.dtype}; got {count} entries that are not, "
         f"the first in row {row if row_numbers is None else int(row_numbers[row])}. {remedy}"
     )
 
@@ -119,7 +165,7 @@ def _all_finite(x: Array) -> Array:
 ASYMMETRY = 1e-3  # of the largest entry, which rounding does not explain
 
 
-def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: str) -> None:
+def check_positive_definite(argument: str, matrices: Any, remedy: str) -> None:
     """ValueError naming the first matrix (..., n, n) that is not positive definite, with its smallest eigenvalue."""
     if not is_concrete(matrices):
         return
@@ -128,7 +174,7 @@ def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: s
     if gap.size and np.isfinite(gap).all() and gap.max() > ASYMMETRY * np.abs(stack).max():
         entry = tuple(int(i) for i in np.unravel_index(gap.argmax(), gap.shape))
         raise ValueError(
-            f"{caller}: `{argument}` must be symmetric; got entries that differ by {gap.max():.3g} across the "
+            f"{door()}: `{argument}` must be symmetric; got entries that differ by {gap.max():.3g} across the "
             f"diagonal, at {entry}. Give the whole matrix, not a triangle of it."
         )
     for index, matrix in enumerate(stack):
@@ -140,12 +186,12 @@ def check_positive_definite(caller: str, argument: str, matrices: Any, remedy: s
             smallest = np.linalg.eigvalsh(matrix)[0] if np.isfinite(matrix).all() else np.nan
             where = f"component {index} has" if matrices.ndim > 2 else "it has"
             raise ValueError(
-                f"{caller}: `{argument}` must be positive definite; {where} smallest eigenvalue "
+                f"{door()}: `{argument}` must be positive definite; {where} smallest eigenvalue "
                 f"{smallest:.3g}. {remedy}"
             ) from None
 
 
-def check_positive(caller: str, argument: str, values: Any, remedy: str) -> None:
+def check_positive(argument: str, values: Any, remedy: str) -> None:
     """ValueError unless every entry is positive and finite."""
     if is_concrete(values):
         flat = np.asarray(values).reshape(-1)
@@ -153,5 +199,5 @@ def check_positive(caller: str, argument: str, values: Any, remedy: str) -> None
         if bad.any():
             first = int(bad.argmax())
             raise ValueError(
-                f"{caller}: `{argument}` must be positive; got {flat[first]:.3g} at entry {first}. {remedy}"
+                f"{door()}: `{argument}` must be positive; got {flat[first]:.3g} at entry {first}. {remedy}"
             )

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from flax_hmog.model.checks import check_type
+from flax_hmog.model.checks import check_type, public
 from flax_hmog.model.conversions import conjugation, in_units_of_x, with_prior
 from flax_hmog.model.coordinates import (
     FULL_ONLY,
@@ -65,6 +65,7 @@ class Mixture:
     bias: Array
 
 
+@public
 def split_conjugated(natural: Natural) -> tuple[LinearGaussian, Mixture]:
     """Likelihood and prior of a model whose prior shares the structure of its posterior.
 
@@ -84,8 +85,8 @@ def split_conjugated(natural: Natural) -> tuple[LinearGaussian, Mixture]:
         >>> type(likelihood).__name__, type(prior).__name__
         ('LinearGaussian', 'Mixture')
     """
-    natural = check_natural("split_conjugated", natural)
-    natural = with_prior(in_units_of_x(natural), "split_conjugated")
+    natural = check_natural(natural)
+    natural = with_prior(in_units_of_x(natural))
     precision = natural.posterior_precision
     if isinstance(precision, SharedBase):
         base = PositiveDefinite(natural.prior_precision.entries[0])
@@ -101,6 +102,7 @@ def split_conjugated(natural: Natural) -> tuple[LinearGaussian, Mixture]:
     return likelihood, Mixture(natural.prior_location, prior, natural.categorical_bias)
 
 
+@public
 def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
     """The joint of a likelihood and a prior; inverse of `split_conjugated`.
 
@@ -120,8 +122,8 @@ def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
         >>> bool(abs(again.posterior_location - natural.posterior_location).max() < 1e-4)
         True
     """
-    check_type("join_conjugated", "likelihood", likelihood, LinearGaussian, "Take it from split_conjugated.")
-    check_type("join_conjugated", "prior", prior, Mixture, "Take it from split_conjugated.")
+    check_type("likelihood", likelihood, LinearGaussian, "Take it from split_conjugated.")
+    check_type("prior", prior, Mixture, "Take it from split_conjugated.")
     log_partitions, *_ = gaussian_log_partition(prior.location, PositiveDefinite(prior.precision.dense()))
     natural = Natural(
         observable_location=likelihood.location,

@@ -17,7 +17,9 @@ from flax_hmog.model.checks import (
     check_positive_definite,
     check_shape,
     check_type,
+    door,
     is_concrete,
+    public,
 )
 from flax_hmog.model.coordinates import (
     Mean,
@@ -59,7 +61,7 @@ def conjugation(natural: Natural) -> tuple[Array, Array]:
     return matmul(location, whitened), matmul(whitened.T, whitened)
 
 
-def with_prior(natural: Natural, caller: str = "with_prior") -> Natural:
+def with_prior(natural: Natural) -> Natural:
     """Fill in the prior location, precision and weights, by the differences that define them, where they are missing.
 
     Raises:
@@ -67,12 +69,11 @@ def with_prior(natural: Natural, caller: str = "with_prior") -> Natural:
     """
     if not any(known is None for known in (natural.prior_location, natural.prior_precision, natural.log_weights)):
         return natural
-    natural.observable_precision.check(caller, "observable_precision", "Check where the model comes from.")
+    natural.observable_precision.check("observable_precision", "Check where the model comes from.")
     shift, gram = conjugation(natural)
     location = natural.posterior_location + shift[None]
     prior = PositiveDefinite(symmetrize(natural.posterior_precision.dense() - gram[None]))
     check_positive_definite(
-        caller,
         "prior precision Q_k - W'Psi^-1 W",
         prior.entries,
         "Raise the posterior precisions or shrink the interaction; in float32 give Natural its `prior_precision`.",
@@ -82,6 +83,7 @@ def with_prior(natural: Natural, caller: str = "with_prior") -> Natural:
     return dataclasses.replace(natural, prior_location=location, prior_precision=prior, log_weights=log_weights)
 
 
+@public
 def natural_to_moments(natural: Natural) -> Moments:
     """Standard form of a model in natural coordinates: W = Psi Theta, S_k = P_k^-1, m_k = S_k h_k.
 
@@ -100,22 +102,22 @@ def natural_to_moments(natural: Natural) -> Moments:
         >>> print(natural_to_moments(natural).weights.round(2))
         [0.5  0.25 0.25]
     """
-    natural = check_natural("natural_to_moments", natural)
-    moments = own_moments(natural, "natural_to_moments")
+    natural = check_natural(natural)
+    moments = own_moments(natural)
     if natural.frame is None:
         return moments
     moments = reframe(moments, natural.frame, None)
     remedy = "The dtype cannot hold them in units of x: rescale the data, or use float64."
-    check_positive("natural_to_moments", "noise variances", moments.noise.diagonal(), remedy)
+    check_positive("noise variances", moments.noise.diagonal(), remedy)
     for argument in ("loadings", "bias", "noise"):
         for leaf in jax.tree.leaves(getattr(moments, argument)):
-            check_finite("natural_to_moments", argument, leaf, remedy)
+            check_finite(argument, leaf, remedy)
     return moments
 
 
-def own_moments(natural: Natural, caller: str = "own_moments") -> Moments:
+def own_moments(natural: Natural) -> Moments:
     """Standard form in the units of the model's own parameters: those of its frame, if it has one."""
-    return _natural_to_moments(with_prior(natural, caller))
+    return _natural_to_moments(with_prior(natural))
 
 
 @jax.jit
@@ -134,6 +136,7 @@ def reframe(moments: Moments, old: Frame | None, new: Frame | None) -> Moments:
     )
 
 
+@public
 def in_units_of_x(natural: Natural) -> Natural:
     """The same model, its parameters those of x; as it is if it has no frame.
 
@@ -152,10 +155,10 @@ def in_units_of_x(natural: Natural) -> Natural:
         >>> in_units_of_x(natural) is natural  # it has no frame
         True
     """
-    natural = check_natural("in_units_of_x", natural)
+    natural = check_natural(natural)
     if natural.frame is None:
         return natural
-    plain = _in_units_of_x(with_prior(natural, "in_units_of_x"))
+    plain = _in_units_of_x(with_prior(natural))
     if is_concrete(plain) and not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(plain)):
         raise ValueError(
             f"in_units_of_x: the parameters must be finite in {plain.interaction.dtype} in units of x; got units from "
@@ -208,6 +211,7 @@ def _natural_to_moments(natural: Natural) -> Moments:
     )
 
 
+@public
 def moments_to_natural(moments: Moments, rep: Any = PositiveDefinite, *, shared_base: bool = False) -> Natural:
     """Natural coordinates of a model in standard form: Q_k = S_k^-1 + W'Psi^-1 W, eta_k = S_k^-1 m_k - W'Psi^-1 b.
 
@@ -230,8 +234,8 @@ def moments_to_natural(moments: Moments, rep: Any = PositiveDefinite, *, shared_
         >>> print(natural_to_moments(natural).weights.round(2))
         [0.5  0.25 0.25]
     """
-    check_type("moments_to_natural", "moments", moments, Moments, "Convert with natural_to_moments.")
-    rep = as_rep(rep, caller="moments_to_natural")
+    check_type("moments", moments, Moments, "Convert with natural_to_moments.")
+    rep = as_rep(rep)
     natural, dense = _moments_to_natural(_check_moments(moments), rep, shared_base)
     _check_nothing_dropped(dense, natural.posterior_precision, rep)
     return natural
@@ -260,6 +264,7 @@ def _moments_to_natural(moments: Moments, rep: Rep, shared_base: bool) -> tuple[
     return natural, dense
 
 
+@public
 def natural_to_mean(natural: Natural) -> Mean:
     """Expected statistics of a model: the gradient of its log-partition function.
 
@@ -278,8 +283,8 @@ def natural_to_mean(natural: Natural) -> Mean:
         >>> print(natural_to_mean(natural).observable_mean.round(2))  # E[x]
         [ 1.    0.25  0.5  -0.5 ]
     """
-    natural = check_natural("natural_to_mean", natural)
-    return _natural_to_mean(with_prior(in_units_of_x(natural), "natural_to_mean"))
+    natural = check_natural(natural)
+    return _natural_to_mean(with_prior(in_units_of_x(natural)))
 
 
 @jax.jit
@@ -310,12 +315,12 @@ def _natural_to_mean(natural: Natural) -> Mean:
     )
 
 
-def mean_to_moments(mean: Mean, *, caller: str = "mean_to_moments") -> Moments:
+@public
+def mean_to_moments(mean: Mean) -> Moments:
     """Standard form of the maximum-likelihood model with these expected statistics: regression of x on y.
 
     Args:
         mean: expected statistics with full latent second moments.
-        caller: the name that errors carry.
 
     Returns:
         `Moments` with W = Cov(x, y) Cov(y)^-1, b = E[x] - W E[y] and Psi the residual covariance.
@@ -323,8 +328,8 @@ def mean_to_moments(mean: Mean, *, caller: str = "mean_to_moments") -> Moments:
     Raises:
         TypeError: if `mean` is of another coordinate type or its latent second moments are restricted.
     """
-    check_mean(caller, mean)
-    check_full(caller, "mean", mean.weighted_second_moments)
+    check_mean(mean)
+    check_full("mean", mean.weighted_second_moments)
     return _mean_to_moments(mean)
 
 
@@ -358,6 +363,7 @@ def component_moments(mass: Array, first: Array, second: Array) -> tuple[Array, 
     return means, PositiveDefinite(symmetrize(second / mass[:, None, None] - outer(means, means)))
 
 
+@public
 def mean_to_natural(mean: Mean) -> Natural:
     """Natural coordinates of the maximum-likelihood model with these expected statistics (the M-step of EM).
 
@@ -378,35 +384,34 @@ def mean_to_natural(mean: Mean) -> Natural:
         >>> better.interaction.shape
         (4, 2)
     """
-    return moments_to_natural(mean_to_moments(mean, caller="mean_to_natural"))
+    return moments_to_natural(mean_to_moments(mean))
 
 
 def _check_moments(moments: Moments) -> Moments:
     """`moments` with its covariances as `PositiveDefinite`, once its shapes and values make a model."""
-    caller = "moments_to_natural"
     for argument in ("loadings", "means"):
         if jnp.ndim(getattr(moments, argument)) != 2:
-            check_shape(caller, argument, getattr(moments, argument), ("D" if argument == "loadings" else "K", "L"))
+            check_shape(argument, getattr(moments, argument), ("D" if argument == "loadings" else "K", "L"))
     if not isinstance(moments.covariances, PositiveDefinite):
         moments = dataclasses.replace(moments, covariances=PositiveDefinite(jnp.asarray(moments.covariances)))
     obs_dim, lat_dim = jnp.shape(moments.loadings)
     n_components = jnp.shape(moments.means)[0]
-    check_shape(caller, "bias", moments.bias, (obs_dim,))
-    check_shape(caller, "weights", moments.weights, (n_components,))
-    check_shape(caller, "means", moments.means, (n_components, lat_dim))
+    check_shape("bias", moments.bias, (obs_dim,))
+    check_shape("weights", moments.weights, (n_components,))
+    check_shape("means", moments.means, (n_components, lat_dim))
     for argument in ("loadings", "bias", "means"):
-        check_finite(caller, argument, jnp.asarray(getattr(moments, argument)), "Check where the model comes from.")
-    check_shape(caller, "covariances", moments.covariances.entries, (n_components, lat_dim, lat_dim))
-    as_rep(moments.noise, caller=caller, argument="noise")
-    check_shape(caller, "noise", moments.noise.entries, moments.noise.shape(obs_dim))
-    check_shape(caller, "noise", jax.eval_shape(lambda noise: noise.diagonal(), moments.noise), (obs_dim,))
+        check_finite(argument, jnp.asarray(getattr(moments, argument)), "Check where the model comes from.")
+    check_shape("covariances", moments.covariances.entries, (n_components, lat_dim, lat_dim))
+    as_rep(moments.noise, argument="noise")
+    check_shape("noise", moments.noise.entries, moments.noise.shape(obs_dim))
+    check_shape("noise", jax.eval_shape(lambda noise: noise.diagonal(), moments.noise), (obs_dim,))
     remedy = "Regularise it, for example by fit_em's `regularizer`."
-    moments.noise.check(caller, "noise", remedy)
-    check_positive_definite(caller, "covariances", moments.covariances.entries, remedy)
-    check_positive(caller, "weights", moments.weights, "Drop empty components.")
+    moments.noise.check("noise", remedy)
+    check_positive_definite("covariances", moments.covariances.entries, remedy)
+    check_positive("weights", moments.weights, "Drop empty components.")
     if is_concrete(moments.weights) and abs(float(np.sum(np.asarray(moments.weights))) - 1) > 1e-3:
         raise ValueError(
-            f"{caller}: `weights` must sum to 1; got {float(np.sum(np.asarray(moments.weights))):.4g}. "
+            f"{door()}: `weights` must sum to 1; got {float(np.sum(np.asarray(moments.weights))):.4g}. "
             "Divide by the sum."
         )
     return jax.tree.map(jnp.asarray, moments)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from flax_hmog.model.checks import door
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import (
     Array,
@@ -212,7 +213,7 @@ class Prepared:
         return self.covariance.ndim == 2
 
 
-def check_natural(caller: str, value: Any, argument: str = "natural") -> Natural:
+def check_natural(value: Any, argument: str = "natural") -> Natural:
     """The `Natural` that `value` is, or was prepared from.
 
     Raises:
@@ -227,7 +228,7 @@ def check_natural(caller: str, value: Any, argument: str = "natural") -> Natural
         remedy = 'A head\'s model is head.apply(variables, method="natural").'
     elif hasattr(value, "natural"):
         remedy = "Give its `natural`."
-    raise TypeError(f"{caller}: `{argument}` must be Natural; got {type(value).__name__}. {remedy}")
+    raise TypeError(f"{door()}: `{argument}` must be Natural; got {type(value).__name__}. {remedy}")
 
 
 @pytree
@@ -264,14 +265,14 @@ class Mean:
         fill_sizes(self, self.weighted_means, "weighted_second_moments")
 
 
-def check_mean(caller: str, value: Any) -> None:
+def check_mean(value: Any) -> None:
     """TypeError, with the way to a `Mean`, unless `value` is one."""
     if isinstance(value, Mean):
         return
     remedy = "Convert with natural_to_mean."
     if isinstance(value, ResidualMoments):
         remedy = "They are about a model: `to_mean(moments)` gives those of x, as em['running'].to_mean(em['moments'])."
-    raise TypeError(f"{caller}: `mean` must be Mean; got {type(value).__name__}. {remedy}")
+    raise TypeError(f"{door()}: `mean` must be Mean; got {type(value).__name__}. {remedy}")
 
 
 @pytree
@@ -407,9 +408,9 @@ def restrict_precision(dense: Array, rep: Rep, shared_base: bool) -> Precision:
     return rep.project(dense)
 
 
-def check_full(caller: str, argument: str, kind: Any) -> None:
+def check_full(argument: str, kind: Any) -> None:
     """TypeError unless component matrices are full."""
     if not isinstance(kind, PositiveDefinite):
         raise TypeError(
-            f"{caller}: `{argument}` must have full component matrices; got {type(kind).__name__}. {FULL_ONLY}"
+            f"{door()}: `{argument}` must have full component matrices; got {type(kind).__name__}. {FULL_ONLY}"
         )

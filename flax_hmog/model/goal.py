@@ -15,12 +15,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.model.checks import check_finite, check_type
+from flax_hmog.model.checks import check_finite, check_type, door, public
 from flax_hmog.model.conversions import in_units_of_x, with_prior
 from flax_hmog.model.coordinates import Mean, Natural, Precision, SharedBase, check_mean, check_natural
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep
 
 
+@public
 def ravel_natural(natural: Natural, head: Any) -> Array:
     """Natural coordinates as the flat vector of goal-jax.
 
@@ -40,17 +41,17 @@ def ravel_natural(natural: Natural, head: Any) -> Array:
         >>> ravel_natural(natural, head).shape  # 4 + 4 + 8 + 5 + 10 + 2
         (33,)
     """
-    natural = check_natural("ravel_natural", natural)
+    natural = check_natural(natural)
     natural = in_units_of_x(natural)
-    obs_dim, lat_dim, _, obs_rep, rep, shared_base = _read_head("ravel_natural", head)
-    _check_structure("ravel_natural", natural.observable_precision, obs_rep)
+    obs_dim, lat_dim, _, obs_rep, rep, shared_base = _read_head(head)
+    _check_structure(natural.observable_precision, obs_rep)
     precision: Any = natural.posterior_precision
     if shared_base:
-        check_type("ravel_natural", "natural.posterior_precision", precision, SharedBase, "Use the head it came from.")
+        check_type("natural.posterior_precision", precision, SharedBase, "Use the head it came from.")
         first = _pack_precision(precision.base, lat_dim)
         shapes = _pack_precision(precision.differences, lat_dim)
     else:
-        _check_structure("ravel_natural", precision, rep)
+        _check_structure(precision, rep)
         packed = _pack_precision(precision, lat_dim)
         first, shapes = packed[0], packed[1:] - packed[:1]
     locations = natural.posterior_location
@@ -66,6 +67,7 @@ def ravel_natural(natural: Natural, head: Any) -> Array:
     ])  # fmt: skip
 
 
+@public
 def unravel_natural(flat: Array, head: Any) -> Natural:
     """Natural coordinates from the flat vector of goal-jax.
 
@@ -86,10 +88,10 @@ def unravel_natural(flat: Array, head: Any) -> Natural:
         >>> unravel_natural(ravel_natural(natural, head), head).interaction.shape
         (4, 2)
     """
-    obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head("unravel_natural", head)
+    obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head(head)
     base_rep = PositiveDefinite if shared_base else rep
     location, precision, interaction, first, differences, bias = _split(
-        "unravel_natural", flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
+        flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
     )
     first_location, first_shape = first[:lat_dim], first[lat_dim:]
     locations = jnp.concatenate([first_location[None], first_location[None] + differences[:, :lat_dim]])
@@ -103,9 +105,10 @@ def unravel_natural(flat: Array, head: Any) -> Natural:
     natural = Natural(
         location, _unpack_precision(precision, obs_rep, obs_dim), interaction, locations, components, bias
     )
-    return with_prior(natural, "unravel_natural")
+    return with_prior(natural)
 
 
+@public
 def ravel_mean(mean: Mean, head: Any) -> Array:
     """Mean coordinates as the flat vector of goal-jax.
 
@@ -126,10 +129,10 @@ def ravel_mean(mean: Mean, head: Any) -> Array:
         >>> ravel_mean(natural_to_mean(natural), head).shape
         (33,)
     """
-    check_mean("ravel_mean", mean)
-    *_, obs_rep, rep, shared_base = _read_head("ravel_mean", head)
-    _check_structure("ravel_mean", mean.observable_second_moment, obs_rep)
-    _check_structure("ravel_mean", mean.weighted_second_moments, rep)
+    check_mean(mean)
+    *_, obs_rep, rep, shared_base = _read_head(head)
+    _check_structure(mean.observable_second_moment, obs_rep)
+    _check_structure(mean.weighted_second_moments, rep)
     shapes = mean.weighted_second_moments.pack()
     pooled = mean.pooled_second_moment.pack() if shared_base else jnp.sum(shapes, axis=0)
     components = jnp.concatenate([mean.weighted_means, shapes], axis=-1)[1:]
@@ -144,6 +147,7 @@ def ravel_mean(mean: Mean, head: Any) -> Array:
     ])  # fmt: skip
 
 
+@public
 def unravel_mean(flat: Array, head: Any) -> Mean:
     """Mean coordinates from the flat vector of goal-jax.
 
@@ -163,10 +167,10 @@ def unravel_mean(flat: Array, head: Any) -> Mean:
         >>> unravel_mean(ravel_mean(natural_to_mean(natural), head), head).cross_moment.shape
         (4, 2)
     """
-    obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head("unravel_mean", head)
+    obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head(head)
     base_rep = PositiveDefinite if shared_base else rep
     mean, second, cross, first, components, weights = _split(
-        "unravel_mean", flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
+        flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
     )
     pooled: Any = base_rep.unpack(first[lat_dim:], lat_dim)
     # component 0 is what the others leave of the average
@@ -185,23 +189,23 @@ def unravel_mean(flat: Array, head: Any) -> Mean:
     )
 
 
-def _read_head(caller: str, head: Any) -> tuple[int, int, int, Rep, Rep, bool]:
+def _read_head(head: Any) -> tuple[int, int, int, Rep, Rep, bool]:
     if head.obs_dim is None:
-        raise ValueError(f"{caller}: `head.obs_dim` must be a number; got None. Give the head its obs_dim.")
-    obs_rep = as_rep(head.obs_rep, caller=caller, argument="head.obs_rep")
+        raise ValueError(f"{door()}: `head.obs_dim` must be a number; got None. Give the head its obs_dim.")
+    obs_rep = as_rep(head.obs_rep, argument="head.obs_rep")
     rep, shared_base = head.component_structure
     return head.obs_dim, head.lat_dim, head.n_components, obs_rep, rep, shared_base
 
 
-def _check_structure(caller: str, value: Any, rep: Rep) -> None:
+def _check_structure(value: Any, rep: Rep) -> None:
     if type(value) is not rep:
         raise ValueError(
-            f"{caller}: `head` must have the kinds of the coordinates; got {rep.__name__} for coordinates that hold "
+            f"{door()}: `head` must have the kinds of the coordinates; got {rep.__name__} for coordinates that hold "
             f"{type(value).__name__}. Use the head they came from."
         )
 
 
-def _split(caller: str, flat: Any, obs_dim: int, lat_dim: int, n_components: int, reps: tuple) -> tuple:
+def _split(flat: Any, obs_dim: int, lat_dim: int, n_components: int, reps: tuple) -> tuple:
     """The six parts of a flat vector; the differences as (K-1, component size)."""
     obs_rep, base_rep, rep = reps
     flat = jnp.asarray(flat)
@@ -212,10 +216,10 @@ def _split(caller: str, flat: Any, obs_dim: int, lat_dim: int, n_components: int
     ]  # fmt: skip
     if flat.shape != (sum(sizes),):
         raise ValueError(
-            f"{caller}: `flat` must have shape ({sum(sizes)},) for this head; got {flat.shape}. "
+            f"{door()}: `flat` must have shape ({sum(sizes)},) for this head; got {flat.shape}. "
             "Check the head's dimensions and kinds."
         )
-    check_finite(caller, "flat", flat)
+    check_finite("flat", flat)
     location, shape, interaction, component, differences, bias = jnp.split(flat, np.cumsum(sizes)[:-1])
     return (
         location, shape, interaction.reshape(obs_dim, lat_dim), component,

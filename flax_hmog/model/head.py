@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from flax_hmog.model.checks import door
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import Rep
 
@@ -63,19 +64,19 @@ class Head(Protocol):
         """`HMoGOutput` of x (..., D)."""
 
 
-def check_head(caller: str, head: Any, signature: str) -> None:
+def check_head(head: Any, signature: str) -> None:
     """TypeError, naming the order of arguments, unless `head` is one."""
     if isinstance(head, type) or not isinstance(head, Head):
         raise TypeError(
-            f"{caller}: `head` must be a head, as DifferentiableHMoG, or offer what flax_hmog.Head lists; got "
-            f"{type(head).__name__}. Call {caller}{signature}."
+            f"{door()}: `head` must be a head, as DifferentiableHMoG, or offer what flax_hmog.Head lists; got "
+            f"{type(head).__name__}. Call {door()}{signature}."
         )
 
 
-def check_head_and_key(caller: str, head: Any, key: Any) -> None:
+def check_head_and_key(head: Any, key: Any) -> None:
     """TypeError unless `head` is a head, and `key` a PRNG key, typed or raw."""
-    check_head(caller, head, "(head, data, key)")
+    check_head(head, "(head, data, key)")
     dtype = getattr(key, "dtype", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not is_typed and dtype != jnp.uint32:
-        raise TypeError(f"{caller}: `key` must be a PRNG key; got {type(key).__name__}. Use jax.random.key(0).")
+        raise TypeError(f"{door()}: `key` must be a PRNG key; got {type(key).__name__}. Use jax.random.key(0).")

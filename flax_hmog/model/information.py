@@ -5,11 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import in_units_of_x, mean_to_moments, natural_to_moments, with_prior
 from flax_hmog.model.coordinates import Mean, Natural, categorical_logits, check_natural, gaussian_log_partition
 from flax_hmog.model.kinds import Array, Kind, einsum, matmul, trace_product
 
 
+@public
 def log_partition(natural: Natural) -> Array:
     """Psi = logsumexp_k(cat_k + psi_N(h_k, P_k)) + psi_N(Psi^-1 b, Psi^-1), without the base measure.
 
@@ -28,8 +30,8 @@ def log_partition(natural: Natural) -> Array:
         >>> log_partition(natural).shape
         ()
     """
-    natural = check_natural("log_partition", natural)
-    natural = with_prior(in_units_of_x(natural), "log_partition")
+    natural = check_natural(natural)
+    natural = with_prior(in_units_of_x(natural))
     log_partitions, *_ = gaussian_log_partition(natural.prior_location, natural.prior_precision)
     latent = jax.nn.logsumexp(categorical_logits(natural.categorical_bias) + log_partitions)
     location, precision = natural.observable_location, natural.observable_precision
@@ -37,6 +39,7 @@ def log_partition(natural: Natural) -> Array:
     return latent + (jnp.sum(half**2) - precision.log_det()) / 2
 
 
+@public
 def negative_entropy(mean: Mean) -> Array:
     """Theta . mu - psi = E[log p(x, y, z)] without the base measure; the convex conjugate of `log_partition`.
 
@@ -55,13 +58,14 @@ def negative_entropy(mean: Mean) -> Array:
         >>> round(float(negative_entropy(natural_to_mean(natural))), 2)
         2.17
     """
-    moments = mean_to_moments(mean, caller="negative_entropy")
+    moments = mean_to_moments(mean)
     obs_dim, lat_dim = moments.loadings.shape
     # sum_k w_k (log w_k - (log|S_k| + L) / 2) - (log|Psi| + D) / 2
     component = jnp.log(moments.weights) - (moments.covariances.log_det() + lat_dim) / 2
     return jnp.sum(moments.weights * component) - (moments.noise.log_det() + obs_dim) / 2
 
 
+@public
 def kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
     """KL(p || q) between joints over (x, y, z), as KL of z + KL of y | z + KL of x | y.
 
@@ -86,8 +90,8 @@ def kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
         >>> round(float(kl_divergence(natural, other)), 2)  # 4 columns, 0.1^2 / (2 * 0.1) each
         0.2
     """
-    natural_p = check_natural("kl_divergence", natural_p, "natural_p")
-    natural_q = check_natural("kl_divergence", natural_q, "natural_q")
+    natural_p = check_natural(natural_p, "natural_p")
+    natural_q = check_natural(natural_q, "natural_q")
     if (natural_p.interaction.shape, natural_p.posterior_location.shape) != (
         natural_q.interaction.shape,
         natural_q.posterior_location.shape,
@@ -98,7 +102,7 @@ def kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
             f"{natural_p.posterior_location.shape}. Compare models of one size."
         )
     p, q = in_units_of_x(natural_p), in_units_of_x(natural_q)
-    return _kl_divergence(with_prior(p, "kl_divergence"), with_prior(q, "kl_divergence"))
+    return _kl_divergence(with_prior(p), with_prior(q))
 
 
 @jax.jit

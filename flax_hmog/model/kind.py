@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.model.checks import check_positive
+from flax_hmog.model.checks import check_positive, door
 
 Array: TypeAlias = jax.Array
 T = TypeVar("T")
@@ -161,9 +161,9 @@ class Kind(abc.ABC):
         """The average of the matrix and its transpose."""
         return self
 
-    def check(self, caller: str, argument: str, remedy: str) -> None:
+    def check(self, argument: str, remedy: str) -> None:
         """ValueError that names the argument unless the matrices are positive definite."""
-        check_positive(caller, argument, self.entries, remedy)
+        check_positive(argument, self.entries, remedy)
 
     @classmethod
     def from_leaf(cls, leaf: Array, dim: int, interval: tuple[float, float], floor: float) -> Self:
@@ -283,7 +283,7 @@ def _defines(cls: Rep, method: str) -> bool:
     return any(method in vars(base) for base in cls.__mro__[: cls.__mro__.index(Kind)])
 
 
-def as_rep(rep: Any, *, caller: str, argument: str = "rep") -> Rep:
+def as_rep(rep: Any, *, argument: str = "rep") -> Rep:
     """Resolve a kind given by class, instance or name.
 
     Raises:
@@ -292,7 +292,7 @@ def as_rep(rep: Any, *, caller: str, argument: str = "rep") -> Rep:
     kind: Any = REPS.get(rep.lower()) if isinstance(rep, str) else rep if isinstance(rep, type) else type(rep)
     if kind not in REPS.values():
         choices = ", ".join(f'"{name}" ({kind.__name__})' for name, kind in REPS.items())
-        raise ValueError(f"{caller}: `{argument}` must be one of {choices}; got {rep!r}. Give the name or the class.")
+        raise ValueError(f"{door()}: `{argument}` must be one of {choices}; got {rep!r}. Give the name or the class.")
     return kind
 
 

@@ -349,8 +349,8 @@ class PositiveDefinite(Kind):
     def symmetrized(self) -> PositiveDefinite:
         return PositiveDefinite(symmetrize(self.entries))
 
-    def check(self, caller: str, argument: str, remedy: str) -> None:
-        check_positive_definite(caller, argument, self.entries, remedy)
+    def check(self, argument: str, remedy: str) -> None:
+        check_positive_definite(argument, self.entries, remedy)
 
     @classmethod
     def from_leaf(cls, leaf: Array, dim: int, interval: tuple[float, float], floor: float) -> PositiveDefinite:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from flax_hmog.model.checks import door
 
-def require(module: str, caller: str, extra: str) -> Any:
+
+def require(module: str, extra: str) -> Any:
     """Import an optional dependency.
 
     Raises:
@@ -17,6 +19,6 @@ def require(module: str, caller: str, extra: str) -> Any:
     except ImportError as error:
         package = {"sklearn": "scikit-learn"}.get(module.partition(".")[0], module.partition(".")[0])
         raise ImportError(
-            f"{caller}: `{package}` must be installed; got {type(error).__name__}. "
+            f"{door()}: `{package}` must be installed; got {type(error).__name__}. "
             f'Install it: pip install "flax-hmog[{extra}]".'
         ) from error

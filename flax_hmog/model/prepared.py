@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.model.checks import check_float_dtype
+from flax_hmog.model.checks import check_float_dtype, public
 from flax_hmog.model.conversions import with_prior
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural, observable_bias
 from flax_hmog.model.kinds import (
@@ -31,6 +31,7 @@ from flax_hmog.model.kinds import (
 )
 
 
+@public
 def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepared:
     """The part of inference that does not depend on x, computed once, at a cost of O(D L^2 + K L^3).
 
@@ -54,10 +55,10 @@ def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepar
         >>> infer(prepare(natural), x).log_density.shape
         (12,)
     """
-    dtype = check_float_dtype("prepare", "projection_dtype", projection_dtype)
+    dtype = check_float_dtype("projection_dtype", projection_dtype)
     if isinstance(natural, Prepared) and dtype in (None, natural.natural.projection_dtype):
         return natural
-    model = with_prior(check_natural("prepare", natural), "prepare")
+    model = with_prior(check_natural(natural))
     return prepare_jitted(model if dtype is None else dataclasses.replace(model, projection_dtype=dtype))
 
 

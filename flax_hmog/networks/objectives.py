@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.inference.posterior import HMoGOutput
-from flax_hmog.model.checks import check_positive, check_shape, check_type, is_concrete
+from flax_hmog.model.checks import check_positive, check_shape, check_type, door, is_concrete, public
 from flax_hmog.model.conversions import natural_to_moments, own_moments, with_prior
 from flax_hmog.model.coordinates import Natural, prior_moments, within_covariance
 from flax_hmog.model.kinds import Array, einsum, matmul
@@ -26,6 +26,7 @@ ONE_OUTPUT = "Give what a head returns; joint_and_head_outputs returns two of th
 PERTURBATION_STEP = 1e-2  # length of the step that asks for the most sensitive direction, relative to `radius`
 
 
+@public
 def negative_log_likelihood(output: HMoGOutput) -> Array:
     """-mean log p(x), in nats per sample.
 
@@ -40,10 +41,11 @@ def negative_log_likelihood(output: HMoGOutput) -> Array:
         >>> bool(negative_log_likelihood(output) == -output.log_density.mean())
         True
     """
-    check_type("negative_log_likelihood", "output", output, HMoGOutput, ONE_OUTPUT)
+    check_type("output", output, HMoGOutput, ONE_OUTPUT)
     return -jnp.mean(output.log_density)
 
 
+@public
 def conditional_entropy(output: HMoGOutput) -> Array:
     """H(z | x): mean entropy of the assignments in nats; 0 when all are certain.
 
@@ -58,10 +60,11 @@ def conditional_entropy(output: HMoGOutput) -> Array:
         >>> bool(conditional_entropy(output) < 0.01)  # certain
         True
     """
-    rows = _rows("conditional_entropy", output)
+    rows = _rows(output)
     return -jnp.mean(_expectation(jnp.exp(rows), rows))
 
 
+@public
 def marginal_entropy(output: HMoGOutput) -> Array:
     """H(z): entropy of the batch's average assignment in nats; log K when clusters are used equally.
 
@@ -76,9 +79,10 @@ def marginal_entropy(output: HMoGOutput) -> Array:
         >>> round(float(marginal_entropy(output)), 2)  # log 3: balanced
         1.1
     """
-    return -_sum_x_log_x(jnp.mean(jnp.exp(_rows("marginal_entropy", output)), axis=0))
+    return -_sum_x_log_x(jnp.mean(jnp.exp(_rows(output)), axis=0))
 
 
+@public
 def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
     """-I(x; z) = H(z | x) - marginal_weight H(z): confident and balanced assignments.
 
@@ -97,10 +101,11 @@ def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 
         >>> round(float(negative_mutual_information(output)), 2)  # the best: -log 3
         -1.1
     """
-    check_positive("negative_mutual_information", "marginal_weight", marginal_weight, "1 gives the information.")
+    check_positive("marginal_weight", marginal_weight, "1 gives the information.")
     return conditional_entropy(output) - marginal_weight * marginal_entropy(output)
 
 
+@public
 def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
     """-I(z; z') of the assignments of two views of the same samples: each view predicts the cluster of the other.
 
@@ -129,12 +134,11 @@ def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal
         >>> round(float(negative_joint_information(output, output)), 2)  # the best: -log 3
         -1.1
     """
-    caller = "negative_joint_information"
-    first, second = jnp.exp(_rows(caller, output)), jnp.exp(_rows(caller, twin, "twin"))
-    _check_like(caller, "twin", twin.log_responsibilities, output.log_responsibilities)
+    first, second = jnp.exp(_rows(output)), jnp.exp(_rows(twin, "twin"))
+    _check_like("twin", twin.log_responsibilities, output.log_responsibilities)
     if is_concrete(marginal_weight) and not np.asarray(marginal_weight) > 0.5:
         raise ValueError(
-            f"{caller}: `marginal_weight` must be above 1/2, below which a single cluster is best; "
+            f"{door()}: `marginal_weight` must be above 1/2, below which a single cluster is best; "
             f"got {marginal_weight}. 1 gives the information."
         )
     table = matmul(first.T, second) / first.shape[0]
@@ -142,6 +146,7 @@ def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal
     return marginal_weight * 2 * _sum_x_log_x(jnp.sum(table, axis=0)) - _sum_x_log_x(table)
 
 
+@public
 def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
     """Mean KL of assignments of perturbed inputs from those of the inputs, which are taken as given.
 
@@ -160,11 +165,12 @@ def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
         >>> float(consistency(output, output))
         0.0
     """
-    _check_like("consistency", "perturbed", perturbed.log_responsibilities, output.log_responsibilities)
+    _check_like("perturbed", perturbed.log_responsibilities, output.log_responsibilities)
     target = jax.lax.stop_gradient(output.log_responsibilities)
     return jnp.mean(_expectation(jnp.exp(target), target - perturbed.log_responsibilities))
 
 
+@public
 def virtual_adversarial(
     model: Callable[[Array], HMoGOutput], x: Array, key: Array, *, radius: float, steps: int = 1
 ) -> Array:
@@ -193,7 +199,7 @@ def virtual_adversarial(
         >>> virtual_adversarial(model, jnp.eye(3), jax.random.key(0), radius=0.5).shape
         ()
     """
-    check_positive("virtual_adversarial", "radius", radius, "Use a share of the distance between samples.")
+    check_positive("radius", radius, "Use a share of the distance between samples.")
     plain = model(x)
     fixed = jax.lax.stop_gradient(plain)
 
@@ -206,6 +212,7 @@ def virtual_adversarial(
     return consistency(plain, model(x + radius * jax.lax.stop_gradient(direction)))
 
 
+@public
 def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
     """Cross-entropy of the assignments against given ones: the clusters of one model taught to another.
 
@@ -228,10 +235,11 @@ def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
         raise ValueError(
             "distillation: `responsibilities` must be probabilities; got negative ones. Take exp of logarithms."
         )
-    _check_like("distillation", "responsibilities", responsibilities, output.log_responsibilities)
+    _check_like("responsibilities", responsibilities, output.log_responsibilities)
     return -jnp.mean(_expectation(responsibilities, output.log_responsibilities))
 
 
+@public
 def reconstruction(decoded: Array, x: Array) -> Array:
     """Mean squared distance of inputs from a decoder's reconstruction; it keeps features from collapse.
 
@@ -249,10 +257,11 @@ def reconstruction(decoded: Array, x: Array) -> Array:
         >>> float(reconstruction(jnp.zeros((5, 4)), jnp.ones((5, 4))))
         4.0
     """
-    _check_like("reconstruction", "decoded", decoded, x)
+    _check_like("decoded", decoded, x)
     return jnp.mean(jnp.sum(jnp.square(decoded - x).reshape(x.shape[0], -1), axis=-1))
 
 
+@public
 def negative_weight_entropy(natural: Natural) -> Array:
     """-H(w) of the mixture weights in nats; -log K for equal weights. It keeps components alive.
 
@@ -270,6 +279,7 @@ def negative_weight_entropy(natural: Natural) -> Array:
     return _sum_x_log_x(natural_to_moments(natural).weights)
 
 
+@public
 def precision_penalty(natural: Natural) -> Array:
     """Differences in width between components: 1/2 mean_k [tr(P_k C) - log|P_k C| - L], C = sum_k w_k S_k.
 
@@ -287,7 +297,7 @@ def precision_penalty(natural: Natural) -> Array:
         >>> bool(abs(precision_penalty(natural)) < 1e-4)  # all components are alike
         True
     """
-    natural = with_prior(natural, "precision_penalty")
+    natural = with_prior(natural)
     lat_dim = natural.interaction.shape[1]
     within = within_covariance(own_moments(natural))
     traces = einsum("kij,ij->k", natural.prior_precision.entries, within.entries)
@@ -295,6 +305,7 @@ def precision_penalty(natural: Natural) -> Array:
     return jnp.mean(traces - log_dets - lat_dim) / 2
 
 
+@public
 def loading_penalty(natural: Natural) -> Array:
     """Signal over noise per column of x: tr(C W' Psi^-1 W) / D, C the prior's covariance.
 
@@ -317,6 +328,7 @@ def loading_penalty(natural: Natural) -> Array:
     return einsum("ij,ij->", covariance.entries, gram) / natural.interaction.shape[0]
 
 
+@public
 def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput:
     """The output of a model whose components are merged to clusters: log-responsibilities summed within each.
 
@@ -336,7 +348,7 @@ def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput
         >>> merge_output(output, [0, 1, 1], 2).log_responsibilities.shape
         (12, 2)
     """
-    check_shape("merge_output", "labels", labels, output.log_responsibilities.shape[-1:])
+    check_shape("labels", labels, output.log_responsibilities.shape[-1:])
     if is_concrete(labels):
         host = np.asarray(labels)
         smallest, largest = host.min(), host.max()
@@ -349,6 +361,7 @@ def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput
     return dataclasses.replace(output, log_responsibilities=merged)
 
 
+@public
 def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: Any) -> Array:
     """The weighted sum of losses, each weight a number or an optax schedule of the step.
 
@@ -388,18 +401,18 @@ def _log_sums(log_responsibilities: Array, labels: Array, n_clusters: int) -> Ar
     return jnp.moveaxis(merged, 0, -1)
 
 
-def _check_like(caller: str, argument: str, value: Any, like: Array) -> None:
+def _check_like(argument: str, value: Any, like: Array) -> None:
     """ValueError unless both have one shape: others would broadcast to a loss that means nothing."""
     if jnp.shape(value) != jnp.shape(like):
         raise ValueError(
-            f"{caller}: `{argument}` must have shape {jnp.shape(like)}, as what it is compared with; got "
+            f"{door()}: `{argument}` must have shape {jnp.shape(like)}, as what it is compared with; got "
             f"{jnp.shape(value)}. Give both for the same samples."
         )
 
 
-def _rows(caller: str, output: HMoGOutput, argument: str = "output") -> Array:
+def _rows(output: HMoGOutput, argument: str = "output") -> Array:
     """Log-responsibilities (N, K), from (..., K)."""
-    check_type(caller, argument, output, HMoGOutput, ONE_OUTPUT)
+    check_type(argument, output, HMoGOutput, ONE_OUTPUT)
     return output.log_responsibilities.reshape(-1, output.log_responsibilities.shape[-1])
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from flax_hmog.data.files import File
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, SymmetricHMoG
+from flax_hmog.model.checks import named
 from flax_hmog.model.optional import require
 from flax_hmog.networks.augment import Augmentation
 from flax_hmog.recipe.config import EM, Checkpoints, Data, Encoder, Experiment, Gradient, HeadName, Model, Rounds
@@ -105,8 +106,9 @@ def fit_clusterer(
         first_seed=seed,
         checkpoints=Checkpoints(NEVER, NEVER) if workdir is None else Checkpoints(),
     )
-    for package in ("sklearn", *(["grain"] if config.heads else [])):  # not after minutes of EM
-        require(package, "fit_clusterer", "train")
+    with named("fit_clusterer"):
+        for package in ("sklearn", *(["grain"] if config.heads else [])):  # not after minutes of EM
+            require(package, "train")
     stages = run(
         config,
         Console(quiet=not progress),

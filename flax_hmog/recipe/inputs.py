@@ -107,7 +107,7 @@ class Batches:
 
     def iterate(self, position: dict[str, Any] | None = None) -> Any:
         """The batches from a position (what `get_state` of the iterator gave) or from the first on."""
-        grain = require("grain", "Batches", "train")
+        grain = require("grain", "train")
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)
         iterator = iter(grain.MapDataset.source(self).to_iter_dataset(options))
         if position is not None:

@@ -68,7 +68,7 @@ def _kept_rows(data: Data, count: int) -> int:
 
 
 def _read_digits(data: Data) -> File:
-    rows, labels = require("sklearn.datasets", "load", "train").load_digits(return_X_y=True)
+    rows, labels = require("sklearn.datasets", "train").load_digits(return_X_y=True)
     return File(rows, labels, image_shape=(8, 8), title="Handwritten digits")
 
 

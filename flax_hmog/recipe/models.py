@@ -205,7 +205,7 @@ def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding:
         sharding: of the arrays.
         has_frame: True for a model with a frame, as within a fit, and after it where float32 cannot hold it otherwise.
     """
-    rep = as_rep(config.model.obs_rep, caller="abstract_fit")
+    rep = as_rep(config.model.obs_rep)
 
     def example() -> tuple[Natural, Regularizer, EMInfo]:
         moments = random_moments(jax.random.key(0), obs_dim, head.lat_dim, head.n_components, rep)

@@ -145,7 +145,7 @@ def split_parts(
     """Training and test part: the first `n_train` rows and the others, or a random split where there is none given."""
     count = rows.shape[0]
     if n_train is None:
-        split = require("sklearn.model_selection", "load", "train").train_test_split
+        split = require("sklearn.model_selection", "train").train_test_split
         train, test = split(np.arange(count), test_size=test_share, random_state=seed)
     else:
         train, test = np.arange(n_train), np.arange(n_train, count)

@@ -197,7 +197,7 @@ def pair_agreement(clusters: list[np.ndarray]) -> list[float]:
     Clusters that another seed finds again are no chance of the initialisation; that needs no labels. Two models that
     put all rows in one cluster agree on nothing: 0.
     """
-    pairs, metrics = combinations(clusters, 2), require("sklearn.metrics", "pair_agreement", "cluster")
+    pairs, metrics = combinations(clusters, 2), require("sklearn.metrics", "cluster")
     return [float(metrics.adjusted_rand_score(*pair)) if all(map(np.ptp, pair)) else 0.0 for pair in pairs]
 
 

@@ -163,7 +163,7 @@ def _claim(workdir: Path, config: Experiment, dataset: Dataset) -> FolderLock:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = FolderLock(workdir, caller="run", argument="workdir")
+        lock = FolderLock(workdir, argument="run: `workdir`")
         try:
             _write_config(workdir, config, dataset)
         except BaseException:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_hmog.model.checks import check_size
+from flax_hmog.model.checks import check_size, public
 from flax_hmog.model.head import Head
 from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.training.describe import NAMED, CheckpointError, describe_module
@@ -75,6 +75,7 @@ class CheckpointWriter:
         ['1']
     """
 
+    @public
     def __init__(
         self,
         path: str | Path,
@@ -90,7 +91,7 @@ class CheckpointWriter:
         best: str | None = None,
         mode: Literal["max", "min"] = "max",
     ) -> None:
-        check_size("CheckpointWriter", "keep", keep)
+        check_size("keep", keep)
         if mode not in ("max", "min"):
             raise ValueError(f'CheckpointWriter: `mode` must be "max" or "min"; got {mode!r}. Choose one of them.')
         self.module = _whole_module(module, head, encoder)
@@ -132,7 +133,7 @@ class CheckpointWriter:
                 f"CheckpointWriter: `path` must be a folder that can be written to; got {self.folder}, "
                 f"{type(error).__name__}: {error}. Free or choose another one."
             ) from None
-        lock = FolderLock(self.folder, caller="CheckpointWriter", argument="path")
+        lock = FolderLock(self.folder, argument="CheckpointWriter: `path`")
         delete_leftovers(self.folder)
         return lock
 

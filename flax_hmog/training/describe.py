@@ -168,7 +168,7 @@ def _in_precision(arguments: dict[str, Any], name: str) -> dict[str, Any]:
     warnings.warn(
         f"restore: {name} was saved in float64 and is restored in float32, as JAX computes in 32 bits here. Switch "
         '64 bits on before restoring: jax.config.update("jax_enable_x64", True).',
-        stacklevel=5,
+        stacklevel=6,
     )
     return arguments | {"param_dtype": jnp.dtype("float32")}
 

@@ -36,15 +36,14 @@ class FolderLock:
 
     Args:
         folder: must exist.
-        caller: function that errors name.
-        argument: its argument that holds the folder.
+        argument: where a user gave the folder, as errors name it: "function: `argument`".
 
     Raises:
         CheckpointError: if another writer has the folder, or the lock file cannot be written.
     """
 
-    def __init__(self, folder: str | Path, *, caller: str, argument: str) -> None:
-        self.path, self.caller, self.argument = Path(folder).absolute() / LOCK, caller, argument
+    def __init__(self, folder: str | Path, *, argument: str) -> None:
+        self.path, self.argument = Path(folder).absolute() / LOCK, argument
         holder = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _started("self")}
         self.content = json.dumps(holder | {"token": uuid.uuid4().hex})
         try:
@@ -52,7 +51,7 @@ class FolderLock:
                 pass
         except OSError as error:
             raise CheckpointError(
-                f"{caller}: `{argument}` must be a folder that can be written to; got {type(error).__name__}: {error}. "
+                f"{argument} must be a folder that can be written to; got {type(error).__name__}: {error}. "
                 "Free or choose another one."
             ) from None
         stopped = threading.Event()
@@ -78,7 +77,7 @@ class FolderLock:
         if (found := _read(self.path)) != self.content:
             by = "this writer has closed or somebody deleted" if found is None else f"{_who(found)} has taken"
             raise CheckpointError(
-                f"{self.caller}: `{self.argument}` must keep its lock; got {self.path}, which {by}. "
+                f"{self.argument} must keep its lock; got {self.path}, which {by}. "
                 "End one of the two writers, and resume the other."
             )
 
@@ -106,7 +105,7 @@ class FolderLock:
             return False
         if not is_gone:
             raise CheckpointError(
-                f"{self.caller}: `{self.argument}` must have one writer; got {self.path.parent}, which {_who(content)} "
+                f"{self.argument} must have one writer; got {self.path.parent}, which {_who(content)} "
                 f"writes. Wait until it ends, or choose another folder; if it is gone, delete {self.path}."
             )
         new = self.path.with_name(f"{LOCK}.{uuid.uuid4().hex}")

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from flax_hmog.model.checks import check_size
+from flax_hmog.model.checks import check_size, public
 
 RULES = (("component", "model"), ("observed", "model"), ("latent", None))
 """Logical axis of a leaf to mesh axis; None replicates."""
@@ -22,6 +22,7 @@ MIN_SHARDED = 2**14  # entries of a leaf below which it is replicated
 logger = logging.getLogger(__name__)
 
 
+@public
 def make_mesh(*, model: int = 1, devices: Any = None) -> Mesh:
     """A data x model mesh over all devices.
 
@@ -40,7 +41,7 @@ def make_mesh(*, model: int = 1, devices: Any = None) -> Mesh:
         {'data': 1, 'model': 1}
     """
     devices = jax.devices() if devices is None else devices
-    check_size("make_mesh", "model", model)
+    check_size("model", model)
     if len(devices) % model:
         raise ValueError(
             f"make_mesh: `model` must divide the number of devices, {len(devices)}; got {model}. Choose a divisor."

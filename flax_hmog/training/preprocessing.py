@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.data.containers import dense
-from flax_hmog.model.checks import check_positive, check_size
+from flax_hmog.model.checks import check_positive, check_size, public
 from flax_hmog.model.kinds import matmul
 
 Blocks: TypeAlias = Callable[[], Any]
@@ -44,9 +44,10 @@ class Affine:
     name: ClassVar[str] = "affine"
 
     @classmethod
+    @public
     def constant(cls, obs_dim: int, *, offset: float = 0.0, scale: float = 1.0) -> Affine:
         """The same offset and scale for every column."""
-        check_positive("Affine.constant", "scale", scale, "Divide by a positive number.")
+        check_positive("scale", scale, "Divide by a positive number.")
         return cls(np.full(obs_dim, offset, np.float32), np.full(obs_dim, scale, np.float32))
 
     @classmethod
@@ -132,9 +133,10 @@ class SelectColumns:
     name: ClassVar[str] = "select_columns"
 
     @classmethod
+    @public
     def most_variable(cls, blocks: Blocks, total: Total, *, count: int) -> SelectColumns:
         """The `count` columns with the largest variance; all that vary, if they are fewer."""
-        check_size("SelectColumns.most_variable", "count", count)
+        check_size("count", count)
         variance = _moments(blocks, total)[1]
         order = np.argsort(-variance, kind="stable")[: min(count, max(1, int((variance > 0).sum())))]
         return cls(np.sort(order).astype(np.int32))
@@ -163,9 +165,10 @@ class Whiten:
     name: ClassVar[str] = "whiten"
 
     @classmethod
+    @public
     def principal(cls, blocks: Blocks, total: Total, *, count: int) -> Whiten:
         """The `count` leading components; fewer where the data have no more directions."""
-        check_size("Whiten.principal", "count", count)
+        check_size("count", count)
         mean, _, rows = _moments(blocks, total)
         centered = ((np.asarray(block, np.float64) - mean) for block in blocks())
         covariance = total(sum(block.T @ block for block in centered)) / rows
@@ -204,13 +207,14 @@ class Preprocessing:
     steps: tuple[Step, ...]
     obs_dim: int
 
+    @public
     def __call__(self, raw: Any) -> Any:
         """Model inputs (..., D), float32, of raw data (..., obs_dim): numpy, jax or a scipy sparse matrix.
 
         Raises:
             ValueError: for another number of columns.
         """
-        raw = dense("Preprocessing", "raw", raw)
+        raw = dense("raw", raw)
         if np.ndim(raw) == 0 or np.shape(raw)[-1] != self.obs_dim:
             raise ValueError(
                 f"Preprocessing: `raw` must have shape (..., {self.obs_dim}); got {np.shape(raw)}. "

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from jax import export as jax_export
 
-from flax_hmog.model.checks import check_type
+from flax_hmog.model.checks import check_type, public
 from flax_hmog.training.describe import CheckpointError
 
 MAGIC = b"flax-hmog program 1"
 LIBRARIES = ("flax-hmog", "jax", "jaxlib")
 
 
+@public
 def write_program(program: jax_export.Exported, path: str | Path) -> None:
     """Write a program of `export` into a file; what was there is replaced once the file is whole.
 
@@ -38,7 +39,7 @@ def write_program(program: jax_export.Exported, path: str | Path) -> None:
         >>> program = jax.export.export(jax.jit(lambda x: 2 * x))(jax.ShapeDtypeStruct((2,), "float32"))
         >>> write_program(program, Path(tempfile.mkdtemp()) / "program")
     """
-    check_type("write_program", "program", program, jax_export.Exported, "Give what export(model) returns.")
+    check_type("program", program, jax_export.Exported, "Give what export(model) returns.")
     path = Path(path)
     about = {
         "versions": {name: metadata.version(name) for name in LIBRARIES},

@@ -17,7 +17,7 @@ import numpy as np
 from flax_hmog.data.containers import dense
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
 from flax_hmog.inference.posterior import HMoGOutput, infer
-from flax_hmog.model.checks import check_type
+from flax_hmog.model.checks import check_type, public
 from flax_hmog.model.coordinates import Natural, Prepared
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
@@ -126,6 +126,7 @@ class Restored:
         """The model of the head, on its inputs."""
         return self.head.apply(self.variables, method="natural")
 
+    @public
     def __call__(self, raw: Any) -> Any:
         """The module's output for raw data (..., D), numpy or jax: preprocessing, module, merge of components.
 
@@ -172,6 +173,7 @@ class Restored:
             return output
         return merge_output(output, self.clusters, int(self.clusters.max()) + 1)
 
+    @public
     def features(self, raw: Any) -> Array:
         """The inputs of the head for raw data (..., D): numpy, jax or a scipy sparse matrix.
 
@@ -180,12 +182,13 @@ class Restored:
         x = self.preprocessed(raw)
         return self._apply(self.module_variables, x, "features") if self.place else x
 
+    @public
     def preprocessed(self, raw: Any) -> Array:
         """The inputs of the module for raw data (..., D)."""
         return jnp.asarray(self._inputs(raw))
 
     def _inputs(self, raw: Any) -> Any:
-        return dense("Restored", "raw", raw) if self.preprocessing is None else self.preprocessing(raw)
+        return dense("raw", raw) if self.preprocessing is None else self.preprocessing(raw)
 
     def _imported_module(self) -> Any:
         if self.module is None:
@@ -196,6 +199,7 @@ class Restored:
         return self.module
 
 
+@public
 def restore(
     path: str | Path,
     *,
@@ -231,7 +235,7 @@ def restore(
         (12,)
     """
     if module is not None:
-        check_type("restore", "module", module, nn.Module, "Give an instance, as the writer was given it.")
+        check_type("module", module, nn.Module, "Give an instance, as the writer was given it.")
     folder = Path(path).absolute()
     steps = saved_steps(folder)
     if not steps:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax import export as jax_export
 
 from flax_hmog.inference.posterior import HMoGOutput, infer_rows
-from flax_hmog.model.checks import check_type
+from flax_hmog.model.checks import check_type, public
 from flax_hmog.model.kinds import Array
 from flax_hmog.training.restoring import Restored
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
+@public
 def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[str] = PLATFORMS) -> jax_export.Exported:
     """The program from raw data to clusters, for any batch size and several platforms at once.
 
@@ -52,7 +53,7 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
         >>> sorted(program.call(x))
         ['assignment', 'latent_mean', 'log_density', 'responsibilities']
     """
-    check_type("export", "model", model, Restored, "Give flax_hmog.training.restore(path).")
+    check_type("model", model, Restored, "Give flax_hmog.training.restore(path).")
     if isinstance(platforms, str):
         raise ValueError(f"export: `platforms` must be a sequence of names; got {platforms!r}. Write ({platforms!r},).")
     prepared: Any = model.prepared if model.infers else None

@@ -157,7 +157,7 @@ def test_missing_objects_are_named():
         with pytest.raises(ValueError, match=r"infer: `x` .* 1 that are \(None, NaN or NA\), the first in row 5"):
             infer(NATURAL, given)
     frame = pd.DataFrame(X).astype("Float32")
-    assert in_memory("f", "x", frame).dtype == np.float32
+    assert in_memory("x", frame).dtype == np.float32
     same_fit(frame, X)
     frame.iloc[7, 1] = pd.NA
     with pytest.raises(ValueError, match=r"`data\['1'\]` must hold no missing values; got 1 .* first in row 7"):
@@ -174,13 +174,13 @@ def test_tables_are_rows():
     pd, pa = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     names = list("abcd")
     mixed = pd.DataFrame({name: X[:, k].round() for k, name in enumerate(names)}).astype({"a": "Int64", "b": "int8"})
-    np.testing.assert_array_equal(in_memory("f", "x", mixed), X.round())
+    np.testing.assert_array_equal(in_memory("x", mixed), X.round())
     table = pa.table(dict(zip(names, X.T, strict=True)))
     nested = pa.FixedSizeListArray.from_arrays(pa.array(X.reshape(-1)), 4)
     polars = PolarsFrame(dict(zip(names, X.T, strict=True)))
     for given in (pd.DataFrame(X), table, nested, nested[0:90], polars, pd.Series(list(X)), X.tolist()):
-        np.testing.assert_array_equal(in_memory("f", "x", given), X)
-    np.testing.assert_array_equal(in_memory("f", "x", nested[10:20]), X[10:20])
+        np.testing.assert_array_equal(in_memory("x", given), X)
+    np.testing.assert_array_equal(in_memory("x", nested[10:20]), X[10:20])
     for given in (pd.DataFrame(X), table, nested, polars):
         np.testing.assert_allclose(infer(NATURAL, given).log_density, infer(NATURAL, X).log_density)
     same_fit(table, X)
@@ -191,7 +191,7 @@ def test_tables_are_rows():
 
 @pytest.mark.parametrize("through", ["__array__", "dlpack"])
 def test_tensors_of_other_libraries(through):
-    np.testing.assert_array_equal(in_memory("f", "x", Tensor(X, through)), X)
+    np.testing.assert_array_equal(in_memory("x", Tensor(X, through)), X)
     same_fit(Tensor(X, through), X)
 
 
@@ -381,7 +381,7 @@ def test_a_stream_is_sampled_over_the_whole_pass(monkeypatch):
     """Every row is as likely as any other to be seen by the start: batches may come class by class."""
     monkeypatch.setattr(sources, "SAMPLE_ROWS", 200)
     rows = np.arange(5000.0).reshape(-1, 1)
-    stream = Stream("f", np.split(rows, 50), None, jnp.float32)
+    stream = Stream(np.split(rows, 50), None, jnp.float32)
     x, weights, labels = stream.sample()
     numbers = np.asarray(x)[:, 0]
     assert len(set(numbers)) == 200
@@ -392,21 +392,21 @@ def test_a_stream_is_sampled_over_the_whole_pass(monkeypatch):
     assert abs(numbers.mean() - 2500) < 4 * 102
     assert (abs(np.histogram(numbers, 4, (0, 5000))[0] - 50) < 4 * 6.2).all()
     np.testing.assert_array_equal(stream.sample()[0], x)
-    other = Stream("f", np.split(rows, [7, 180, 333, 334, 2001]), None, jnp.float32).sample()[0]
+    other = Stream(np.split(rows, [7, 180, 333, 334, 2001]), None, jnp.float32).sample()[0]
     assert other.shape == (200, 1)
     hits = np.zeros(1000)
     monkeypatch.setattr(sources, "SAMPLE_ROWS", 100)
     for size in range(1, 41):  # other batches, other draws: 40 samples of a tenth, sd 1.9
         batches = np.split(np.arange(1000.0)[:, None], range(size * 13, 1000, size * 13))
-        hits[np.asarray(Stream("f", batches, 1, jnp.float32).sample()[0])[:, 0].astype(int)] += 1
+        hits[np.asarray(Stream(batches, 1, jnp.float32).sample()[0])[:, 0].astype(int)] += 1
     assert abs(hits[:500].sum() - 2000) < 300
 
 
 def test_a_short_stream_is_seen_as_it_is():
     batches = [X[:50].astype(np.float64), X[50:]]
-    np.testing.assert_array_equal(Stream("f", batches, None, jnp.float32).sample()[0], X)
+    np.testing.assert_array_equal(Stream(batches, None, jnp.float32).sample()[0], X)
     mixed = [np.zeros((3, 2), int), np.full((3, 2), 0.5)]
-    np.testing.assert_array_equal(Stream("f", mixed, None, jnp.float32).sample()[0], np.concatenate(mixed))
+    np.testing.assert_array_equal(Stream(mixed, None, jnp.float32).sample()[0], np.concatenate(mixed))
 
 
 def test_batches_sorted_by_class_start_as_shuffled_ones_do(monkeypatch):
@@ -471,7 +471,7 @@ def test_names_become_components_in_their_order():
     whole, some, unknown = labels_by_name()
     for group, want in ((whole, CODES), (some, np.where(unknown, -1, CODES))):
         for what, labels in group.items():
-            codes, classes = check_labels("f", labels, (90,), 3)
+            codes, classes = check_labels(labels, (90,), 3)
             np.testing.assert_array_equal(codes, want, err_msg=what)
             assert (codes.dtype, classes) == (jnp.int32, ("a", "b", "c")), what
 
@@ -493,11 +493,11 @@ def test_integers_stay_numbers_of_components():
         np.ma.masked_array(Y, unknown),
         np.where(unknown, np.nan, Y),
     ):
-        codes, classes = check_labels("f", labels, (90,), 3)
+        codes, classes = check_labels(labels, (90,), 3)
         np.testing.assert_array_equal(codes, want)
         assert classes is None
-    assert check_labels("f", [None] * 5, (5,), 3)[1] is None
-    np.testing.assert_array_equal(check_labels("f", [None] * 5, (5,), 3)[0], [-1] * 5)
+    assert check_labels([None] * 5, (5,), 3)[1] is None
+    np.testing.assert_array_equal(check_labels([None] * 5, (5,), 3)[0], [-1] * 5)
 
 
 def test_labels_that_are_no_classes_are_named():
@@ -545,17 +545,17 @@ def test_metrics_leave_unlabelled_samples_out():
 
 
 def test_samples_without_a_label_are_a_group_of_their_own():
-    names = as_groups("f", "groups", ["b", None, "a", np.nan], 4)
+    names = as_groups("groups", ["b", None, "a", np.nan], 4)
     assert names.tolist() == ["b", "no label", "a", "no label"]
-    assert as_groups("f", "groups", [3, 1], 2).tolist() == [3, 1]
+    assert as_groups("groups", [3, 1], 2).tolist() == [3, 1]
     figure = plot_latent_space(NATURAL, X, groups=np.where(Y == 0, None, NAMES))
     assert "no label" in {text.get_text() for text in figure.axes[0].texts}
 
 
 def test_codes_of_labels_in_general():
-    codes, known, names = encode_labels("f", np.array([0.5, 1.5, np.nan]))
+    codes, known, names = encode_labels(np.array([0.5, 1.5, np.nan]))
     assert (codes.tolist(), known.tolist(), names) == ([0, 1, -1], [True, True, False], ("0.5", "1.5"))
-    codes, known, names = encode_labels("f", [10, None, -1])
+    codes, known, names = encode_labels([10, None, -1])
     assert (codes.tolist(), known.tolist(), names) == ([10, -1, -1], [True, False, True], None)
 
 

@@ -102,7 +102,7 @@ def test_functions_of_a_model_are_the_same(pair, fits):
         lambda natural: PseudoCounts(noise_floor=0.9).regularizer(natural_to_moments(natural)),
         lambda natural: log_observable_density(natural, X),
         lambda natural: sample(natural, jax.random.key(0), 9),
-        lambda natural: vars(geometry("test", natural)),
+        lambda natural: vars(geometry(natural)),
         lambda natural: kl_divergence(natural, natural),
         log_partition,
         split_conjugated,
