@@ -25,7 +25,7 @@ from flax_hmog.model.checks import (
     check_precision,
     check_size,
     door,
-    public,
+    public_methods,
 )
 from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
@@ -34,6 +34,7 @@ from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep
 from flax_hmog.model.prepared import prepare
 
 
+@public_methods
 class HMoGHead(nn.Module):
     """Base of the three heads: inference on the model that `natural()` returns. Abstract.
 
@@ -67,82 +68,68 @@ class HMoGHead(nn.Module):
             )
         return dataclasses.replace(self._model(known, x), projection_dtype=self.projection_dtype)  # type: ignore[attr-defined]
 
-    @public
     def __call__(self, x: Array) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D)."""
         return inference.infer(self._natural(x), x)
 
-    @public
     def natural(self) -> Natural:
         """The model in natural coordinates."""
         return self._natural()
 
-    @public
     def prepared(self) -> Prepared:
         """The model with all that inference needs of it and that does not depend on x."""
         return prepare(self.natural())
 
-    @public
     def moments(self) -> Moments:
         """The model in standard form."""
         return natural_to_moments(self.natural())
 
-    @public
     def mean(self) -> Mean:
         """The model's expected statistics."""
         return natural_to_mean(self.natural())
 
-    @public
     def log_observable_density(self, x: Array) -> Array:
         """Log p(x) (...)."""
         return inference.log_observable_density(self._natural(x), x)
 
-    @public
     def mean_log_density(self, x: Array, weights: Array | None = None) -> Array:
         """Weighted average of log p(x) over x (..., D) (): minus the loss of a fit, value and gradient in one pass."""
         return mean_log_density(self._natural(x), x, weights)
 
-    @public
     def posterior_at(self, x: Array) -> Posterior:
         """Natural parameters of p(y, z | x)."""
         return inference.posterior_at(self._natural(x), x)
 
-    @public
     def posterior_categorical(self, x: Array) -> Array:
         """Log-odds of components against component 0 (..., K-1)."""
         return inference.posterior_categorical(self._natural(x), x)
 
-    @public
     def posterior_soft_assignments(self, x: Array) -> Array:
         """Responsibilities (..., K)."""
         return inference.posterior_soft_assignments(self._natural(x), x)
 
-    @public
     def posterior_assignments(self, x: Array) -> Array:
         """Responsibilities (..., K); the same as `posterior_soft_assignments`."""
         return self.posterior_soft_assignments(x)
 
-    @public
     def posterior_hard_assignment(self, x: Array) -> Array:
         """Most probable component (...)."""
         return inference.posterior_hard_assignment(self._natural(x), x)
 
-    @public
     def latent_mean(self, x: Array) -> Array:
         """E[y | x] (..., L)."""
         return inference.latent_mean(self._natural(x), x)
 
-    @public
     def sample(self, n: int) -> tuple[Array, Array, Array]:
         """X (n, D), y (n, L), z (n,) from the joint, with the rng stream "sample"."""
         return inference.sample(self.natural(), self.make_rng("sample"), n)
 
-    @public
     def whiten_prior(self) -> Mean:
         """Expected statistics in the latent basis in which y has mean 0 and covariance I, as far as the kind allows."""
         return whiten_prior(self.mean())
 
 
+@public_methods
 class DifferentiableHMoG(HMoGHead):
     """HMoG head trained by gradients, its posterior precisions of a restricted kind: the cheap head.
 
@@ -186,7 +173,6 @@ class DifferentiableHMoG(HMoGHead):
     param_dtype: Any = jnp.float32
     projection_dtype: Any = None
 
-    @public
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep", "pst_rep")
         rep, _ = self.component_structure
@@ -207,6 +193,7 @@ class DifferentiableHMoG(HMoGHead):
         return _trainable_model(self, obs_dim)
 
 
+@public_methods
 class SymmetricHMoG(HMoGHead):
     """HMoG head trained by gradients whose prior and posterior share one structure.
 
@@ -248,7 +235,6 @@ class SymmetricHMoG(HMoGHead):
     param_dtype: Any = jnp.float32
     projection_dtype: Any = None
 
-    @public
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep", "lat_rep")
         super().__post_init__()
@@ -272,6 +258,7 @@ class SymmetricHMoG(HMoGHead):
         return join_conjugated(likelihood, prior)
 
 
+@public_methods
 class AnalyticHMoG(HMoGHead):
     """HMoG head with full covariances, fitted by closed-form EM; it has no `params`.
 
@@ -318,7 +305,6 @@ class AnalyticHMoG(HMoGHead):
     param_dtype: Any = jnp.float32
     projection_dtype: Any = None
 
-    @public
     def __post_init__(self) -> None:
         _check_head(self, "obs_rep")
         check_options({name: getattr(self, name) for name in USED["AnalyticHMoG"]})
@@ -353,7 +339,6 @@ class AnalyticHMoG(HMoGHead):
             return None
         return self.get_variable("em", "moments").bias.shape[-1]
 
-    @public
     def __call__(self, x: Array, train: bool = False) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D); with `train` also a step of stepwise EM."""
         natural = self._natural(x)
@@ -363,25 +348,21 @@ class AnalyticHMoG(HMoGHead):
                 self.put_variable("em", name, value)
         return inference.infer(natural, x)
 
-    @public
     def moments(self) -> Moments:
         """The model in standard form, as the collection `em` holds it."""
         self.natural()
         return self.get_variable("em", "moments")
 
-    @public
     def expectation_maximization(
         self, x: Array, weights: Array | None = None, regularizer: Regularizer | None = None
     ) -> tuple[Natural, EMInfo]:
         """One step of exact EM on x (N, D): the new model and diagnostics; the collection `em` is not changed."""
         return em_step(self._natural(x), x, weights, regularizer)
 
-    @public
     def split_conjugated(self) -> tuple[LinearGaussian, Mixture]:
         """p(x | y) and p(y, z)."""
         return split_conjugated(self.natural())
 
-    @public
     def join_conjugated(self, likelihood: LinearGaussian, prior: Mixture) -> Natural:
         """The joint of a likelihood and a prior."""
         return join_conjugated(likelihood, prior)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ MISSING_VALUES = (
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 OUTSIDE = "flax_hmog"
 _DOOR = ContextVar("door", default=OUTSIDE)
 
@@ -63,6 +65,14 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
             _DOOR.reset(token)
 
     return entered
+
+
+def public_methods(cls: type[T]) -> type[T]:
+    """Mark the methods of a class that users call, and its constructor."""
+    for name, method in list(vars(cls).items()):
+        if inspect.isfunction(method) and (name in ("__call__", "__post_init__") or not name.startswith("_")):
+            setattr(cls, name, public(method))
+    return cls
 
 
 def is_concrete(*trees: Any) -> bool:
