@@ -41,7 +41,7 @@ from flax_hmog.model.conversions import (
     natural_to_mean,
     natural_to_moments,
 )
-from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, ResidualMoments, SharedBase
+from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, Prior, ResidualMoments, SharedBase
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.goal import ravel_mean, ravel_natural, unravel_mean, unravel_natural
 from flax_hmog.model.head import Head
@@ -72,6 +72,7 @@ __all__ = [
     "PositiveDefinite",
     "Posterior",
     "Prepared",
+    "Prior",
     "PseudoCounts",
     "Regularizer",
     "ResidualMoments",

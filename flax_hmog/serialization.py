@@ -13,6 +13,7 @@ from typing import Any
 
 from flax import serialization
 
+from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import for_each_pytree
 
 
@@ -32,7 +33,7 @@ def _from_state(target: Any, state: Any) -> Any:
     Raises:
         ValueError: for fields that the class does not have, or that are missing and have no default.
     """
-    cls = type(target)
+    cls, state = type(target), _of_today(type(target), state)
     fields = {field.name: field for field in _state_fields(cls)}
     missing = [name for name in fields if name not in state and fields[name].default is dataclasses.MISSING]
     extra = [name for name in state if name not in fields and state[name] is not None]
@@ -43,7 +44,19 @@ def _from_state(target: Any, state: Any) -> Any:
         )
     values = {name: _field(cls, name, getattr(target, name), state[name]) for name in fields if name in state}
     absent = {name: fields[name].default for name in fields if name not in state}
-    return dataclasses.replace(target, **values, **absent)
+    blank: Any = object.__new__(cls)
+    blank.__dict__.update(target.__dict__ | values | absent)
+    return blank
+
+
+def _of_today(cls: type, state: Any) -> Any:
+    """A state of `Natural` from before its three prior fields were one, as one of today; all others as they are."""
+    if cls is not Natural or "prior_location" not in state:
+        return state
+    old = {"location": "prior_location", "precision": "prior_precision", "log_weights": "log_weights"}
+    prior = {name: state.get(before) for name, before in old.items()}
+    rest = {name: value for name, value in state.items() if name not in old.values()}
+    return rest | {"prior": None if None in prior.values() else prior}
 
 
 def _field(cls: type, name: str, target: Any, state: Any) -> Any:

@@ -126,7 +126,7 @@ MODELS = {
     "covariance not finite": (lambda: moments_to_natural(with_covariance(2, np.nan)), ValueError, "`covariances` must be .*component 2"),
     "means not finite": (lambda: moments_to_natural(replace(MOMENTS, means=np.full((3, 2), np.nan))), ValueError, "`means` must be finite"),
     "loadings not finite": (lambda: moments_to_natural(replace(MOMENTS, loadings=np.full((4, 2), np.inf))), ValueError, "`loadings` must be finite"),
-    "indefinite prior": (lambda: log_observable_density(replace(NATURAL, interaction=100 * NATURAL.interaction, prior_precision=None), X), ValueError, "`prior precision Q_k - W'Psi.-1 W` must be positive definite; component 0 has smallest eigenvalue -"),
+    "indefinite prior": (lambda: log_observable_density(replace(NATURAL, interaction=100 * NATURAL.interaction), X), ValueError, "`prior precision Q_k - W'Psi.-1 W` must be positive definite; component 0 has smallest eigenvalue -"),
     "empty component": (lambda: moments_to_natural(replace(MOMENTS, weights=np.array([0.5, 0.5, 0]))), ValueError, "`weights` must be positive; got 0 at entry 2"),
     "weights that are counts": (lambda: moments_to_natural(replace(MOMENTS, weights=np.ones(3))), ValueError, "`weights` must sum to 1; got 3"),
     "negative noise": (lambda: moments_to_natural(replace(MOMENTS, noise=Diagonal(np.array([1, 1, -1, 1.0])))), ValueError, "`noise` must be positive; got -1 at entry 2"),

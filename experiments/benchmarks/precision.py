@@ -6,7 +6,6 @@ components, 60 steps of EM at most; a minute on 2 cores.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -57,10 +56,7 @@ def main() -> None:
     data = draw(10).astype(np.float32)
     low_fit, full_fit = fit(data, "float32", "bfloat16"), fit(data, "float32")
     # both models by the densities of full precision
-    ends = [
-        float(jnp.mean(infer(dataclasses.replace(result.natural, projection_dtype=None), data).log_density))
-        for result in (low_fit, full_fit)
-    ]
+    ends = [float(jnp.mean(infer(result.natural, data).log_density)) for result in (low_fit, full_fit)]
     fall = -min(0, np.diff(low_fit.objective_history).min())
     print(
         f"EM with it at signal over noise 10: largest fall {fall:.1e}, end {ends[0] - ends[1]:+.1e} nats from float32"

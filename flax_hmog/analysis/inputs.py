@@ -70,13 +70,13 @@ def geometry(natural: Any) -> Geometry:
     if frame is not None:  # in float64, which holds what the dtype of the model may not
         origin, unit = frame.exact()
         loadings, bias = unit[:, None] * loadings, origin + unit * bias
-    covariances = np.linalg.inv(natural.prior_precision.entries)
+    covariances = np.linalg.inv(natural.prior.precision.entries)
     return Geometry(
         loadings=loadings,
         bias=bias,
         whitened_loadings=whitened,
-        weights=np.exp(natural.log_weights),
-        means=np.einsum("kij,kj->ki", covariances, natural.prior_location),
+        weights=np.exp(natural.prior.log_weights),
+        means=np.einsum("kij,kj->ki", covariances, natural.prior.location),
         covariances=(covariances + covariances.transpose(0, 2, 1)) / 2,
     )
 

@@ -93,7 +93,7 @@ def enter(natural: Any, x: Any) -> tuple[Natural | Prepared, Array, Shards]:
     rows = as_rows(given, interaction.dtype)
     if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
         rows = jnp.asarray(frame.inward_on_host(given), interaction.dtype)
-        applied = dataclasses.replace(parameters, frame=frame.applied())
+        applied = parameters.in_frame(frame.applied())
         model = dataclasses.replace(model, natural=applied) if isinstance(model, Prepared) else applied
     return model, rows, row_shards(rows)
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flax_hmog.data.framing import Framing
 from flax_hmog.data.rows import row_shards
-from flax_hmog.data.sources import Block, Stream, as_source
+from flax_hmog.data.sources import Block, RowsOnDevice, Stream, as_source
 from flax_hmog.em.initialize import check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
-from flax_hmog.em.statistics import Statistics, accumulate
-from flax_hmog.em.step import EMInfo, em_info, next_natural, whiten_moments, whiten_regularizer
+from flax_hmog.em.statistics import accumulate
+from flax_hmog.em.step import EMInfo, finish_step, one_step, whiten_moments, whiten_regularizer
 from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, named, public
 from flax_hmog.model.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
 from flax_hmog.model.coordinates import Moments, Natural, check_full, check_natural
@@ -202,16 +202,23 @@ class Evaluation:
     """Results of one pass with a model.
 
     Attributes:
-        factors: of the model.
-        statistics: sums over the rows.
-        info: diagnostics; densities are those of x.
+        updated: the model that maximises with the sums of the pass.
         objective: penalised log-likelihood per sample of x, in nats.
+        volume: log-volume of the frame, by which densities of rows exceed those of x.
+        of_rows: diagnostics, whose densities are those of rows in the frame.
     """
 
-    factors: Prepared
-    statistics: Statistics
-    info: EMInfo
+    updated: Natural
     objective: float
+    volume: float
+    of_rows: EMInfo
+
+    @property
+    def info(self) -> EMInfo:
+        """The diagnostics; densities are those of x."""
+        objective = jnp.asarray(self.objective, self.of_rows.objective.dtype)
+        likelihood = self.of_rows.log_likelihood - self.volume
+        return dataclasses.replace(self.of_rows, log_likelihood=likelihood, objective=objective)
 
 
 class Fit:
@@ -230,6 +237,9 @@ class Fit:
         exact = has_more_digits(rows, head.param_dtype)
         # from now on the source gives rows that go with the frame
         source.use_frame(Framing(self.frame, head.param_dtype, options.max_distance, by_column, exact))
+        # log-volumes are added in float64 at the end: gains do not depend on the units of x
+        self.volume = float(np.log(np.asarray(self.frame.unit, np.float64)).sum())
+        self.row_frame = dataclasses.replace(source.framing.frame, log_volume=jnp.zeros_like(self.frame.log_volume))
         self.n_samples = source.n_rows if isinstance(source, Stream) else source.total_weight
 
     def start(self, key: Array) -> tuple[Natural, Regularizer | None]:
@@ -248,10 +258,9 @@ class Fit:
         for moments in starts(self.head, x, weights, labels, framing.frame, framing.by_column, key, method=init):
             natural, regularizer = self._whitened(moments, None)
             for step in range(FOLLOWED_STEPS + 1):
-                at = self.evaluate(natural, regularizer, [block])
+                at = self.evaluate(natural, regularizer, block)
                 objective = at.objective
-                if step < FOLLOWED_STEPS:
-                    natural, _ = next_natural(at.factors, at.statistics, regularizer, self.frame)
+                natural = natural if step == FOLLOWED_STEPS else at.updated
             # starts that end at one optimum differ by rounding, which must not choose how components are numbered
             least = 0.0 if best is None else best[0] + self._rounding(best[0], natural)
             if math.isfinite(objective) and (best is None or objective > least):
@@ -290,37 +299,35 @@ class Fit:
             ratio = (1 if own is None else own.unit) / self.frame.unit
             noise = regularizer.noise_covariance.scaled(ratio)
             regularizer = whiten_regularizer(dataclasses.replace(regularizer, noise_covariance=noise), moments)
-        return dataclasses.replace(moments_to_natural(whitened), frame=self.frame), regularizer
+        return moments_to_natural(whitened).in_frame(self.frame), regularizer
 
-    def evaluate(
-        self, natural: Natural, regularizer: Regularizer | None, blocks: Iterable[Block] | None = None
-    ) -> Evaluation:
-        """One pass over the samples, or over some blocks of them, with a model in the frame."""
-        frame: Any = natural.frame
-        # the log-volume is added in float64 at the end: gains do not depend on the units of x
-        inner = dataclasses.replace(self.source.framing.frame, log_volume=jnp.zeros_like(frame.log_volume))
-        factors = prepare(dataclasses.replace(natural, frame=inner, projection_dtype=self.dtype))
-        statistics: Any = None
-        for x, weights, labels in self.source.blocks() if blocks is None else blocks:
-            part = accumulate(factors, x, weights, labels, shards=row_shards(x))
-            statistics = part if statistics is None else jax.tree.map(jnp.add, statistics, part)
-        same_units = dataclasses.replace(frame, log_volume=inner.log_volume)
-        info = em_info(dataclasses.replace(natural, frame=same_units), factors, statistics, regularizer)
-        volume = float(np.log(np.asarray(frame.unit, np.float64)).sum())
-        penalised = 0.0 if regularizer is None else float(regularizer.noise) / float(statistics.count)
-        objective = float(info.objective) - volume * (1 + penalised)
-        of_x = {
-            "log_likelihood": info.log_likelihood - volume,
-            "objective": jnp.asarray(objective, info.objective.dtype),
-        }
-        return Evaluation(factors, statistics, dataclasses.replace(info, **of_x), objective)
+    def evaluate(self, natural: Natural, regularizer: Regularizer | None, block: Block | None = None) -> Evaluation:
+        """One pass over the samples, or over one block of them, with a model in the frame."""
+        inner = natural.in_frame(self.row_frame)
+        if isinstance(self.source, RowsOnDevice):
+            block = self.source.sample()  # which is all
+        if block is not None:
+            given = {"shards": row_shards(block[0]), "projection_dtype": self.dtype}
+            updated, info, _, read = one_step(inner, block, regularizer, self.frame, **given)
+        else:
+            factors = prepare(inner, self.dtype)
+            statistics: Any = None
+            for x, weights, labels in self.source.blocks():
+                part = accumulate(factors, x, weights, labels, shards=row_shards(x))
+                statistics = part if statistics is None else jax.tree.map(jnp.add, statistics, part)
+            updated, info, _, read = finish_step(factors, statistics, regularizer, self.frame)
+        # the only values of a step that are read
+        objective, count = np.asarray(read, np.float64).tolist()
+        penalised = 0.0 if regularizer is None else float(regularizer.noise) / count
+        objective -= self.volume * (1 + penalised)
+        return Evaluation(updated, objective, self.volume, info)
 
     def step(self, state: EMState) -> tuple[EMState, float]:
         """One pass: the next model of the start, or the end of the start; and the objective of the model before."""
         natural, regularizer = state.natural, state.regularizer
         # the penalty refers to the first latent basis, so that whitening waits for the end
         at = self.evaluate(natural, regularizer)
-        info, objective = at.info, at.objective
+        objective = at.objective
         if not math.isfinite(objective):
             raise ValueError(
                 f"fit_em: `regularizer` must keep the likelihood bounded on these data; got objective {objective} "
@@ -330,8 +337,8 @@ class Fit:
         top = natural if objective >= max(history) else state.top
         small_gain = len(history) > 1 and history[-1] - history[-2] < self.options.tolerance
         if not small_gain and len(history) <= self.options.max_steps:
-            natural, _ = next_natural(at.factors, at.statistics, regularizer, natural.frame)
-            return dataclasses.replace(state, natural=natural, top=top, history=history), objective
+            return dataclasses.replace(state, natural=at.updated, top=top, history=history), objective
+        info = at.info
         if self.fell(history, natural):
             natural, objective = top, max(history)
             info = self.evaluate(natural, regularizer).info
@@ -359,9 +366,9 @@ class Fit:
         """A model in the frame as a result, in the latent basis in which y has mean 0 and covariance I."""
         moments = own_moments(natural)
         whitened = moments_to_natural(whiten_moments(moments))
-        smallest = 1 / jnp.max(natural.prior_precision.diagonal())
+        smallest = 1 / jnp.max(natural.prior.precision.diagonal())
         return EMResult(
-            natural=dataclasses.replace(whitened, frame=natural.frame, projection_dtype=self.dtype),
+            natural=whitened.in_frame(natural.frame),
             objective_history=np.asarray(history),
             converged=converged,
             info=dataclasses.replace(info, smallest_latent_variance=smallest),

@@ -30,7 +30,7 @@ from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Moments, ResidualMoments, prior_moments, within_covariance
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import Array, Rep, matmul, pytree
-from flax_hmog.model.prepared import factorise, prepare
+from flax_hmog.model.prepared import prepare
 
 NOISE_SHARE = 0.1  # of the mean variance of x, which a pseudo-sample of the noise has inside a network
 JUMP = 1e3  # standard deviations of the model that a batch lies away or is wider by, or narrower
@@ -152,7 +152,7 @@ def fit_online_em(
         if options.average:
             moments = maximize(moments.loadings, moments.bias, state.average, total, regularizer)  # type: ignore[arg-type]
         _check_objective(moments.means, options.passes)
-        natural = dataclasses.replace(moments_to_natural(moments), frame=fit.frame)
+        natural = moments_to_natural(moments).in_frame(fit.frame)
         at = fit.evaluate(natural, regularizer)
         history.append(at.objective)
         report(options.passes, 1, history[-1])
@@ -205,11 +205,10 @@ def _step(
     samples that the regulariser is relative to.
     """
     x, weights, labels = block
-    natural = dataclasses.replace(moments_to_natural(state.moments), frame=frame)
-    factors = factorise(dataclasses.replace(natural, projection_dtype=projection_dtype))
+    factors = prepare(moments_to_natural(state.moments).in_frame(frame), projection_dtype)
     statistics = accumulate(factors, x, weights, labels, shards=shards)
     value = log_likelihood(factors, statistics)
-    penalties = jnp.zeros_like(value) if regularizer is None else penalty(natural, regularizer) * statistics.count
+    penalties = jnp.zeros_like(value) if regularizer is None else penalty(factors, regularizer) * statistics.count
     rate = jnp.minimum(rates[0] * statistics.count, 1)
     # a batch of weight 0 has sums of 0 and a rate of 0
     batch = residual_mean(
@@ -307,8 +306,8 @@ def _exists(em: dict[str, Any]) -> Array:
     """True if all is finite and the model exists ()."""
     natural = moments_to_natural(em["moments"])
     # Cholesky factors of what is not positive definite are NaN
-    precisions = (natural.observable_precision, natural.prior_precision)
-    signs = (natural.log_weights, *(precision.log_det() for precision in precisions))
+    precisions = (natural.observable_precision, natural.prior.precision)
+    signs = (natural.prior.log_weights, *(precision.log_det() for precision in precisions))
     leaves = (*jax.tree.leaves(em), *jax.tree.leaves(natural), *signs)
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 

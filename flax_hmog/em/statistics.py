@@ -31,11 +31,11 @@ from flax_hmog.model.prepared import (
     center_rows,
     component_logits,
     component_product,
-    factorise,
     floats_per_row,
     latent_features,
     normalize_logits,
     posterior_gain,
+    prepare,
     project_rows,
     symmetric_matrices,
 )
@@ -101,7 +101,7 @@ def expected_statistics(natural: Natural | Prepared, x: Any, weights: Any = None
     """
     plain = in_units_of_x(check_natural(natural))
     entered, x, weights = check_samples(plain, x, weights)
-    factors = factorise(entered)
+    factors = prepare(entered)
     return _statistics_to_mean(factors.natural, factors, accumulate(factors, x, weights, shards=row_shards(x)))
 
 

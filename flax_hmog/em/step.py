@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.data.rows import row_shards
+from flax_hmog.data.rows import Shards, row_shards
 from flax_hmog.data.samples import check_samples
+from flax_hmog.data.sources import Block
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
 from flax_hmog.model.checks import check_type, is_concrete, public
@@ -98,14 +100,46 @@ def em_step(
         remedy = "Take one from PseudoCounts.regularizer(moments)."
         check_type("regularizer", regularizer, Regularizer, remedy)
     entered, x, weights = check_samples(natural, x, weights)
-    factors = prepare(entered)
-    natural = factors.natural
-    statistics = accumulate(factors, x, weights, shards=row_shards(x))
-    info = em_info(natural, factors, statistics, regularizer)
-    updated, exists = next_natural(factors, statistics, regularizer, natural.frame)
+    block, shards = (x, weights, None), row_shards(x)
+    updated, info, exists, _ = one_step(entered, block, regularizer, parameters.frame, shards=shards)
     if is_concrete(exists) and not exists:
+        factors = prepare(entered)
+        statistics = accumulate(factors, *block, shards=shards)
         moments_to_natural(next_moments(factors, statistics, regularizer))  # says what is wrong
-    return dataclasses.replace(updated, projection_dtype=natural.projection_dtype), info
+    return updated, info
+
+
+@partial(jax.jit, static_argnames=("shards", "projection_dtype"))
+def one_step(
+    natural: Natural | Prepared, block: Block, regularizer: Regularizer | None, frame: Frame | None = None, *,
+    shards: Shards, projection_dtype: str | None = None,
+) -> tuple[Natural, EMInfo, Array, Array]:  # fmt: skip
+    """`finish_step` after a pass over one block (x, weights, labels or None), all as one program."""
+    # barriers: what compiles in one program rounds as the same functions do one by one, over several blocks
+    factors = jax.lax.optimization_barrier(prepare(natural, projection_dtype))
+    statistics = jax.lax.optimization_barrier(accumulate(factors, *block, shards=shards))
+    return finish_step(factors, statistics, regularizer, frame)
+
+
+@jax.jit
+def finish_step(
+    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None
+) -> tuple[Natural, EMInfo, Array, Array]:
+    """The model after a pass with these statistics, `EMInfo` of the model before, True if the first exists (), and for
+    the host to read at once the objective and the number of samples (2,).
+
+    Args:
+        factors: of the model before, its frame that of the rows.
+        statistics: of the pass.
+        regularizer: pseudo-statistics or None.
+        frame: of the parameters of both models.
+    """
+    info = em_info(factors, statistics, regularizer, frame)
+    natural = moments_to_natural(next_moments(factors, statistics, regularizer))
+    # Cholesky factors of what is not positive definite are NaN
+    signs = (natural.observable_precision.log_det(), natural.prior.precision.entries, natural.prior.log_weights)
+    exists = jnp.all(jnp.stack([jnp.all(jnp.isfinite(values)) for values in signs]))
+    return natural.in_frame(frame), info, exists, jnp.stack([info.objective, statistics.count])
 
 
 @jax.jit
@@ -115,19 +149,6 @@ def next_moments(factors: Prepared, statistics: Statistics, regularizer: Regular
     mean = residual_mean(factors, statistics)
     moments = maximize(loadings, factors.bias, mean, statistics.count, regularizer)
     return whiten_moments(moments) if regularizer is None else moments
-
-
-@jax.jit
-def next_natural(
-    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None = None
-) -> tuple[Natural, Array]:
-    """The model of `next_moments` in natural coordinates, in this frame, and whether there is such a model ()."""
-    natural = moments_to_natural(next_moments(factors, statistics, regularizer))
-    natural = dataclasses.replace(natural, frame=frame)
-    # Cholesky factors of what is not positive definite are NaN
-    signs = (natural.observable_precision.log_det(), natural.prior_precision.entries)
-    exists = [jnp.all(jnp.isfinite(values)) for values in (*signs, natural.log_weights)]
-    return natural, jnp.all(jnp.stack(exists))
 
 
 def maximize(
@@ -166,7 +187,7 @@ def maximize(
 
 
 @public
-def penalty(natural: Natural, regularizer: Regularizer) -> Array:
+def penalty(natural: Natural | Prepared, regularizer: Regularizer) -> Array:
     """Log-density of the pseudo-samples of a `Regularizer`, which EM adds to the sum of log-densities.
 
     Args:
@@ -182,20 +203,26 @@ def penalty(natural: Natural, regularizer: Regularizer) -> Array:
         >>> penalty(natural, PseudoCounts().regularizer(moments)).shape
         ()
     """
-    natural = check_natural(natural)
-    natural = with_prior(natural)
+    model = with_prior(check_natural(natural))
+    if isinstance(natural, Prepared):
+        return _penalty(model, natural.prior_means, natural.prior_log_det, regularizer)
+    covariances, log_det = inverse_and_log_det(model.prior.precision.entries)
+    return _penalty(model, einsum("kij,kj->ki", covariances, model.prior.location), log_det, regularizer)
+
+
+def _penalty(natural: Natural, means: Array, log_det: Array, regularizer: Regularizer) -> Array:
+    """`penalty` of a model whose prior has these means (K, L) and log|P_k| (K,)."""
     r, precision = regularizer, natural.observable_precision
     obs_dim, lat_dim = natural.interaction.shape
-    covariances, log_det = inverse_and_log_det(natural.prior_precision.entries)
-    gap = einsum("kij,kj->ki", covariances, natural.prior_location) - r.component_mean[None]
+    gap = means - r.component_mean[None]
     spread = r.component_covariance.entries[None] + outer(gap, gap)
     log_2pi = math.log(2 * math.pi)
     # E[log N(y; m, S)] = -1/2 (L log 2 pi + log|S| + tr S^-1 E[(y - m)(y - m)'])
-    component = lat_dim * log_2pi - log_det + jnp.sum(natural.prior_precision.entries * spread, axis=(-1, -2))
+    component = lat_dim * log_2pi - log_det + jnp.sum(natural.prior.precision.entries * spread, axis=(-1, -2))
     noise = obs_dim * log_2pi - precision.log_det() + trace_product(precision, r.noise_covariance)
     if natural.frame is not None:
         noise = noise + 2 * natural.frame.log_volume
-    weights = r.weights * jnp.sum(natural.log_weights)
+    weights = r.weights * jnp.sum(natural.prior.log_weights)
     return weights - (r.components * jnp.sum(component) + r.noise * noise) / 2
 
 
@@ -239,17 +266,19 @@ def _change_basis(
 
 
 @jax.jit
-def em_info(natural: Natural, factors: Prepared, statistics: Statistics, regularizer: Regularizer | None) -> EMInfo:
-    """Diagnostics of `natural`, whose pass over the data gave these statistics."""
-    value = log_likelihood(factors, statistics)
-    objective = value if regularizer is None else value + penalty(natural, regularizer)
+def em_info(factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None) -> EMInfo:
+    """Diagnostics of a model in this frame, whose pass over the data gave these statistics."""
+    natural = factors.natural
+    objective = value = log_likelihood(factors, statistics)
+    if regularizer is not None:
+        objective = value + _penalty(natural, factors.prior_means, factors.prior_log_det, regularizer)
     noise = natural.observable_precision.inverse().diagonal()
-    if natural.frame is not None:
-        noise = noise * natural.frame.unit**2
+    if frame is not None:
+        noise = noise * frame.unit**2
     return EMInfo(
         log_likelihood=value / statistics.count,
         objective=objective / statistics.count,
         occupancy=statistics.responsibilities,
         smallest_noise=jnp.min(noise),
-        smallest_latent_variance=1 / jnp.max(natural.prior_precision.diagonal()),
+        smallest_latent_variance=1 / jnp.max(natural.prior.precision.diagonal()),
     )

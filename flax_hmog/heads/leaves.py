@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.model.coordinates import Natural, SharedBase, natural_bias
+from flax_hmog.model.coordinates import Natural, Prior, SharedBase, natural_bias
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, diagonal, einsum, matmul
 
 
@@ -75,7 +75,7 @@ def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, rep: Rep, shared_b
         bounds: the intervals of the maps.
 
     Returns:
-        `Natural`, with its prior location and precision known directly.
+        `Natural`, with its prior.
     """
     if rep is PositiveDefinite or shared_base:
         whitened, means, prior, posterior = _full_components(leaves, rep, bounds)
@@ -96,10 +96,7 @@ def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, rep: Rep, shared_b
         posterior_location=location - matmul(leaves["bias"], interaction)[None],
         posterior_precision=posterior,
         categorical_bias=bias,
-        prior_location=location,
-        prior_precision=prior_precision,
-        log_weights=log_weights,
-    )
+    ).carrying(Prior(location, prior_precision, log_weights))
 
 
 def _full_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -> tuple:

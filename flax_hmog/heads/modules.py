@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -29,7 +28,7 @@ from flax_hmog.model.checks import (
 )
 from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
-from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, ResidualMoments
+from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, ResidualMoments, check_natural
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep
 from flax_hmog.model.prepared import prepare
 
@@ -55,7 +54,8 @@ class HMoGHead(nn.Module):
             return None
         return meta.unbox(self.get_variable("params", "bias")).shape[-1]
 
-    def _natural(self, x: Any = None) -> Natural:
+    def _natural(self, x: Any = None) -> Natural | Prepared:
+        """The model; prepared where rows x are to be projected in another dtype."""
         check_precision(getattr(self, "param_dtype", None))
         x = None if x is None else in_memory("x", x)
         known = getattr(self, "obs_dim", None) or self._stored_obs_dim()
@@ -66,7 +66,8 @@ class HMoGHead(nn.Module):
                 f"{door()}: `obs_dim` must be known; got None and no observations. "
                 "Initialise with an x, or give obs_dim."
             )
-        return dataclasses.replace(self._model(known, x), projection_dtype=self.projection_dtype)  # type: ignore[attr-defined]
+        natural, dtype = self._model(known, x), self.projection_dtype  # type: ignore[attr-defined]
+        return natural if x is None or dtype is None else prepare(natural, dtype)
 
     def __call__(self, x: Array) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D)."""
@@ -74,11 +75,11 @@ class HMoGHead(nn.Module):
 
     def natural(self) -> Natural:
         """The model in natural coordinates."""
-        return self._natural()
+        return check_natural(self._natural())
 
     def prepared(self) -> Prepared:
         """The model with all that inference needs of it and that does not depend on x."""
-        return prepare(self.natural())
+        return prepare(self.natural(), self.projection_dtype)  # type: ignore[attr-defined]
 
     def moments(self) -> Moments:
         """The model in standard form."""

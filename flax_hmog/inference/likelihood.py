@@ -19,11 +19,11 @@ from flax_hmog.model.prepared import (
     Prepared,
     center_rows,
     component_logits,
-    factorise,
     floats_per_row,
     latent_features,
     normalize_logits,
     posterior_gain,
+    prepare,
     project_rows,
     quadratic_coefficients,
     shared_log_density,
@@ -60,7 +60,7 @@ def mean_log_density(natural: Natural | Prepared, x: Any, weights: Any = None) -
 
 @partial(jax.jit, static_argnames="shards")
 def _mean_log_density(natural: Natural | Prepared, x: Array, weights: Array, shards: Shards) -> Array:
-    return summed_log_density(factorise(natural), x, weights, shards) / jnp.sum(weights)
+    return summed_log_density(prepare(natural), x, weights, shards) / jnp.sum(weights)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -22,11 +22,11 @@ from flax_hmog.model.prepared import (
     Prepared,
     center_rows,
     component_logits,
-    factorise,
     floats_per_row,
     latent_features,
     normalize_logits,
     posterior_gain,
+    prepare,
     project_rows,
     shared_log_density,
 )
@@ -257,7 +257,7 @@ def _by_blocks(
     field: str | None = None,
 ) -> Any:
     """`of_rows` block by block: its whole output, or one field of it and only what that takes."""
-    factors = factorise(natural)
+    factors = prepare(natural)
 
     def rows(factors: Prepared, block: Array) -> Any:
         output = of_rows(factors, block)
@@ -267,7 +267,7 @@ def _by_blocks(
 
 
 def infer_rows(factors: Prepared, x: Array) -> HMoGOutput:
-    """`infer` of a block of rows (B, D) by a model that is factorised already."""
+    """`infer` of a block of rows (B, D) by a model that is prepared already."""
     centered = center_rows(factors, x)
     t = project_rows(factors, centered)
     logits = component_logits(factors, latent_features(t, squares_only=factors.is_diagonal))

@@ -12,6 +12,7 @@ from flax_hmog.model.coordinates import (
     FULL_ONLY,
     Natural,
     Precision,
+    Prior,
     SharedBase,
     categorical_logits,
     check_natural,
@@ -76,7 +77,7 @@ def split_conjugated(natural: Natural) -> tuple[LinearGaussian, Mixture]:
         p(x | y) and p(y, z), with h_k = eta_k + W'Psi^-1 b and P_k = Q_k - W'Psi^-1 W.
 
     Raises:
-        TypeError: for restricted posterior precisions, whose prior precisions are full (read `prior_precision`).
+        TypeError: for restricted posterior precisions, whose prior precisions are full (read `natural.prior`).
         ValueError: if a prior precision is not positive definite.
 
     Example:
@@ -89,17 +90,17 @@ def split_conjugated(natural: Natural) -> tuple[LinearGaussian, Mixture]:
     natural = with_prior(in_units_of_x(natural))
     precision = natural.posterior_precision
     if isinstance(precision, SharedBase):
-        base = PositiveDefinite(natural.prior_precision.entries[0])
-        prior: Precision = dataclasses.replace(precision, base=base)
+        base = PositiveDefinite(natural.prior.precision.entries[0])
+        precisions: Precision = dataclasses.replace(precision, base=base)
     elif isinstance(precision, PositiveDefinite):
-        prior = natural.prior_precision
+        precisions = natural.prior.precision
     else:
         raise TypeError(
             "split_conjugated: `natural` must have full or shared-base precisions; got "
             f"{type(precision).__name__}. {FULL_ONLY}"
         )
     likelihood = LinearGaussian(natural.observable_location, natural.observable_precision, natural.interaction)
-    return likelihood, Mixture(natural.prior_location, prior, natural.categorical_bias)
+    return likelihood, Mixture(natural.prior.location, precisions, natural.categorical_bias)
 
 
 @public
@@ -124,7 +125,9 @@ def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
     """
     check_type("likelihood", likelihood, LinearGaussian, "Take it from split_conjugated.")
     check_type("prior", prior, Mixture, "Take it from split_conjugated.")
-    log_partitions, *_ = gaussian_log_partition(prior.location, PositiveDefinite(prior.precision.dense()))
+    precisions = PositiveDefinite(prior.precision.dense())
+    log_partitions, *_ = gaussian_log_partition(prior.location, precisions)
+    log_weights = jax.nn.log_softmax(categorical_logits(prior.bias) + log_partitions)
     natural = Natural(
         observable_location=likelihood.location,
         observable_precision=likelihood.precision,
@@ -132,9 +135,6 @@ def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
         posterior_location=prior.location,
         posterior_precision=prior.precision,
         categorical_bias=prior.bias,
-        prior_location=prior.location,
-        prior_precision=PositiveDefinite(prior.precision.dense()),
-        log_weights=jax.nn.log_softmax(categorical_logits(prior.bias) + log_partitions),
     )
     location, gram = conjugation(natural)
     if isinstance(prior.precision, SharedBase):
@@ -143,6 +143,7 @@ def join_conjugated(likelihood: LinearGaussian, prior: Mixture) -> Natural:
         )
     else:
         posterior = PositiveDefinite(prior.precision.dense() + gram[None])
-    return dataclasses.replace(
+    joint = dataclasses.replace(
         natural, posterior_location=prior.location - location[None], posterior_precision=posterior
     )
+    return joint.carrying(Prior(prior.location, precisions, log_weights))

@@ -26,6 +26,7 @@ from flax_hmog.model.coordinates import (
     Moments,
     Natural,
     Precision,
+    Prior,
     ResidualMoments,
     categorical_logits,
     check_full,
@@ -62,12 +63,12 @@ def conjugation(natural: Natural) -> tuple[Array, Array]:
 
 
 def with_prior(natural: Natural) -> Natural:
-    """Fill in the prior location, precision and weights, by the differences that define them, where they are missing.
+    """The model with its prior, from the differences that define it where it is not known.
 
     Raises:
         ValueError: if a prior precision is not positive definite: no such model exists.
     """
-    if not any(known is None for known in (natural.prior_location, natural.prior_precision, natural.log_weights)):
+    if natural.prior is not None:
         return natural
     natural.observable_precision.check("observable_precision", "Check where the model comes from.")
     shift, gram = conjugation(natural)
@@ -76,11 +77,11 @@ def with_prior(natural: Natural) -> Natural:
     check_positive_definite(
         "prior precision Q_k - W'Psi^-1 W",
         prior.entries,
-        "Raise the posterior precisions or shrink the interaction; in float32 give Natural its `prior_precision`.",
+        "Raise the posterior precisions or shrink the interaction, or come from `moments_to_natural`.",
     )
     log_partitions, *_ = gaussian_log_partition(location, prior)
     log_weights = jax.nn.log_softmax(categorical_logits(natural.categorical_bias) + log_partitions)
-    return dataclasses.replace(natural, prior_location=location, prior_precision=prior, log_weights=log_weights)
+    return natural.carrying(Prior(location, prior, log_weights))
 
 
 @public
@@ -179,9 +180,9 @@ def _in_units_of_x(natural: Natural) -> Natural:
         observable_location=precision.times(bias[:, None])[:, 0],
         observable_precision=precision,
         interaction=interaction,
-        posterior_location=natural.prior_location - matmul(bias, interaction)[None],
+        posterior_location=natural.prior.location - matmul(bias, interaction)[None],
         frame=None,
-    )
+    ).carrying(natural.prior)
 
 
 def fits_units_of_x(natural: Natural) -> bool:
@@ -200,12 +201,12 @@ def fits_units_of_x(natural: Natural) -> bool:
 @jax.jit
 def _natural_to_moments(natural: Natural) -> Moments:
     noise = natural.observable_precision.inverse()
-    _, means, covariances = gaussian_log_partition(natural.prior_location, natural.prior_precision)
+    _, means, covariances = gaussian_log_partition(natural.prior.location, natural.prior.precision)
     return Moments(
         loadings=noise.times(natural.interaction),
         bias=noise.times(natural.observable_location[:, None])[:, 0],
         noise=noise,
-        weights=jnp.exp(natural.log_weights),
+        weights=jnp.exp(natural.prior.log_weights),
         means=means,
         covariances=PositiveDefinite(covariances),
     )
@@ -221,7 +222,7 @@ def moments_to_natural(moments: Moments, rep: Any = PositiveDefinite, *, shared_
         shared_base: hold them as a full base plus differences of kind `rep`, as `SymmetricHMoG` does.
 
     Returns:
-        `Natural`, with its prior location and precision known directly.
+        `Natural`, with its prior.
 
     Raises:
         TypeError: if `moments` is of another coordinate type.
@@ -257,11 +258,8 @@ def _moments_to_natural(moments: Moments, rep: Rep, shared_base: bool) -> tuple[
         posterior_location=prior_location - matmul(moments.bias, interaction)[None],
         posterior_precision=restrict_precision(dense, rep, shared_base),
         categorical_bias=natural_bias(log_weights, moments.means, prior_location, log_det),
-        prior_location=prior_location,
-        prior_precision=PositiveDefinite(precisions),
-        log_weights=log_weights,
     )
-    return natural, dense
+    return natural.carrying(Prior(prior_location, PositiveDefinite(precisions), log_weights)), dense
 
 
 @public

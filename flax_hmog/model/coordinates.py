@@ -100,12 +100,32 @@ class Moments:
 
 
 @pytree
+class Prior:
+    """p(y, z) of a `Natural`, in natural coordinates: z ~ w, y | z = k ~ N(P_k^-1 h_k, P_k^-1).
+
+    Attributes:
+        location: h (K, L).
+        precision: P, `PositiveDefinite` (K, L, L).
+        log_weights: log w (K,).
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> natural.prior.location.shape, natural.prior.precision.entries.shape
+        ((3, 2), (3, 2, 2))
+    """
+
+    location: Array
+    precision: PositiveDefinite
+    log_weights: Array
+
+
+@pytree
 class Natural:
     """Exponential-family form. The component parameters are those of the *posterior* at Theta' x = 0.
 
     The prior follows from the rest (`h_k = eta_k + W'Psi^-1 b`, `P_k = Q_k - W'Psi^-1 W`, `log w_k` from cat and
-    both), but those differences cancel in float32; functions that know the prior pass it along. Change a field
-    and set these to None.
+    both), but those differences cancel in float32; functions that know it attach it (`carrying`). No argument of the
+    constructor, it is dropped by `dataclasses.replace`, and computed again where it is needed.
 
     Attributes:
         observable_location: Psi^-1 b (D,).
@@ -114,13 +134,9 @@ class Natural:
         posterior_location: eta (K, L).
         posterior_precision: Q of kind `pst_rep`, batch (K,); `SharedBase` for a restricted `lat_rep`.
         categorical_bias: (K-1,), against component 0.
-        prior_location: h (K, L) or None.
-        prior_precision: P, `PositiveDefinite` (K, L, L) or None.
-        log_weights: log w (K,) or None.
         frame: the parameters are those of x' = (x - origin) / unit, where the dtype could not hold those of x; None:
             of x. Densities are always those of x; `in_units_of_x` gives the parameters of x.
-        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for that of the
-            parameters. Not a parameter: a policy that inference follows (docs/performance.md).
+        prior: `Prior`, or None where it is not known.
 
     Example:
         >>> from flax_hmog.toy import natural
@@ -134,15 +150,24 @@ class Natural:
     posterior_location: Array
     posterior_precision: Precision
     categorical_bias: Array
-    prior_location: Array = None  # type: ignore[assignment]
-    prior_precision: PositiveDefinite = None  # type: ignore[assignment]
-    log_weights: Array = None  # type: ignore[assignment]
     frame: Frame | None = None
-    projection_dtype: str | None = dataclasses.field(default=None, metadata={"static": True})
+    prior: Prior = dataclasses.field(default=None, init=False)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         fill_sizes(self, self.observable_location, "observable_precision")
         fill_sizes(self, self.posterior_location, "posterior_precision")
+
+    def carrying(self, prior: Prior) -> Natural:
+        """The same parameters with the prior that follows from them."""
+        new = dataclasses.replace(self)
+        object.__setattr__(new, "prior", prior)
+        return new
+
+    def in_frame(self, frame: Frame | None) -> Natural:
+        """The same parameters and prior, those of x' in another frame."""
+        new = dataclasses.replace(self, frame=frame)
+        object.__setattr__(new, "prior", self.prior)
+        return new
 
 
 @pytree
@@ -171,6 +196,8 @@ class Prepared:
         coefficients: linear_k and the distinct entries of curvature_k (K, L + L(L+1)/2), or (K, 2 L).
         covariance: C_k.
         location: h~_k = T^-T h_k (K, L).
+        prior_means: m_k (K, L).
+        prior_log_det: log|P_k| (K,).
         offset: log|Psi^-1| / 2 - D log(2 pi) / 2 (), less the log-volume of the frame.
 
     Example:
@@ -195,6 +222,8 @@ class Prepared:
     coefficients: Array
     covariance: Array
     location: Array
+    prior_means: Array
+    prior_log_det: Array
     offset: Array
 
     @property

@@ -32,7 +32,7 @@ def log_partition(natural: Natural) -> Array:
     """
     natural = check_natural(natural)
     natural = with_prior(in_units_of_x(natural))
-    log_partitions, *_ = gaussian_log_partition(natural.prior_location, natural.prior_precision)
+    log_partitions, *_ = gaussian_log_partition(natural.prior.location, natural.prior.precision)
     latent = jax.nn.logsumexp(categorical_logits(natural.categorical_bias) + log_partitions)
     location, precision = natural.observable_location, natural.observable_precision
     half = precision.cholesky().lower_solve(location[:, None])[:, 0]
@@ -111,7 +111,7 @@ def _kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
     obs_dim, lat_dim = p.loadings.shape
     # y | z: 1/2 [tr(S_q^-1 S_p) - L + log|S_q| - log|S_p| + (m_p - m_q)' S_q^-1 (m_p - m_q)]
     gap = p.means - q.means
-    precision = natural_q.prior_precision.entries
+    precision = natural_q.prior.precision.entries
     latent = (
         einsum("kij,kij->k", precision, p.covariances.entries)
         - lat_dim

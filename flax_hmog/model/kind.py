@@ -6,7 +6,8 @@ import abc
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar, dataclass_transform
 
 import jax
@@ -26,14 +27,36 @@ _TOLD: list[Callable[[type], None]] = []
 def pytree(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass whose fields are the children of a JAX pytree, but for those marked static.
 
+    Fields with `init=False` are children too; `dataclasses.replace` drops them.
+
     JAX takes the structures of two classes with the same fields for equal, and `jit` may then run what it compiled for
     the other one. Classes of which a function is given either need a static field that differs, as kinds have `name`.
     """
-    made = jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+    made = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(made)  # type: ignore[arg-type]
+    if all(field.init for field in fields):
+        jax.tree_util.register_dataclass(made)
+    else:
+        _register_with_derived(made, tuple(field.name for field in fields))
     _PYTREES.append(made)
     for function in _TOLD:
         function(made)
     return made
+
+
+def _register_with_derived(cls: type, names: tuple[str, ...]) -> None:
+    """`register_dataclass` for a class without static fields, whose constructor does not take all fields."""
+    keys = tuple(jax.tree_util.GetAttrKey(name) for name in names)
+    children = operator.attrgetter(*names)
+
+    def unflatten(_: None, values: Iterable[Any]) -> Any:
+        new: Any = object.__new__(cls)
+        new.__dict__.update(zip(names, values, strict=True))
+        return new
+
+    jax.tree_util.register_pytree_with_keys(
+        cls, lambda value: (zip(keys, children(value), strict=True), None), unflatten, lambda v: (children(v), None)
+    )
 
 
 def for_each_pytree(function: Callable[[type], None]) -> None:

@@ -39,8 +39,8 @@ def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepar
 
     Args:
         natural: the model; one that is prepared is returned as it is, unless for another dtype.
-        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for that which
-            the model has.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for that of the
+            parameters, or that of a model which is prepared.
 
     Returns:
         `Prepared`.
@@ -56,38 +56,37 @@ def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepar
         (12,)
     """
     dtype = check_float_dtype("projection_dtype", projection_dtype)
-    if isinstance(natural, Prepared) and dtype in (None, natural.natural.projection_dtype):
-        return natural
-    model = with_prior(check_natural(natural))
-    return prepare_jitted(model if dtype is None else dataclasses.replace(model, projection_dtype=dtype))
+    prepared = natural if isinstance(natural, Prepared) else _prepare(with_prior(check_natural(natural)))
+    if dtype in (None, prepared.projector.dtype.name):
+        return prepared
+    return dataclasses.replace(prepared, projector=prepared.root.times(prepared.projection).astype(dtype))
 
 
-def factorise(natural: Natural | Prepared) -> Prepared:
-    """`prepare` without checks, within programs."""
-    if isinstance(natural, Prepared):
-        return natural
-    natural = with_prior(natural)
+@jax.jit
+def _prepare(natural: Natural) -> Prepared:
     obs_dim = natural.observable_location.shape[0]
     root = natural.observable_precision.cholesky()
     whitened = root.lower_solve(natural.interaction)  # A = F^-1 Theta = F' W
-    prior_covariances, prior_log_det = inverse_and_log_det(natural.prior_precision.entries)
-    means = einsum("kij,kj->ki", prior_covariances, natural.prior_location)
-    pooled_root = jnp.linalg.cholesky(jnp.mean(natural.prior_precision.entries, axis=0)).T
+    prior = natural.prior
+    pooled_root = jnp.linalg.cholesky(jnp.mean(prior.precision.entries, axis=0)).T
     basis = _diagonal_basis if natural.posterior_precision.is_diagonal else _full_basis
-    t, t_inverse, projection, prior_root, curvature, covariance, log_det = basis(natural, whitened, pooled_root)
+    (t, t_inverse, projection, prior_root), (curvature, covariance, log_det), (prior_covariances, prior_log_det) = (
+        basis(natural, whitened, pooled_root)
+    )
+    means = einsum("kij,kj->ki", prior_covariances, prior.location)
     frame = natural.frame
     offset = natural.observable_precision.log_det() / 2 - obs_dim * math.log(2 * math.pi) / 2
-    location = matmul(natural.prior_location, t_inverse)
+    location = matmul(prior.location, t_inverse)
     linear = component_product(covariance, location)
     # Q_k = P_k + G, so  h'C h - h'P^-1 h = -h' C G P^-1 h
     gram_means = matmul(matmul(matmul(means, t.T), projection.T), projection)
-    constant = natural.log_weights + (prior_log_det - log_det - jnp.sum(linear * gram_means, axis=-1)) / 2
+    constant = prior.log_weights + (prior_log_det - log_det - jnp.sum(linear * gram_means, axis=-1)) / 2
     return Prepared(
         natural=natural,
         bias=observable_bias(natural),
         root=root,
         projection=projection,
-        projector=root.times(projection).astype(natural.projection_dtype or projection.dtype),
+        projector=root.times(projection),
         prior_root=prior_root,
         basis=t,
         inverse_basis=t_inverse,
@@ -97,26 +96,28 @@ def factorise(natural: Natural | Prepared) -> Prepared:
         coefficients=jnp.concatenate([linear, distinct_entries(curvature)], axis=-1),
         covariance=covariance,
         location=location,
+        prior_means=means,
+        prior_log_det=prior_log_det,
         offset=offset if frame is None else offset - jax.lax.stop_gradient(frame.log_volume),
     )
 
 
-prepare_jitted = jax.jit(factorise)
-
-
 def _full_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
     """T from the QR factors of [R^1/2; A], so that the small prior is not lost beside A'A; C_k = Q~_k^-1 in full."""
-    lat_dim = pooled_root.shape[0]
+    precisions, lat_dim = natural.prior.precision.entries, pooled_root.shape[0]
     orthonormal, t = jnp.linalg.qr(jnp.concatenate([pooled_root, whitened]))
     prior_root, projection = orthonormal[:lat_dim], orthonormal[lat_dim:]
     t_inverse = inverse_lower(t.T).T
-    prior = matmul(matmul(t_inverse.T[None], natural.prior_precision.entries), t_inverse[None])
+    prior = matmul(matmul(t_inverse.T[None], precisions), t_inverse[None])
     # Q~_k = T^-T P_k T^-1 + U'U, and Q~_k - I = T^-T P_k T^-1 - V'V
     precision = symmetrize(prior + matmul(projection.T, projection)[None])
-    covariance, log_det = inverse_and_log_det(precision)
+    # those of the prior at once
+    inverses, log_dets = inverse_and_log_det(jnp.concatenate([precision, precisions]))
+    covariance, log_det = inverses[: len(prior)], log_dets[: len(prior)]
     curvature = matmul(prior - matmul(prior_root.T, prior_root)[None], covariance)
     log_det = log_det + 2 * jnp.sum(jnp.log(jnp.abs(diagonal(t))))
-    return t, t_inverse, projection, prior_root, symmetrize(curvature), covariance, log_det
+    of_prior = inverses[len(prior) :], log_dets[len(prior) :]
+    return (t, t_inverse, projection, prior_root), (symmetrize(curvature), covariance, log_det), of_prior
 
 
 def _diagonal_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
@@ -128,7 +129,8 @@ def _diagonal_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tu
     curvature = (precision - pooled[None]) / precision
     log_det = jnp.sum(jnp.log(precision), axis=-1)
     t, t_inverse = jnp.diag(scale), jnp.diag(1 / scale)
-    return t, t_inverse, whitened / scale[None], pooled_root / scale[None], curvature, covariance, log_det
+    bases = t, t_inverse, whitened / scale[None], pooled_root / scale[None]
+    return bases, (curvature, covariance, log_det), inverse_and_log_det(natural.prior.precision.entries)
 
 
 def component_product(matrices: Array, vectors: Array) -> Array:

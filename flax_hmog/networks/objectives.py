@@ -300,8 +300,8 @@ def precision_penalty(natural: Natural) -> Array:
     natural = with_prior(natural)
     lat_dim = natural.interaction.shape[1]
     within = within_covariance(own_moments(natural))
-    traces = einsum("kij,ij->k", natural.prior_precision.entries, within.entries)
-    log_dets = natural.prior_precision.log_det() + within.log_det()
+    traces = einsum("kij,ij->k", natural.prior.precision.entries, within.entries)
+    log_dets = natural.prior.precision.log_det() + within.log_det()
     return jnp.mean(traces - log_dets - lat_dim) / 2
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -22,7 +21,7 @@ from flax_hmog.model.conversions import moments_to_natural
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import as_rep
-from flax_hmog.model.prepared import Prepared
+from flax_hmog.model.prepared import Prepared, prepare
 from flax_hmog.networks.augment import distort
 from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.networks.objectives import (
@@ -135,7 +134,9 @@ class Trainable:
         """Loss of a head alone: negative penalised log-likelihood, which EM maximises up to the prior of components."""
         natural, regularizer = self.natural(variables), cast(Regularizer, extra.regularizer)
         x = self._view(self._key(extra), x)
-        return -mean_log_density(natural, x) - extra.share * penalty(natural, regularizer), {}
+        dtype = self.head.projection_dtype
+        density = mean_log_density(natural if dtype is None else prepare(natural, dtype), x)
+        return -density - extra.share * penalty(natural, regularizer), {}
 
     def encoder_loss(self, variables: Any, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
         """Loss of a head on an encoder, which sees two views of each sample.
@@ -212,7 +213,7 @@ def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding:
         number = jnp.zeros(())
         info = EMInfo(number, number, moments.weights, number, number)
         frame = Frame(moments.bias, moments.bias, moments.bias, number) if has_frame else None
-        natural = dataclasses.replace(moments_to_natural(moments), frame=frame)
+        natural = moments_to_natural(moments).in_frame(frame)
         return natural, config.em.regularizer.regularizer(moments), info
 
     return jax.tree.map(

@@ -92,7 +92,7 @@ class RoundStage:
         metrics = evaluate(test, self.inputs, clusters)
         self.run.log.write(self.stage, 1, **metrics)
         variables: dict[str, Any] = {"em": stepwise_start(natural_to_moments(mixture))}
-        n_components = mixture.log_weights.shape[0]
+        n_components = mixture.posterior_location.shape[0]
         head = config.analytic if before is None else config.feature_head(n_components)
         with self.run.writer(self.stage, head, before, self.inputs) as writer:
             writer.save(

@@ -17,6 +17,19 @@ def named_arrays(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
 
+def current_names(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Arrays under the names of today: three leaves of a `Natural` were not yet those of its `prior` once."""
+    moved = {"prior_location": "location", "prior_precision": "precision", "log_weights": "log_weights"}
+
+    def today(name: str) -> str:
+        owner, _, field = name.removesuffix("/entries").rpartition("/")
+        if field not in moved or f"{owner}/prior_location" not in arrays:
+            return name
+        return name.replace(f"{owner}/{field}", f"{owner}/prior/{moved[field]}", 1)
+
+    return {today(name): array for name, array in arrays.items()}
+
+
 def describe_array(array: np.ndarray) -> dict[str, Any]:
     """Shape, dtype and SHA-256 of an array on the host."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

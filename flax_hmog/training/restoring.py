@@ -28,7 +28,7 @@ from flax_hmog.training.describe import Allowed, CheckpointError, rebuild
 from flax_hmog.training.files import DESCRIPTION, LEFTOVERS, DamageError, read_description, read_step, saved_steps
 from flax_hmog.training.inside import abstract_variables, find_heads, head_inputs, observed_dim, part_of, replace_part
 from flax_hmog.training.mesh import place as place_on
-from flax_hmog.training.named import FORMAT, named_arrays
+from flax_hmog.training.named import FORMAT, current_names, named_arrays
 from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessing
 
 CALLS = (HMoGHead.__call__, AnalyticHMoG.__call__)  # of heads that return what `infer` does
@@ -107,7 +107,7 @@ class Restored:
     def prepared(self) -> Prepared:
         """The model of the head with all that inference needs of it."""
         with jax.ensure_compile_time_eval():
-            return prepare(self.natural)
+            return prepare(self.natural, self.head.projection_dtype)
 
     @functools.cached_property
     def _apply(self) -> Callable[..., Any]:
@@ -290,7 +290,7 @@ def _assembled(
         if description["preprocessing"] is None
         else rebuild_preprocessing(description["preprocessing"], groups["preprocessing"]),
         clusters=None if description["clusters"] is None else np.asarray(description["clusters"]),
-        state=groups["state"],
+        state=current_names(groups["state"]),
         **{name: description[name] for name in ("progress", "history", "metrics", "config", "versions")},
     )
 

@@ -53,7 +53,7 @@ def fit(data, head=HEAD, **options):
 def same_fit(data, array, **options):
     got, want = fit(data, **options), fit(array, **options)
     np.testing.assert_allclose(got.objective_history, want.objective_history, rtol=1e-4)
-    np.testing.assert_allclose(got.natural.log_weights, want.natural.log_weights, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(got.natural.prior.log_weights, want.natural.prior.log_weights, rtol=1e-3, atol=1e-4)
 
 
 class OnDisk:

@@ -88,7 +88,7 @@ def test_labels_clamp_responsibilities(float64):
     assert_close(result.objective_history[0], rows.mean(), 1e-9)
     # the step is the maximum with the clamped statistics: whitened, in whatever basis
     statistics = dense.expected_statistics(x, responsibilities=clamped_responsibilities(dense, x, labels))
-    assert_close(np.exp(result.natural.log_weights), statistics["weights"], 1e-9)
+    assert_close(np.exp(result.natural.prior.log_weights), statistics["weights"], 1e-9)
     found = Dense.of_natural(result.natural)
     assert_close(found.w @ found.component_means, x.mean(0), 1e-9)
 
@@ -97,7 +97,7 @@ def test_full_labels_are_supervised_learning(float64):
     moments, x, z = problem(SMALL, 60, 5)
     result = fit(SMALL, x, init=moments, labels=z, regularizer=None)
     frequencies = np.bincount(z, minlength=3) / 60
-    assert_close(np.exp(result.natural.log_weights), frequencies, 1e-12)
+    assert_close(np.exp(result.natural.prior.log_weights), frequencies, 1e-12)
     assert_never_decreases(result.objective_history)
     unknown = fit(SMALL, x, init=moments, labels=np.full(60, -1))
     plain = fit(SMALL, x, init=moments)

@@ -32,7 +32,7 @@ from flax_hmog.data import rows
 from flax_hmog.em import statistics
 from flax_hmog.inference import likelihood
 from flax_hmog.inference import posterior as inference
-from flax_hmog.model.prepared import factorise
+from flax_hmog.model.prepared import prepare
 
 BOTH_DTYPES = pytest.mark.parametrize(
     ("case", "dtype"),
@@ -140,7 +140,7 @@ def test_expected_statistics_are_weighted_averages(case, dtype):
 def test_summed_density_of_the_e_step_is_the_density(case, float64):
     x, labels = case.x(9), np.arange(9) % (case.n_components + 1) - 1
     weights, natural = np.linspace(0.5, 2, 9), case.natural()
-    factors = factorise(natural)
+    factors = prepare(natural)
     sums = statistics.accumulate(factors, *(jnp.asarray(array) for array in (x, weights, labels)))
     logits = truth(case).log_joint_z(x)
     clamped = np.where(labels < 0, truth(case).log_density(x), np.take_along_axis(logits, labels[:, None], 1)[:, 0])

@@ -117,10 +117,10 @@ def model_arrays(natural, head):
     moments = natural_to_moments(natural)
     location, gram = conjugation(natural)
     kind = getattr(head, "pst_rep", "full")
-    log_weights = natural.log_weights
+    log_weights = natural.prior.log_weights
     prior = mixture_parameters(
-        np.asarray(natural.prior_location),
-        np.asarray(natural.prior_precision.entries),
+        np.asarray(natural.prior.location),
+        np.asarray(natural.prior.precision.entries),
         natural.categorical_bias,
         kind,
         base_kind="full",
@@ -135,8 +135,8 @@ def model_arrays(natural, head):
         "pst_categorical": natural.categorical_bias,
         "rho_location": location,
         "rho_precision": -gram,
-        "prior_location": natural.prior_location,
-        "prior_precision": natural.prior_precision.entries,
+        "prior_location": natural.prior.location,
+        "prior_precision": natural.prior.precision.entries,
         "prior_log_odds": log_weights[1:] - log_weights[0],
         "prior_flat": prior,
         "std_W": moments.loadings,

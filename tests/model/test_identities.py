@@ -17,6 +17,7 @@ from flax_hmog import (
     AnalyticHMoG,
     Diagonal,
     DifferentiableHMoG,
+    Natural,
     PositiveDefinite,
     Scale,
     expected_statistics,
@@ -39,10 +40,10 @@ from flax_hmog import (
     whiten_prior,
 )
 from flax_hmog.model.conversions import with_prior
+from flax_hmog.model.frames import Frame
 
 pytestmark = pytest.mark.usefixtures("float64")
 FULL = over([case for case in CASES.values() if case.is_full], is_slow)
-CARRIED = ("prior_location", "prior_precision", "log_weights")
 
 
 @functools.cache
@@ -112,9 +113,35 @@ def test_flat_vectors_survive_a_round_trip(case):
 @ALL
 def test_carried_prior_is_the_difference_that_defines_it(case):
     natural = case.natural()
-    bare = dataclasses.replace(natural, **dict.fromkeys(CARRIED))
+    bare = dataclasses.replace(natural)
     assert_trees_close(with_prior(bare), natural, 1e-9)
     assert_close(infer(bare, case.x()).log_density, truth(case).log_density(case.x()), 1e-9)
+
+
+@ALL
+def test_a_change_of_any_field_is_seen(case):
+    natural, x = case.natural(), case.x()
+    arrays = {field.name: getattr(natural, field.name) for field in dataclasses.fields(natural)[:6]}
+    for name, array in arrays.items():
+        changed = {name: jax.tree.map(lambda a, name=name: (0.98 if name == "interaction" else 1.02) * a, array)}
+        got = log_observable_density(dataclasses.replace(natural, **changed), x)
+        anew = Natural(**arrays | changed)
+        assert_close(got, log_observable_density(anew, x), 1e-12)
+        assert_close(got, Dense.of_natural(anew).log_density(x), 1e-9)
+    frame = Frame.of(np.full(case.obs_dim, 0.5), np.linspace(1, 2, case.obs_dim), np.float64)
+    got = log_observable_density(dataclasses.replace(natural, frame=frame), x)
+    assert_close(got, log_observable_density(Natural(**arrays, frame=frame), x), 1e-12)
+
+
+def test_transformations_keep_the_prior():
+    natural = CASES["analytic-diagonal-full-4.2.3"].natural()
+    assert_trees_close(jax.jit(lambda natural: natural)(natural), natural, 0)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), natural)
+    assert_trees_close(jax.vmap(lambda natural: natural)(stacked), stacked, 0)
+    assert natural.prior is not None
+    assert dataclasses.replace(natural).prior is None
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(natural)]
+    assert names[-3:] == [".prior.location", ".prior.precision.entries", ".prior.log_weights"]
 
 
 @ALL

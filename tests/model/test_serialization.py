@@ -14,6 +14,7 @@ from flax_hmog import (
     AnalyticHMoG,
     DifferentiableHMoG,
     PositiveDefinite,
+    Prior,
     expected_statistics,
     fit_em,
     fit_online_em,
@@ -22,11 +23,13 @@ from flax_hmog import (
     moments_to_natural,
     natural_to_mean,
     posterior_at,
+    prepare,
     warm_start,
 )
 from flax_hmog.model.kinds import pytree
 from flax_hmog.networks.encoders import MLP
 from flax_hmog.training import CheckpointError, CheckpointWriter, restore
+from flax_hmog.training.named import current_names, named_arrays
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
 SHARED_BASE = CASES["symmetric-diagonal-diagonal-4.2.3"]
@@ -42,11 +45,9 @@ def same(tree, other):
 
 TREES = {
     "Natural": NATURAL,
-    "Natural without its prior": dataclasses.replace(
-        NATURAL, prior_location=None, prior_precision=None, log_weights=None
-    ),
+    "Natural without its prior": dataclasses.replace(NATURAL),
     "Natural of a shared base": SHARED_BASE.natural("float32"),
-    "Natural with a projection": dataclasses.replace(NATURAL, projection_dtype="bfloat16"),
+    "Prepared": prepare(NATURAL, "bfloat16"),
     "Moments": random_moments(CASE),
     "Mean": natural_to_mean(NATURAL),
     "Mean of a shared base": natural_to_mean(SHARED_BASE.natural("float32")),
@@ -75,23 +76,32 @@ def test_flax_writes_and_reads_every_class(name):
 
 def test_the_state_has_the_fields_by_name():
     state = serialization.to_state_dict(NATURAL)
-    assert set(state) == {field.name for field in dataclasses.fields(NATURAL)} - {"projection_dtype"}
-    np.testing.assert_array_equal(state["prior_precision"]["entries"], NATURAL.prior_precision.entries)
+    assert set(state) == {field.name for field in dataclasses.fields(NATURAL)}
+    np.testing.assert_array_equal(state["prior"]["precision"]["entries"], NATURAL.prior.precision.entries)
 
 
 def test_none_stays_none_and_is_filled_by_the_type_of_a_field():
     bare = TREES["Natural without its prior"]
-    assert serialization.from_bytes(NATURAL, serialization.to_bytes(bare)).prior_precision is None
+    assert serialization.from_bytes(NATURAL, serialization.to_bytes(bare)).prior is None
     filled = serialization.from_bytes(bare, serialization.to_bytes(NATURAL))
-    assert isinstance(filled.prior_precision, PositiveDefinite)
+    assert isinstance(filled.prior, Prior)
     same(filled, NATURAL)
-    # static fields are the target's, as in flax's own dataclasses
-    assert (
-        serialization.from_state_dict(TREES["Natural with a projection"], serialization.to_state_dict(NATURAL))
-        is not None
-    )
-    got = serialization.from_state_dict(TREES["Natural with a projection"], serialization.to_state_dict(NATURAL))
-    assert got.projection_dtype == "bfloat16"
+
+
+def test_states_of_before_the_prior_was_one_field_are_read():
+    state = serialization.to_state_dict(NATURAL)
+    prior = state.pop("prior")
+    state |= {"prior_location": prior["location"], "prior_precision": prior["precision"]}
+    same(serialization.from_state_dict(NATURAL, state | {"log_weights": prior["log_weights"]}), NATURAL)
+    same(serialization.from_state_dict(NATURAL, state), dataclasses.replace(NATURAL))
+
+
+def test_leaves_of_before_have_their_names_of_today():
+    arrays = named_arrays({"head": NATURAL, "other": {"log_weights": 0}})
+    old = {name.replace("prior/log", "log").replace("prior/", "prior_"): leaf for name, leaf in arrays.items()}
+    assert "head/prior_precision/entries" in old
+    assert current_names(old) == arrays
+    assert current_names(arrays) == arrays
 
 
 def test_states_of_other_classes_are_named():
@@ -105,8 +115,8 @@ def test_states_of_other_classes_are_named():
         serialization.from_state_dict(NATURAL, state)
     # a field with a default may be missing: states of before it existed
     state = serialization.to_state_dict(NATURAL)
-    state.pop("log_weights")
-    assert serialization.from_state_dict(NATURAL, state).log_weights is None
+    state.pop("prior")
+    assert serialization.from_state_dict(NATURAL, state).prior is None
 
 
 def test_classes_made_later_are_registered_as_well():
