@@ -55,7 +55,6 @@ class HMoGHead(nn.Module):
         return meta.unbox(self.get_variable("params", "bias")).shape[-1]
 
     def _natural(self, x: Any = None) -> Natural | Prepared:
-        """The model; prepared where rows x are to be projected in another dtype."""
         check_precision(getattr(self, "param_dtype", None))
         x = None if x is None else in_memory("x", x)
         known = getattr(self, "obs_dim", None) or self._stored_obs_dim()

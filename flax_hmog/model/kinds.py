@@ -96,11 +96,17 @@ def inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
 @jax.jit
 def _inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
     if matrix.ndim == 2:
-        factor = jnp.linalg.cholesky(matrix)
+        factor, log_det = _factor_and_log_det(matrix)
         root = inverse_lower(factor)
-        return matmul(root.T, root), 2 * jnp.sum(jnp.log(diagonal(factor)))
-    inverse, log_det = one_by_one(_inverse_and_log_det, matrix.reshape(-1, *matrix.shape[-2:]))
-    return inverse.reshape(matrix.shape), log_det.reshape(matrix.shape[:-2])
+    else:
+        factor, log_det = one_by_one(_factor_and_log_det, matrix.reshape(-1, *matrix.shape[-2:]))
+        root = one_by_one(inverse_lower, factor)
+    return matmul(transpose(root), root).reshape(matrix.shape), log_det.reshape(matrix.shape[:-2])
+
+
+def _factor_and_log_det(matrix: Array) -> tuple[Array, Array]:
+    factor = jnp.linalg.cholesky(matrix)
+    return factor, 2 * jnp.sum(jnp.log(diagonal(factor)))
 
 
 @jax.jit
