@@ -162,7 +162,7 @@ def fit_em(
     if state.best is None:
         raise ValueError(f"fit_em: `state` must be one of these starts; got {state.finals}. Give that of this fit.")
     history = state.best.objective_history
-    if fit.fell(history.tolist(), state.best.natural):
+    if fit.fell(history.tolist()):
         warnings.warn(
             f"fit_em: the objective fell from {history.max():.6g} to {history[-1]:.6g} nats per sample after "
             f"{len(history) - 1} steps, beyond rounding; the best model is returned, `converged` is False. Raise the "
@@ -195,30 +195,6 @@ class WildRowsWarning(UserWarning):
         >>> str(caught[0].message)
         'fit_em: 1 rows are left out, ...the first is row 5. Check them, or raise max_distance.'
     """
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Results of one pass with a model.
-
-    Attributes:
-        updated: the model that maximises with the sums of the pass.
-        objective: penalised log-likelihood per sample of x, in nats.
-        volume: log-volume of the frame, by which densities of rows exceed those of x.
-        of_rows: diagnostics, whose densities are those of rows in the frame.
-    """
-
-    updated: Natural
-    objective: float
-    volume: float
-    of_rows: EMInfo
-
-    @property
-    def info(self) -> EMInfo:
-        """The diagnostics; densities are those of x."""
-        objective = jnp.asarray(self.objective, self.of_rows.objective.dtype)
-        likelihood = self.of_rows.log_likelihood - self.volume
-        return dataclasses.replace(self.of_rows, log_likelihood=likelihood, objective=objective)
 
 
 class Fit:
@@ -258,11 +234,10 @@ class Fit:
         for moments in starts(self.head, x, weights, labels, framing.frame, framing.by_column, key, method=init):
             natural, regularizer = self._whitened(moments, None)
             for step in range(FOLLOWED_STEPS + 1):
-                at = self.evaluate(natural, regularizer, block)
-                objective = at.objective
-                natural = natural if step == FOLLOWED_STEPS else at.updated
+                updated, _, objective = self.evaluate(natural, regularizer, block)
+                natural = natural if step == FOLLOWED_STEPS else updated
             # starts that end at one optimum differ by rounding, which must not choose how components are numbered
-            least = 0.0 if best is None else best[0] + self._rounding(best[0], natural)
+            least = 0.0 if best is None else best[0] + self._rounding(best[0])
             if math.isfinite(objective) and (best is None or objective > least):
                 best = objective, natural, regularizer
         if best is None:
@@ -301,8 +276,15 @@ class Fit:
             regularizer = whiten_regularizer(dataclasses.replace(regularizer, noise_covariance=noise), moments)
         return moments_to_natural(whitened).in_frame(self.frame), regularizer
 
-    def evaluate(self, natural: Natural, regularizer: Regularizer | None, block: Block | None = None) -> Evaluation:
-        """One pass over the samples, or over one block of them, with a model in the frame."""
+    def evaluate(
+        self, natural: Natural, regularizer: Regularizer | None, block: Block | None = None
+    ) -> tuple[Natural, EMInfo, float]:
+        """One pass over the samples, or over one block of them, with a model in the frame.
+
+        Returns:
+            The model that maximises with the sums of the pass; diagnostics, their densities those of rows in the frame;
+            and the penalised log-likelihood per sample of x, in nats.
+        """
         inner = natural.in_frame(self.row_frame)
         if isinstance(self.source, RowsOnDevice):
             block = self.source.sample()  # which is all
@@ -319,15 +301,13 @@ class Fit:
         # the only values of a step that are read
         objective, count = np.asarray(read, np.float64).tolist()
         penalised = 0.0 if regularizer is None else float(regularizer.noise) / count
-        objective -= self.volume * (1 + penalised)
-        return Evaluation(updated, objective, self.volume, info)
+        return updated, info, objective - self.volume * (1 + penalised)
 
     def step(self, state: EMState) -> tuple[EMState, float]:
         """One pass: the next model of the start, or the end of the start; and the objective of the model before."""
         natural, regularizer = state.natural, state.regularizer
         # the penalty refers to the first latent basis, so that whitening waits for the end
-        at = self.evaluate(natural, regularizer)
-        objective = at.objective
+        updated, info, objective = self.evaluate(natural, regularizer)
         if not math.isfinite(objective):
             raise ValueError(
                 f"fit_em: `regularizer` must keep the likelihood bounded on these data; got objective {objective} "
@@ -337,41 +317,46 @@ class Fit:
         top = natural if objective >= max(history) else state.top
         small_gain = len(history) > 1 and history[-1] - history[-2] < self.options.tolerance
         if not small_gain and len(history) <= self.options.max_steps:
-            return dataclasses.replace(state, natural=at.updated, top=top, history=history), objective
-        info = at.info
-        if self.fell(history, natural):
-            natural, objective = top, max(history)
-            info = self.evaluate(natural, regularizer).info
+            return dataclasses.replace(state, natural=updated, top=top, history=history), objective
+        has_fallen = self.fell(history)
+        if has_fallen:
+            natural = top
+            _, info, objective = self.evaluate(natural, regularizer)
         best = state.best
         if best is None or objective > max(state.finals):
-            best = self.result(natural, info, regularizer, history, small_gain and not self.fell(history, natural))
+            best = self.result(natural, info, objective, regularizer, history, small_gain and not has_fallen)
         return EMState(best=best, finals=(*state.finals, objective)), objective
 
-    def fell(self, history: Sequence[float], natural: Natural) -> bool:
+    def fell(self, history: Sequence[float]) -> bool:
         """True if the last objective is below the best one by more than rounding explains."""
-        return max(history) - history[-1] > self._rounding(history[-1], natural)
+        return max(history) - history[-1] > self._rounding(history[-1])
 
-    def _rounding(self, objective: float, natural: Natural) -> float:
+    def _rounding(self, objective: float) -> float:
         """Difference of objectives that rounding can cause, in nats per sample; the same in any units of x."""
-        obs_dim, dtype = natural.interaction.shape[0], natural.interaction.dtype
-        volume = 0.0 if natural.frame is None else float(natural.frame.log_volume)
-        explained = ROUNDING * float(jnp.finfo(dtype).eps) * (abs(objective + volume) + obs_dim)
+        obs_dim, precision = self.source.obs_dim, float(jnp.finfo(self.frame.unit.dtype).eps)
+        explained = ROUNDING * precision * (abs(objective + float(self.frame.log_volume)) + obs_dim)
         if self.dtype is not None:
             explained += float(jnp.finfo(self.dtype).eps) * obs_dim
         return explained
 
     def result(
-        self, natural: Natural, info: EMInfo, regularizer: Regularizer | None, history: Sequence[float], converged: bool
-    ) -> EMResult:
-        """A model in the frame as a result, in the latent basis in which y has mean 0 and covariance I."""
+        self, natural: Natural, info: EMInfo, objective: float, regularizer: Regularizer | None,
+        history: Sequence[float], converged: bool,
+    ) -> EMResult:  # fmt: skip
+        """A model in the frame, after `evaluate`, as a result: in the latent basis in which y has mean 0 and
+        covariance I, and with diagnostics whose densities are those of x.
+        """
         moments = own_moments(natural)
         whitened = moments_to_natural(whiten_moments(moments))
-        smallest = 1 / jnp.max(natural.prior.precision.diagonal())
         return EMResult(
             natural=whitened.in_frame(natural.frame),
             objective_history=np.asarray(history),
             converged=converged,
-            info=dataclasses.replace(info, smallest_latent_variance=smallest),
+            info=dataclasses.replace(
+                info,
+                log_likelihood=info.log_likelihood - self.volume,
+                objective=jnp.asarray(objective, info.objective.dtype),
+            ),
             restart_objectives=np.asarray(history[-1:]),
             regularizer=None if regularizer is None else whiten_regularizer(regularizer, moments),
         )

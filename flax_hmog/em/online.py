@@ -153,10 +153,10 @@ def fit_online_em(
             moments = maximize(moments.loadings, moments.bias, state.average, total, regularizer)  # type: ignore[arg-type]
         _check_objective(moments.means, options.passes)
         natural = moments_to_natural(moments).in_frame(fit.frame)
-        at = fit.evaluate(natural, regularizer)
-        history.append(at.objective)
+        _, info, objective = fit.evaluate(natural, regularizer)
+        history.append(objective)
         report(options.passes, 1, history[-1])
-    return fit.finished(fit.result(natural, at.info, regularizer, history, converged=False))
+    return fit.finished(fit.result(natural, info, objective, regularizer, history, converged=False))
 
 
 def _passes(

@@ -37,6 +37,7 @@ from flax_hmog import (
     SymmetricHMoG,
     WarmStartWarning,
     WildRowsWarning,
+    em_step,
     fit_em,
     infer,
     posterior_hard_assignment,
@@ -349,3 +350,7 @@ def test_prototypes_are_in_units_of_x_where_float32_holds_no_model(offset, unit)
     said = np.asarray(posterior_hard_assignment(result.natural, x))
     means = np.stack([x[said == k].mean(axis=0) for k in range(said.max() + 1)])
     np.testing.assert_allclose(cluster_prototypes(result.natural), means, atol=0.3 * unit, rtol=0)
+    # a step goes on from there
+    better, info = em_step(result.natural, x)
+    np.testing.assert_allclose(info.smallest_noise, result.info.smallest_noise, rtol=1e-3)
+    assert jnp.mean(infer(better, x).log_density) > info.log_likelihood - 1e-2
