@@ -1,3 +1,3 @@
 """The former place of what `flax_hmog.networks` has; programs and checkpoints name it."""
 
-from flax_hmog.networks.objectives import *  # noqa: F403
+from flax_hmog.networks import *  # noqa: F403

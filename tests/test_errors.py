@@ -164,7 +164,7 @@ HEADS = {
     "first batch of other columns": (lambda: AnalyticHMoG(2, 3, 4).init(KEY, np.ones((5, 6))), ValueError, r"`x` must have shape \(..., 4\); got \(5, 6\)"),
     "half precision": (lambda: SymmetricHMoG(2, 3, 4, param_dtype="bfloat16"), ValueError, r"`param_dtype` must be float32 or float64, .* got bfloat16"),
     "integer leaves": (lambda: AnalyticHMoG(2, 3, 4, param_dtype=jnp.int32), ValueError, "`param_dtype` must be float32 or float64"),
-    "abstract head": (lambda: HMoGHead().init(KEY, X), TypeError, "must be DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG"),
+    "abstract head": (lambda: HMoGHead(2, 3).init(KEY, X), TypeError, "must be DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG"),
 }  # fmt: skip
 
 FITS = {

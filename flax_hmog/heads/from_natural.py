@@ -17,7 +17,7 @@ from flax_hmog.data.samples import check_observations
 from flax_hmog.em.online import stepwise_start
 from flax_hmog.em.step import whiten_moments
 from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
-from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, head_bounds
+from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, TrainableHead
 from flax_hmog.inference.posterior import log_observable_density, sample
 from flax_hmog.model.checks import check_precision, public
 from flax_hmog.model.conversions import moments_to_natural, own_moments, with_prior
@@ -101,7 +101,7 @@ def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, A
         variables = {"em": stepwise_start(own)}
     else:
         rep, shared_base = head.component_structure
-        bounds = head_bounds(cast(Any, head))
+        bounds = cast(TrainableHead, head).bounds
         leaves = _leaves(moments, rep, shared_base, bounds)
         specs = leaf_specs(obs_dim, head.lat_dim, head.n_components, obs_rep, rep, shared_base)
         params = {name: jnp.asarray(leaves[name], head.param_dtype).reshape(spec.shape) for name, spec in specs.items()}

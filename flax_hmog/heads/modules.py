@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from flax.core import meta
+from flax.core import Scope, meta
 
 from flax_hmog.data.containers import in_memory
 from flax_hmog.em.online import accepted_update, first_moments
@@ -39,7 +39,31 @@ class HMoGHead(nn.Module):
 
     All methods take observations with any leading dimensions and are called through
     `head.apply(variables, x, method=...)`. See the functions of the same names for shapes and errors.
+
+    Attributes:
+        lat_dim: latent dimension L, at most D.
+        n_components: number of components K.
+        obs_dim: observed dimension D; None takes it from the data at init.
+        obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
+        param_dtype: dtype of the variables, in which everything is computed; by name.
+        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`;
+            by name.
+
+    Raises:
+        ValueError: for dimensions or kinds that make no model.
     """
+
+    lat_dim: int
+    n_components: int
+    obs_dim: int | None = None
+    obs_rep: Any = "diagonal"
+    param_dtype: Any = dataclasses.field(default=jnp.float32, kw_only=True)
+    projection_dtype: Any = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.parent, Scope):  # the copy that `apply` makes was checked
+            _check_head(self)
+        super().__post_init__()
 
     def _model(self, obs_dim: int, x: Any) -> Natural:
         """The model, its variables created at init; x is the batch of that call, or None."""
@@ -48,24 +72,24 @@ class HMoGHead(nn.Module):
             "abstract class. Use one of the three."
         )
 
-    def _stored_obs_dim(self) -> int | None:
-        """D as the variables have it; None before init."""
-        if not self.has_variable("params", "bias"):
-            return None
-        return meta.unbox(self.get_variable("params", "bias")).shape[-1]
-
     def _natural(self, x: Any = None) -> Natural | Prepared:
-        check_precision(getattr(self, "param_dtype", None))
-        x = None if x is None else in_memory("x", x)
-        known = getattr(self, "obs_dim", None) or self._stored_obs_dim()
-        if known is None and x is not None and x.ndim:
-            known = x.shape[-1]
+        """The model; prepared where rows x are to be projected in another dtype."""
+        check_precision(self.param_dtype)
+        known = self.obs_dim
+        if known is None and self.has_variable("params", "bias"):
+            known = meta.unbox(self.get_variable("params", "bias")).shape[-1]
+        elif known is None and self.has_variable("em", "moments"):
+            known = self.get_variable("em", "moments").bias.shape[-1]
+        if known is None and x is not None:
+            x = in_memory("x", x)
+            known = x.shape[-1] if x.ndim else None
         if known is None:
             raise ValueError(
-                f"{door()}: `obs_dim` must be known; got None and no observations. "
-                "Initialise with an x, or give obs_dim."
+                f"{door()}: `obs_dim` must be known; got None and no observations. Initialise with an x, or give it."
             )
-        natural, dtype = self._model(known, x), self.projection_dtype  # type: ignore[attr-defined]
+        if self.is_initializing():
+            check_size("lat_dim", self.lat_dim, at_most=known)
+        natural, dtype = self._model(known, x), self.projection_dtype
         return natural if x is None or dtype is None else prepare(natural, dtype)
 
     def __call__(self, x: Array) -> HMoGOutput:
@@ -128,27 +152,65 @@ class HMoGHead(nn.Module):
         """Expected statistics in the latent basis in which y has mean 0 and covariance I, as far as the kind allows."""
         return whiten_prior(self.mean())
 
+    def split_conjugated(self) -> tuple[LinearGaussian, Mixture]:
+        """p(x | y) and p(y, z)."""
+        return split_conjugated(self.natural())
+
+    def join_conjugated(self, likelihood: LinearGaussian, prior: Mixture) -> Natural:
+        """The joint of a likelihood and a prior."""
+        return join_conjugated(likelihood, prior)
+
 
 @public_methods
-class DifferentiableHMoG(HMoGHead):
-    """HMoG head trained by gradients, its posterior precisions of a restricted kind: the cheap head.
+class TrainableHead(HMoGHead):
+    """Base of the heads trained by gradients: leaves in the collection `params`, any real values of which are a model.
 
-    Component covariances of the prior are full; with a restricted `pst_rep` their inverses share all entries off the
-    diagonal. A batch then costs O(B (D L + K L)), besides O(D L^2 + K L^3) once per call. Leaves live in the collection
-    `params`; any real values are a valid model, within the stated bounds.
+    They are given by name, as others than `pst_rep` and those of `HMoGHead` are.
 
     Attributes:
-        lat_dim: latent dimension L, at most D.
-        n_components: number of components K.
-        obs_dim: observed dimension D; None takes it from the data at init.
-        obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
-        pst_rep: kind of the posterior precisions of y.
         noise_bounds: interval of the noise variances, squared units of x.
         precision_bounds: interval of the component precisions, in latent units.
         signal_bound: largest norm of a column of noise-whitened loadings, in prior standard deviations.
         relative_floor: smallest eigenvalue of correlations, and of component precisions relative to their average.
-        param_dtype: dtype of the leaves, in which everything is computed.
-        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
+    """
+
+    noise_bounds: tuple[float, float] = dataclasses.field(default=Bounds.noise, kw_only=True)
+    precision_bounds: tuple[float, float] = dataclasses.field(default=Bounds.precision, kw_only=True)
+    signal_bound: float = dataclasses.field(default=Bounds.signal, kw_only=True)
+    relative_floor: float = dataclasses.field(default=Bounds.relative_floor, kw_only=True)
+
+    @property
+    def component_structure(self) -> tuple[Rep, bool]:
+        """Kind of the component precisions, and True if they are differences from a full base."""
+        raise NotImplementedError
+
+    @property
+    def bounds(self) -> Bounds:
+        """The intervals of the leaves."""
+        return Bounds(self.noise_bounds, self.precision_bounds, self.signal_bound, self.relative_floor)
+
+    @nn.compact
+    def _model(self, obs_dim: int, x: Any) -> Natural:
+        obs_rep = as_rep(self.obs_rep)
+        specs = leaf_specs(obs_dim, self.lat_dim, self.n_components, obs_rep, *self.component_structure)
+        leaves = {}
+        for name, spec in specs.items():
+            init = nn.with_logical_partitioning(nn.initializers.normal(spec.scale), spec.axes)
+            leaves[name] = self.param(name, init, spec.shape, self.param_dtype)
+        return leaves_to_natural(leaves, obs_rep, *self.component_structure, self.bounds)
+
+
+@public_methods
+class DifferentiableHMoG(TrainableHead):
+    """HMoG head trained by gradients, its posterior precisions of a restricted kind: the cheap head.
+
+    Component covariances of the prior are full; with a restricted `pst_rep` their inverses share all entries off the
+    diagonal. A batch then costs O(B (D L + K L)), besides O(D L^2 + K L^3) once per call.
+
+    Attributes besides those below: `HMoGHead`, `TrainableHead`.
+
+    Attributes:
+        pst_rep: kind of the posterior precisions of y.
 
     Raises:
         ValueError: for dimensions, kinds or bounds that make no model.
@@ -161,56 +223,33 @@ class DifferentiableHMoG(HMoGHead):
         ((12, 3), ['bias', 'loadings', 'logits', 'means', 'noise', 'precisions'])
     """
 
-    lat_dim: int
-    n_components: int
-    obs_dim: int | None = None
-    obs_rep: Any = "diagonal"
     pst_rep: Any = "diagonal"
-    noise_bounds: tuple[float, float] = Bounds.noise
-    precision_bounds: tuple[float, float] = Bounds.precision
-    signal_bound: float = Bounds.signal
-    relative_floor: float = Bounds.relative_floor
-    param_dtype: Any = jnp.float32
-    projection_dtype: Any = None
 
     def __post_init__(self) -> None:
-        _check_head(self, "obs_rep", "pst_rep")
+        super().__post_init__()
         rep, _ = self.component_structure
         if not (rep.is_diagonal or rep is PositiveDefinite):
             raise ValueError(
                 f'DifferentiableHMoG: `pst_rep` must be "full" or of a diagonal kind; got {self.pst_rep!r}. Use '
                 "SymmetricHMoG with `lat_rep`."
             )
-        super().__post_init__()
 
     @property
     def component_structure(self) -> tuple[Rep, bool]:
         """Kind of the component precisions, and True if they are differences from a full base."""
         return as_rep(self.pst_rep), False
 
-    @nn.compact
-    def _model(self, obs_dim: int, x: Any) -> Natural:
-        return _trainable_model(self, obs_dim)
-
 
 @public_methods
-class SymmetricHMoG(HMoGHead):
+class SymmetricHMoG(TrainableHead):
     """HMoG head trained by gradients whose prior and posterior share one structure.
 
     Component precisions are a full base plus differences of kind `lat_rep`; with "full" nothing is restricted.
 
+    Attributes besides those below: `HMoGHead`, `TrainableHead`.
+
     Attributes:
-        lat_dim: latent dimension L, at most D.
-        n_components: number of components K.
-        obs_dim: observed dimension D; None takes it from the data at init.
-        obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
         lat_rep: kind of the differences between component precisions.
-        noise_bounds: interval of the noise variances, squared units of x.
-        precision_bounds: interval of the component precisions, in latent units.
-        signal_bound: largest norm of a column of noise-whitened loadings, in prior standard deviations.
-        relative_floor: smallest eigenvalue of correlations, and of component precisions relative to their average.
-        param_dtype: dtype of the leaves, in which everything is computed.
-        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
 
     Raises:
         ValueError: for dimensions, kinds or bounds that make no model.
@@ -223,39 +262,13 @@ class SymmetricHMoG(HMoGHead):
         (12, 2)
     """
 
-    lat_dim: int
-    n_components: int
-    obs_dim: int | None = None
-    obs_rep: Any = "diagonal"
     lat_rep: Any = "full"
-    noise_bounds: tuple[float, float] = Bounds.noise
-    precision_bounds: tuple[float, float] = Bounds.precision
-    signal_bound: float = Bounds.signal
-    relative_floor: float = Bounds.relative_floor
-    param_dtype: Any = jnp.float32
-    projection_dtype: Any = None
-
-    def __post_init__(self) -> None:
-        _check_head(self, "obs_rep", "lat_rep")
-        super().__post_init__()
 
     @property
     def component_structure(self) -> tuple[Rep, bool]:
         """Kind of the component precisions, and True if they are differences from a full base."""
         rep = as_rep(self.lat_rep)
         return rep, rep is not PositiveDefinite
-
-    @nn.compact
-    def _model(self, obs_dim: int, x: Any) -> Natural:
-        return _trainable_model(self, obs_dim)
-
-    def split_conjugated(self) -> tuple[LinearGaussian, Mixture]:
-        """p(x | y) and p(y, z)."""
-        return split_conjugated(self.natural())
-
-    def join_conjugated(self, likelihood: LinearGaussian, prior: Mixture) -> Natural:
-        """The joint of a likelihood and a prior."""
-        return join_conjugated(likelihood, prior)
 
 
 @public_methods
@@ -266,21 +279,17 @@ class AnalyticHMoG(HMoGHead):
     `init` on a batch takes location and scale from it. With `train=True` and `mutable=["em"]` a call takes a step of
     stepwise EM at the rate `max(min_rate, (step + step_delay) ** -step_decay)`; gradients flow to x only. A batch with
     entries that are not finite leaves the collection as it is, and shows in what the call returns; where features jump
-    too far for a step, the model moves to their location and scale. Under `jit`
-    over a mesh a batch is taken as a whole. Whole data sets: `fit_em`, then `warm_start`.
+    too far for a step, the model moves to their location and scale. Under `jit` over a mesh a batch is taken as a
+    whole. Whole data sets: `fit_em`, then `warm_start`.
+
+    Attributes besides those below: `HMoGHead`.
 
     Attributes:
-        lat_dim: latent dimension L, at most D.
-        n_components: number of components K.
-        obs_dim: observed dimension D; None takes it from the data at init.
-        obs_rep: kind of the noise covariance: "scale", "diagonal" or "full" (or the class).
         step_delay: delay of the step size, at least 1.
         step_decay: exponent of the step size, in (0.5, 1] for convergence.
         min_rate: smallest step size: 0 to converge on features that stay, about 0.01 to follow features that move.
         pseudo_share: strength of the regulariser, in pseudo-samples per sample of a batch (`stepwise_update`).
         axis_name: axis of `shard_map` or `vmap` over which a batch is spread; None under `jit`.
-        param_dtype: dtype of the statistics, in which everything is computed.
-        projection_dtype: dtype in which x is multiplied by the D x L projection, as "bfloat16"; None for `param_dtype`.
 
     Raises:
         ValueError: for dimensions or kinds that make no model, or rates out of bounds.
@@ -293,22 +302,15 @@ class AnalyticHMoG(HMoGHead):
         1
     """
 
-    lat_dim: int
-    n_components: int
-    obs_dim: int | None = None
-    obs_rep: Any = "diagonal"
     step_delay: float = EMOptions.step_delay
     step_decay: float = 0.7
     min_rate: float = EMOptions.min_rate
     pseudo_share: float = EMOptions.pseudo_share
     axis_name: str | None = None
-    param_dtype: Any = jnp.float32
-    projection_dtype: Any = None
 
     def __post_init__(self) -> None:
-        _check_head(self, "obs_rep")
-        check_options({name: getattr(self, name) for name in USED["AnalyticHMoG"]})
         super().__post_init__()
+        check_options({name: getattr(self, name) for name in USED["AnalyticHMoG"]})
 
     @property
     def options(self) -> EMOptions:
@@ -323,7 +325,6 @@ class AnalyticHMoG(HMoGHead):
     @nn.compact
     def _model(self, obs_dim: int, x: Any) -> Natural:
         obs_rep = as_rep(self.obs_rep)
-        check_size("lat_dim", self.lat_dim, at_most=obs_dim)
 
         def first() -> Moments:
             sizes = obs_dim, self.lat_dim, self.n_components
@@ -333,11 +334,6 @@ class AnalyticHMoG(HMoGHead):
         self.variable("em", "running", lambda: ResidualMoments.of(moments.value))
         self.variable("em", "step", lambda: jnp.zeros((), jnp.int32))
         return moments_to_natural(moments.value)
-
-    def _stored_obs_dim(self) -> int | None:
-        if not self.has_variable("em", "moments"):
-            return None
-        return self.get_variable("em", "moments").bias.shape[-1]
 
     def __call__(self, x: Array, train: bool = False) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D); with `train` also a step of stepwise EM."""
@@ -359,62 +355,20 @@ class AnalyticHMoG(HMoGHead):
         """One step of exact EM on x (N, D): the new model and diagnostics; the collection `em` is not changed."""
         return em_step(self._natural(x), x, weights, regularizer)
 
-    def split_conjugated(self) -> tuple[LinearGaussian, Mixture]:
-        """p(x | y) and p(y, z)."""
-        return split_conjugated(self.natural())
 
-    def join_conjugated(self, likelihood: LinearGaussian, prior: Mixture) -> Natural:
-        """The joint of a likelihood and a prior."""
-        return join_conjugated(likelihood, prior)
-
-
-def differentiable_hmog(
-    obs_dim: int | None, obs_rep: Any, lat_dim: int, pst_rep: Any, n_components: int, **options: Any
-) -> DifferentiableHMoG:
-    """`DifferentiableHMoG` with the argument order of goal-jax; `options` are its other attributes.
-
-    Example:
-        >>> differentiable_hmog(4, "diagonal", 2, "diagonal", 3).n_components
-        3
-    """
-    return DifferentiableHMoG(lat_dim, n_components, obs_dim, obs_rep, pst_rep, **options)
-
-
-def symmetric_hmog(
-    obs_dim: int | None, obs_rep: Any, lat_dim: int, lat_rep: Any, n_components: int, **options: Any
-) -> SymmetricHMoG:
-    """`SymmetricHMoG` with the argument order of goal-jax; `options` are its other attributes.
-
-    Example:
-        >>> symmetric_hmog(4, "diagonal", 2, "full", 3).lat_rep
-        'full'
-    """
-    return SymmetricHMoG(lat_dim, n_components, obs_dim, obs_rep, lat_rep, **options)
-
-
-def analytic_hmog(obs_dim: int | None, obs_rep: Any, lat_dim: int, n_components: int, **options: Any) -> AnalyticHMoG:
-    """`AnalyticHMoG` with the argument order of goal-jax; `options` are its other attributes.
-
-    Example:
-        >>> analytic_hmog(4, "scale", 2, 3, min_rate=0.01).obs_rep
-        'scale'
-    """
-    return AnalyticHMoG(lat_dim, n_components, obs_dim, obs_rep, **options)
-
-
-def _check_head(head: Any, *reps: str) -> None:
+def _check_head(head: Any) -> None:
     """Check what a head was given, and hold its kinds by name."""
-    for argument in reps:
-        rep = as_rep(getattr(head, argument), argument=argument)
-        object.__setattr__(head, argument, rep.name)
+    for argument in ("obs_rep", "pst_rep", "lat_rep"):
+        if hasattr(head, argument):
+            rep = as_rep(getattr(head, argument), argument=argument)
+            object.__setattr__(head, argument, rep.name)
     check_size("n_components", head.n_components)
     if head.obs_dim is not None:
         check_size("obs_dim", head.obs_dim)
     check_size("lat_dim", head.lat_dim, at_most=head.obs_dim)
-    for size in ("lat_dim", "n_components", "obs_dim"):  # numpy's integers are not JSON
-        if getattr(head, size) is not None:
-            object.__setattr__(head, size, int(getattr(head, size)))
-    if hasattr(head, "noise_bounds"):
+    for size in ("lat_dim", "n_components", *(["obs_dim"] if head.obs_dim is not None else [])):
+        object.__setattr__(head, size, int(getattr(head, size)))  # numpy's integers are not JSON
+    if isinstance(head, TrainableHead):
         check_interval("noise_bounds", head.noise_bounds)
         check_interval("precision_bounds", head.precision_bounds)
         check_positive("signal_bound", head.signal_bound, "Say how far axes may spread, as 1e3.")
@@ -426,25 +380,3 @@ def _check_head(head: Any, *reps: str) -> None:
         )
     dtype = check_float_dtype("projection_dtype", head.projection_dtype)
     object.__setattr__(head, "projection_dtype", dtype)
-
-
-def _trainable_model(head: DifferentiableHMoG | SymmetricHMoG, obs_dim: int) -> Natural:
-    """The model of a head with trainable leaves, created at init with their logical axis names."""
-    check_size("lat_dim", head.lat_dim, at_most=obs_dim)
-    obs_rep = as_rep(head.obs_rep)
-    specs = leaf_specs(obs_dim, head.lat_dim, head.n_components, obs_rep, *head.component_structure)
-    leaves = {
-        name: head.param(
-            name,
-            nn.with_logical_partitioning(nn.initializers.normal(spec.scale), spec.axes),
-            spec.shape,
-            head.param_dtype,
-        )
-        for name, spec in specs.items()
-    }
-    return leaves_to_natural(leaves, obs_rep, *head.component_structure, head_bounds(head))
-
-
-def head_bounds(head: DifferentiableHMoG | SymmetricHMoG) -> Bounds:
-    """The intervals of a trainable head's leaves."""
-    return Bounds(head.noise_bounds, head.precision_bounds, head.signal_bound, head.relative_floor)

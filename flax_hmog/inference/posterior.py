@@ -5,16 +5,18 @@ Every public function checks its arguments, then runs a compiled pass over block
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flax_hmog.data.rows import Shards, block_rows, map_rows
 from flax_hmog.data.samples import enter
-from flax_hmog.model.checks import check_size, public
+from flax_hmog.model.checks import check_shape, check_size, door, is_concrete, public
 from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
 from flax_hmog.model.coordinates import Natural, Precision, check_natural
 from flax_hmog.model.kinds import Array, matmul, pytree
@@ -222,6 +224,39 @@ def posterior_at(natural: Natural | Prepared, x: Any) -> Posterior:
 
 
 @public
+def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput:
+    """The output of a model whose components are merged to clusters: log-responsibilities summed within each.
+
+    Args:
+        output: of a head with K components, for a batch (..., D).
+        labels: the cluster of each component (K,), integers from 0, as `analysis.merge_components` gives them.
+        n_clusters: number of clusters.
+
+    Returns:
+        The output with log-responsibilities (..., n_clusters); gradients flow to all components.
+
+    Raises:
+        ValueError: unless there is one label for each component, below `n_clusters`.
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> merge_output(output, [0, 1, 1], 2).log_responsibilities.shape
+        (12, 2)
+    """
+    check_shape("labels", labels, output.log_responsibilities.shape[-1:])
+    if is_concrete(labels):
+        host = np.asarray(labels)
+        smallest, largest = host.min(), host.max()
+        if host.dtype.kind not in "iu" or not 0 <= smallest <= largest < n_clusters:
+            raise ValueError(
+                f"{door()}: `labels` must be integers from 0 to {n_clusters - 1}; got {smallest} to {largest} in "
+                f"{host.dtype}. Give the number of clusters that the labels have."
+            )
+    merged = _log_sums(output.log_responsibilities, jnp.asarray(labels), n_clusters)
+    return dataclasses.replace(output, log_responsibilities=merged)
+
+
+@public
 def sample(natural: Natural | Prepared, key: Array, n: int) -> tuple[Array, Array, Array]:
     """Draw from the joint: z ~ w, y | z ~ N(m_z, S_z), x | y ~ N(W y + b, Psi).
 
@@ -297,3 +332,14 @@ def _sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
     x = matmul(y, moments.loadings.T) + moments.bias[None] + scaled
     frame = natural.frame
     return x if frame is None else frame.outward(x), y, z.astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnames="n_clusters")
+def _log_sums(log_responsibilities: Array, labels: Array, n_clusters: int) -> Array:
+    """The log of the sum of exponentials within each cluster (..., n_clusters), relative to its largest term."""
+    rows = jnp.moveaxis(log_responsibilities, -1, 0)  # (K, ...)
+    top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    totals = jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)
+    merged = jnp.where(totals > 0, jnp.log(jnp.where(totals > 0, totals, 1)) + top, -jnp.inf)
+    return jnp.moveaxis(merged, 0, -1)

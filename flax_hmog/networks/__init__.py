@@ -1,5 +1,6 @@
 """Encoders before a head, a head on an encoder as one module, and the objectives that train both."""
 
+from flax_hmog.inference.posterior import merge_output
 from flax_hmog.networks.encoders import MLP, Autoencoder, Clusterer, ConvNet, train_arguments
 from flax_hmog.networks.objectives import (
     combine,
@@ -8,7 +9,6 @@ from flax_hmog.networks.objectives import (
     distillation,
     loading_penalty,
     marginal_entropy,
-    merge_output,
     negative_joint_information,
     negative_log_likelihood,
     negative_mutual_information,

@@ -7,9 +7,7 @@ Source: Krause et al. 2010 (RIM), Hu et al. 2017 (IMSAT), Ji et al. 2019 (IIC), 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.inference.posterior import HMoGOutput
-from flax_hmog.model.checks import check_positive, check_shape, check_type, door, is_concrete, public
+from flax_hmog.model.checks import check_positive, check_type, door, is_concrete, public
 from flax_hmog.model.conversions import natural_to_moments, own_moments, with_prior
 from flax_hmog.model.coordinates import Natural, prior_moments, within_covariance
 from flax_hmog.model.kinds import Array, einsum, matmul
@@ -329,39 +327,6 @@ def loading_penalty(natural: Natural) -> Array:
 
 
 @public
-def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput:
-    """The output of a model whose components are merged to clusters: log-responsibilities summed within each.
-
-    Args:
-        output: of a head with K components, for a batch (..., D).
-        labels: the cluster of each component (K,), integers from 0, as `analysis.merge_components` gives them.
-        n_clusters: number of clusters.
-
-    Returns:
-        The output with log-responsibilities (..., n_clusters); gradients flow to all components.
-
-    Raises:
-        ValueError: unless there is one label for each component, below `n_clusters`.
-
-    Example:
-        >>> from flax_hmog.toy import output
-        >>> merge_output(output, [0, 1, 1], 2).log_responsibilities.shape
-        (12, 2)
-    """
-    check_shape("labels", labels, output.log_responsibilities.shape[-1:])
-    if is_concrete(labels):
-        host = np.asarray(labels)
-        smallest, largest = host.min(), host.max()
-        if host.dtype.kind not in "iu" or not 0 <= smallest <= largest < n_clusters:
-            raise ValueError(
-                f"merge_output: `labels` must be integers from 0 to {n_clusters - 1}; got {smallest} to {largest} in "
-                f"{host.dtype}. Give the number of clusters that the labels have."
-            )
-    merged = _log_sums(output.log_responsibilities, jnp.asarray(labels), n_clusters)
-    return dataclasses.replace(output, log_responsibilities=merged)
-
-
-@public
 def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: Any) -> Array:
     """The weighted sum of losses, each weight a number or an optax schedule of the step.
 
@@ -388,17 +353,6 @@ def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: Any) -
         )
     values = {name: weight(step) if callable(weight) else weight for name, weight in weights.items()}
     return sum((values[name] * term for name, term in terms.items()), start=jnp.zeros(()))
-
-
-@partial(jax.jit, static_argnames="n_clusters")
-def _log_sums(log_responsibilities: Array, labels: Array, n_clusters: int) -> Array:
-    """The log of the sum of exponentials within each cluster (..., n_clusters), relative to its largest term."""
-    rows = jnp.moveaxis(log_responsibilities, -1, 0)  # (K, ...)
-    top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    totals = jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)
-    merged = jnp.where(totals > 0, jnp.log(jnp.where(totals > 0, totals, 1)) + top, -jnp.inf)
-    return jnp.moveaxis(merged, 0, -1)
 
 
 def _check_like(argument: str, value: Any, like: Array) -> None:

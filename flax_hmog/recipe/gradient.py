@@ -19,9 +19,9 @@ from flax_hmog.recipe.inputs import Batches, Inputs
 from flax_hmog.recipe.run import Run, Start, Writer
 from flax_hmog.recipe.scores import evaluate
 from flax_hmog.training import Restored, create_state, restore_like
+from flax_hmog.training.describe import named_arrays
 from flax_hmog.training.logs import Stage
 from flax_hmog.training.mesh import place
-from flax_hmog.training.named import named_arrays
 from flax_hmog.training.processes import Stopped, to_host
 from flax_hmog.training.steps import TrainState
 

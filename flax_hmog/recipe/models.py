@@ -16,7 +16,7 @@ from flax_hmog.em.options import Regularizer
 from flax_hmog.em.step import EMInfo, penalty
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.likelihood import mean_log_density
-from flax_hmog.inference.posterior import infer_rows
+from flax_hmog.inference.posterior import infer_rows, merge_output
 from flax_hmog.model.conversions import moments_to_natural
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.frames import Frame
@@ -27,7 +27,6 @@ from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.networks.objectives import (
     combine,
     distillation,
-    merge_output,
     negative_joint_information,
     negative_log_likelihood,
     reconstruction,

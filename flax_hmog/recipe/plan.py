@@ -22,8 +22,8 @@ from flax_hmog.recipe.load import data_shape
 from flax_hmog.recipe.models import Extra, Trainable, abstract_fit
 from flax_hmog.recipe.train import check_batches
 from flax_hmog.training import batch_sharding
+from flax_hmog.training.describe import named_arrays
 from flax_hmog.training.mesh import make_mesh, rows_multiple
-from flax_hmog.training.named import named_arrays
 from flax_hmog.training.processes import is_first
 from flax_hmog.training.steps import abstract_state
 

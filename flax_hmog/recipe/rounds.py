@@ -13,10 +13,9 @@ from flax_hmog.em.fit import fit_em
 from flax_hmog.em.online import stepwise_start
 from flax_hmog.heads.from_natural import warm_start
 from flax_hmog.heads.modules import AnalyticHMoG
-from flax_hmog.inference.posterior import infer
+from flax_hmog.inference.posterior import infer, merge_output
 from flax_hmog.model.conversions import moments_to_natural, natural_to_moments
 from flax_hmog.model.coordinates import Natural
-from flax_hmog.networks.objectives import merge_output
 from flax_hmog.recipe.encoders import features, init_encoder, join_module, split_module, untrained_variables
 from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.recipe.merge import merged_clusters

@@ -19,9 +19,9 @@ from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.recipe.models import Extra, Teacher, Trainable
 from flax_hmog.training import CheckpointWriter, Restored, restore
+from flax_hmog.training.describe import named_arrays
 from flax_hmog.training.files import saved_steps
 from flax_hmog.training.logs import Log, Stage
-from flax_hmog.training.named import named_arrays
 from flax_hmog.training.preprocessing import Preprocessing
 from flax_hmog.training.processes import StopRequest, to_host
 

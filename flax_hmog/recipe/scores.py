@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.analysis.baselines import fit_baselines
-from flax_hmog.inference.posterior import HMoGOutput
-from flax_hmog.networks.objectives import merge_output
+from flax_hmog.inference.posterior import HMoGOutput, merge_output
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.training.processes import to_host

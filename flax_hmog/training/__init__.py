@@ -4,9 +4,8 @@ from flax_hmog.training.checkpoints import CheckpointWriter
 from flax_hmog.training.describe import CheckpointError
 from flax_hmog.training.mesh import RULES, batch_sharding, global_rows, make_mesh, tree_shardings
 from flax_hmog.training.preprocessing import Affine, Log1p, Preprocessing, SelectColumns, SizeFactor, Whiten
-from flax_hmog.training.programs import load_program, write_program
 from flax_hmog.training.restoring import Restored, restore, restore_like
-from flax_hmog.training.serving import export
+from flax_hmog.training.serving import export, load_program, write_program
 from flax_hmog.training.steps import TrainState, create_state, make_train_step
 
 __all__ = [

@@ -23,14 +23,23 @@ from jax.experimental import multihost_utils
 from flax_hmog.model.checks import check_size, public
 from flax_hmog.model.head import Head
 from flax_hmog.networks.encoders import Clusterer
-from flax_hmog.training.describe import NAMED, CheckpointError, describe_module
+from flax_hmog.training.describe import (
+    FORMAT,
+    NAMED,
+    CheckpointError,
+    abstract_variables,
+    describe_array,
+    describe_module,
+    find_heads,
+    named_arrays,
+    observed_dim,
+    part_of,
+    plain,
+)
 from flax_hmog.training.files import delete_leftovers, delete_step, read_description, saved_steps, write_step
-from flax_hmog.training.inside import abstract_variables, find_heads, head_inputs, observed_dim, part_of
 from flax_hmog.training.lock import FolderLock
-from flax_hmog.training.named import FORMAT, describe_array, named_arrays
-from flax_hmog.training.plain import plain
 from flax_hmog.training.preprocessing import Preprocessing
-from flax_hmog.training.several import on_first_process
+from flax_hmog.training.processes import on_first_process
 
 logger = logging.getLogger(__name__)
 LIBRARIES = ("flax-hmog", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -265,7 +274,9 @@ class CheckpointWriter:
             part, of_what = part_of(variables, self.place or ""), "the head"
             obs_dim = observed_dim(self.head, part)
             is_known = obs_dim is not None
-            abstract = {} if obs_dim is None else abstract_variables(self.head, head_inputs(self.head, obs_dim))
+            abstract: Any = {}
+            if obs_dim is not None:
+                abstract = abstract_variables(self.head, jax.ShapeDtypeStruct((1, obs_dim), self.head.param_dtype))
         given, wanted = named_arrays(part), named_arrays(abstract)
         wrong = sorted(given.keys() ^ wanted.keys()) or [n for n in wanted if wanted[n].shape != given[n].shape]
         if wrong or not is_known:

@@ -1,12 +1,13 @@
-"""Modules as JSON values: by name and constructor arguments, so that a checkpoint needs no code of its own."""
+"""Contents of a checkpoint: modules as JSON values, the head in them, arrays by name and digest."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +17,10 @@ import numpy as np
 
 from flax_hmog.em.options import PseudoCounts
 from flax_hmog.heads import modules as heads
+from flax_hmog.model.head import Head
 from flax_hmog.networks import encoders
-from flax_hmog.training.plain import plain
 
+FORMAT = 6  # of checkpoints; a reader takes this one and the two before it
 NAMED: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
@@ -27,6 +29,7 @@ NAMED: dict[str, Any] = {
     )
 }
 """The classes that a checkpoint names without a path."""
+BIASES = ("params/bias", "em/moments/bias")  # leaves of our heads, of length D
 TRUSTED = "flax.linen."  # beginning of paths whose modules are loaded already
 REMEDY = (
     "Put the class into a module file, and apply transformations as nn.remat within its `__call__`; or leave the "
@@ -227,3 +230,121 @@ def _from_json(value: Any, allowed: Allowed) -> Any:
     if value.keys() == {"class", "arguments"}:
         return _rebuilt(value, allowed)
     return {key: _from_json(entry, allowed) for key, entry in value.get("dict", value).items()}
+
+
+def plain(value: Any) -> Any:
+    """A tree of dicts, lists and tuples, its scalars and arrays without a dimension as Python numbers.
+
+    Anything else stays as it is, for JSON to refuse.
+    """
+    if isinstance(value, dict):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    is_number = isinstance(value, np.generic) or (isinstance(value, np.ndarray | jax.Array) and value.ndim == 0)
+    return value.item() if is_number and value.dtype.kind in "biuf" else value
+
+
+def named_arrays(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path, as "variables/params/means"; in the tree's order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def current_names(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Arrays under the names of today: three leaves of a `Natural` were not yet those of its `prior` once."""
+    moved = {"prior_location": "location", "prior_precision": "precision", "log_weights": "log_weights"}
+
+    def today(name: str) -> str:
+        owner, _, field = name.removesuffix("/entries").rpartition("/")
+        if field not in moved or f"{owner}/prior_location" not in arrays:
+            return name
+        return name.replace(f"{owner}/{field}", f"{owner}/prior/{moved[field]}", 1)
+
+    return {today(name): array for name, array in arrays.items()}
+
+
+def describe_array(array: np.ndarray) -> dict[str, Any]:
+    """Shape, dtype and SHA-256 of an array on the host."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def find_heads(module: Any, variables: Any, inputs: Any) -> dict[str, Any]:
+    """The heads in a module by their place, as "encoder/head"; "" is the module itself.
+
+    Args:
+        module: unbound.
+        variables: of it.
+        inputs: abstract inputs of a call; None finds those that stand in fields and in `setup`, and not those that are
+            made in a compact call.
+
+    Returns:
+        Unbound heads.
+    """
+    found: dict[str, Any] = {}
+
+    def visit(part: nn.Module) -> bool:
+        if isinstance(part, Head):
+            found.setdefault("/".join(part.path), part.unbind()[0].clone(name=None))
+        return isinstance(part, Head)
+
+    def walk(part: nn.Module) -> None:
+        if part.scope is None or visit(part):
+            return
+        getattr(part, "_", None)  # runs `setup`
+        for child in jax.tree.leaves(list(vars(part).values()), is_leaf=lambda value: isinstance(value, nn.Module)):
+            if isinstance(child, nn.Module):
+                walk(child)
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        visit(context.module)
+        return call(*args, **kwargs)
+
+    walk(module.bind(variables))
+    if inputs is not None:
+        positional, named = encoders.train_arguments(module, False)
+        with nn.intercept_methods(intercept):
+            jax.eval_shape(lambda v, x: module.apply(v, x, *positional, **named), variables, inputs)
+    return found
+
+
+def part_of(variables: Any, place: str) -> dict[str, Any]:
+    """The variables of the part of a module that lies at a place; collections without it are left out."""
+    parts = {}
+    for collection, tree in variables.items():
+        for name in place.split("/") if place else ():
+            tree = tree.get(name) if isinstance(tree, Mapping) else None
+        if tree is not None:
+            parts[collection] = tree
+    return parts
+
+
+def replace_part(variables: dict[str, Any], place: str, part: dict[str, Any]) -> dict[str, Any]:
+    """The variables of a module with others for the part at a place."""
+    if not place:
+        return part
+    name, _, rest = place.partition("/")
+    inner = {key: tree[name] for key, tree in variables.items() if name in tree}
+    return variables | {key: variables[key] | {name: tree} for key, tree in replace_part(inner, rest, part).items()}
+
+
+def abstract_variables(module: Any, inputs: Any) -> Any:
+    """Variables of a module without values, for abstract inputs."""
+    positional, named = encoders.train_arguments(module, False)
+    made = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, *positional, **named), inputs)
+    return nn.unbox(made)
+
+
+def observed_dim(head: Any, variables: Any) -> int | None:
+    """D of a head with these variables; None where they do not say it."""
+    if head.obs_dim is not None:
+        return int(head.obs_dim)
+    bias = next((leaf for name, leaf in named_arrays(variables).items() if name in BIASES), None)
+    if bias is not None:
+        return int(bias.shape[0])
+    try:
+        model = jax.eval_shape(lambda v: head.apply(v, method="natural"), variables)
+    except Exception:  # whatever a head says of variables that are not its own
+        return None
+    return int(model.interaction.shape[0])

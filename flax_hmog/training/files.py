@@ -14,13 +14,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flax_hmog.training.describe import CheckpointError
-from flax_hmog.training.named import FORMAT, describe_array
+from flax_hmog.training.describe import FORMAT, CheckpointError, describe_array
 
 
 class DamageError(CheckpointError):
@@ -174,31 +173,24 @@ def read_step(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             stacklevel=2,
         )
     else:
-        _check_files(folder)
+        listed, found = _sums(folder), _names(folder)
+        for name in sorted(listed.keys() ^ set(found)):
+            raise DamageError(f"no file {name}" if name in listed else f"a file {name} that is not in {SUMS}")
+        for name in found:
+            _check_file(folder, name, listed[name])
     about = description["arrays"]
     stored = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in about if math.prod(about[name]["shape"])}
     with quiet():
         read = ocp.PyTreeCheckpointHandler().restore(
             folder / "arrays", args=ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=stored)
         )
-    arrays = {name: np.asarray(read[name]) if name in stored else _empty(about[name]) for name in about}
+    for name in about.keys() - stored:
+        read[name] = np.zeros(about[name]["shape"], np.dtype(about[name]["dtype"]))
+    arrays = {name: np.asarray(read[name]) for name in about}
     for name, array in arrays.items():
         if (got := describe_array(array)) != about[name]:
             raise DamageError(f"leaf `{name}` as {got}, which was saved as {about[name]}")
     return arrays, description
-
-
-def _empty(about: dict[str, Any]) -> np.ndarray:
-    return np.zeros(about["shape"], np.dtype(about["dtype"]))
-
-
-def _check_files(folder: Path) -> None:
-    """DamageError unless the files of a step are those that are listed, with their digests."""
-    listed, found = _sums(folder), _names(folder)
-    for name in sorted(listed.keys() ^ set(found)):
-        raise DamageError(f"no file {name}" if name in listed else f"a file {name} that is not in {SUMS}")
-    for name in found:
-        _check_file(folder, name, listed[name])
 
 
 def _check_file(folder: Path, name: str, digest: str) -> None:
@@ -228,6 +220,78 @@ def _digest(path: Path, *, sync: bool = False) -> str:
         if sync:
             os.fsync(file.fileno())
     return digest
+
+
+def read_chosen(folder: Path, step: int | Literal["best"] | None) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
+    """The number of the step that is asked for, its arrays and its description.
+
+    Raises:
+        CheckpointError: if there is none, or it is damaged.
+    """
+    steps = saved_steps(folder)
+    if not steps:
+        raise CheckpointError(f"restore: `path` must hold a checkpoint; got {folder}, which {_where_else(folder)}.")
+    chosen = steps[-1] if step is None else _best_step(folder, steps) if step == "best" else step
+    if chosen not in steps:
+        raise CheckpointError(
+            f'restore: `step` must be None, "best" or one of {steps}; got {step!r}. Choose one that is in {folder}.'
+        )
+    with _named(folder, chosen, steps):
+        return chosen, *read_step(folder / str(chosen))
+
+
+@contextlib.contextmanager
+def _named(folder: Path, step: int, steps: list[int]) -> Iterator[None]:
+    """Errors that say which checkpoint cannot be read, why, and what can be read instead.
+
+    What libraries raise for damaged files is of many types, and its traceback says nothing more.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = str(error) if isinstance(error, DamageError) else f"{type(error).__name__}: {str(error)[:300]}"
+        path, others = folder / str(step), [other for other in steps if other != step]
+        remedy = (
+            f"Restore another step: {others}; a run goes on from there once {path} is deleted."
+            if others
+            else "There is no other step."
+        )
+        raise CheckpointError(
+            f"restore: checkpoint {path} must be readable, and as it was saved; got {cause}. {remedy}"
+        ) from None
+
+
+def _where_else(folder: Path) -> str:
+    """Message about a folder without checkpoints."""
+    if not folder.is_dir():
+        return "is no folder. Check the path"
+    if folder.name.isdigit() and saved_steps(folder.parent):
+        return f"is one step. Give {folder.parent} and step={folder.name}"
+    if any(path for pattern in LEFTOVERS for path in folder.glob(pattern)):
+        return "holds nothing but a save that is not finished. Wait for its writer, or save again"
+    found = sorted({str(entry.parents[2]) for entry in folder.glob(f"**/{DESCRIPTION}")} - {str(folder)})
+    return f"has none itself. Choose one of {', '.join(found)}" if found else "has none. Check the path"
+
+
+def _best_step(folder: Path, steps: list[int]) -> int:
+    """The best step, by the descriptions alone.
+
+    Raises:
+        CheckpointError: if one of them cannot be read, as it may be the best, or none has a metric.
+    """
+    scores = {}
+    for step in steps:
+        with _named(folder, step, steps):
+            description = read_description(folder / str(step))
+            if description["best"] is not None and description["best"][0] in description["metrics"]:
+                name, mode = description["best"]
+                scores[step] = description["metrics"][name] * (1 if mode == "max" else -1)
+    if not scores:
+        raise CheckpointError(
+            f"restore: a best step must have been saved with the metric of its writer; got none in {folder}. "
+            "Restore the latest: step=None."
+        )
+    return max(scores, key=lambda step: (scores[step], step))
 
 
 @contextlib.contextmanager

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,22 +12,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from flax_hmog.data.containers import dense
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
-from flax_hmog.inference.posterior import HMoGOutput, infer
+from flax_hmog.inference.posterior import HMoGOutput, infer, merge_output
 from flax_hmog.model.checks import check_type, public
 from flax_hmog.model.coordinates import Natural, Prepared
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
 from flax_hmog.model.prepared import prepare
 from flax_hmog.networks.encoders import Clusterer, train_arguments
-from flax_hmog.networks.objectives import merge_output
-from flax_hmog.training.describe import Allowed, CheckpointError, rebuild
-from flax_hmog.training.files import DESCRIPTION, LEFTOVERS, DamageError, read_description, read_step, saved_steps
-from flax_hmog.training.inside import abstract_variables, find_heads, head_inputs, observed_dim, part_of, replace_part
+from flax_hmog.training.describe import (
+    FORMAT,
+    Allowed,
+    CheckpointError,
+    abstract_variables,
+    current_names,
+    find_heads,
+    named_arrays,
+    observed_dim,
+    part_of,
+    rebuild,
+    replace_part,
+)
+from flax_hmog.training.files import read_chosen
 from flax_hmog.training.mesh import place as place_on
-from flax_hmog.training.named import FORMAT, current_names, named_arrays
 from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessing
 
 CALLS = (HMoGHead.__call__, AnalyticHMoG.__call__)  # of heads that return what `infer` does
@@ -112,7 +121,12 @@ class Restored:
     @functools.cached_property
     def _apply(self) -> Callable[..., Any]:
         """The module's call, or its method of this name, compiled."""
-        module = self._imported_module()
+        module = self.module
+        if module is None:
+            raise ValueError(
+                "Restored: `module` must be imported to take raw data; got a checkpoint with a class that is not of "
+                "flax_hmog, or of a notebook. Restore with allow_import=True if you trust it, or with module=..."
+            )
         positional, named = train_arguments(module, False)
 
         def apply(variables: Any, x: Any, method: str | None = None) -> Any:
@@ -190,14 +204,6 @@ class Restored:
     def _inputs(self, raw: Any) -> Any:
         return dense("raw", raw) if self.preprocessing is None else self.preprocessing(raw)
 
-    def _imported_module(self) -> Any:
-        if self.module is None:
-            raise ValueError(
-                "Restored: `module` must be imported to take raw data; got a checkpoint with a class that is not of "
-                "flax_hmog, or of a notebook. Restore with allow_import=True if you trust it, or with module=..."
-            )
-        return self.module
-
 
 @public
 def restore(
@@ -237,16 +243,7 @@ def restore(
     if module is not None:
         check_type("module", module, nn.Module, "Give an instance, as the writer was given it.")
     folder = Path(path).absolute()
-    steps = saved_steps(folder)
-    if not steps:
-        raise CheckpointError(f"restore: `path` must hold a checkpoint; got {folder}, which {_where_else(folder)}.")
-    chosen = steps[-1] if step is None else _best_step(folder, steps) if step == "best" else step
-    if chosen not in steps:
-        raise CheckpointError(
-            f'restore: `step` must be None, "best" or one of {steps}; got {step!r}. Choose one that is in {folder}.'
-        )
-    with _named(folder, chosen, [other for other in steps if other != chosen]):
-        arrays, description = read_step(folder / str(chosen))
+    chosen, arrays, description = read_chosen(folder, step)
     try:
         return _assembled(chosen, arrays, description, allow_import, module)
     except CheckpointError as error:
@@ -266,17 +263,30 @@ def _assembled(
     for name, array in arrays.items():
         group, _, rest = name.partition("/")
         groups[group][rest] = array
-    described, place, inputs = _of_this_format(description)
+    described, place, inputs = description, description.get("place", ""), description.get("inputs")
+    if description["format"] != FORMAT:  # before, it held a head, and an encoder or none
+        head, encoder = description["head"], description["encoder"]
+        whole = {"class": "Clusterer", "arguments": {"encoder": encoder, "head": head}}
+        described, place = ({"module": head}, "") if encoder is None else ({"module": whole, "head": head}, "head")
+    if inputs is not None:
+        inputs = jax.ShapeDtypeStruct(tuple(inputs["shape"]), inputs["dtype"])
     if module is None and described["module"] is not None:
         module = rebuild(described["module"], allow_import)
-    variables = jax.tree.map(jnp.asarray, _nested(groups["variables"]))
+    variables = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(groups["variables"], sep="/"))
     is_known = module is not None and inputs is not None and not isinstance(module, Clusterer | Head)
     if is_known:
         variables = restore_like(abstract_variables(module, inputs), groups["variables"], "variables")
-    head = _head_in(module, place, variables, inputs, described["head"], allow_import)
+    head = module if not place else described["head"] and rebuild(described["head"], allow_import)
+    if head is None and module is not None:
+        head = find_heads(module, variables, inputs).get(place)
+    if head is not None and not isinstance(head, Head):
+        raise CheckpointError(
+            f"restore: the head must offer what flax_hmog.Head lists; got {type(head).__name__}. Give the module that "
+            "was saved."
+        )
     obs_dim = None if is_known or head is None else observed_dim(head, part_of(variables, place))
     if obs_dim is not None:
-        template = abstract_variables(head, head_inputs(head, obs_dim))
+        template = abstract_variables(head, jax.ShapeDtypeStruct((1, obs_dim), head.param_dtype))
         own = restore_like(template, named_arrays(part_of(variables, place)), "variables")
         variables = replace_part(variables, place, own)
     return Restored(
@@ -293,37 +303,6 @@ def _assembled(
         state=current_names(groups["state"]),
         **{name: description[name] for name in ("progress", "history", "metrics", "config", "versions")},
     )
-
-
-def _of_this_format(description: dict[str, Any]) -> tuple[dict[str, Any], str, jax.ShapeDtypeStruct | None]:
-    """Module and head as they are described, the head's place, and abstract inputs.
-
-    Formats 4 and 5 have a head, and an encoder or none.
-    """
-    if description["format"] == FORMAT:
-        inputs = description["inputs"]
-        abstract = None if inputs is None else jax.ShapeDtypeStruct(tuple(inputs["shape"]), inputs["dtype"])
-        return description, description["place"], abstract
-    head, encoder = description["head"], description["encoder"]
-    if encoder is None:
-        return {"module": head, "head": None}, "", None
-    module = {"class": "Clusterer", "arguments": {"encoder": encoder, "head": head}}
-    return {"module": module, "head": head}, "head", None
-
-
-def _head_in(module: Any, place: str, variables: Any, inputs: Any, described: Any, allow_import: Allowed) -> Any:
-    """The head of a module: the module itself, or as it is described, or as it is found; or None."""
-    head = module
-    if place:
-        head = None if described is None else rebuild(described, allow_import)
-        if head is None and module is not None:
-            head = find_heads(module, variables, inputs).get(place)
-    if head is not None and not isinstance(head, Head):
-        raise CheckpointError(
-            f"restore: the head must offer what flax_hmog.Head lists; got {type(head).__name__}. Give the module that "
-            "was saved."
-        )
-    return head
 
 
 def restore_like(template: Any, arrays: dict[str, Any], what: str) -> Any:
@@ -367,82 +346,9 @@ def restore_like(template: Any, arrays: dict[str, Any], what: str) -> Any:
                 f"restore_like: leaf `{name}` of {what} must hold {data.dtype}; got {arrays[name].dtype}. "
                 "The checkpoint is of another model."
             )
-        array = np.asarray(arrays[name]).astype(data.dtype)
-        leaves.append(_key_like(array, leaf) if is_key else _placed(array, leaf))
+        array, sharding = np.asarray(arrays[name]).astype(data.dtype), getattr(leaf, "sharding", None)
+        if is_key:
+            leaves.append(jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf)))
+        else:
+            leaves.append(jnp.asarray(array) if sharding is None else place_on(array, sharding))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
-
-
-def _key_like(data: np.ndarray, leaf: Any) -> Array:
-    return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(leaf))
-
-
-def _placed(array: np.ndarray, leaf: Any) -> Array:
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
-        return jnp.asarray(array)
-    return place_on(array, sharding)
-
-
-@contextlib.contextmanager
-def _named(folder: Path, step: int, others: list[int]) -> Iterator[None]:
-    """Errors that say which checkpoint cannot be read, why, and what can be read instead.
-
-    What libraries raise for damaged files is of many types, and its traceback says nothing more.
-    """
-    try:
-        yield
-    except Exception as error:
-        cause = str(error) if isinstance(error, DamageError) else f"{type(error).__name__}: {str(error)[:300]}"
-        path = folder / str(step)
-        remedy = (
-            f"Restore another step: {others}; a run goes on from there once {path} is deleted."
-            if others
-            else "There is no other step."
-        )
-        raise CheckpointError(
-            f"restore: checkpoint {path} must be readable, and as it was saved; got {cause}. {remedy}"
-        ) from None
-
-
-def _where_else(folder: Path) -> str:
-    """Message about a folder without checkpoints."""
-    if not folder.is_dir():
-        return "is no folder. Check the path"
-    if folder.name.isdigit() and saved_steps(folder.parent):
-        return f"is one step. Give {folder.parent} and step={folder.name}"
-    if any(path for pattern in LEFTOVERS for path in folder.glob(pattern)):
-        return "holds nothing but a save that is not finished. Wait for its writer, or save again"
-    found = sorted({str(entry.parents[2]) for entry in folder.glob(f"**/{DESCRIPTION}")} - {str(folder)})
-    return f"has none itself. Choose one of {', '.join(found)}" if found else "has none. Check the path"
-
-
-def _best_step(folder: Path, steps: list[int]) -> int:
-    """The best step, by the descriptions alone.
-
-    Raises:
-        CheckpointError: if one of them cannot be read, as it may be the best, or none has a metric.
-    """
-    scores = {}
-    for step in steps:
-        with _named(folder, step, [other for other in steps if other != step]):
-            description = read_description(folder / str(step))
-            if description["best"] is not None and description["best"][0] in description["metrics"]:
-                name, mode = description["best"]
-                scores[step] = description["metrics"][name] * (1 if mode == "max" else -1)
-    if not scores:
-        raise CheckpointError(
-            f"restore: a best step must have been saved with the metric of its writer; got none in {folder}. "
-            "Restore the latest: step=None."
-        )
-    return max(scores, key=lambda step: (scores[step], step))
-
-
-def _nested(arrays: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *folders, last = name.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = array
-    return tree

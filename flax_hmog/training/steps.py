@@ -14,8 +14,8 @@ from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_hmog.model.kinds import Array
+from flax_hmog.training.describe import named_arrays
 from flax_hmog.training.mesh import MIN_SHARDED, RULES, batch_sharding, place, tree_shardings
-from flax_hmog.training.named import named_arrays
 
 
 class TrainState(train_state.TrainState):

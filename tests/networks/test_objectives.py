@@ -11,6 +11,7 @@ from cases import CASES, Case
 from dense import Dense
 
 from flax_hmog import AnalyticHMoG, HMoGOutput, moments_to_natural, natural_to_moments
+from flax_hmog.inference.posterior import merge_output
 from flax_hmog.model.kinds import PositiveDefinite
 from flax_hmog.networks.objectives import (
     combine,
@@ -19,7 +20,6 @@ from flax_hmog.networks.objectives import (
     distillation,
     loading_penalty,
     marginal_entropy,
-    merge_output,
     negative_joint_information,
     negative_log_likelihood,
     negative_mutual_information,

@@ -22,7 +22,7 @@ from flax_hmog.recipe.encoders import init_encoder, make_encoder
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.models import Extra, Teacher, Trainable
 from flax_hmog.training import CheckpointError, processes, restore
-from flax_hmog.training.named import named_arrays
+from flax_hmog.training.describe import named_arrays
 
 
 class Dropped(nn.Module):

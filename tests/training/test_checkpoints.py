@@ -30,7 +30,7 @@ from flax_hmog.training import (
     restore,
     restore_like,
 )
-from flax_hmog.training.restoring import saved_steps
+from flax_hmog.training.files import saved_steps
 
 D, L, K = 6, 2, 3
 HEADS = [
