@@ -12,12 +12,12 @@ from flax_hmog.em.step import EMInfo, em_step, penalty
 from flax_hmog.heads.from_natural import WarmStartInfo, WarmStartWarning, warm_start
 from flax_hmog.heads.goal import analytic_hmog, differentiable_hmog, symmetric_hmog
 from flax_hmog.heads.modules import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
-from flax_hmog.inference.blocks import infer_blocks
 from flax_hmog.inference.likelihood import mean_log_density
 from flax_hmog.inference.posterior import (
     HMoGOutput,
     Posterior,
     infer,
+    infer_blocks,
     latent_mean,
     log_observable_density,
     posterior_assignments,

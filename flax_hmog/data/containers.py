@@ -6,7 +6,7 @@ whatever else has `shape`, `dtype` and row slices are read block by block (`is_r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -64,6 +64,26 @@ def is_read_by_blocks(value: Any) -> bool:
         and hasattr(kind, "__getitem__")
         and not any(hasattr(kind, name) for name in in_memory)
     )
+
+
+def is_array(value: Any) -> bool:
+    """True for rows in memory that are no list: arrays, tables, tensors, and the sparse matrices of jax."""
+    return is_jax_sparse(value) or any(
+        hasattr(value, name) for name in ("shape", "__array__", "__dlpack__", "to_numpy")
+    )
+
+
+def is_in_blocks(value: Any) -> bool:
+    """True for rows of which functions of (natural, x) see a block at a time.
+
+    What is read by blocks, and collections of batches; a list is an array here.
+    """
+    if type(value) is np.ndarray or isinstance(value, jax.Array | list | tuple):
+        return False
+    if is_read_by_blocks(value):
+        return not isinstance(value, np.memmap) or value.ndim == 2
+    is_other = isinstance(value, str | bytes | Iterator | Mapping) or is_array(unwrapped(value))
+    return isinstance(value, Iterable) and not is_other
 
 
 def read_rows(rows: Any, index: slice | np.ndarray) -> np.ndarray:

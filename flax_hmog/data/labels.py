@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.data.containers import is_missing
-from flax_hmog.model.checks import door
+from flax_hmog.model.checks import check_shape, door
+from flax_hmog.model.kinds import Array
 
 
 def encode_labels(labels: Any, *, argument: str = "labels") -> tuple[np.ndarray, np.ndarray, Any]:
@@ -38,6 +41,51 @@ def encode_labels(labels: Any, *, argument: str = "labels") -> tuple[np.ndarray,
         return codes, known, None
     names, codes[known] = np.unique(entries.astype(str), return_inverse=True)
     return codes, known, tuple(names.tolist())
+
+
+def check_labels(labels: Any, shape: tuple[int, ...], n_components: int) -> tuple[Array | None, tuple[str, ...] | None]:
+    """Known components as int32, -1 where unknown, and the names of classes where labels are no integers.
+
+    Integers are numbers of components, -1 where unknown. Names are numbered as they sort: class k is component k.
+    Unknown beside them are None, NaN, NA of pandas, empty text and masked entries.
+
+    Args:
+        labels: (N,) as `encode_labels` takes them; None if none are known.
+        shape: (N,).
+        n_components: K.
+
+    Returns:
+        Codes (N,) or None; names or None.
+
+    Raises:
+        ValueError: for another shape, integers that are not from -1 to K - 1, or more than K names.
+    """
+    if labels is None:
+        return None, None
+    classes: tuple[str, ...] | None = None
+    values: Any
+    if isinstance(labels, jax.Array):
+        values, kind = labels, labels.dtype
+        check_shape("labels", labels, shape)
+    else:
+        vector = as_vector(labels)
+        check_shape("labels", vector, shape)
+        values, known, classes = encode_labels(vector)
+        kind = vector.dtype if vector.dtype.kind == "b" or (vector.dtype.kind == "f" and known.all()) else values.dtype
+    if classes is not None and kind.kind == "i" and len(classes) > n_components:
+        shown = ", ".join(map(repr, classes[:3]))
+        raise ValueError(
+            f"{door()}: `labels` must name at most {n_components} classes, a component each; got {len(classes)}: "
+            f"{shown} and so on. Raise n_components, or give None for rows whose class is not sought."
+        )
+    # on the devices, since the rows may be spread over processes, all of which must raise
+    least, largest = values.min().item(), values.max().item()
+    if kind.kind not in "iu" or least < -1 or largest >= n_components:
+        raise ValueError(
+            f"{door()}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {kind} from "
+            f"{least} to {largest}. Number the known components from 0, or name them."
+        )
+    return jnp.asarray(values, jnp.int32), classes
 
 
 def as_vector(labels: Any) -> np.ndarray:

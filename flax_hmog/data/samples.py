@@ -80,17 +80,20 @@ def _effective_weights(weights: Array) -> Array:
     return weights * (count / total)
 
 
-def enter(natural: Any, x: Any) -> tuple[Natural | Prepared, Array, Shards]:
+def enter(
+    natural: Any, x: Any, argument: str = "x", row_numbers: Any = None
+) -> tuple[Natural | Prepared, Array, Shards]:
     """Checked arguments of a function of (natural, x): the model with its prior, observations (..., D) in its dtype,
     and their shards.
 
-    Rows on the host with more digits than the dtype has are moved to the model's frame before any is lost.
+    Rows on the host with more digits than the dtype has are moved to the model's frame before any is lost. Errors name
+    rows by `row_numbers`, if given.
     """
     model: Any = natural if isinstance(natural, Prepared) else with_prior(check_natural(natural))
     parameters = check_natural(model)
     interaction, frame = parameters.interaction, parameters.frame
-    given = check_given(x, interaction.shape[0])
-    rows = as_rows(given, interaction.dtype)
+    given = check_given(x, interaction.shape[0], argument=argument)
+    rows = as_rows(given, interaction.dtype, argument=argument, row_numbers=row_numbers)
     if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
         rows = jnp.asarray(frame.inward_on_host(given), interaction.dtype)
         applied = parameters.in_frame(frame.applied())
@@ -131,17 +134,18 @@ def check_given(x: Any, obs_dim: int | None, *, argument: str = "x") -> Any:
     return x
 
 
-def as_rows(x: Any, dtype: Any, *, argument: str = "x", row_numbers: Any = None) -> Array:
+def as_rows(x: Any, dtype: Any, *, argument: str = "x", row_numbers: Any = None, is_finite: bool = False) -> Array:
     """Observations of `check_given` in the working dtype: the one place where they are converted.
+
+    Those that were seen to be finite before are not looked at again (`is_finite`).
 
     Raises:
         ValueError: for entries that are not finite in this dtype.
     """
-    is_finite = False
     with np.errstate(over="ignore", invalid="ignore"):
         if type(x) is np.ndarray:  # looked at where it is, without a program
             x = np.asarray(x, dtype)
-            is_finite = bool(np.isfinite(x.sum()))
+            is_finite = is_finite or bool(np.isfinite(x.sum()))
         x = jnp.asarray(x, dtype)
     sharding = None if isinstance(x, jax.core.Tracer) else x.sharding
     if isinstance(sharding, NamedSharding) and any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):

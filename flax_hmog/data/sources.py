@@ -15,14 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from flax_hmog.data.containers import dense, is_jax_sparse, is_read_by_blocks, read_rows, unwrapped
+from flax_hmog.data.containers import dense, is_array, is_in_blocks, is_read_by_blocks, read_rows, unwrapped
 from flax_hmog.data.framing import Framing
-from flax_hmog.data.labels import as_vector, encode_labels
-from flax_hmog.data.rows import on_host, row_shards
-from flax_hmog.data.samples import as_rows, check_given, check_weights, effective_weights
-from flax_hmog.model.checks import check_precision, check_shape, door
+from flax_hmog.data.labels import check_labels
+from flax_hmog.data.rows import Shards, on_host, row_shards
+from flax_hmog.data.samples import as_rows, check_given, check_weights, effective_weights, enter
+from flax_hmog.model.checks import check_precision, door, is_concrete
 from flax_hmog.model.frames import has_more_digits
 from flax_hmog.model.kinds import Array
+from flax_hmog.model.prepared import prepare
 
 BLOCK_BYTES = 2**26  # of the rows that are brought to the device at once
 SAMPLE_FLOATS = 2**27  # of the rows that an initialisation looks at, where not all are in memory
@@ -83,18 +84,26 @@ class RowsInBlocks:
     """
 
     def __init__(
-        self, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int = 1
+        self,
+        data: Any,
+        obs_dim: int | None,
+        dtype: Any,
+        weights: Any = None,
+        labels: Any = None,
+        n_components: int = 1,
+        argument: str = "data",
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.argument = dtype, argument
         data = unwrapped(data)
-        check_rows(data)
-        check_given(np.empty((0, data.shape[1]), data.dtype), obs_dim, argument="data")
+        check_rows(data, argument)
+        check_given(np.empty((0, data.shape[1]), data.dtype), obs_dim, argument=argument)
         self.rows = data.tocsr() if hasattr(type(data), "tocsr") else data
         self.count, self.obs_dim = map(int, data.shape)
         self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
         self.weights: Any = np.asarray(_effective(weights, self.count, dtype))
         self.labels, self.classes = check_labels(labels, (self.count,), n_components)
         self.total_weight = float(np.sum(self.weights))
+        self.is_checked = np.zeros(self.count, bool)  # rows that were seen to be finite
         self.size = min(self.count, max(1, BLOCK_BYTES // (jnp.dtype(dtype).itemsize * max(1, self.obs_dim))))
 
     def use_frame(self, framing: Framing) -> None:
@@ -111,11 +120,11 @@ class RowsInBlocks:
         for start in range(0, self.count, self.size):
             yield self._block(slice(start, min(start + self.size, self.count)), self.size)
 
-    def given_blocks(self) -> Iterator[np.ndarray]:
-        """The rows of one pass in their own dtype, on the host; the last block is filled up with zeros."""
+    def given(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The rows of one pass in their own dtype, on the host, and their numbers, block by block."""
         for start in range(0, self.count, self.size):
-            block = self._given(slice(start, min(start + self.size, self.count)))
-            yield np.pad(block, ((0, self.size - len(block)), (0, 0)))
+            index = slice(start, min(start + self.size, self.count))
+            yield self._given(index), np.arange(self.count)[index]
 
     def sample(self) -> Block:
         """Rows, weights and labels that the initialisation looks at: evenly spaced ones."""
@@ -133,7 +142,9 @@ class RowsInBlocks:
 
     def _block(self, index: Any, size: int) -> Block:
         given, numbers = self._given(index), np.arange(self.count)[index]
-        x = as_rows(given, self.dtype, argument="data", row_numbers=numbers)
+        is_finite = bool(self.is_checked[index].all())
+        x = as_rows(given, self.dtype, argument=self.argument, row_numbers=numbers, is_finite=is_finite)
+        self.is_checked[index] = True
         weights = self.weights[index]
         if self.framing is not None:
             x, weights = self.framing.rows(given, x, jnp.asarray(weights), numbers)
@@ -143,7 +154,7 @@ class RowsInBlocks:
 
     def _given(self, index: Any) -> Any:
         """Rows with these numbers in their own dtype."""
-        return check_given(read_rows(self.rows, index), self.obs_dim, argument="data")
+        return check_given(read_rows(self.rows, index), self.obs_dim, argument=self.argument)
 
 
 class Stream:
@@ -153,16 +164,17 @@ class Stream:
     n_rows = 0  # until the initialisation has read them
     total_weight = 0.0  # not known before the first pass ends
     classes = None
+    is_checked = False  # once a pass has seen that all rows are finite
 
-    def __init__(self, batches: Iterable, obs_dim: int | None, dtype: Any) -> None:
-        self.data, self.dtype, self.width = batches, dtype, obs_dim
+    def __init__(self, batches: Iterable, obs_dim: int | None, dtype: Any, argument: str = "data") -> None:
+        self.data, self.dtype, self.width, self.argument = batches, dtype, obs_dim, argument
         self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
 
     @property
     def obs_dim(self) -> int:
         """D of the data."""
         if self.width is None:
-            self.width = next(iter(self._given()))[0].shape[1]
+            self.width = next(iter(self.given()))[0].shape[1]
         return self.width
 
     def use_frame(self, framing: Framing) -> None:
@@ -177,19 +189,20 @@ class Stream:
     def blocks(self) -> Iterator[Block]:
         """The batches of one pass; those shorter than the longest so far are filled up with rows of weight 0."""
         rows = 0
-        for batch, numbers in self._given():
-            x = as_rows(batch, self.dtype, argument="data", row_numbers=numbers)
+        for batch, numbers in self.given():
+            x = as_rows(batch, self.dtype, argument=self.argument, row_numbers=numbers, is_finite=self.is_checked)
             weights = jnp.ones(x.shape[0], x.dtype)
             if self.framing is not None:
                 x, weights = self.framing.rows(_on_host(batch), x, weights, numbers)
             rows = max(rows, x.shape[0])
             missing = rows - x.shape[0]
             yield jnp.pad(x, ((0, missing), (0, 0))), jnp.pad(weights, (0, missing)), None
+        self.is_checked = True
 
     def sample(self) -> Block:
         """Rows and weights that the initialisation looks at, as `host_sample`."""
         given, numbers = self._sampled
-        x = as_rows(given, self.dtype, argument="data", row_numbers=numbers)
+        x = as_rows(given, self.dtype, argument=self.argument, row_numbers=numbers)
         weights = jnp.ones(x.shape[0], x.dtype)
         if self.framing is not None:
             x, weights = self.framing.rows(given, x, weights, numbers)
@@ -203,7 +216,7 @@ class Stream:
         """
         parts, kept, numbers = [], np.empty(0), np.empty(0, np.int64)
         rng = np.random.default_rng(0)
-        for batch, index in self._given():
+        for batch, index in self.given():
             limit = max(1, min(SAMPLE_ROWS, SAMPLE_FLOATS // batch.shape[1]))
             rows = _on_host(batch)
             new = max(0, min(limit - len(numbers), len(rows)))
@@ -228,45 +241,85 @@ class Stream:
         """The batches as they come."""
         return self.blocks()
 
-    def _given(self) -> Iterator[tuple[Any, np.ndarray]]:
+    def given(self) -> Iterator[tuple[Any, np.ndarray]]:
         """The batches (B, D) of one pass in their own dtype, and the numbers of their rows (B,)."""
         width, count = self.width, 0
         for batch in self.data:
-            x = check_batch(batch, width)
+            x = check_batch(batch, width, self.argument)
             width = x.shape[1]
             yield x, np.arange(count, count + x.shape[0])
             count += x.shape[0]
         if not count:
-            raise ValueError(f"{door()}: `data` must hold at least one batch; got none. Check the collection.")
+            raise ValueError(
+                f"{door()}: `{self.argument}` must hold at least one batch; got none. Check the collection."
+            )
 
 
 Source: TypeAlias = RowsOnDevice | RowsInBlocks | Stream
 
 
-def as_source(head: Any, data: Any, weights: Any, labels: Any) -> Source:
-    """The source for what a user gives as data.
+def as_source(
+    data: Any,
+    obs_dim: int | None,
+    dtype: Any,
+    weights: Any = None,
+    labels: Any = None,
+    n_components: int = 1,
+    *,
+    argument: str = "data",
+    on_device: bool = True,
+) -> Source:
+    """The source for what a user gives as data; with `on_device` False, arrays are read by blocks too.
 
     Raises:
         TypeError: for data that cannot be read twice, or are no arrays of numbers.
         ValueError: for unusable data, or weights or labels of a stream.
     """
-    check_precision(head.param_dtype)
+    check_precision(dtype)
     if is_read_by_blocks(data):
-        return RowsInBlocks(data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
+        return RowsInBlocks(data, obs_dim, dtype, weights, labels, n_components, argument)
     data = unwrapped(data)
-    names = ("shape", "__array__", "__dlpack__", "to_numpy")
-    if is_jax_sparse(data) or any(hasattr(data, name) for name in names):
-        return RowsOnDevice(data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
+    if is_array(data) and on_device:
+        return RowsOnDevice(data, obs_dim, dtype, weights, labels, n_components)
+    if is_array(data):
+        rows = np.asarray(check_given(data, None, argument=argument))
+        return RowsInBlocks(rows, obs_dim, dtype, weights, labels, n_components, argument)
     if isinstance(data, Iterator | Mapping) or not isinstance(data, Iterable):
         raise TypeError(
-            f"{door()}: `data` must be an array or a collection of batches that can be iterated repeatedly; got "
+            f"{door()}: `{argument}` must be an array or a collection of batches that can be iterated repeatedly; got "
             f"{type(data).__name__}. EM reads the data once per step: give a list or an object with __iter__."
         )
     if weights is not None or labels is not None:
         raise ValueError(
             f"{door()}: `weights` and `labels` must come with an array or a file; got a stream of batches. Give one."
         )
-    return Stream(data, head.obs_dim, head.param_dtype)
+    return Stream(data, obs_dim, dtype, argument)
+
+
+def entered(
+    natural: Any, x: Any, weights: Any = None, *, argument: str = "x", on_device: bool = True
+) -> Iterator[tuple[Any, Array, Shards, Any, int | None]]:
+    """The arguments of a compiled function of (natural, x) for rows of any kind: of all, or of one block at a time.
+
+    Inside of transformations a model is a tracer, and x has to be an array.
+
+    Yields:
+        Model, rows (..., D), shards; of blocks also the weights of their rows (B,) and the number of these, as the last
+        block is filled up with rows of weight 0.
+    """
+    if on_device and not (is_in_blocks(x) and is_concrete(natural)):
+        yield *enter(natural, x), weights, None
+        return
+    model, size = prepare(natural), 0
+    obs_dim, dtype = model.natural.interaction.shape[0], model.natural.interaction.dtype
+    source: Any = as_source(x, obs_dim, dtype, weights, argument=argument, on_device=False)
+    for given, numbers in source.given():
+        at, rows, shards = enter(model, given, argument, numbers)
+        size, count = max(size, rows.shape[0]), rows.shape[0]
+        share = np.ones(count, dtype) if weights is None else source.weights[numbers]
+        if count < size:
+            rows, share = jnp.pad(rows, ((0, size - count), (0, 0))), np.pad(share, (0, size - count))
+        yield at, rows, shards, share, count
 
 
 def _effective(weights: Any, count: int, dtype: Any) -> Array:
@@ -275,7 +328,7 @@ def _effective(weights: Any, count: int, dtype: Any) -> Array:
     return checked if weights is None else effective_weights(checked)
 
 
-def check_batch(batch: Any, obs_dim: int | None) -> Any:
+def check_batch(batch: Any, obs_dim: int | None, argument: str) -> Any:
     """A batch (B, D) of a stream in its own dtype; sparse ones become dense.
 
     Raises:
@@ -288,70 +341,27 @@ def check_batch(batch: Any, obs_dim: int | None) -> Any:
         shapes = ", ".join(f"{key!r}: {getattr(entry, 'shape', type(entry).__name__)}" for key, entry in held)
         first = next(iter(batch)) if isinstance(batch, Mapping) else 0
         raise TypeError(
-            f"{door()}: `data` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. Give "
-            f"an object whose __iter__ yields the rows of each, as `batch[{first!r}]`; labels go with an array, as "
-            "`labels`."
+            f"{door()}: `{argument}` must hold batches (B, D) of rows alone; got {type(batch).__name__} with {shapes}. "
+            f"Give an object whose __iter__ yields the rows of each, as `batch[{first!r}]`; labels go with an array, "
+            "as `labels`."
         )
-    x = check_given(dense("data", batch), None, argument="data")
+    x = check_given(dense(argument, batch), None, argument=argument)
     remedy = "Give whole batches of rows."
     if x.ndim == 1:
         remedy = "Join single rows to one array: numpy.stack(data), or numpy.asarray(data) for lists of numbers."
     elif x.ndim > 2:
         remedy = "Flatten what a row holds: batch.reshape(len(batch), -1)."
     if x.ndim != 2 or not x.shape[0]:
-        raise ValueError(f"{door()}: `data` must hold batches (B, D); got {x.shape}. {remedy}")
-    return check_given(x, obs_dim, argument="data")
+        raise ValueError(f"{door()}: `{argument}` must hold batches (B, D); got {x.shape}. {remedy}")
+    return check_given(x, obs_dim, argument=argument)
 
 
-def check_rows(x: Any) -> None:
+def check_rows(x: Any, argument: str = "data") -> None:
     """ValueError unless x is (N, D) with N > 0."""
     if len(x.shape) != 2 or not x.shape[0]:
-        raise ValueError(f"{door()}: `data` must have shape (N, D); got {x.shape}. Reshape it to one row per sample.")
-
-
-def check_labels(labels: Any, shape: tuple[int, ...], n_components: int) -> tuple[Array | None, tuple[str, ...] | None]:
-    """Known components as int32, -1 where unknown, and the names of classes where labels are no integers.
-
-    Integers are numbers of components, -1 where unknown. Names are numbered as they sort: class k is component k.
-    Unknown beside them are None, NaN, NA of pandas, empty text and masked entries.
-
-    Args:
-        labels: (N,) as `encode_labels` takes them; None if none are known.
-        shape: (N,).
-        n_components: K.
-
-    Returns:
-        Codes (N,) or None; names or None.
-
-    Raises:
-        ValueError: for another shape, integers that are not from -1 to K - 1, or more than K names.
-    """
-    if labels is None:
-        return None, None
-    classes: tuple[str, ...] | None = None
-    values: Any
-    if isinstance(labels, jax.Array):
-        values, kind = labels, labels.dtype
-        check_shape("labels", labels, shape)
-    else:
-        vector = as_vector(labels)
-        check_shape("labels", vector, shape)
-        values, known, classes = encode_labels(vector)
-        kind = vector.dtype if vector.dtype.kind == "b" or (vector.dtype.kind == "f" and known.all()) else values.dtype
-    if classes is not None and kind.kind == "i" and len(classes) > n_components:
-        shown = ", ".join(map(repr, classes[:3]))
         raise ValueError(
-            f"{door()}: `labels` must name at most {n_components} classes, a component each; got {len(classes)}: "
-            f"{shown} and so on. Raise n_components, or give None for rows whose class is not sought."
+            f"{door()}: `{argument}` must have shape (N, D); got {x.shape}. Reshape it to one row per sample."
         )
-    # on the devices, since the rows may be spread over processes, all of which must raise
-    least, largest = values.min().item(), values.max().item()
-    if kind.kind not in "iu" or least < -1 or largest >= n_components:
-        raise ValueError(
-            f"{door()}: `labels` must be integers from -1 (unknown) to {n_components - 1}; got {kind} from "
-            f"{least} to {largest}. Number the known components from 0, or name them."
-        )
-    return jnp.asarray(values, jnp.int32), classes
 
 
 def _on_host(batch: Any) -> np.ndarray:

@@ -205,7 +205,7 @@ class Fit:
         check_outside_transformations(data=data, key=key, weights=weights, labels=labels, init=options.init)
         check_full("head", head.component_structure[0]())
         self.head, self.options, self.dtype = head, options, head.projection_dtype
-        self.source = source = as_source(head, data, weights, labels)
+        self.source = source = as_source(data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
         if source.count is not None:
             check_counts((source.count, source.obs_dim), head)
         rows, row_weights = source.host_sample()

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.data.samples import check_observations
 from flax_hmog.em.online import stepwise_start
 from flax_hmog.em.step import whiten_moments
 from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
@@ -87,7 +86,6 @@ def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, A
     _check_dimensions(head, natural)
     obs_dim = natural.interaction.shape[0]
     x = sample(natural, jax.random.key(0), REFERENCE_DRAWS)[0] if x is None else x
-    check_observations(x, obs_dim, natural.interaction.dtype)
     given = _in_units_of_x(whiten_moments(own_moments(natural)), natural.frame)
     obs_rep = as_rep(head.obs_rep, argument="head.obs_rep")
     moments = dataclasses.replace(given, noise=_restricted(given.noise, obs_rep))

@@ -339,6 +339,7 @@ class AnalyticHMoG(HMoGHead):
         """Log-density, log-responsibilities and latent mean of x (..., D); with `train` also a step of stepwise EM."""
         natural = self._natural(x)
         if train and not self.is_initializing():
+            x = in_memory("x", x)
             em: Any = {name: self.get_variable("em", name) for name in ("moments", "running", "step")}
             for name, value in accepted_update(em, x, self.options, self.axis_name).items():
                 self.put_variable("em", name, value)

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from flax_hmog.data.containers import is_in_blocks
 from flax_hmog.data.rows import Shards, block_rows, map_rows, row_shards
 from flax_hmog.data.samples import check_samples
+from flax_hmog.data.sources import entered
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
-from flax_hmog.model.checks import public
+from flax_hmog.model.checks import is_concrete, public
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import Array, matmul, trace_product
 from flax_hmog.model.prepared import (
@@ -39,7 +41,7 @@ def mean_log_density(natural: Natural | Prepared, x: Any, weights: Any = None) -
 
     Args:
         natural: the model.
-        x: observations (N, D), sharded or not; any leading dimensions are samples.
+        x: observations (N, D) of any kind that holds rows, sharded or not; any leading dimensions are samples.
         weights: sample weights, the leading shape of `x`; None counts every sample once.
 
     Returns:
@@ -54,13 +56,23 @@ def mean_log_density(natural: Natural | Prepared, x: Any, weights: Any = None) -
         >>> bool(abs(mean_log_density(natural, x) - output.log_density.mean()) < 1e-3)
         True
     """
-    natural, x, weights = check_samples(natural, x, weights)
-    return _mean_log_density(natural, x, weights, row_shards(x))
+    if not is_in_blocks(x) or not is_concrete(natural):
+        natural, x, weights = check_samples(natural, x, weights)
+        return _mean_log_density(natural, x, weights, row_shards(x))
+    total = count = jnp.zeros(())
+    for model, rows, shards, share, _ in entered(natural, x, weights):
+        total, count = total + _summed(model, rows, jnp.asarray(share), shards), count + jnp.sum(share)
+    return total / count
 
 
 @partial(jax.jit, static_argnames="shards")
 def _mean_log_density(natural: Natural | Prepared, x: Array, weights: Array, shards: Shards) -> Array:
     return summed_log_density(prepare(natural), x, weights, shards) / jnp.sum(weights)
+
+
+@partial(jax.jit, static_argnames="shards")
+def _summed(natural: Prepared, x: Array, weights: Array, shards: Shards) -> Array:
+    return summed_log_density(natural, x, weights, shards)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))

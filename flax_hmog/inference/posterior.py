@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_hmog.data.containers import is_in_blocks
 from flax_hmog.data.rows import Shards, block_rows, map_rows
 from flax_hmog.data.samples import enter
+from flax_hmog.data.sources import entered
 from flax_hmog.model.checks import check_shape, check_size, door, is_concrete, public
 from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
 from flax_hmog.model.coordinates import Natural, Precision, check_natural
@@ -81,7 +83,8 @@ def infer(natural: Natural | Prepared, x: Any) -> HMoGOutput:
 
     Args:
         natural: the model.
-        x: observations (..., D); integers and float64 are converted to the dtype of `natural`.
+        x: observations (..., D), of any kind that holds rows; integers and float64 are converted to the dtype of
+            `natural`, and what is no array is brought to the device block by block.
 
     Returns:
         `HMoGOutput`.
@@ -96,7 +99,32 @@ def infer(natural: Natural | Prepared, x: Any) -> HMoGOutput:
         >>> output.log_density.shape, output.log_responsibilities.shape, output.latent_mean.shape
         ((12,), (12, 3), (12, 2))
     """
-    return _by_blocks(infer_rows, *enter(natural, x))
+    return _each(infer_rows, natural, x)
+
+
+@public
+def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
+    """`infer` for data larger than memory, or sparse: rows are brought to the device block by block.
+
+    Args:
+        natural: the model.
+        data: observations (N, D), as `fit_em` takes them.
+
+    Returns:
+        `HMoGOutput` of numpy arrays.
+
+    Raises:
+        TypeError, ValueError: as `infer`.
+
+    Example:
+        >>> from flax_hmog.toy import natural, x
+        >>> infer_blocks(natural, x).log_density.shape  # also of a memory map, or a sparse matrix
+        (12,)
+    """
+    parts = []
+    for model, rows, shards, _, count in entered(natural, data, argument="data", on_device=False):
+        parts.append((jax.tree.map(np.asarray, _by_blocks(infer_rows, model, rows, shards)), count))
+    return _joined(parts)
 
 
 @public
@@ -115,7 +143,7 @@ def log_observable_density(natural: Natural | Prepared, x: Any) -> Array:
         >>> log_observable_density(natural, x).shape
         (12,)
     """
-    return _by_blocks(infer_rows, *enter(natural, x), "log_density")
+    return _each(infer_rows, natural, x, "log_density")
 
 
 @public
@@ -134,7 +162,7 @@ def posterior_soft_assignments(natural: Natural | Prepared, x: Any) -> Array:
         >>> print(posterior_soft_assignments(natural, x)[:2].round(2))
         [[1. 0. 0.] [0. 1. 0.]]
     """
-    return jnp.exp(_by_blocks(infer_rows, *enter(natural, x), "log_responsibilities"))
+    return jnp.exp(_each(infer_rows, natural, x, "log_responsibilities"))
 
 
 posterior_assignments = posterior_soft_assignments
@@ -156,7 +184,7 @@ def posterior_categorical(natural: Natural | Prepared, x: Any) -> Array:
         >>> (posterior_categorical(natural, x)[:2] > 0).tolist()
         [[False, False], [True, False]]
     """
-    logits = _by_blocks(infer_rows, *enter(natural, x), "log_responsibilities")
+    logits = _each(infer_rows, natural, x, "log_responsibilities")
     return logits[..., 1:] - logits[..., :1]
 
 
@@ -176,7 +204,7 @@ def posterior_hard_assignment(natural: Natural | Prepared, x: Any) -> Array:
         >>> posterior_hard_assignment(natural, x).tolist()
         [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
     """
-    logits = _by_blocks(infer_rows, *enter(natural, x), "log_responsibilities")
+    logits = _each(infer_rows, natural, x, "log_responsibilities")
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
@@ -196,7 +224,7 @@ def latent_mean(natural: Natural | Prepared, x: Any) -> Array:
         >>> latent_mean(natural, x).shape
         (12, 2)
     """
-    return _by_blocks(infer_rows, *enter(natural, x), "latent_mean")
+    return _each(infer_rows, natural, x, "latent_mean")
 
 
 @public
@@ -216,11 +244,12 @@ def posterior_at(natural: Natural | Prepared, x: Any) -> Posterior:
         (3, 2)
     """
     model = in_units_of_x(check_natural(natural))
-    _, x, _ = enter(model, x)
-    shift = matmul(x, model.interaction)[..., None, :]
     eta = model.posterior_location
-    location = shift + eta.reshape(*(1,) * (x.ndim - 1), *eta.shape)
-    return Posterior(location, model.posterior_precision, model.categorical_bias)
+    parts = []
+    for _, rows, _, _, count in entered(model, x):
+        shift = matmul(rows, model.interaction)[..., None, :]
+        parts.append((shift + eta.reshape(*(1,) * (rows.ndim - 1), *eta.shape), count))
+    return Posterior(_joined(parts), model.posterior_precision, model.categorical_bias)
 
 
 @public
@@ -283,6 +312,23 @@ def sample(natural: Natural | Prepared, key: Array, n: int) -> tuple[Array, Arra
     return _sample(with_prior(natural), key, n)
 
 
+def _each(of_rows: Callable[[Prepared, Array], HMoGOutput], natural: Any, x: Any, field: str | None = None) -> Any:
+    """`of_rows` of rows of any kind: its whole output, or one field of it and only what that takes."""
+    if not is_in_blocks(x):
+        return _by_blocks(of_rows, *enter(natural, x), field)
+    blocks = entered(natural, x)
+    return _joined([(_by_blocks(of_rows, model, rows, shards, field), n) for model, rows, shards, _, n in blocks])
+
+
+def _joined(parts: list[tuple[Any, int | None]]) -> Any:
+    """Arrays of blocks joined, of each so many rows as are said to count; None for rows that are no block."""
+    if parts[0][1] is None:
+        return parts[0][0]
+    cut = [[leaf[:count] for leaf in jax.tree.leaves(part)] for part, count in parts]
+    join: Any = np.concatenate if isinstance(cut[0][0], np.ndarray) else jnp.concatenate
+    return jax.tree.unflatten(jax.tree.structure(parts[0][0]), [join(leaves) for leaves in zip(*cut, strict=True)])
+
+
 @partial(jax.jit, static_argnames=("of_rows", "shards", "field"))
 def _by_blocks(
     of_rows: Callable[[Prepared, Array], HMoGOutput],
@@ -291,7 +337,7 @@ def _by_blocks(
     shards: Shards,
     field: str | None = None,
 ) -> Any:
-    """`of_rows` block by block: its whole output, or one field of it and only what that takes."""
+    """`of_rows` of an array, in blocks that fit the cache."""
     factors = prepare(natural)
 
     def rows(factors: Prepared, block: Array) -> Any:

@@ -274,7 +274,7 @@ class CheckpointWriter:
             part, of_what = part_of(variables, self.place or ""), "the head"
             obs_dim = observed_dim(self.head, part)
             is_known = obs_dim is not None
-            abstract: Any = {}
+            abstract = {}
             if obs_dim is not None:
                 abstract = abstract_variables(self.head, jax.ShapeDtypeStruct((1, obs_dim), self.head.param_dtype))
         given, wanted = named_arrays(part), named_arrays(abstract)

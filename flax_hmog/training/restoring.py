@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from flax_hmog.data.containers import dense
+from flax_hmog.data.containers import dense, is_in_blocks
+from flax_hmog.data.sources import as_source
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
 from flax_hmog.inference.posterior import HMoGOutput, infer, merge_output
 from flax_hmog.model.checks import check_type, public
@@ -142,7 +143,7 @@ class Restored:
 
     @public
     def __call__(self, raw: Any) -> Any:
-        """The module's output for raw data (..., D), numpy or jax: preprocessing, module, merge of components.
+        """The module's output for raw data (..., D) of any kind: preprocessing, module, merge of components.
 
         Rows of a head or a `Clusterer` are filled up to a power of two, so that few sizes are compiled, unless they are
         spread over devices.
@@ -157,6 +158,10 @@ class Restored:
         if not self.infers:
             output = self._apply(self.module_variables, self.preprocessed(raw))
             return self.merged(output) if isinstance(output, HMoGOutput) else output
+        if is_in_blocks(raw):
+            source: Any = as_source(raw, None, np.float32, argument="raw")
+            parts = [self(rows) for rows, _ in source.given()]
+            return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
         x = self._inputs(raw)
         is_split = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and len(x.sharding.device_set) > 1)
         if is_split or x.ndim != 2 or not x.size:
@@ -285,7 +290,7 @@ def _assembled(
             "was saved."
         )
     obs_dim = None if is_known or head is None else observed_dim(head, part_of(variables, place))
-    if obs_dim is not None:
+    if head is not None and obs_dim is not None:
         template = abstract_variables(head, jax.ShapeDtypeStruct((1, obs_dim), head.param_dtype))
         own = restore_like(template, named_arrays(part_of(variables, place)), "variables")
         variables = replace_part(variables, place, own)

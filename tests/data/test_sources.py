@@ -237,9 +237,6 @@ def test_what_has_slices_is_read_by_blocks(name, tmp_path, small_blocks):
     assert read_rows(rows, index[:0]).shape == (0, 4)
     if name == "own":
         assert max(index.stop - index.start for index in rows.read) <= 90
-    if name != "memmap":  # which is an array as well
-        with pytest.raises(TypeError, match=r"infer: `x` must be an array in memory; got .* infer_blocks\(natural"):
-            infer(NATURAL, rows)
 
 
 def test_far_rows_of_a_file_are_read_by_few_small_slices():
@@ -289,7 +286,7 @@ def test_a_bad_row_of_a_file_is_named_by_its_number(small_blocks):
 
 # ------------------------------------------------------------------------------------------------- sparse matrices
 
-FUNCTIONS = {
+TAKE_ALL = {
     "infer": infer,
     "log_observable_density": log_observable_density,
     "posterior_soft_assignments": posterior_soft_assignments,
@@ -298,24 +295,76 @@ FUNCTIONS = {
     "posterior_at": posterior_at,
     "latent_mean": latent_mean,
     "mean_log_density": mean_log_density,
+    "infer_blocks": infer_blocks,
+    "warm_start": lambda natural, x: warm_start(TRAINABLE, natural, x)[1],
+    "head.apply": lambda natural, x: HEAD.apply(HEAD.init(KEY, X), x),
+}
+TAKE_ARRAYS = {
     "expected_statistics": expected_statistics,
     "em_step": em_step,
-    "warm_start": lambda natural, x: warm_start(TRAINABLE, natural, x),
     "initialize_moments": lambda natural, x: initialize_moments(HEAD, x, KEY),
     "head.init": lambda natural, x: TRAINABLE.init(KEY, x),
-    "head.apply": lambda natural, x: HEAD.apply(HEAD.init(KEY, X), x, train=True, mutable=["em"]),
+    "a step of a head": lambda natural, x: HEAD.apply(HEAD.init(KEY, X), x, train=True, mutable=["em"]),
+    "infer in jit": lambda natural, x: jax.jit(lambda natural: infer(natural, x))(natural),
+    "mean_log_density in grad": lambda natural, x: jax.grad(mean_log_density)(natural, x),
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+class Batches:
+    """A collection that is no list, as a loader of batches is."""
+
+    def __iter__(self):
+        return iter([X[:40], sp.csr_matrix(X[40:80]), X[80:].tolist()])
+
+
+@pytest.mark.parametrize("name", TAKE_ALL)
+def test_functions_of_rows_take_all_that_fits_take(name, tmp_path, small_blocks):
+    pytest.importorskip("h5py"), pytest.importorskip("zarr")
+    anndata = pytest.importorskip("anndata")
+    wanted = jax.tree.leaves(TAKE_ALL[name](NATURAL, X))
+    for rows in (*on_disk(tmp_path).values(), sp.coo_array(X), anndata.AnnData(sp.csr_matrix(X)), Batches()):
+        for got, want in zip(jax.tree.leaves(TAKE_ALL[name](NATURAL, rows)), wanted, strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-5)
+            assert got.dtype == want.dtype
+    bad = X.copy()
+    bad[77, 1] = np.nan
+    argument = "data" if name == "infer_blocks" else "x"
+    with pytest.raises(ValueError, match=f"`{argument}` must be finite in float32; .* the first in row 77"):
+        TAKE_ALL[name](NATURAL, OnDisk(bad))
+    with pytest.raises(ValueError, match=rf"`{argument}` must have shape \(\.\.\., 4\); got \(0, 5\)"):
+        TAKE_ALL[name](NATURAL, sp.csr_matrix(np.ones((9, 5))))
+
+
+def test_weights_of_rows_in_a_file_count(small_blocks):
+    weights = np.arange(90.0) % 3
+    want = mean_log_density(NATURAL, X, weights)
+    np.testing.assert_allclose(mean_log_density(NATURAL, OnDisk(X), weights), want, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"mean_log_density: `weights` .* got a stream of batches"):
+        mean_log_density(NATURAL, Batches(), weights)
+
+
+@pytest.mark.parametrize("make", [OnDisk, lambda x: [x[:40], x[40:]]])
+def test_rows_are_seen_to_be_finite_once(make, small_blocks, monkeypatch):
+    looked = []
+    as_rows = sources.as_rows
+    monkeypatch.setattr(
+        sources,
+        "as_rows",
+        lambda x, *a, is_finite=False, **k: looked.append(is_finite) or as_rows(x, *a, is_finite=is_finite, **k),
+    )
+    fit_em(HEAD, make(X), KEY, max_steps=4)
+    assert sum(looked) >= len(looked) - 5
+
+
+@pytest.mark.parametrize("name", TAKE_ARRAYS)
 def test_sparse_matrices_are_refused_with_the_way_to_take_them(name):
     for matrix in (COUNTS, COUNTS.tocoo(), sp.csc_array(COUNTS)):
         with pytest.raises(
             TypeError, match=r"must be an array in memory; got \w+ of shape \(90, 4\)\. Use infer_blocks"
         ):
-            FUNCTIONS[name](NATURAL, matrix)
+            TAKE_ARRAYS[name](NATURAL, matrix)
     with pytest.raises(TypeError, match=r"must be an array, or a scipy sparse matrix .*; got BCOO of shape \(90, 4\)"):
-        FUNCTIONS[name](NATURAL, jax_sparse.BCOO.fromdense(COUNTS.toarray()))
+        TAKE_ARRAYS[name](NATURAL, jax_sparse.BCOO.fromdense(COUNTS.toarray()))
 
 
 def test_sparse_matrices_of_jax_are_refused_by_fits():
@@ -562,7 +611,7 @@ def test_codes_of_labels_in_general():
 def test_messages_keep_their_form():
     """Function: `argument` must RULE; got VALUE. REMEDY."""
     for call in (
-        lambda: infer(NATURAL, COUNTS),
+        lambda: em_step(NATURAL, COUNTS),
         lambda: fit([PAIR]),
         lambda: fit(np.ma.masked_array(X, X > 0)),
         lambda: fit(X, labels=[0, "b"] * 45),
