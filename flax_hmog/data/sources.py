@@ -18,8 +18,16 @@ from jax.experimental import multihost_utils
 from flax_hmog.data.containers import dense, is_array, is_in_blocks, is_read_by_blocks, read_rows, unwrapped
 from flax_hmog.data.framing import Framing
 from flax_hmog.data.labels import check_labels
-from flax_hmog.data.rows import Shards, on_host, row_shards
-from flax_hmog.data.samples import as_rows, check_given, check_weights, effective_weights, enter
+from flax_hmog.data.rows import (
+    Shards,
+    as_rows,
+    check_given,
+    check_weights,
+    effective_weights,
+    enter,
+    on_host,
+    row_shards,
+)
 from flax_hmog.model.checks import check_precision, door, is_concrete
 from flax_hmog.model.frames import has_more_digits
 from flax_hmog.model.kinds import Array

@@ -12,8 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.data.framing import robust_frame, share_bounds
-from flax_hmog.data.rows import Shards, block_rows, on_host, row_shards, sum_rows
-from flax_hmog.data.samples import check_observations, check_weights, effective_weights
+from flax_hmog.data.rows import (
+    Shards,
+    block_rows,
+    check_observations,
+    check_weights,
+    effective_weights,
+    on_host,
+    row_shards,
+    sum_rows,
+)
 from flax_hmog.em.directions import Directions, latent_directions, project
 from flax_hmog.em.k_means import k_means, members
 from flax_hmog.em.options import METHODS, check_options

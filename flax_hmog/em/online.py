@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.data.rows import Shards, row_shards
-from flax_hmog.data.samples import check_observations, check_samples
+from flax_hmog.data.rows import Shards, check_observations, check_samples, row_shards
 from flax_hmog.data.sources import Block
 from flax_hmog.em.fit import EMResult, Fit, progress_bar
 from flax_hmog.em.initialize import random_moments

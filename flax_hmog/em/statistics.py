@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.data.rows import Shards, block_rows, row_shards, sum_rows
-from flax_hmog.data.samples import check_samples
+from flax_hmog.data.rows import Shards, block_rows, check_samples, row_shards, sum_rows
 from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import in_units_of_x
 from flax_hmog.model.coordinates import Mean, Natural, ResidualMoments, check_mean, check_natural, outer, structure

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.data.rows import Shards, row_shards
-from flax_hmog.data.samples import check_samples
+from flax_hmog.data.rows import Shards, check_samples, row_shards
 from flax_hmog.data.sources import Block
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -225,15 +226,6 @@ class DifferentiableHMoG(TrainableHead):
 
     pst_rep: Any = "diagonal"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rep, _ = self.component_structure
-        if not (rep.is_diagonal or rep is PositiveDefinite):
-            raise ValueError(
-                f'DifferentiableHMoG: `pst_rep` must be "full" or of a diagonal kind; got {self.pst_rep!r}. Use '
-                "SymmetricHMoG with `lat_rep`."
-            )
-
     @property
     def component_structure(self) -> tuple[Rep, bool]:
         """Kind of the component precisions, and True if they are differences from a full base."""
@@ -363,6 +355,11 @@ def _check_head(head: Any) -> None:
         if hasattr(head, argument):
             rep = as_rep(getattr(head, argument), argument=argument)
             object.__setattr__(head, argument, rep.name)
+            if argument == "pst_rep" and not (rep.is_diagonal or rep is PositiveDefinite):
+                raise ValueError(
+                    f'{door()}: `pst_rep` must be "full" or of a diagonal kind; got {rep.name!r}. Use SymmetricHMoG '
+                    "with `lat_rep`."
+                )
     check_size("n_components", head.n_components)
     if head.obs_dim is not None:
         check_size("obs_dim", head.obs_dim)

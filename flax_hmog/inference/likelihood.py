@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from flax_hmog.data.containers import is_in_blocks
-from flax_hmog.data.rows import Shards, block_rows, map_rows, row_shards
-from flax_hmog.data.samples import check_samples
+from flax_hmog.data.rows import Shards, block_rows, check_samples, map_rows, row_shards
 from flax_hmog.data.sources import entered
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
 from flax_hmog.model.checks import is_concrete, public

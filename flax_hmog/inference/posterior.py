@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.data.containers import is_in_blocks
-from flax_hmog.data.rows import Shards, block_rows, map_rows
-from flax_hmog.data.samples import enter
+from flax_hmog.data.rows import Shards, block_rows, enter, map_rows
 from flax_hmog.data.sources import entered
 from flax_hmog.model.checks import check_shape, check_size, door, is_concrete, public
 from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
@@ -339,12 +338,9 @@ def _by_blocks(
 ) -> Any:
     """`of_rows` of an array, in blocks that fit the cache."""
     factors = prepare(natural)
-
-    def rows(factors: Prepared, block: Array) -> Any:
-        output = of_rows(factors, block)
-        return output if field is None else getattr(output, field)
-
-    return map_rows(rows, factors, x, block_rows(floats_per_row(factors)), shards)
+    only = lambda output: output if field is None else getattr(output, field)  # noqa: E731
+    limit = block_rows(floats_per_row(factors))
+    return map_rows(lambda factors, block: only(of_rows(factors, block)), factors, x, limit, shards)
 
 
 def infer_rows(factors: Prepared, x: Array) -> HMoGOutput:

@@ -140,8 +140,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         OSError, ValueError: for a file that is missing or no JSON.
     """
     listed = (folder / SUMS).exists()
-    if listed:
-        _check_file(folder, DESCRIPTION, _sums(folder).get(DESCRIPTION, "no line"))
+    if listed and _digest(folder / DESCRIPTION) != _sums(folder).get(DESCRIPTION):
+        raise DamageError(f"another content of {DESCRIPTION} than {SUMS} says")
     description = json.loads((folder / DESCRIPTION).read_text())
     found: Any = description.get("format") if isinstance(description, dict) else None
     if found not in range(UNDIGESTED, FORMAT + 1):
@@ -177,7 +177,8 @@ def read_step(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         for name in sorted(listed.keys() ^ set(found)):
             raise DamageError(f"no file {name}" if name in listed else f"a file {name} that is not in {SUMS}")
         for name in found:
-            _check_file(folder, name, listed[name])
+            if _digest(folder / name) != listed[name]:
+                raise DamageError(f"another content of {name} than {SUMS} says")
     about = description["arrays"]
     stored = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in about if math.prod(about[name]["shape"])}
     with quiet():
@@ -191,11 +192,6 @@ def read_step(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if (got := describe_array(array)) != about[name]:
             raise DamageError(f"leaf `{name}` as {got}, which was saved as {about[name]}")
     return arrays, description
-
-
-def _check_file(folder: Path, name: str, digest: str) -> None:
-    if _digest(folder / name) != digest:
-        raise DamageError(f"another content of {name} than {SUMS} says")
 
 
 def _sums(folder: Path) -> dict[str, str]:

@@ -29,7 +29,7 @@ from flax_hmog import (
 from flax_hmog.model.kinds import pytree
 from flax_hmog.networks.encoders import MLP
 from flax_hmog.training import CheckpointError, CheckpointWriter, restore
-from flax_hmog.training.named import current_names, named_arrays
+from flax_hmog.training.describe import current_names, named_arrays
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
 SHARED_BASE = CASES["symmetric-diagonal-diagonal-4.2.3"]
