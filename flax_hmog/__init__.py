@@ -35,13 +35,14 @@ from flax_hmog.model.conversions import (
     natural_to_mean,
     natural_to_moments,
 )
-from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, Prior, ResidualMoments, SharedBase
+from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, Prior, ResidualMoments
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.goal import ravel_mean, ravel_natural, unravel_mean, unravel_natural
 from flax_hmog.model.head import Head
 from flax_hmog.model.information import kl_divergence, log_partition, negative_entropy
 from flax_hmog.model.kinds import Diagonal, Kind, PositiveDefinite, Scale, register_kind
 from flax_hmog.model.prepared import prepare
+from flax_hmog.model.structure import SharedBase, Structure
 
 __version__ = _version("flax-hmog")
 
@@ -73,6 +74,7 @@ __all__ = [
     "Scale",
     "SharedBase",
     "Statistics",
+    "Structure",
     "SymmetricHMoG",
     "WarmStartInfo",
     "WarmStartWarning",

@@ -65,8 +65,7 @@ class Case:
             else:
                 rng = np.random.default_rng(seed)
                 sizes = (self.obs_dim, self.lat_dim, self.n_components)
-                specs = leaf_specs(*sizes, *(as_rep(rep) for rep in (self.obs_rep, self.rep)),
-                                   self.is_shared_base)  # fmt: skip
+                specs = leaf_specs(*sizes, as_rep(self.obs_rep), self.head().component_structure)
                 draws = {name: 0.7 * rng.standard_normal(spec.shape) for name, spec in specs.items()}
                 tree = {"params": {name: _in_float32(draw) for name, draw in draws.items()}}
         with jax.enable_x64(dtype == "float64"):

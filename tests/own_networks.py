@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_hmog import AnalyticHMoG, Diagonal, DifferentiableHMoG, Natural, infer, moments_to_natural
+from flax_hmog import AnalyticHMoG, Diagonal, DifferentiableHMoG, Natural, Structure, infer, moments_to_natural
 from flax_hmog.em.initialize import random_moments
 from flax_hmog.model.kinds import PositiveDefinite
 from flax_hmog.networks import MLP
@@ -72,7 +72,7 @@ class Foreign(nn.Module):
 
     @property
     def component_structure(self):
-        return PositiveDefinite, False
+        return Structure(PositiveDefinite)
 
     def setup(self):
         sizes = self.obs_dim, self.lat_dim, self.n_components

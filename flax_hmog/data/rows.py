@@ -132,17 +132,12 @@ def map_rows(function: Callable[[Any, Array], Any], operands: Any, x: Array, lim
     return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], *leaf.shape[1:]), out)
 
 
-def _blocks(count: int, limit: int) -> tuple[int, int]:
-    """Rows of a block and number of blocks, all about equally long. The last one overlaps the one before it."""
-    blocks = -(-count // limit)
-    return -(-count // max(blocks, 1)), blocks
-
-
 def _sum_blocks(function: Callable, operands: Any, rows: Any, limit: int, names: tuple[str, ...]) -> Any:
     count = jax.tree.leaves(rows)[0].shape[0]
-    size, blocks = _blocks(count, limit)
+    blocks = -(-count // limit)
     if blocks <= 1:
         return function(operands, rows, jnp.ones(count, bool))
+    size = -(-count // blocks)  # all about equally long; the last block overlaps the one before it
 
     def block_sums(index: Array | int) -> Any:
         start = jnp.minimum(index * size, count - size)
@@ -159,9 +154,10 @@ def _sum_blocks(function: Callable, operands: Any, rows: Any, limit: int, names:
 def _map_blocks(function: Callable, operands: Any, rows: Array, limit: int) -> Any:
     count = rows.shape[0]
     # an exported program for any number of rows takes them at once
-    size, blocks = _blocks(count, limit) if isinstance(count, int) else (count, 1)
+    blocks = -(-count // limit) if isinstance(count, int) else 1
     if blocks <= 1:
         return function(operands, rows)
+    size = -(-count // blocks)
 
     @jax.checkpoint
     def one_block(start: Array) -> Any:

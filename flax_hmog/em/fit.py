@@ -203,7 +203,7 @@ class Fit:
     def __init__(self, head: Any, data: Any, key: Any, weights: Any, labels: Any, options: EMOptions) -> None:
         check_head_and_key(head, key)
         check_outside_transformations(data=data, key=key, weights=weights, labels=labels, init=options.init)
-        check_full("head", head.component_structure[0]())
+        check_full("head", head.component_structure.rep())
         self.head, self.options, self.dtype = head, options, head.projection_dtype
         self.source = source = as_source(data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
         if source.count is not None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax_hmog.data.rows import Shards, block_rows, check_samples, row_shards, sum_rows
 from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import in_units_of_x
-from flax_hmog.model.coordinates import Mean, Natural, ResidualMoments, check_mean, check_natural, outer, structure
+from flax_hmog.model.coordinates import Mean, Natural, ResidualMoments, check_mean, check_natural, outer
 from flax_hmog.model.kinds import (
     Array,
     Kind,
@@ -38,6 +38,7 @@ from flax_hmog.model.prepared import (
     project_rows,
     symmetric_matrices,
 )
+from flax_hmog.model.structure import Structure
 
 
 @pytree
@@ -227,7 +228,7 @@ def residual_mean(factors: Prepared, statistics: Statistics) -> ResidualMoments:
 @jax.jit
 def _statistics_to_mean(natural: Natural, factors: Prepared, statistics: Statistics) -> Mean:
     """Average statistics of (x, y, z), in the model's own latent basis."""
-    rep, shared_base = structure(natural)
+    structure = Structure.of(natural.posterior_precision)
     count, t_inverse, bias = statistics.count, factors.inverse_basis, factors.bias
     loadings = basis_loadings(factors)
     tt, tg, gg = statistics.pooled()
@@ -237,10 +238,10 @@ def _statistics_to_mean(natural: Natural, factors: Prepared, statistics: Statist
     dense: Any = None
     if factors.is_diagonal:
         squares = second * (diagonal(t_inverse) ** 2)[None]
-        component = rep.from_diagonal(squares)
+        component = structure.rep.from_diagonal(squares)
     else:
         dense = matmul(matmul(t_inverse[None], second), t_inverse.T[None])
-        component = rep.project(dense)
+        component = structure.rep.project(dense)
     # x - b = e + W^ u^, with W^ the loadings of u
     kind = type(statistics.residual_square)
     latent_mean = jnp.sum(first, axis=0)
@@ -261,7 +262,7 @@ def _statistics_to_mean(natural: Natural, factors: Prepared, statistics: Statist
         weights=statistics.responsibilities / count,
         weighted_means=first,
         weighted_second_moments=component,
-        pooled_second_moment=PositiveDefinite(jnp.sum(dense, axis=0)) if shared_base else None,  # type: ignore[arg-type]
+        pooled_second_moment=PositiveDefinite(jnp.sum(dense, axis=0)) if structure.has_base else None,  # type: ignore[arg-type]
     )
 
 

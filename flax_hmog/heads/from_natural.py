@@ -24,6 +24,7 @@ from flax_hmog.model.coordinates import Moments, Natural, check_natural
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.head import Head, check_head
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep, pytree
+from flax_hmog.model.structure import Structure
 
 ROUNDING = 1e-5  # of the log-likelihood and of one nat per column, which float32 may lose
 REFERENCE_DRAWS = 4096  # draws of the model on which it is compared when no data are given
@@ -98,16 +99,16 @@ def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, A
         started = moments_to_natural(own)
         variables = {"em": stepwise_start(own)}
     else:
-        rep, shared_base = head.component_structure
+        structure = head.component_structure
         bounds = cast(TrainableHead, head).bounds
-        leaves = _leaves(moments, rep, shared_base, bounds)
-        specs = leaf_specs(obs_dim, head.lat_dim, head.n_components, obs_rep, rep, shared_base)
+        leaves = _leaves(moments, structure, bounds)
+        specs = leaf_specs(obs_dim, head.lat_dim, head.n_components, obs_rep, structure)
         params = {name: jnp.asarray(leaves[name], head.param_dtype).reshape(spec.shape) for name, spec in specs.items()}
-        started = leaves_to_natural(params, obs_rep, rep, shared_base, bounds)
+        started = leaves_to_natural(params, obs_rep, structure, bounds)
         variables = {"params": params}
     info = WarmStartInfo(jnp.mean(log_observable_density(natural, x)), jnp.mean(log_observable_density(started, x)))
     holds_noise = given.noise.is_isotropic or obs_rep in (PositiveDefinite, type(given.noise))
-    is_exact = holds_noise and head.component_structure == (PositiveDefinite, False)
+    is_exact = holds_noise and head.component_structure == Structure(PositiveDefinite)
     _warn_of_loss(head, moments, started, info, is_exact)
     return variables, info
 
@@ -150,8 +151,9 @@ def _warn_of_loss(head: Head, moments: Moments, started: Natural, info: WarmStar
     )
 
 
-def _leaves(moments: Any, rep: Rep, shared_base: bool, bounds: Bounds) -> dict[str, np.ndarray]:
+def _leaves(moments: Any, structure: Structure, bounds: Bounds) -> dict[str, np.ndarray]:
     """All leaves of a trainable head, for a model in a whitened basis."""
+    rep = structure.rep
     common: dict[str, Any] = {
         "bias": moments.bias,
         "noise": moments.noise.leaf(bounds.noise, bounds.relative_floor),
@@ -167,12 +169,12 @@ def _leaves(moments: Any, rep: Rep, shared_base: bool, bounds: Bounds) -> dict[s
     gram, rotation = np.linalg.eigh(_both_sides(np.linalg.inv(root), whitened.T @ whitened))
     gram = np.maximum(gram, 0)
     basis = np.linalg.inv(root).T @ rotation
-    if rep.is_isotropic and not shared_base:
+    if rep.is_isotropic and not structure.has_base:
         scale = 1 / np.sqrt(1 + gram)
         basis, gram = basis * scale, gram * scale**2
     inverse = np.linalg.inv(basis)
     variances = np.einsum("ij,kjl,il->ki", inverse, covariances, inverse)
-    restricted = _symmetric_leaves if shared_base else _restricted_leaves
+    restricted = _symmetric_leaves if structure.has_base else _restricted_leaves
     return common | restricted(whitened @ basis, moments.means @ inverse.T, 1 / variances, gram, rep, bounds)
 
 

@@ -14,8 +14,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.model.coordinates import Natural, Prior, SharedBase, natural_bias
+from flax_hmog.model.coordinates import Natural, Prior, natural_bias
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, diagonal, einsum, matmul
+from flax_hmog.model.structure import SharedBase, Structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,10 @@ class LeafSpec:
 
 
 def leaf_specs(
-    obs_dim: int, lat_dim: int, n_components: int, obs_rep: Rep, rep: Rep, shared_base: bool
+    obs_dim: int, lat_dim: int, n_components: int, obs_rep: Rep, structure: Structure
 ) -> dict[str, LeafSpec]:
     """The trainable leaves of a head of this structure."""
+    rep = structure.rep
     specs = {
         "bias": LeafSpec((obs_dim,), ("observed",)),
         "noise": LeafSpec(obs_rep.shape(obs_dim), obs_rep.leaf_axes("observed")),
@@ -58,26 +60,26 @@ def leaf_specs(
         "means": LeafSpec((n_components, lat_dim), ("component", "latent"), 1.0),
         "precisions": LeafSpec((n_components, *rep.shape(lat_dim)), ("component", *rep.leaf_axes("latent"))),
     }
-    if shared_base and rep is not PositiveDefinite:
+    if structure.has_base:
         specs["base_precision"] = LeafSpec((lat_dim, lat_dim), ("latent", None))
     return specs
 
 
-@partial(jax.jit, static_argnames=("obs_rep", "rep", "shared_base", "bounds"))
-def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, rep: Rep, shared_base: bool, bounds: Bounds) -> Natural:
+@partial(jax.jit, static_argnames=("obs_rep", "structure", "bounds"))
+def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, structure: Structure, bounds: Bounds) -> Natural:
     """The model that leaves stand for.
 
     Args:
         leaves: arrays as in `leaf_specs`, of any real values.
         obs_rep: kind of the noise.
-        rep: kind of the component precisions, or of their differences.
-        shared_base: True if component precisions are differences from a full base.
+        structure: of the component precisions.
         bounds: the intervals of the maps.
 
     Returns:
         `Natural`, with its prior.
     """
-    if rep is PositiveDefinite or shared_base:
+    rep = structure.rep
+    if rep is PositiveDefinite or structure.has_base:
         whitened, means, prior, posterior = _full_components(leaves, rep, bounds)
         location = einsum("kij,kj->ki", prior, means)
     else:

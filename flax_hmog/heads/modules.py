@@ -30,8 +30,9 @@ from flax_hmog.model.checks import (
 from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
 from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
 from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, ResidualMoments, check_natural
-from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep
+from flax_hmog.model.kinds import Array, PositiveDefinite, as_rep
 from flax_hmog.model.prepared import prepare
+from flax_hmog.model.structure import Structure
 
 
 @public_methods
@@ -181,8 +182,8 @@ class TrainableHead(HMoGHead):
     relative_floor: float = dataclasses.field(default=Bounds.relative_floor, kw_only=True)
 
     @property
-    def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, and True if they are differences from a full base."""
+    def component_structure(self) -> Structure:
+        """Structure of the component precisions."""
         raise NotImplementedError
 
     @property
@@ -193,12 +194,13 @@ class TrainableHead(HMoGHead):
     @nn.compact
     def _model(self, obs_dim: int, x: Any) -> Natural:
         obs_rep = as_rep(self.obs_rep)
-        specs = leaf_specs(obs_dim, self.lat_dim, self.n_components, obs_rep, *self.component_structure)
+        structure = self.component_structure
+        specs = leaf_specs(obs_dim, self.lat_dim, self.n_components, obs_rep, structure)
         leaves = {}
         for name, spec in specs.items():
             init = nn.with_logical_partitioning(nn.initializers.normal(spec.scale), spec.axes)
             leaves[name] = self.param(name, init, spec.shape, self.param_dtype)
-        return leaves_to_natural(leaves, obs_rep, *self.component_structure, self.bounds)
+        return leaves_to_natural(leaves, obs_rep, structure, self.bounds)
 
 
 @public_methods
@@ -227,9 +229,9 @@ class DifferentiableHMoG(TrainableHead):
     pst_rep: Any = "diagonal"
 
     @property
-    def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, and True if they are differences from a full base."""
-        return as_rep(self.pst_rep), False
+    def component_structure(self) -> Structure:
+        """Structure of the component precisions."""
+        return Structure(as_rep(self.pst_rep))
 
 
 @public_methods
@@ -257,10 +259,9 @@ class SymmetricHMoG(TrainableHead):
     lat_rep: Any = "full"
 
     @property
-    def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, and True if they are differences from a full base."""
-        rep = as_rep(self.lat_rep)
-        return rep, rep is not PositiveDefinite
+    def component_structure(self) -> Structure:
+        """Structure of the component precisions."""
+        return Structure(as_rep(self.lat_rep), has_base=True)
 
 
 @public_methods
@@ -310,9 +311,9 @@ class AnalyticHMoG(HMoGHead):
         return EMOptions(**{name: getattr(self, name) for name in USED["AnalyticHMoG"]})
 
     @property
-    def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, and True if they are differences from a full base."""
-        return PositiveDefinite, False
+    def component_structure(self) -> Structure:
+        """Structure of the component precisions."""
+        return Structure(PositiveDefinite)
 
     @nn.compact
     def _model(self, obs_dim: int, x: Any) -> Natural:

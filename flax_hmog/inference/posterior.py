@@ -19,7 +19,7 @@ from flax_hmog.data.rows import Shards, block_rows, enter, map_rows
 from flax_hmog.data.sources import entered
 from flax_hmog.model.checks import check_shape, check_size, door, is_concrete, public
 from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
-from flax_hmog.model.coordinates import Natural, Precision, check_natural
+from flax_hmog.model.coordinates import Natural, check_natural
 from flax_hmog.model.kinds import Array, matmul, pytree
 from flax_hmog.model.prepared import (
     Prepared,
@@ -33,6 +33,7 @@ from flax_hmog.model.prepared import (
     project_rows,
     shared_log_density,
 )
+from flax_hmog.model.structure import Precision
 
 
 @pytree

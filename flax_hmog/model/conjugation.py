@@ -11,14 +11,13 @@ from flax_hmog.model.conversions import conjugation, in_units_of_x, with_prior
 from flax_hmog.model.coordinates import (
     FULL_ONLY,
     Natural,
-    Precision,
     Prior,
-    SharedBase,
     categorical_logits,
     check_natural,
     gaussian_log_partition,
 )
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, fill_sizes, pytree
+from flax_hmog.model.structure import Precision, SharedBase
 
 
 @pytree

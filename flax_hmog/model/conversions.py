@@ -25,7 +25,6 @@ from flax_hmog.model.coordinates import (
     Mean,
     Moments,
     Natural,
-    Precision,
     Prior,
     ResidualMoments,
     categorical_logits,
@@ -36,8 +35,6 @@ from flax_hmog.model.coordinates import (
     natural_bias,
     observable_bias,
     outer,
-    restrict_precision,
-    structure,
 )
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import (
@@ -51,6 +48,7 @@ from flax_hmog.model.kinds import (
     matmul,
     symmetrize,
 )
+from flax_hmog.model.structure import Precision, Structure
 
 
 def conjugation(natural: Natural) -> tuple[Array, Array]:
@@ -237,14 +235,14 @@ def moments_to_natural(moments: Moments, rep: Any = PositiveDefinite, *, shared_
     """
     check_type("moments", moments, Moments, "Convert with natural_to_moments.")
     rep = as_rep(rep)
-    natural, dense = _moments_to_natural(_check_moments(moments), rep, shared_base)
+    natural, dense = _moments_to_natural(_check_moments(moments), Structure(rep, shared_base))
     _check_nothing_dropped(dense, natural.posterior_precision, rep)
     return natural
 
 
-@partial(jax.jit, static_argnames=("rep", "shared_base"))
-def _moments_to_natural(moments: Moments, rep: Rep, shared_base: bool) -> tuple[Natural, Array]:
-    """The model, and its posterior precisions (K, L, L) before `rep` restricts them."""
+@partial(jax.jit, static_argnames="structure")
+def _moments_to_natural(moments: Moments, structure: Structure) -> tuple[Natural, Array]:
+    """The model, and its posterior precisions (K, L, L) before the structure restricts them."""
     noise_inverse = moments.noise.inverse()
     precisions, log_det = inverse_and_log_det(moments.covariances.entries)
     prior_location = einsum("kij,kj->ki", precisions, moments.means)
@@ -256,7 +254,7 @@ def _moments_to_natural(moments: Moments, rep: Rep, shared_base: bool) -> tuple[
         observable_precision=noise_inverse,
         interaction=interaction,
         posterior_location=prior_location - matmul(moments.bias, interaction)[None],
-        posterior_precision=restrict_precision(dense, rep, shared_base),
+        posterior_precision=structure.restrict(dense),
         categorical_bias=natural_bias(log_weights, moments.means, prior_location, log_det),
     )
     return natural.carrying(Prior(prior_location, PositiveDefinite(precisions), log_weights)), dense
@@ -293,7 +291,7 @@ def _natural_to_mean(natural: Natural) -> Mean:
     dense = moments.covariances.weighted(weights).entries + outer(weighted_means, means)
     pooled = jnp.sum(dense, axis=0)
     latent_mean = jnp.sum(weighted_means, axis=0)
-    rep, shared_base = structure(natural)
+    structure = Structure.of(natural.posterior_precision)
     observable_mean = matmul(moments.loadings, latent_mean) + moments.bias
     # Cov(x) = W Cov(y) W' + Psi,  E[x x'] = Cov(x) + E[x] E[x]'
     spread = matmul(moments.loadings, pooled - outer(latent_mean, latent_mean))
@@ -308,8 +306,8 @@ def _natural_to_mean(natural: Natural) -> Mean:
         cross_moment=matmul(moments.loadings, pooled) + outer(moments.bias, latent_mean),
         weights=weights,
         weighted_means=weighted_means,
-        weighted_second_moments=rep.project(dense),
-        pooled_second_moment=PositiveDefinite(pooled) if shared_base else None,  # type: ignore[arg-type]
+        weighted_second_moments=structure.rep.project(dense),
+        pooled_second_moment=PositiveDefinite(pooled) if structure.has_base else None,  # type: ignore[arg-type]
     )
 
 

@@ -8,7 +8,7 @@ L latent, K components; W loadings, Psi noise, Theta = Psi^-1 W.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from flax_hmog.model.kinds import (
     Array,
     Kind,
     PositiveDefinite,
-    Rep,
     einsum,
     fill_sizes,
     inverse_and_log_det,
@@ -27,40 +26,9 @@ from flax_hmog.model.kinds import (
     pytree,
     symmetrize,
 )
+from flax_hmog.model.structure import Precision
 
 FULL_ONLY = "Only models with full component covariances have this form; `warm_start` carries one to a restricted head."
-
-
-@pytree
-class SharedBase:
-    """Component precisions Q_0 + Delta_k (Delta_0 = 0): a full base and differences of a restricted kind.
-
-    Attributes:
-        base: Q_0, `PositiveDefinite` (L, L).
-        differences: Delta_1 .. Delta_{K-1}, of kind `lat_rep`, batch (K-1); any sign.
-
-    Example:
-        >>> from flax_hmog import PositiveDefinite, Scale
-        >>> precision = SharedBase(PositiveDefinite(jnp.eye(2)), Scale(jnp.array([1.0, 2.0])))
-        >>> precision.base.entries.shape, precision.differences.entries.shape  # K = 3
-        ((2, 2), (2,))
-    """
-
-    base: PositiveDefinite
-    differences: Kind
-
-    is_diagonal: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        fill_sizes(self, getattr(self.base, "entries", None), "differences")
-
-    def dense(self) -> Array:
-        """The precisions (K, L, L)."""
-        base = self.base.entries[None]
-        return jnp.concatenate([base, base + self.differences.dense()])
-
-
-Precision: TypeAlias = Kind | SharedBase
 
 
 @pytree
@@ -420,21 +388,6 @@ def natural_bias(log_weights: Array, means: Array, location: Array, log_det: Arr
     """cat_k = log w_k - psi_N(h_k, P_k) against component 0 (K-1,), from log|S_k| = -log|P_k|."""
     logits = log_weights - (jnp.sum(location * means, axis=-1) + log_det) / 2
     return logits[1:] - logits[0]
-
-
-def structure(natural: Natural) -> tuple[Rep, bool]:
-    """The kind of the component precisions, and True if they are differences from a full base."""
-    precision = natural.posterior_precision
-    if isinstance(precision, SharedBase):
-        return type(precision.differences), True
-    return type(precision), False
-
-
-def restrict_precision(dense: Array, rep: Rep, shared_base: bool) -> Precision:
-    """Component precisions (K, L, L) in the structure of a head; what the structure cannot hold is dropped."""
-    if shared_base and rep is not PositiveDefinite:
-        return SharedBase(PositiveDefinite(dense[0]), rep.project(dense[1:] - dense[:1]))
-    return rep.project(dense)
 
 
 def check_full(argument: str, kind: Any) -> None:

@@ -17,8 +17,9 @@ import numpy as np
 
 from flax_hmog.model.checks import check_finite, check_type, door, public
 from flax_hmog.model.conversions import in_units_of_x, with_prior
-from flax_hmog.model.coordinates import Mean, Natural, Precision, SharedBase, check_mean, check_natural
+from flax_hmog.model.coordinates import Mean, Natural, check_mean, check_natural
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep
+from flax_hmog.model.structure import Precision, SharedBase, Structure
 
 
 @public
@@ -43,15 +44,15 @@ def ravel_natural(natural: Natural, head: Any) -> Array:
     """
     natural = check_natural(natural)
     natural = in_units_of_x(natural)
-    obs_dim, lat_dim, _, obs_rep, rep, shared_base = _read_head(head)
+    obs_dim, lat_dim, _, obs_rep, structure = _read_head(head)
     _check_structure(natural.observable_precision, obs_rep)
     precision: Any = natural.posterior_precision
-    if shared_base:
+    if structure.has_base:
         check_type("natural.posterior_precision", precision, SharedBase, "Use the head it came from.")
         first = _pack_precision(precision.base, lat_dim)
         shapes = _pack_precision(precision.differences, lat_dim)
     else:
-        _check_structure(precision, rep)
+        _check_structure(precision, structure.rep)
         packed = _pack_precision(precision, lat_dim)
         first, shapes = packed[0], packed[1:] - packed[:1]
     locations = natural.posterior_location
@@ -88,15 +89,16 @@ def unravel_natural(flat: Array, head: Any) -> Natural:
         >>> unravel_natural(ravel_natural(natural, head), head).interaction.shape
         (4, 2)
     """
-    obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head(head)
-    base_rep = PositiveDefinite if shared_base else rep
+    obs_dim, lat_dim, n_components, obs_rep, structure = _read_head(head)
+    rep = structure.rep
+    base_rep = PositiveDefinite if structure.has_base else rep
     location, precision, interaction, first, differences, bias = _split(
         flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
     )
     first_location, first_shape = first[:lat_dim], first[lat_dim:]
     locations = jnp.concatenate([first_location[None], first_location[None] + differences[:, :lat_dim]])
     shapes = differences[:, lat_dim:]
-    if shared_base:
+    if structure.has_base:
         base: Any = _unpack_precision(first_shape, PositiveDefinite, lat_dim)
         components: Precision = SharedBase(base, _unpack_precision(shapes, rep, lat_dim))
     else:
@@ -130,11 +132,11 @@ def ravel_mean(mean: Mean, head: Any) -> Array:
         (33,)
     """
     check_mean(mean)
-    *_, obs_rep, rep, shared_base = _read_head(head)
+    *_, obs_rep, structure = _read_head(head)
     _check_structure(mean.observable_second_moment, obs_rep)
-    _check_structure(mean.weighted_second_moments, rep)
+    _check_structure(mean.weighted_second_moments, structure.rep)
     shapes = mean.weighted_second_moments.pack()
-    pooled = mean.pooled_second_moment.pack() if shared_base else jnp.sum(shapes, axis=0)
+    pooled = mean.pooled_second_moment.pack() if structure.has_base else jnp.sum(shapes, axis=0)
     components = jnp.concatenate([mean.weighted_means, shapes], axis=-1)[1:]
     return jnp.concatenate([
         mean.observable_mean,
@@ -167,14 +169,15 @@ def unravel_mean(flat: Array, head: Any) -> Mean:
         >>> unravel_mean(ravel_mean(natural_to_mean(natural), head), head).cross_moment.shape
         (4, 2)
     """
-    obs_dim, lat_dim, n_components, obs_rep, rep, shared_base = _read_head(head)
-    base_rep = PositiveDefinite if shared_base else rep
+    obs_dim, lat_dim, n_components, obs_rep, structure = _read_head(head)
+    rep = structure.rep
+    base_rep = PositiveDefinite if structure.has_base else rep
     mean, second, cross, first, components, weights = _split(
         flat, obs_dim, lat_dim, n_components, (obs_rep, base_rep, rep)
     )
     pooled: Any = base_rep.unpack(first[lat_dim:], lat_dim)
     # component 0 is what the others leave of the average
-    total = rep.project(pooled.entries).pack() if shared_base else first[lat_dim:]
+    total = rep.project(pooled.entries).pack() if structure.has_base else first[lat_dim:]
     means, shapes = components[:, :lat_dim], components[:, lat_dim:]
     return Mean(
         observable_mean=mean,
@@ -185,16 +188,15 @@ def unravel_mean(flat: Array, head: Any) -> Mean:
         weighted_second_moments=rep.unpack(
             jnp.concatenate([total[None] - jnp.sum(shapes, axis=0, keepdims=True), shapes]), lat_dim
         ),
-        pooled_second_moment=pooled if shared_base else None,  # type: ignore[arg-type]
+        pooled_second_moment=pooled if structure.has_base else None,  # type: ignore[arg-type]
     )
 
 
-def _read_head(head: Any) -> tuple[int, int, int, Rep, Rep, bool]:
+def _read_head(head: Any) -> tuple[int, int, int, Rep, Structure]:
     if head.obs_dim is None:
         raise ValueError(f"{door()}: `head.obs_dim` must be a number; got None. Give the head its obs_dim.")
     obs_rep = as_rep(head.obs_rep, argument="head.obs_rep")
-    rep, shared_base = head.component_structure
-    return head.obs_dim, head.lat_dim, head.n_components, obs_rep, rep, shared_base
+    return head.obs_dim, head.lat_dim, head.n_components, obs_rep, head.component_structure
 
 
 def _check_structure(value: Any, rep: Rep) -> None:

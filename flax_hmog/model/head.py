@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from flax_hmog.model.checks import door
 from flax_hmog.model.coordinates import Natural
-from flax_hmog.model.kinds import Rep
+from flax_hmog.model.structure import Structure
 
 
 @runtime_checkable
@@ -51,8 +51,8 @@ class Head(Protocol):
         """Dtype in which x is multiplied by the D x L projection; None for `param_dtype`."""
 
     @property
-    def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, and True if they are differences from a full base."""
+    def component_structure(self) -> Structure:
+        """Structure of the component precisions."""
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
         """A call or method on variables, as of any linen module."""
