@@ -33,9 +33,9 @@ from flax_hmog.analysis import clustering_metrics, component_summary, contingenc
 from flax_hmog.analysis.inputs import as_groups
 from flax_hmog.data import sources
 from flax_hmog.data.containers import in_memory, read_rows
-from flax_hmog.data.labels import encode_labels
-from flax_hmog.data.sources import Stream, check_labels
-from flax_hmog.training import Preprocessing
+from flax_hmog.data.labels import check_labels, encode_labels
+from flax_hmog.data.sources import Stream
+from flax_hmog.training import Affine, CheckpointWriter, Preprocessing, restore
 
 RNG = np.random.default_rng(0)
 CENTERS = 6 * RNG.normal(size=(3, 4))
@@ -333,6 +333,19 @@ def test_functions_of_rows_take_all_that_fits_take(name, tmp_path, small_blocks)
         TAKE_ALL[name](NATURAL, OnDisk(bad))
     with pytest.raises(ValueError, match=rf"`{argument}` must have shape \(\.\.\., 4\); got \(0, 5\)"):
         TAKE_ALL[name](NATURAL, sp.csr_matrix(np.ones((9, 5))))
+
+
+def test_a_restored_model_takes_all_that_fits_take(tmp_path, small_blocks):
+    head = AnalyticHMoG(2, 3, 4)
+    with CheckpointWriter(
+        tmp_path, head=head, preprocessing=Preprocessing((Affine.constant(4, scale=2.0),), 4)
+    ) as writer:
+        writer.save(0, head.init(KEY, X))
+    model = restore(tmp_path)
+    for rows in (OnDisk(X), sp.csr_matrix(X), Batches()):
+        jax.tree.map(
+            lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5), model(rows), model(X)
+        )
 
 
 def test_weights_of_rows_in_a_file_count(small_blocks):
