@@ -78,11 +78,9 @@ def is_in_blocks(value: Any) -> bool:
 
     What is read by blocks, and collections of batches; a list is an array here.
     """
-    if type(value) is np.ndarray or isinstance(value, jax.Array | list | tuple):
-        return False
     if is_read_by_blocks(value):
         return not isinstance(value, np.memmap) or value.ndim == 2
-    is_other = isinstance(value, str | bytes | Iterator | Mapping) or is_array(unwrapped(value))
+    is_other = isinstance(value, list | tuple | str | bytes | Iterator | Mapping) or is_array(unwrapped(value))
     return isinstance(value, Iterable) and not is_other
 
 

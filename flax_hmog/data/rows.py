@@ -116,19 +116,33 @@ def map_rows(function: Callable[[Any, Array], Any], operands: Any, x: Array, lim
 
     Blocks are rematerialised in reverse mode: memory stays O(block) under `grad`.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    if shards is None:
-        out = _map_blocks(function, operands, flat, limit)
-    else:
+    rows = x.reshape(-1, x.shape[-1])
+    # an exported program for any number of rows takes them at once
+    count = rows.shape[0]
+    blocks = -(-count // limit) if isinstance(count, int) else 1
+    if shards is not None:
         mesh, names = shards
         share = jax.shard_map(
-            lambda operands, rows: _map_blocks(function, operands, rows, limit),
+            lambda operands, rows: map_rows(function, operands, rows, limit, None),
             mesh=mesh,
             in_specs=(PartitionSpec(), PartitionSpec(names)),
             out_specs=PartitionSpec(names),
             axis_names=frozenset(names),
         )
-        out = share(operands, flat)
+        out = share(operands, rows)
+    elif blocks <= 1:
+        out = function(operands, rows)
+    else:
+        size = -(-count // blocks)
+        one_block = jax.checkpoint(
+            lambda start: function(operands, jax.lax.dynamic_slice_in_dim(rows, start, size)),
+        )
+        pieces = jax.lax.map(one_block, jnp.minimum(jnp.arange(blocks) * size, count - size))
+        # every row once: whole blocks, then the tail of the last
+        tail = size - (count - (blocks - 1) * size)
+        out = jax.tree.map(
+            lambda piece: jnp.concatenate([piece[:-1].reshape(-1, *piece.shape[2:]), piece[-1, tail:]]), pieces
+        )
     return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], *leaf.shape[1:]), out)
 
 
@@ -149,26 +163,6 @@ def _sum_blocks(function: Callable, operands: Any, rows: Any, limit: int, names:
         zeros = jax.lax.pcast(zeros, names, to="varying")
     add = lambda total, index: (jax.tree.map(jnp.add, total, block_sums(index)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, jnp.arange(blocks))[0]
-
-
-def _map_blocks(function: Callable, operands: Any, rows: Array, limit: int) -> Any:
-    count = rows.shape[0]
-    # an exported program for any number of rows takes them at once
-    blocks = -(-count // limit) if isinstance(count, int) else 1
-    if blocks <= 1:
-        return function(operands, rows)
-    size = -(-count // blocks)
-
-    @jax.checkpoint
-    def one_block(start: Array) -> Any:
-        return function(operands, jax.lax.dynamic_slice_in_dim(rows, start, size))
-
-    pieces = jax.lax.map(one_block, jnp.minimum(jnp.arange(blocks) * size, count - size))
-    # every row once: whole blocks, then the tail of the last
-    tail = count - (blocks - 1) * size
-    return jax.tree.map(
-        lambda piece: jnp.concatenate([piece[:-1].reshape(-1, *piece.shape[2:]), piece[-1, size - tail :]]), pieces
-    )
 
 
 def check_samples(natural: Any, x: Any, weights: Any) -> tuple[Natural | Prepared, Array, Array]:

@@ -314,7 +314,7 @@ def sample(natural: Natural | Prepared, key: Array, n: int) -> tuple[Array, Arra
 
 def _each(of_rows: Callable[[Prepared, Array], HMoGOutput], natural: Any, x: Any, field: str | None = None) -> Any:
     """`of_rows` of rows of any kind: its whole output, or one field of it and only what that takes."""
-    if not is_in_blocks(x):
+    if type(x) is np.ndarray or isinstance(x, jax.Array) or not is_in_blocks(x):
         return _by_blocks(of_rows, *enter(natural, x), field)
     blocks = entered(natural, x)
     return _joined([(_by_blocks(of_rows, model, rows, shards, field), n) for model, rows, shards, _, n in blocks])
