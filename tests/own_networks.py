@@ -1,6 +1,7 @@
 """Heads and networks as users write them, in a module that can be imported."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -87,3 +88,8 @@ class Foreign(nn.Module):
 
 
 SMALL = Inner(MLP(4, (8,)), (nn.Dense(2), "a"), {"depth": 2, "names": ("a",)}, jnp.bfloat16)
+
+
+def init(module, *args, **options):
+    """Variables from one program: operations one by one take longer to compile."""
+    return nn.unbox(jax.jit(functools.partial(module.init, **options))(*args))

@@ -43,17 +43,22 @@ def test_a_whole_batch_at_rate_1_is_a_step_of_em(regularizer, float64):
     assert_whitened(online.natural, 1e-8)
 
 
+def mixed(moments, steps):
+    """The model after steps (rate, batch) from a start, by averages of its statistics of x."""
+    natural = moments_to_natural(moments)
+    running = natural_to_mean(natural)
+    for rate, batch in steps:
+        statistics = expected_statistics(natural, batch)
+        running = jax.tree.map(lambda a, b, rate=rate: (1 - rate) * a + rate * b, running, statistics)
+        natural = mean_to_natural(running)
+    return natural
+
+
 def test_running_statistics_are_mixed_as_those_of_x(float64):
     """Statistics about a moving model, carried along, are the plain average of E[s(x, y, z) | x] over time."""
     moments, x, _ = problem(SMALL, 60, 2)
     online = fit_online(x, moments, batch_size=60, passes=4, regularizer=None)
-    natural = moments_to_natural(moments)
-    running = natural_to_mean(natural)
-    for step in range(4):
-        rate = (step + 2.0) ** -0.75
-        batch = expected_statistics(natural, x)
-        running = jax.tree.map(lambda a, b, rate=rate: (1 - rate) * a + rate * b, running, batch)
-        natural = mean_to_natural(running)
+    natural = mixed(moments, [((step + 2.0) ** -0.75, x) for step in range(4)])
     assert_close(log_observable_density(online.natural, x), log_observable_density(natural, x), 1e-8)
 
 
@@ -96,11 +101,7 @@ def test_a_partial_batch_counts_less_and_compiles_nothing(float64, compilations)
     # two batches of 30, the second a third as full: its rate is a third, too
     halves = [x[:30], x[30:40]]
     stream = fit_online(halves, moments, passes=1, regularizer=None)
-    natural, running = moments_to_natural(moments), natural_to_mean(moments_to_natural(moments))
-    for rate, batch in ((2.0**-0.75, halves[0]), (3.0**-0.75 / 3, halves[1])):
-        statistics = expected_statistics(natural, batch)
-        running = jax.tree.map(lambda a, b, rate=rate: (1 - rate) * a + rate * b, running, statistics)
-        natural = mean_to_natural(running)
+    natural = mixed(moments, [(2.0**-0.75, halves[0]), (3.0**-0.75 / 3, halves[1])])
     assert_close(log_observable_density(stream.natural, x), log_observable_density(natural, x), 1e-8)
 
 

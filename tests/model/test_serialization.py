@@ -27,7 +27,7 @@ from flax_hmog import (
     warm_start,
 )
 from flax_hmog.model.kinds import pytree
-from flax_hmog.networks.encoders import MLP
+from flax_hmog.networks.encoders import MLP, Clusterer
 from flax_hmog.training import CheckpointError, CheckpointWriter, restore
 from flax_hmog.training.describe import current_names, named_arrays
 
@@ -141,8 +141,6 @@ def test_sizes_may_be_numbers_of_numpy(tmp_path):
     bounded = DifferentiableHMoG(np.int64(2), np.int64(3), noise_bounds=(np.float32(0.5), np.float64(10)))
     for module, encoder in ((head, None), (bounded, MLP(features=np.int64(5), hidden=(np.int64(6),)))):
         folder = tmp_path / type(module).__name__
-        from flax_hmog.networks.encoders import Clusterer
-
         whole = module if encoder is None else Clusterer(encoder, module)
         with CheckpointWriter(folder, head=module, encoder=encoder) as writer:
             writer.save(0, jax.jit(whole.init)(KEY, X))

@@ -206,18 +206,6 @@ def test_the_latest_and_the_best_stay(x, tmp_path):
     assert saved_steps(tmp_path) == [2, 5, 6]
 
 
-def test_an_interrupted_save_hides_nothing(x, tmp_path):
-    variables = HEADS[0].init(jax.random.key(0), x)
-    with CheckpointWriter(tmp_path, head=HEADS[0]) as writer:
-        for step in (1, 2, 3):
-            writer.save(step, variables)
-    (tmp_path / "7.unfinished").mkdir()
-    (tmp_path / "8.orbax-checkpoint-tmp").mkdir()
-    assert saved_steps(tmp_path) == [2, 3]
-    assert restore(tmp_path).step == 3
-    assert restore(tmp_path, step=2).step == 2
-
-
 KILLED = """
 import sys, jax, numpy as np
 from flax_hmog import DifferentiableHMoG
@@ -254,38 +242,6 @@ def saved(x, tmp_path):
 
 def data_files(folder, step=2):
     return sorted((p for p in (folder / str(step) / "arrays").rglob("*") if p.is_file()), key=os.path.getsize)
-
-
-def test_every_flipped_byte_of_the_data_is_noticed(saved):
-    """In whatever file: either it cannot be read, or the leaf is named, or nothing that is read has changed."""
-    named, want = 0, restore(saved)
-    for path in data_files(saved):
-        whole = path.read_bytes()
-        for position in np.linspace(0, len(whole) - 1, 5).astype(int) if whole else ():
-            path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
-            try:
-                got = restore(saved)
-            except CheckpointError as error:
-                named += 1
-                assert "another step: [1]" in str(error)  # noqa: PT017
-            else:
-                jax.tree.map(np.testing.assert_array_equal, got.variables, want.variables)
-        path.write_bytes(whole)
-    assert named > 0
-
-
-@pytest.mark.parametrize("damage", ["truncated", "missing", "description"])
-def test_damage_is_named_with_a_way_out(saved, damage):
-    if damage == "description":
-        next(path for path in (saved / "2" / "description").rglob("metadata")).write_text("{")
-    for path in data_files(saved):
-        if damage == "truncated":
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        elif damage == "missing":
-            path.unlink()
-    with pytest.raises(CheckpointError, match=r"restore: checkpoint .*2 must be readable, .*another step: \[1\]"):
-        restore(saved)
-    assert restore(saved, step=1).step == 1
 
 
 def test_missing_steps_and_folders_are_named(saved, tmp_path):

@@ -89,7 +89,7 @@ def test_every_missing_file_is_noticed(saved):
     assert restore(saved).step == 2
 
 
-def test_every_changed_bit_is_noticed(saved):
+def test_every_changed_bit_and_cut_is_noticed(saved):
     """Of any file, the description and the list of digests too."""
     rng = random.Random(0)
     for path in step_files(saved):
@@ -98,6 +98,8 @@ def test_every_changed_bit_is_noticed(saved):
             position, bit = rng.randrange(len(whole)), 1 << rng.randrange(8)
             path.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
             assert refused(saved), (path, position, bit)
+        path.write_bytes(whole[: len(whole) // 2])
+        assert refused(saved) or not whole, path
         path.write_bytes(whole)
     assert restore(saved).step == 2
 
