@@ -22,6 +22,7 @@ from flax_hmog.data.files import File, read_file
 from flax_hmog.inference.posterior import infer
 from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Experiment
+from flax_hmog.recipe.options import parse_experiment
 from flax_hmog.recipe.plan import print_plan
 from flax_hmog.recipe.presets import PRESETS
 from flax_hmog.recipe.report import report_run
@@ -72,6 +73,8 @@ def main(
         and has saved. Arguments that cannot be read end the process with 2.
     """
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if "train" in arguments[:1] or "--allow-import" in arguments:  # classes of a user's own may lie here
+        sys.path.append(os.getcwd())
     try:
         if arguments[:1] == ["train"] and arguments[1:2] and arguments[1] in experiments:
             return train(experiments[arguments[1]], arguments[2:], f"{prog} {arguments[1]}")
@@ -101,7 +104,7 @@ def train(default: Experiment, arguments: list[str], prog: str) -> int:
         ImportError: without the extra `train`.
     """
     console = Console()
-    config = require("tyro", "train").cli(Experiment, default=default, prog=prog, args=arguments)
+    config = parse_experiment(default, arguments, prog)
     try:
         connect(**dataclasses.asdict(config.processes))
         if config.dry_run:
@@ -156,7 +159,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-import",
         action="store_true",
-        help="import the encoder that the run names, if it is not of flax_hmog; this runs its code",
+        help="import the encoder and heads that the run names, if they are not of flax_hmog; this runs their code",
     )
 
 

@@ -9,9 +9,10 @@ from experiments.configs import EXPERIMENTS
 from flax_hmog.recipe import train
 from flax_hmog.recipe.config import EM, Checkpoints, Gradient, Model
 
+DIFFERENTIABLE = EXPERIMENTS["digits"].heads[:1]
 SMALL = dataclasses.replace(
     EXPERIMENTS["digits"],
-    model=Model(lat_dim=3, n_components=4, obs_rep="full", pst_rep="full"),
+    model=Model(lat_dim=3, n_components=4, obs_rep="full"),
     em=EM(n_restarts=2, max_steps=4),
     gradient=Gradient(epochs=4, batch_size=256),
     n_seeds=2,

@@ -44,6 +44,8 @@ def work(tmp_path_factory):
     named.mask((named.index == 2)[:, None] & (named.columns == "pixel1")).to_csv(folder / "holes.csv", index=False)
     np.save(folder / "wide.npy", named.to_numpy())
     (folder / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
+    (folder / "names.csv").write_text("a,b\n")
+    (folder / "empty.csv").touch()
     return folder
 
 
@@ -108,6 +110,14 @@ def test_help_names_every_command(capsys):
         (["predict", "RUN", "ROWS", "--out", "ROWS"], "`--out` must be another file than the rows"),
         (["train", "file"], "`data.path` must name a file"),
         (
+            ["train", "file", "--data.path", "empty.csv"],
+            "empty.csv must be a readable .csv file; got ValueError: an empty",
+        ),
+        (
+            ["train", "file", "--data.path", "names.csv"],
+            "names.csv must have rows below the names of its columns; got none",
+        ),
+        (
             ["train", "file", "--data.path", "narrow.csv", "--gradient.batch-size", "8"],
             "at most the 3 columns of the inputs",
         ),
@@ -150,6 +160,13 @@ def test_a_first_column_without_a_name_is_no_input(tmp_path, caplog):
         assert file.column_names == ("a", "b")
         np.testing.assert_array_equal(file.rows, [[1, 2], [3, 4]])
         assert f"{name}: the first column, which has no name, is left out" in caplog.text
+
+
+def test_batches_shrink_to_the_rows(work, caplog):
+    sizes = ["--model.lat-dim", "2", "--model.n-components", "2", "--em.max-steps", "2", "--gradient.epochs", "1"]
+    options = ["--data.path", str(work / "narrow.csv"), "--workdir", str(work / "few")]
+    assert main(["train", "file", *options, *sizes]) == 0
+    assert "batches have 16 rows in place of 256, as there are 16 for training" in caplog.text
 
 
 def test_what_cannot_be_read_ends_with_2(capsys):

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flax_hmog import PseudoCounts, natural_to_moments
-from flax_hmog.recipe.config import Augmentation, Data, Encoder, Experiment, Gradient, Model
+from flax_hmog.recipe import Augmentation, Data, Experiment, Gradient, Model, Template
 from flax_hmog.recipe.inputs import Batches, prepare_inputs
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.models import Extra, Trainable
@@ -33,7 +33,7 @@ ROWS, IMAGE = 60_000, (28, 28)
 CASES: dict[str, dict[str, Any]] = {
     "linear": {},
     "linear, augmented": {"augmentation": Augmentation(2.0, 10.0, 0.1)},
-    "MLP, augmented": {"augmentation": Augmentation(2.0, 10.0, 0.1), "encoder": Encoder("mlp")},
+    "MLP, augmented": {"augmentation": Augmentation(2.0, 10.0, 0.1), "encoder": Template("mlp")},
 }
 
 

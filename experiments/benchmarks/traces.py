@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 import flax_hmog
-from flax_hmog import AnalyticHMoG, DifferentiableHMoG, fit_em
+from flax_hmog import AnalyticHMoG, DifferentiableHMoG, cli, fit_em
 from flax_hmog.training import CheckpointWriter, restore
 
+COMMAND = ["train", "digits", "--n-seeds", "1", "--em.n-restarts", "1", "--em.max-steps", "2", "--gradient.epochs", "1"]
 PACKAGE = Path(flax_hmog.__file__).parent
 
 
@@ -51,10 +52,11 @@ def main() -> None:
             "fit_em": lambda: fit_em(analytic, x, key, max_steps=2),
             "a head's call": lambda: trained.apply(variables, x),
             "restore(path)(x)": lambda: restore(folder)(x),
+            "command line to checkpoint": lambda: cli.main([*COMMAND, "--workdir", f"{folder}/run"]),
         }
         for name, call in calls.items():
             functions, files = entered(call)
-            print(f"{name:18s} {functions:4d} functions in {files:2d} files")
+            print(f"{name:26s} {functions:4d} functions in {files:2d} files")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ Expected on the test split: docs/results.md.
 """
 
 from flax_hmog import PseudoCounts
-from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Encoder, Experiment, Gradient, Model, Rounds
+from flax_hmog.recipe import EM, Augmentation, Data, Experiment, Gradient, Model, Rounds, Template
+from flax_hmog.recipe.running import Checkpoints
 
 CONFIG = Experiment(
     workdir="runs/digits_encoder",
     data=Data("digits", scale="range"),
     model=Model(lat_dim=15, n_components=40, n_clusters=10),
-    encoder=Encoder("conv", features=32, lat_dim=8),
+    encoder=Template("conv", features=32),
+    heads=(Template("differentiable", lat_dim=8),),
     rounds=Rounds(distil_epochs=8, mixed_epochs=4),
     em=EM(max_steps=30, tolerance=0.01, regularizer=PseudoCounts(noise_share=0.01)),
     gradient=Gradient(epochs=80, batch_size=128, learning_rate=2e-3),

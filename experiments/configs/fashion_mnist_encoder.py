@@ -8,12 +8,12 @@ Expected on the test split: docs/results.md.
 import dataclasses
 
 from experiments.configs import fashion_mnist
-from flax_hmog.recipe.config import Augmentation, Encoder, Gradient, Rounds
+from flax_hmog.recipe import Augmentation, Gradient, Rounds, Template
 
 CONFIG = dataclasses.replace(
     fashion_mnist.CONFIG,
     workdir="runs/fashion_mnist_encoder",
-    encoder=Encoder("conv"),
+    encoder=Template("conv"),
     rounds=Rounds(distil_epochs=1),
     gradient=Gradient(epochs=24, batch_size=256),
     augmentation=Augmentation(shift=2.0, rotation=5.0, scale=0.1, mirror=True),

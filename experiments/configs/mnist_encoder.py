@@ -8,12 +8,12 @@ Expected on the test split: docs/results.md.
 import dataclasses
 
 from experiments.configs import mnist
-from flax_hmog.recipe.config import Augmentation, Encoder, Gradient, Rounds
+from flax_hmog.recipe import Augmentation, Gradient, Rounds, Template
 
 CONFIG = dataclasses.replace(
     mnist.CONFIG,
     workdir="runs/mnist_encoder",
-    encoder=Encoder("conv"),
+    encoder=Template("conv"),
     rounds=Rounds(distil_epochs=1),
     gradient=Gradient(epochs=30, batch_size=256),
     augmentation=Augmentation(shift=3.0, rotation=15.0, scale=0.15),

@@ -34,6 +34,10 @@ class File:
         column_names: of the columns, where the file says so.
         title: name of the data in a report.
         source: path of the file, where there is one.
+
+    Example:
+        >>> File(np.ones((3, 2)), np.arange(3), title="Three rows").rows.shape
+        (3, 2)
     """
 
     rows: Any

@@ -27,6 +27,8 @@ def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[s
         ValueError: without pandas (and pyarrow), for a column that is not there, or one of numbers and text.
     """
     table = _read(path)
+    if not len(table):
+        raise ValueError(f"read_file: {path} must have rows below the names of its columns; got none. Add rows.")
     names = [str(name) for name in table.columns]
     if path.suffix == ".csv" and (names[:1] == [UNNAMED] != [labels] or type(table.index).__name__ != "RangeIndex"):
         logger.warning("%s: the first column, which has no name, is left out", path)
@@ -65,6 +67,8 @@ def _read(path: Path) -> Any:
     try:
         import pandas as pd
 
+        if path.stat().st_size == 0:
+            raise ValueError("an empty file")
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except ImportError:
         packages = "pandas" if path.suffix == ".csv" else "pandas and pyarrow"

@@ -3,20 +3,23 @@
 It needs `pip install "flax-hmog[train]"`.
 """
 
+from flax_hmog.data.files import File
 from flax_hmog.networks.augment import Augmentation
 from flax_hmog.recipe.clusterer import fit_clusterer
-from flax_hmog.recipe.config import EM, Data, Encoder, Experiment, Gradient, Model, Rounds
+from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model, Rounds
 from flax_hmog.recipe.saved import restore_run
+from flax_hmog.recipe.template import Template
 
 __all__ = [
     "EM",
     "Augmentation",
     "Data",
-    "Encoder",
     "Experiment",
+    "File",
     "Gradient",
     "Model",
     "Rounds",
+    "Template",
     "fit_clusterer",
     "restore_run",
 ]

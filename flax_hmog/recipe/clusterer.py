@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -12,12 +12,15 @@ import numpy as np
 from rich.console import Console
 
 from flax_hmog.data.files import File
-from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, SymmetricHMoG
 from flax_hmog.model.checks import named
+from flax_hmog.model.head import Head
+from flax_hmog.model.kinds import as_rep
 from flax_hmog.model.optional import require
 from flax_hmog.networks.augment import Augmentation
-from flax_hmog.recipe.config import EM, Checkpoints, Data, Encoder, Experiment, Gradient, HeadName, Model, Rounds
+from flax_hmog.recipe.config import EM, FEATURE_LAT_DIM, Data, Experiment, Gradient, Kind, Model, Rounds
 from flax_hmog.recipe.encoders import features_shape
+from flax_hmog.recipe.running import Checkpoints
+from flax_hmog.recipe.template import Template
 from flax_hmog.recipe.train import run
 from flax_hmog.training.logs import OnEpoch, OnStep, Stage
 from flax_hmog.training.processes import StopRequest
@@ -33,11 +36,12 @@ def fit_clusterer(
     n_clusters: int,
     key: jax.Array,
     *,
-    head: HMoGHead | None = None,
+    head: Head | None = None,
     model: Model | None = None,
     em: EM | None = None,
     rounds: Rounds | None = None,
     gradient: Gradient | None = None,
+    optimizer: Template | None = None,
     augmentation: Augmentation | None = None,
     scale: Literal["none", "range", "standard"] = "none",
     test_share: float = 0.0,
@@ -57,19 +61,21 @@ def fit_clusterer(
             memory-mapped, or a scipy sparse matrix.
         n_clusters: number of clusters.
         key: PRNG key; `jax.random.key(s)` gives what `hmog train --first-seed s` does.
-        head: trained on the features, or by itself on x after EM, which is of its kinds then; None takes a
-            `DifferentiableHMoG` with an encoder, and without one EM is all.
+        head: any head, trained on the features, or by itself on x after EM, which has its size and noise then; None
+            takes a `DifferentiableHMoG` with an encoder, and without one EM is all.
         model: latent dimension, number of components and kinds of the mixture that EM fits to x; None takes 10
             dimensions and four components for each cluster.
         em: options of EM on x.
         rounds: options of the rounds with an encoder.
         gradient: options of training by gradients.
+        optimizer: name or function of optax with its arguments, as `Template("adamw", weight_decay=1e-4)`; None for
+            Adam.
         augmentation: random distortions of images; None for none.
         scale: of x: all entries to [0, 1], or every column to mean 0 and standard deviation 1. What is returned takes
             rows as they are here.
         test_share: share of the rows that is held out; `history` then has their log-density.
-        workdir: folder for config.json, metrics.jsonl and checkpoints as `hmog train` writes them; a run that is there
-            is resumed. None keeps all in memory.
+        workdir: folder for config.json, metrics.jsonl and checkpoints as `hmog train` writes them, and for the rows, so
+            that `hmog report` finds them; a run that is there is resumed. None keeps all in memory.
         on_step: called after every step with the name of the stage, its steps so far and how many there are.
         on_epoch: called at the end of EM and of every epoch with the name of the stage and its metrics.
         progress: show a progress bar.
@@ -91,39 +97,49 @@ def fit_clusterer(
         (12, 3)
     """
     seed = int(np.bitwise_xor.reduce(np.asarray(jax.random.key_data(key)).ravel()))
-    file = _as_file(x, encoder, None if test_share else 1)
+    file = _as_file(x, encoder)
+    folder = "" if workdir is None else str(workdir)
     model = model or Model(n_components=min(PER_CLUSTER * n_clusters, file.rows.shape[0]))
+    model = dataclasses.replace(model, n_clusters=n_clusters)
+    if head is not None:  # EM's mixture on x is of its kind, and of its size where it is on x as well
+        model = dataclasses.replace(model, obs_rep=cast(Kind, as_rep(head.obs_rep).name))
+    if head is not None and encoder is None:
+        model = dataclasses.replace(model, lat_dim=head.lat_dim, n_components=head.n_components)
+    heads = _heads(encoder, head, file.rows.shape[1])
     config = Experiment(
-        workdir="" if workdir is None else str(workdir),
-        data=Data("memory", scale=scale, test_share=test_share or 0.5),
-        model=_model_of(model, head, n_clusters, has_encoder=encoder is not None),
-        encoder=_encoder_options(encoder, head, file.rows.shape[1]),
+        workdir=folder,
+        data=Data("memory", folder=folder, scale=scale, test_share=test_share),
+        model=model,
+        encoder=None if encoder is None else Template(_hashable(encoder)),
         rounds=rounds or Rounds(),
         em=em or EM(),
         gradient=gradient or Gradient(),
+        optimizer=optimizer or Template("adam"),
         augmentation=augmentation or Augmentation(),
-        heads=() if encoder is None and head is None else (_head_name(head),),
+        heads=heads,
         first_seed=seed,
         checkpoints=Checkpoints(NEVER, NEVER) if workdir is None else Checkpoints(),
     )
     with named("fit_clusterer"):
         for package in ("sklearn", *(["grain"] if config.heads else [])):  # not after minutes of EM
             require(package, "train")
-    stages = run(
-        config,
-        Console(quiet=not progress),
-        StopRequest(listens=False),
-        file=file,
-        encoder=_hashable(encoder),
-        head=head,
-        on_step=on_step,
-        on_epoch=on_epoch,
-    )
+    console, stop = Console(quiet=not progress), StopRequest(listens=False)
+    stages = run(config, console, stop, file=file, on_step=on_step, on_epoch=on_epoch)
     number = config.rounds.count if config.has_encoder else 0
-    if not config.heads:
+    if not heads:
         return stages.kept(Stage(seed, "em"))
-    last, name = stages.model(config.heads[0], number), config.heads[0]
-    return dataclasses.replace(stages.kept(Stage.of_round(seed, name, number)), module=last.module, head=last.head)
+    (label,) = config.labels
+    last = stages.model(label, number)
+    return dataclasses.replace(stages.kept(Stage(seed, label, number)), module=last.module, head=last.head)
+
+
+def _heads(encoder: nn.Module | None, head: Head | None, obs_dim: int) -> tuple[Template, ...]:
+    """The head to be trained, if any."""
+    if head is not None:
+        return (Template(cast(nn.Module, head)),)
+    if encoder is None:
+        return ()
+    return (Template("differentiable", lat_dim=min(FEATURE_LAT_DIM, features_shape(encoder, obs_dim)[1])),)
 
 
 def _hashable(value: Any) -> Any:
@@ -136,8 +152,8 @@ def _hashable(value: Any) -> Any:
     return value.clone(**{name: _hashable(getattr(value, name)) for name in names})
 
 
-def _as_file(x: Any, encoder: Any, whole: int | None) -> File:
-    """Rows (N, D) with what is known of them; all are for training if `whole`."""
+def _as_file(x: Any, encoder: Any) -> File:
+    """Rows (N, D) with what is known of them."""
     rows = x.tocsr() if hasattr(x, "tocsr") else np.asarray(x)
     image_shape = rows.shape[1:] if rows.ndim > 2 else getattr(encoder, "image_shape", None)
     if rows.ndim > 2:
@@ -146,25 +162,4 @@ def _as_file(x: Any, encoder: Any, whole: int | None) -> File:
         raise ValueError(f"fit_clusterer: `x` must have shape (N, D) or (N, H, W); got {rows.shape}. Reshape it.")
     if rows.dtype.kind not in "biuf":
         raise ValueError(f"fit_clusterer: `x` must hold real numbers; got dtype {rows.dtype}. Convert it first.")
-    return File(rows, n_train=whole and rows.shape[0], image_shape=image_shape)
-
-
-def _model_of(model: Model, head: HMoGHead | None, n_clusters: int, *, has_encoder: bool) -> Model:
-    """The mixture on x: of a head's kinds, and where it is by itself of its size."""
-    names = ("obs_rep", "pst_rep", "lat_rep", *(() if has_encoder else ("lat_dim", "n_components")))
-    of_head = {name: getattr(head, name) for name in names if hasattr(head, name)}
-    return dataclasses.replace(model, n_clusters=n_clusters, **of_head)
-
-
-def _encoder_options(encoder: Any, head: HMoGHead | None, obs_dim: int) -> Encoder:
-    if encoder is None:
-        return Encoder()
-    features = features_shape(encoder, obs_dim)[-1]
-    lat_dim = min(Encoder().lat_dim, features) if head is None else head.lat_dim
-    return Encoder(f"{type(encoder).__module__}:{type(encoder).__qualname__}", features, lat_dim=lat_dim)
-
-
-def _head_name(head: HMoGHead | None) -> HeadName:
-    if isinstance(head, AnalyticHMoG):
-        return "analytic"
-    return "symmetric" if isinstance(head, SymmetricHMoG) else "differentiable"
+    return File(rows, image_shape=image_shape)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from flax_hmog.em.options import EMOptions, PseudoCounts, check_used
-from flax_hmog.heads.modules import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
+from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.networks.augment import Augmentation
+from flax_hmog.recipe.running import Checkpoints, Devices, Logs, Processes, check_counts
+from flax_hmog.recipe.template import REQUIRED, Template, parameters
 
 Kind = Literal["scale", "diagonal", "full"]
-HeadName = Literal["differentiable", "symmetric", "analytic"]
-
-
-def _check_counts(group: Any, *names: str) -> None:
-    """ValueError for numbers below 1; None stands for no limit."""
-    for name in names:
-        value = getattr(group, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{type(group).__name__}: `{name}` must be at least 1; got {value}. Raise it.")
+RUNNING = ("workdir", "first_seed", "n_seeds", "scores", "devices", "processes", "checkpoints", "logs", "dry_run")
+"""Options that change no result."""
+FEATURES = 64  # of an encoder that is not told how many
+FEATURE_LAT_DIM = 16  # of a head on an encoder that is not told otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Data:
     """
 
     name: str = "digits"
-    """The data set: `digits`, `synthetic`, `file`, or another that is registered."""
+    """The data set: `digits`, `synthetic`, `file`, another that is registered, or the import path MODULE:FUNCTION of a
+    function that returns `File(rows, labels)` for these options."""
     folder: str = "data"
     """Folder in which image sets are prepared once, and where files are looked for."""
     downloads: str | None = None
@@ -63,19 +62,19 @@ class Data:
     """Replace the columns by this many principal components of variance 1."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"Data: `test_share` must lie between 0 and 1; got {self.test_share}. Hold out a part.")
+        if not 0 <= self.test_share < 1:
+            raise ValueError(f"Data: `test_share` must be at least 0 and below 1; got {self.test_share}. Lower it.")
         if self.layer is not None and self.obsm is not None:
             raise ValueError(
                 f"Data: `layer` must be None where `obsm` is given; got {self.layer!r} and {self.obsm!r}. "
                 "Give one of them."
             )
-        _check_counts(self, "rows", "columns", "whitened")
+        check_counts(self, "rows", "columns", "whitened")
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The size of the model and the kinds of its matrices.
+    """The mixture that EM fits to the inputs. Heads without an encoder have its size, and all have its kind of noise.
 
     Example:
         >>> Model(lat_dim=10, n_components=200, n_clusters=10).obs_rep
@@ -90,40 +89,12 @@ class Model:
     """Merge the components to so many clusters, without labels; None: every component is a cluster."""
     obs_rep: Kind = "diagonal"
     """Kind of the noise covariance."""
-    pst_rep: Kind = "diagonal"
-    """Kind of the posterior precisions of the differentiable head."""
-    lat_rep: Kind = "full"
-    """Kind of the differences between component precisions of the symmetric head."""
+    projection_dtype: str | None = None
+    """Dtype in which inputs are multiplied by the D x L projection, as bfloat16; None for float32."""
 
     def __post_init__(self) -> None:
-        _check_counts(self, "n_clusters")
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """The network before the head, if any.
-
-    Example:
-        >>> Encoder("mlp", features=32).lat_dim
-        16
-    """
-
-    name: str = "none"
-    """`none`, `mlp`, `conv`, `autoencoder`, or the import path MODULE:CLASS of a linen module."""
-    features: int = 64
-    """Number of features, the head's D; given to the module as `features`."""
-    normalization: Literal["none", "layer", "batch"] = "batch"
-    """Normalisation of the layers' outputs."""
-    lat_dim: int = 16
-    """Latent dimension of the head on the features."""
-
-    def __post_init__(self) -> None:
-        _check_counts(self, "features", "lat_dim")
-        if self.name not in ("none", "mlp", "conv", "autoencoder") and ":" not in self.name:
-            raise ValueError(
-                f"Encoder: `name` must be none, mlp, conv, autoencoder or MODULE:CLASS; got {self.name!r}. "
-                "Name a class."
-            )
+        check_counts(self, "n_clusters")
+        AnalyticHMoG(self.lat_dim, self.n_components, obs_rep=self.obs_rep, projection_dtype=self.projection_dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +114,7 @@ class EM(EMOptions):
     def __post_init__(self) -> None:
         check_used("fit_em", self)
         super().__post_init__()
-        _check_counts(self, "rows")
+        check_counts(self, "rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +159,7 @@ class Rounds:
     """Weight of the squared distance of inputs from what an `autoencoder` makes of their features, per column."""
 
     def __post_init__(self) -> None:
-        _check_counts(self, "count", "early_clusters", "n_components")
+        check_counts(self, "count", "early_clusters", "n_components")
         if self.em.rows is not None:
             raise ValueError(f"Rounds: `em.rows` must be None; got {self.em.rows}. Give --em.rows.")
         if self.early_clusters is not None and self.count == 1:
@@ -228,65 +199,22 @@ class Gradient:
     batch_size: int = 256
     """Samples per step over all devices; a multiple of their number."""
     learning_rate: float = 1e-3
-    """Adam's learning rate, decayed to 0 by a cosine."""
+    """The largest learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """The course of the learning rate: decayed to 0 by a cosine or a line, or constant."""
+    warmup: float = 0.0
+    """Share of the steps in which the learning rate rises from 0 before that."""
     max_fall: float = 1.0
     """A run has diverged when an epoch's loss is above the best so far, or that of the first batch, by this many nats
     per column of the inputs; with an encoder, by this many nats."""
 
     def __post_init__(self) -> None:
-        _check_counts(self, "epochs", "batch_size")
+        check_counts(self, "epochs", "batch_size")
         for name in ("learning_rate", "max_fall"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Gradient: `{name}` must be positive; got {getattr(self, name)}. Raise it.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Devices:
-    """The mesh."""
-
-    model: int = 1
-    """Devices along the axis that splits large leaves; all others split the batch."""
-    min_sharded: int = 2**14
-    """Entries of a leaf below which it is replicated."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """Connection of several processes."""
-
-    coordinator: str | None = None
-    """Address HOST:PORT of the first process; `auto` asks the cluster (SLURM, TPU pods, MPI); None: one process."""
-    count: int | None = None
-    """Number of processes, with an address."""
-    index: int | None = None
-    """Number of this process from 0, with an address."""
-    heartbeat_seconds: int = 60
-    """Silence after which a process counts as lost and the others stop."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoints:
-    """Checkpoints of a run."""
-
-    em_steps: int = 20
-    """Steps of EM between checkpoints."""
-    gradient_steps: int = 500
-    """Steps of gradient training after which the end of the epoch is saved, or within epochs that are longer."""
-    keep: int = 2
-    """Latest checkpoints that stay; that of the EM step or epoch with the best objective stays as well."""
-
-    def __post_init__(self) -> None:
-        _check_counts(self, "em_steps", "gradient_steps", "keep")
-
-
-@dataclasses.dataclass(frozen=True)
-class Logs:
-    """Destinations of metrics besides metrics.jsonl."""
-
-    tensorboard: bool = False
-    """Write TensorBoard events into the run folder (needs tensorboardX)."""
-    wandb: str | None = None
-    """Project of Weights & Biases to log to (needs wandb)."""
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"Gradient: `warmup` must be at least 0 and below 1; got {self.warmup}. Lower it.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +222,8 @@ class Experiment:
     """One experiment: data, model, EM, gradients, and how it runs.
 
     Example:
-        >>> Experiment("runs/digits", Data("digits"), Model(10, 20), Encoder("mlp")).rounds.count
+        >>> heads = (Template("symmetric", lat_rep="diagonal"),)
+        >>> Experiment("runs/digits", Data("digits"), Model(10, 20), Template("mlp"), heads=heads).rounds.count
         1
     """
 
@@ -302,17 +231,22 @@ class Experiment:
     """Folder of the run: config, checkpoints, metrics and report. A run that is there is resumed."""
     data: Data = Data()
     model: Model = Model()
-    encoder: Encoder = Encoder()
+    encoder: Template | None = None
+    """The network before the heads, if any; a linen class that gives features (B, F) of inputs (B, D)."""
     rounds: Rounds = Rounds()
     em: EM = EM()
     gradient: Gradient = Gradient()
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
-    heads: tuple[HeadName, ...] = ("differentiable",)
+    optimizer: Template = dataclasses.field(default_factory=lambda: Template("adam"))
+    """The optimiser: a function of optax, or of a user's own, with an argument `learning_rate`."""
+    heads: tuple[Template, ...] = dataclasses.field(default_factory=lambda: (Template("differentiable"),))
     """Heads that are trained; the first is the one that a report describes. None: EM on the inputs is all."""
     first_seed: int = 0
     """The first seed."""
     n_seeds: int = 1
     """Number of seeds in a row, each with its own initialisation and batches, and its own split where there is none."""
+    scores: tuple[str, ...] = ()
+    """Further scores of the test part: import paths MODULE:FUNCTION of functions of `HMoGOutput` and labels (N,)."""
     baselines: bool = False
     """Also score two-stage baselines from scikit-learn."""
     devices: Devices = Devices()
@@ -323,52 +257,47 @@ class Experiment:
     """Print configuration, parameters, mesh, shardings, floating-point operations and memory per device, and stop."""
 
     def __post_init__(self) -> None:
-        _check_counts(self, "n_seeds")
-        if self.first_seed < 0:
-            raise ValueError(f"Experiment: `first_seed` must be at least 0; got {self.first_seed}. Raise it.")
-        if self.encoder.name == "none" and "analytic" in self.heads:
-            raise ValueError(
-                "Experiment: `heads` may hold analytic only with an encoder; got none. EM is the first stage as it is."
-            )
-        if not self.has_encoder and self.rounds != Rounds():
-            changed = [f.name for f in dataclasses.fields(Rounds) if getattr(self.rounds, f.name) != f.default]
-            raise ValueError(
-                f"Experiment: `rounds` must be left out without an encoder; got {', '.join(changed)}. Add "
-                "--encoder.name, or leave them out."
-            )
-        if (self.rounds.early_clusters or self.n_clusters) < self.n_clusters:
-            raise ValueError(
-                f"Experiment: `rounds.early_clusters` must be at least the {self.n_clusters} clusters of the end; got "
-                f"{self.rounds.early_clusters}. Raise it or leave it out."
-            )
-        if self.model.n_clusters is not None and self.model.n_clusters > self.model.n_components:
-            raise ValueError(
-                f"Experiment: `model.n_clusters` must be at most the {self.model.n_components} components; got "
-                f"{self.model.n_clusters}. Raise --model.n-components."
-            )
-        if self.has_encoder and self.rounds.clusters_features and self.rounds.n_components < self.n_clusters:
-            raise ValueError(
-                f"Experiment: `rounds.n_components` must be at least the {self.n_clusters} clusters of the end; got "
-                f"{self.rounds.n_components}. Raise it."
-            )
-        is_taught = self.rounds.start != "nothing" or self.rounds.count > 1
-        taught_epochs = self.rounds.distil_epochs + self.rounds.mixed_epochs
-        if self.has_encoder and is_taught and taught_epochs >= self.gradient.epochs:
-            raise ValueError(
-                "Experiment: `gradient.epochs` must be above rounds.distil_epochs + rounds.mixed_epochs, "
-                f"{taught_epochs}; got {self.gradient.epochs}. Raise it."
-            )
-        if self.has_encoder and self.encoder.lat_dim > self.encoder.features:
-            raise ValueError(
-                f"Experiment: `encoder.lat_dim` must be at most the {self.encoder.features} features; got "
-                f"{self.encoder.lat_dim}. Lower it."
-            )
-        self.analytic, [self.trainable(name, self.n_clusters) for name in self.heads]
+        check_counts(self, "n_seeds")
+        encoder, heads = with_sizes(self.encoder, self.heads)
+        object.__setattr__(self, "encoder", encoder)
+        object.__setattr__(self, "heads", heads)
+        rounds, least, labels = self.rounds, self.n_clusters, self.labels
+        changed = [f.name for f in dataclasses.fields(Rounds) if getattr(rounds, f.name) != f.default]
+        is_taught = self.has_encoder and (rounds.start != "nothing" or rounds.count > 1)
+        taught = rounds.distil_epochs + rounds.mixed_epochs
+        alone, early = not self.has_encoder, rounds.early_clusters
+        is_analytic = any(head.target is AnalyticHMoG for head in self.heads)
+        n_components, n_clusters = self.model.n_components, self.model.n_clusters
+        broken = {
+            f"`first_seed` must be at least 0; got {self.first_seed}. Raise it.": self.first_seed < 0,
+            f"`heads` must have different names, none em; got {labels}. Leave one out.": len({*labels, "em"})
+            <= len(labels),
+            "`heads` must hold analytic only with an encoder; got none. EM comes first as it is.": alone
+            and is_analytic,
+            f"`rounds` must be left out without an encoder; got {', '.join(changed)}. Drop them.": alone
+            and bool(changed),
+            f"`rounds.early_clusters` must be at least the {least} clusters of the end; got {early}. Raise "
+            "it or leave it out.": (early or least) < least,
+            f"`model.n_clusters` must be at most the {n_components} components; got {n_clusters}. Raise "
+            "--model.n-components.": least > n_components,
+            f"`rounds.n_components` must be at least the {least} clusters of the end; got {rounds.n_components}. Raise "
+            "it.": self.has_encoder and rounds.clusters_features and rounds.n_components < least,
+            f"`gradient.epochs` must be above rounds.distil_epochs + rounds.mixed_epochs, {taught}; got "
+            f"{self.gradient.epochs}. Raise it.": is_taught and taught >= self.gradient.epochs,
+        }
+        for rule, is_broken in broken.items():
+            if is_broken:
+                raise ValueError(f"Experiment: {rule}")
 
     @property
     def has_encoder(self) -> bool:
         """True if heads sit on an encoder."""
-        return self.encoder.name != "none"
+        return self.encoder is not None
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the heads, as in the folders of their checkpoints."""
+        return [head.label for head in self.heads]
 
     @property
     def n_clusters(self) -> int:
@@ -391,28 +320,51 @@ class Experiment:
     @property
     def analytic(self) -> AnalyticHMoG:
         """The head that EM fits to the inputs."""
-        return AnalyticHMoG(self.model.lat_dim, self.model.n_components, obs_rep=self.model.obs_rep)
-
-    def feature_head(self, n_components: int) -> AnalyticHMoG:
-        """A head that EM fits to features."""
-        return AnalyticHMoG(self.encoder.lat_dim, n_components, obs_rep=self.model.obs_rep)
-
-    def trainable(self, name: HeadName, n_clusters: int) -> Any:
-        """A head that is trained: on features for so many clusters, or on the inputs."""
         m = self.model
-        sizes = (self.encoder.lat_dim, n_clusters) if self.has_encoder else (m.lat_dim, m.n_components)
-        every: dict[str, Any] = {
-            "differentiable": DifferentiableHMoG(*sizes, obs_rep=m.obs_rep, pst_rep=m.pst_rep),
-            "symmetric": SymmetricHMoG(*sizes, obs_rep=m.obs_rep, lat_rep=m.lat_rep),
-            "analytic": AnalyticHMoG(*sizes, obs_rep=m.obs_rep, step_delay=100.0, min_rate=0.01),
-        }
-        return every[name]
+        return AnalyticHMoG(m.lat_dim, m.n_components, obs_rep=m.obs_rep, projection_dtype=m.projection_dtype)
+
+    def head(self, label: str, n_clusters: int, obs_dim: int) -> Any:
+        """A head that is trained: on features (B, obs_dim) for so many clusters, or on the inputs."""
+        (template,) = (head for head in self.heads if head.label == label)
+        m = self.model
+        sizes = {"n_components": n_clusters}
+        if not self.has_encoder:
+            sizes = {"lat_dim": m.lat_dim, "n_components": m.n_components}
+        return template.given(**sizes).make(
+            {"obs_dim": obs_dim, "obs_rep": m.obs_rep, "projection_dtype": m.projection_dtype}
+        )
+
+    def options(self) -> dict[str, Any]:
+        """All options, nested as on the command line, as JSON values; of heads by their names."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        groups = {n: dataclasses.asdict(v) for n, v in fields.items() if hasattr(v, "__dataclass_fields__")}
+        follow = ("n_components",) if self.has_encoder else ("n_components", "lat_dim")
+        heads = {h.label: {k: v for k, v in h.options().items() if k not in follow} for h in self.heads}
+        encoder = {"name": "none"} if self.encoder is None else self.encoder.options()
+        return fields | groups | {"encoder": encoder, "optimizer": self.optimizer.options(), "heads": heads}
 
     def result_options(self) -> dict[str, Any]:
         """The options that a result follows from, in which a resumed run must agree."""
-        free = ("workdir", "heads", "first_seed", "n_seeds", "devices", "processes", "checkpoints", "logs", "dry_run")
-        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+        options = {name: value for name, value in self.options().items() if name not in RUNNING}
         return options | {"data": {k: v for k, v in options["data"].items() if k not in ("folder", "downloads")}}
+
+    def default_options(self) -> dict[str, Any]:
+        """`result_options` with the defaults of all options, for the encoder, heads and optimiser that are there."""
+        encoder = {} if self.encoder is None else self.encoder.bare().options()
+        plain = Experiment("").result_options()
+        optimizer = self.optimizer.bare().options() | {"name": plain["optimizer"]["name"]}
+        heads = {head.label: head.bare().options() for head in self.heads}
+        return plain | {"encoder": encoder, "optimizer": optimizer, "heads": heads}
+
+
+def with_sizes(encoder: Template | None, heads: Iterable[Template]) -> tuple[Template | None, tuple[Template, ...]]:
+    """Encoder and heads with the sizes that they have where nothing else is said."""
+    if encoder is None:
+        return None, tuple(heads)
+    features = parameters(encoder.target).get("features")
+    if features is not None and features.default is REQUIRED:
+        encoder = encoder.given(**{"features": FEATURES} | encoder.arguments)
+    return encoder, tuple(head.given(**{"lat_dim": FEATURE_LAT_DIM} | head.arguments) for head in heads)
 
 
 def flat_options(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -83,9 +83,9 @@ class EMStage:
                 state=self._state(restored) if restored else None,
                 on_step=on_step,
             )
-            model = self.run.config.model
-            clusters = merged_clusters(result.natural, x, weights, model.n_clusters)
-            metrics = evaluate(functools.partial(infer, result.natural), self.inputs, clusters)
+            clusters = merged_clusters(result.natural, x, weights, self.run.config.model.n_clusters)
+            model = functools.partial(infer, result.natural)
+            metrics = evaluate(model, self.inputs, clusters, self.run.config.scores)
             seconds = time.perf_counter() - started
             log.write(stage, done + 1, converged=result.converged, seconds=round(seconds, 3), **metrics)
             progress = {

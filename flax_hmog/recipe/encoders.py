@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -11,86 +10,58 @@ import jax
 import jax.numpy as jnp
 
 from flax_hmog.data.rows import map_rows, row_shards
-from flax_hmog.networks.encoders import MLP, Autoencoder, ConvNet, train_arguments
+from flax_hmog.networks.encoders import train_arguments
 from flax_hmog.recipe.config import Experiment
-from flax_hmog.training.describe import import_path
+from flax_hmog.recipe.template import parameters
 
 FEATURE_ROWS = 1024  # that an encoder sees at once where nothing is trained
 SETTLING_PASSES = 500  # over the same rows at most, until running averages change by no more than
 SETTLED = 1e-6  # of their largest entry in a pass
-OURS: dict[str, Any] = {"mlp": MLP, "conv": ConvNet, "autoencoder": Autoencoder}
 
 
-def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] | None) -> Any:
+def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] | None) -> nn.Module | None:
     """The experiment's encoder, or None.
 
-    A class is given `features`, and whichever of `obs_dim`, `image_shape` and `normalization` it has a field for.
-
     Raises:
-        ValueError: for a class that cannot be imported, does not take `features` or asks for more, a network for images
-            without images.
+        ValueError: for a class that is no linen module or asks for more arguments, or a network for images without
+            images.
     """
-    options = config.encoder
-    if options.name == "none":
+    template = config.encoder
+    if template is None:
         return None
-    kind = _encoder_class(options.name)
-    fields = {field.name for field in dataclasses.fields(kind)}
-    if "image_shape" in fields and image_shape is None:
+    if "image_shape" in parameters(template.target) and not (image_shape or template.arguments.get("image_shape")):
         raise ValueError(
-            f"make_encoder: `encoder.name` {options.name} must have images; got inputs that are none. Use mlp, or "
+            f"make_encoder: `encoder.name` {template.name} must have images; got inputs that are none. Use mlp, or "
             "leave out --data.columns and --data.whitened."
         )
-    known: dict[str, Any] = {"features": options.features, "obs_dim": obs_dim, "image_shape": image_shape}
-    known["normalization"] = options.normalization
-    try:
-        encoder = kind(**{name: value for name, value in known.items() if name in fields})
-    except TypeError as error:
+    encoder = template.make({"obs_dim": obs_dim, "image_shape": image_shape})
+    if not isinstance(encoder, nn.Module):
         raise ValueError(
-            f"make_encoder: `encoder.name` must name a class with a default for each field but {', '.join(known)}; got "
-            f"{options.name}: {error}. Give its fields defaults."
-        ) from error
-    return encoder
-
-
-def features_shape(encoder: Any, obs_dim: int) -> tuple[int, ...]:
-    """Shape of the features of two inputs (2, D)."""
-    x = jax.ShapeDtypeStruct((2, obs_dim), jnp.float32)
-    made = jax.eval_shape(lambda x: apply_encoder(encoder, untrained_variables(encoder, jax.random.key(0), x), x), x)
-    return made.shape
-
-
-def check_encoder(encoder: Any, config: Experiment, obs_dim: int) -> None:
-    """ValueError for an encoder of other features than the configuration says, or one that must decode and cannot."""
-    shape = features_shape(encoder, obs_dim)
-    if shape != (2, config.encoder.features):
-        raise ValueError(
-            f"make_encoder: the encoder must map inputs (B, {obs_dim}) to features (B, {config.encoder.features}); got "
-            f"features {shape} for two inputs. Flatten its output, or set --encoder.features."
+            f"make_encoder: `encoder.name` must name a linen class; got {template.name}, a {type(encoder).__name__}. "
+            "Correct it."
         )
     if config.rounds.reconstruction_weight and not hasattr(encoder, "decode"):
         raise ValueError(
-            f"make_encoder: the encoder must have a method `decode` for `rounds.reconstruction_weight`; got "
-            f"{config.encoder.name}. Use autoencoder, or leave out the weight."
+            "make_encoder: the encoder must have a method `decode` for `rounds.reconstruction_weight`; got "
+            f"{template.name}. Use autoencoder, or leave out the weight."
         )
+    return encoder
 
 
-def _encoder_class(name: str) -> Any:
-    """One of ours by name, or a linen class with a field `features` by import path."""
-    if name in OURS:
-        return OURS[name]
-    found: Any = None
-    cause = ""
-    try:
-        found = import_path(name)
-    except Exception as error:  # whatever the user's module raises
-        cause = f" ({type(error).__name__}: {error})"
-    is_linen = isinstance(found, type) and issubclass(found, nn.Module)
-    if not is_linen or "features" not in {field.name for field in dataclasses.fields(found)}:
+def features_shape(encoder: Any, obs_dim: int) -> tuple[int, int]:
+    """Shape of the features of two inputs (2, D).
+
+    Raises:
+        ValueError: if they are no vectors.
+    """
+    x = jax.ShapeDtypeStruct((2, obs_dim), jnp.float32)
+    made = jax.eval_shape(lambda x: apply_encoder(encoder, untrained_variables(encoder, jax.random.key(0), x), x), x)
+    if len(made.shape) != 2 or made.shape[0] != 2:
         raise ValueError(
-            "make_encoder: `encoder.name` must name a linen class that can be imported and has a field `features`; "
-            f"got {name!r}{cause}. Correct the path MODULE:CLASS, or the class."
+            f"make_encoder: the encoder must map inputs (B, {obs_dim}) to features (B, F); got features {made.shape} "
+            "for two inputs. Flatten its output."
         )
-    return found
+    return made.shape
 
 
 def init_encoder(encoder: Any, key: jax.Array, x: jax.Array) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class GradientStage:
     """Training of one head by gradients, together with the encoder if there is one, in one round."""
 
     def __init__(self, run: Run, seed: int, name: str, inputs: Inputs, number: int = 0) -> None:
-        self.run, self.inputs, self.stage = run, inputs, Stage.of_round(seed, name, number)
+        self.run, self.inputs, self.stage = run, inputs, Stage(seed, name, number)
         self.config, self.model = run.config.gradient, run.model(name, number)
         self.batches = Batches(inputs, seed, self.config.batch_size, self.config.epochs)
         self.key = jax.random.fold_in(jax.random.key(seed), number) if number else jax.random.key(seed)
@@ -164,7 +164,8 @@ class GradientStage:
 
     def _record(self, at: Position, start: Start, objective: float | None, started: float) -> None:
         """Evaluate and log where training stands."""
-        scores = evaluate(functools.partial(self._output, at.state.variables), self.inputs, start.clusters)
+        model = functools.partial(self._output, at.state.variables)
+        scores = evaluate(model, self.inputs, start.clusters, self.run.config.scores)
         metrics = scores | {"objective": objective}
         seconds, epoch = time.perf_counter() - started, at.done // self.batches.per_epoch
         rate = round(self.batches.per_epoch * self.config.batch_size / seconds) if at.done else None

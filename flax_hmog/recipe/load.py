@@ -12,8 +12,10 @@ from flax_hmog.data.files import File, find_file, read_file
 from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Data
 from flax_hmog.recipe.parts import Dataset, split_parts
+from flax_hmog.recipe.template import imported
 
 Shape = tuple[int, int, int, tuple[int, ...] | None]
+KEPT, KEPT_BYTES = "rows.npz", 250_000_000  # file of rows that were in memory, and how much is kept
 SYNTHETIC = {"count": 6000, "obs_dim": 24, "lat_dim": 4, "n_components": 6}
 
 
@@ -44,9 +46,15 @@ def read_data(data: Data) -> File:
     Raises:
         ValueError: for an unknown name, and files that are missing or not as they should be.
     """
-    if data.name not in DATA_SETS:
-        raise ValueError(f"load: `data.name` must be one of {', '.join(DATA_SETS)}; got {data.name!r}. Choose another.")
-    return DATA_SETS[data.name](data)
+    if data.name in DATA_SETS:
+        return DATA_SETS[data.name](data)
+    file = imported("load: `data.name`", data.name, f"one of {', '.join(DATA_SETS)}, or ")(data)
+    if not isinstance(file, File):
+        raise ValueError(
+            f"load: `data.name` must name a function that returns flax_hmog.recipe.File; {data.name} gave a "
+            f"{type(file).__name__}. Return File(rows, labels)."
+        )
+    return file
 
 
 def data_shape(data: Data) -> Shape:
@@ -93,10 +101,32 @@ def synthetic_rows() -> tuple[np.ndarray, np.ndarray]:
     return (latent @ loadings.T + noise).astype(np.float32), labels
 
 
+def _read_kept(data: Data) -> File:
+    path = Path(data.folder) / KEPT
+    if not path.is_file():
+        raise ValueError(
+            f"load: the rows of this run must be in {path}, where `fit_clusterer` leaves out more than "
+            f"{KEPT_BYTES // 10**6} MB; got none. Save them: numpy.savez(path, X=x)."
+        )
+    return dataclasses.replace(read_file(path), title="The data")
+
+
+def keep_rows(folder: Path, dataset: Dataset) -> None:
+    """Write rows that were in memory beside their run, for its report, unless they are many or there already."""
+    rows, path = dataset.train.rows, folder / KEPT
+    if path.exists() or (rows.data.nbytes if hasattr(rows, "tocsr") else rows.nbytes) > KEPT_BYTES:
+        return
+    if hasattr(rows, "tocsr"):
+        require("scipy.sparse", "train").save_npz(path, rows)
+    else:
+        np.savez(path, X=rows.reshape(rows.shape[0], *(dataset.image_shape or (-1,))))
+
+
 DATA_SETS: dict[str, Callable[[Data], File]] = {
     "digits": _read_digits,
     "synthetic": _read_synthetic,
     "file": _read_own,
+    "memory": _read_kept,
 }
 """What reads a data set, by its name; add to it what `data.name` is to know besides."""
 SHAPES: dict[str, Shape] = {}

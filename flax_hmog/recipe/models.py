@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,12 +15,13 @@ from jax.sharding import Mesh
 from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.step import EMInfo, penalty
-from flax_hmog.heads.modules import AnalyticHMoG
+from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
 from flax_hmog.inference.likelihood import mean_log_density
 from flax_hmog.inference.posterior import infer_rows, merge_output
 from flax_hmog.model.conversions import moments_to_natural
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.frames import Frame
+from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import as_rep
 from flax_hmog.model.prepared import Prepared, prepare
 from flax_hmog.networks.augment import distort
@@ -32,8 +34,8 @@ from flax_hmog.networks.objectives import (
     reconstruction,
     virtual_adversarial,
 )
-from flax_hmog.recipe.config import Experiment, HeadName
-from flax_hmog.recipe.encoders import apply_encoder, check_encoder, make_encoder
+from flax_hmog.recipe.config import Experiment, Gradient
+from flax_hmog.recipe.encoders import apply_encoder, features_shape, make_encoder
 from flax_hmog.training import make_train_step
 from flax_hmog.training.steps import TrainState
 
@@ -77,26 +79,23 @@ class Trainable:
 
     Args:
         config: the experiment.
-        name: of the head.
+        label: of the head.
         n_clusters: of a head on an encoder.
         obs_dim: columns of the inputs.
         image_shape: of an input, where inputs are images.
-        encoder: a linen module in place of the one that the configuration describes, or None.
-        head: a head in place of the one that it describes, or None.
 
     Raises:
-        ValueError: for augmentation of inputs that are no images, or an encoder that cannot be made.
+        ValueError: for augmentation of inputs that are no images, an encoder or a head that cannot be made, or that do
+            not fit.
     """
 
     def __init__(
         self,
         config: Experiment,
-        name: HeadName,
+        label: str,
         n_clusters: int,
         obs_dim: int,
         image_shape: tuple[int, ...] | None,
-        encoder: Any = None,
-        head: Any = None,
     ) -> None:
         if config.augmentation.is_on and image_shape is None:
             raise ValueError(
@@ -105,13 +104,26 @@ class Trainable:
             )
         self.image_shape = image_shape
         self.config, self.n_clusters = config, n_clusters
-        self.head = config.trainable(name, n_clusters)
-        if head is not None:
-            self.head = head.clone(n_components=self.head.n_components)
-        self.encoder = make_encoder(config, obs_dim, image_shape) if encoder is None else encoder
-        if self.encoder is not None:
-            check_encoder(self.encoder, config, obs_dim)
-        self.module = self.head if self.encoder is None else Clusterer(self.encoder, self.head)
+        self.encoder = make_encoder(config, obs_dim, image_shape)
+        self.head_dim = obs_dim if self.encoder is None else features_shape(self.encoder, obs_dim)[1]
+        self.head = config.head(label, n_clusters, self.head_dim)
+        is_head: bool = isinstance(self.head, Head)
+        if not is_head:
+            raise ValueError(
+                f"Trainable: `heads` must name classes that offer what flax_hmog.Head lists; got {label}. Add what it "
+                "lacks."
+            )
+        if self.head.lat_dim > self.head_dim:
+            raise ValueError(
+                f"Trainable: `heads.{label}.lat_dim` must be at most the {self.head_dim} features; got "
+                f"{self.head.lat_dim}. Lower it."
+            )
+        if self.encoder is None and not is_startable(self.head):
+            raise ValueError(
+                f"Trainable: `heads` without an encoder must start from the model of EM; got {label}. Give its class a "
+                "method start(moments) that returns its variables."
+            )
+        self.module: nn.Module = self.head if self.encoder is None else Clusterer(self.encoder, self.head)
         self.optimizer = functools.lru_cache(self._optimizer)
         self.compiled: Callable | None = None
 
@@ -122,8 +134,14 @@ class Trainable:
         return self.compiled
 
     def _optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Adam with a cosine decay over so many steps."""
-        return optax.adam(optax.cosine_decay_schedule(self.config.gradient.learning_rate, max(steps, 1)))
+        """The optimiser, its learning rate changing over so many steps."""
+        rate = learning_rate(self.config.gradient, max(steps, 1))
+        return cast(optax.GradientTransformation, self.config.optimizer.make({"learning_rate": rate}))
+
+    def analytic(self, n_components: int) -> AnalyticHMoG:
+        """A head that EM fits to features, of the kinds of the head that is trained."""
+        head = self.head
+        return AnalyticHMoG(head.lat_dim, n_components, obs_rep=head.obs_rep, projection_dtype=head.projection_dtype)
 
     def natural(self, variables: Any) -> Natural:
         """The model of the head by itself."""
@@ -155,7 +173,7 @@ class Trainable:
 
         (joint, head_only), collections = apply("joint_and_head_outputs", views, train=True)
         one, twin = (jax.tree.map(lambda leaf, k=k: leaf[k::2], joint) for k in (0, 1))
-        terms = {"likelihood": negative_log_likelihood(head_only) / self.config.encoder.features}
+        terms = {"likelihood": negative_log_likelihood(head_only) / self.head_dim}
         weights: dict[str, Any] = {"likelihood": rounds.likelihood_weight}
         information: Any = rounds.information_weight
         if extra.teacher is not None:
@@ -195,6 +213,25 @@ class Trainable:
         return distort(key, x, self.image_shape, self.config.augmentation)
 
 
+def is_startable(head: Any) -> bool:
+    """True for a head that `warm_start` takes."""
+    return isinstance(head, HMoGHead) or hasattr(head, "start")
+
+
+def learning_rate(options: Gradient, steps: int) -> optax.Schedule:
+    """The learning rate of every step."""
+    rising = round(options.warmup * steps)
+    rate, falling = options.learning_rate, max(steps - rising, 1)
+    after: dict[str, optax.Schedule] = {
+        "cosine": optax.cosine_decay_schedule(rate, falling),
+        "linear": optax.linear_schedule(rate, 0.0, falling),
+        "constant": optax.constant_schedule(rate),
+    }
+    if not rising:
+        return after[options.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, rising), after[options.schedule]], [rising])
+
+
 def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding: Any, has_frame: bool) -> tuple:
     """Model, `Regularizer` and `EMInfo` of EM as `jax.ShapeDtypeStruct`s that lie as given; nothing is computed.
 
@@ -205,7 +242,7 @@ def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding:
         sharding: of the arrays.
         has_frame: True for a model with a frame, as within a fit, and after it where float32 cannot hold it otherwise.
     """
-    rep = as_rep(config.model.obs_rep)
+    rep = as_rep(head.obs_rep)
 
     def example() -> tuple[Natural, Regularizer, EMInfo]:
         moments = random_moments(jax.random.key(0), obs_dim, head.lat_dim, head.n_components, rep)

@@ -142,8 +142,13 @@ def split_parts(
     seed: int,
     class_names: tuple[str, ...] | None = None,
 ) -> dict:
-    """Training and test part: the first `n_train` rows and the others, or a random split where there is none given."""
+    """Training and test part: the first `n_train` rows and the others, or a random split.
+
+    All are for training if `test_share` is 0 and no `n_train` is given.
+    """
     count = rows.shape[0]
+    if n_train is None and test_share == 0:
+        n_train = count
     if n_train is None:
         split = require("sklearn.model_selection", "train").train_test_split
         train, test = split(np.arange(count), test_size=test_share, random_state=seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,11 +15,12 @@ from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.em.step import em_step
 from flax_hmog.model.conversions import natural_to_moments
 from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.kinds import as_rep
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import input_dim, input_image_shape
 from flax_hmog.recipe.load import data_shape
 from flax_hmog.recipe.models import Extra, Trainable, abstract_fit
-from flax_hmog.recipe.train import check_batches
+from flax_hmog.recipe.train import with_batches
 from flax_hmog.training import batch_sharding
 from flax_hmog.training.describe import named_arrays
 from flax_hmog.training.mesh import make_mesh, rows_multiple
@@ -32,9 +32,9 @@ def print_plan(config: Experiment, console: Console) -> None:
     """Configuration, data, mesh, parameters with their shardings, and what each step takes on a device."""
     mesh = make_mesh(model=config.devices.model)
     console = console if is_first() else Console(quiet=True)
-    console.print(dataclasses.asdict(config))
+    console.print(config.options())
     train, test, raw_dim, image_shape = data_shape(config.data)
-    check_batches(config, mesh, train)
+    config = with_batches(config, mesh, train)
     obs_dim = input_dim(config.data, raw_dim)
     console.print(f"\ndata: {train} training and {test} test rows; {raw_dim} columns, {obs_dim} after preprocessing")
     devices = f"{mesh.size} x {jax.devices()[0].device_kind} in {jax.process_count()} processes"
@@ -42,9 +42,9 @@ def print_plan(config: Experiment, console: Console) -> None:
     steps = Table("step", "rows", "GFLOP on a device", "MB held", "MB beside it", title="What a step takes")
     em_rows = min(train, config.em.rows or train)
     compiled = _compile_em(config, mesh, -(-em_rows // rows_multiple(mesh)) * rows_multiple(mesh), obs_dim)
-    flops = _head_flops(config.analytic, obs_dim, em_rows, "full")
+    flops = _head_flops(config.analytic, obs_dim, em_rows)
     steps.add_row("EM", str(em_rows), *_costs(compiled, flops, mesh))
-    for name in config.heads:
+    for name in config.labels:
         image = input_image_shape(config.data, image_shape)
         model = Trainable(config, name, config.n_clusters, obs_dim, image)
         x = jax.ShapeDtypeStruct((config.gradient.batch_size, obs_dim), jnp.float32)
@@ -52,11 +52,9 @@ def print_plan(config: Experiment, console: Console) -> None:
         state = abstract_state(model.module, model.optimizer(1), x, mesh, min_sharded=min_sharded)
         console.print(_parameters(name, state))
         compiled = _compile_gradient(model, state, mesh, obs_dim)
-        reps = {"differentiable": config.model.pst_rep, "symmetric": config.model.lat_rep, "analytic": "full"}
         batch = config.gradient.batch_size
         rows = 4 * batch if config.has_encoder else batch  # two views, with gradients into the encoder and without
-        head_dim = config.encoder.features if config.has_encoder else obs_dim
-        flops = _head_flops(model.head, head_dim, rows, reps[name]) + _encoder_flops(model, batch, obs_dim)
+        flops = _head_flops(model.head, model.head_dim, rows) + _encoder_flops(model, batch, obs_dim)
         steps.add_row(f"gradient, {name}", str(batch), *_costs(compiled, flops, mesh))
     console.print(steps)
     console.print(
@@ -82,11 +80,12 @@ def _costs(compiled: Any, flops: float, mesh: Mesh) -> list[str]:
     return [f"{flops / mesh.size / 1e9:.3g}", f"{memory.argument_size_in_bytes / 1e6:.3g}", f"{beside / 1e6:.3g}"]
 
 
-def _head_flops(head: Any, obs_dim: int, rows: int, rep: str) -> float:
+def _head_flops(head: Any, obs_dim: int, rows: int) -> float:
     """Floating-point operations of the products of a pass (docs/performance.md)."""
     lat_dim, n_components = head.lat_dim, head.n_components
-    width = lat_dim * (lat_dim + 3) // 2 if rep == "full" else 2 * lat_dim
-    noise = obs_dim**2 if head.obs_rep == "full" else 0
+    rep, _ = head.component_structure
+    width = 2 * lat_dim if rep.is_diagonal else lat_dim * (lat_dim + 3) // 2
+    noise = 0 if as_rep(head.obs_rep).is_diagonal else obs_dim**2
     return 2.0 * rows * (3 * obs_dim * lat_dim + 3 * n_components * width + 4 * lat_dim**2 + noise)
 
 

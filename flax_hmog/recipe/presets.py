@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from flax_hmog.em.options import PseudoCounts
-from flax_hmog.recipe.config import EM, Checkpoints, Data, Experiment, Gradient, Model
+from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model
+from flax_hmog.recipe.running import Checkpoints
+from flax_hmog.recipe.template import Template
 
 # Handwritten digits: does one joint model beat reduction followed by clustering? scikit-learn's 1,797 digits of 8 x 8
 # pixels in [0, 1]; 20 % held out, five seeds; 50 s on two CPU cores. Forty components are merged to ten clusters. Kind
@@ -12,10 +14,10 @@ from flax_hmog.recipe.config import EM, Checkpoints, Data, Experiment, Gradient,
 DIGITS = Experiment(
     workdir="runs/digits",
     data=Data("digits", scale="range"),
-    model=Model(lat_dim=10, n_components=40, n_clusters=10, obs_rep="full", pst_rep="full", lat_rep="full"),
+    model=Model(lat_dim=10, n_components=40, n_clusters=10, obs_rep="full"),
     em=EM(n_restarts=3, regularizer=PseudoCounts(components=0.2, noise_floor=0.005, noise_share=1.0)),
     gradient=Gradient(epochs=20, batch_size=256, learning_rate=1e-3),
-    heads=("differentiable", "symmetric"),
+    heads=(Template("differentiable", pst_rep="full"), Template("symmetric", lat_rep="full")),
     n_seeds=5,
     baselines=True,
     checkpoints=Checkpoints(em_steps=200, gradient_steps=50),

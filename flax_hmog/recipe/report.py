@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Data, flat_options
 from flax_hmog.recipe.load import load, read_data
 from flax_hmog.recipe.parts import Dataset, Part
-from flax_hmog.recipe.saved import reported_stage, run_config, saved_stages
+from flax_hmog.recipe.saved import own_classes, reported_stage, run_config, saved_stages
+from flax_hmog.recipe.scores import own_scores
 from flax_hmog.training import CheckpointError, Restored, restore
 from flax_hmog.training.logs import Stage
 
@@ -68,7 +69,7 @@ class Run:
     Attributes:
         config: the configuration.
         dataset: the data, as the first seed splits them.
-        models: restored model by seed and name.
+        models: restored model of every stage that is finished.
         scores: per model or baseline, a dict of metrics for each seed.
         agreement: per model, how far each pair of seeds agrees on the training rows of the first; empty for one seed.
         in_use: per model, how many clusters each seed uses for these rows; empty for one seed.
@@ -77,7 +78,7 @@ class Run:
 
     config: dict[str, Any]
     dataset: Dataset
-    models: dict[tuple[int, str], Restored]
+    models: dict[Stage, Restored]
     scores: dict[str, list[dict[str, float]]]
     agreement: dict[str, list[float]]
     in_use: dict[str, list[float]]
@@ -100,13 +101,9 @@ def report_run(folder: Path, *, allow_import: bool = False) -> None:
     for name in run.unfinished:
         console.print(f"not finished, and left out: {name}")
     rows = table_rows(run)
-    model, encoder = run.config["model"], run.config["encoder"]
+    model, encoder = run.config["model"], run.config["encoder"]["name"]
     merged = f", merged to {model['n_clusters']} clusters" if model["n_clusters"] else ""
-    before = (
-        ""
-        if encoder["name"] == "none"
-        else f"; encoder {encoder['name']}, head of latent dimension {encoder['lat_dim']}"
-    )
+    before = "" if encoder == "none" else f"; encoder {encoder}"
     page = write_report(
         folder / "report.html",
         f"{run.dataset.title}, clustered by hierarchical mixtures of Gaussians",
@@ -135,49 +132,67 @@ def load_run(folder: Path, *, allow_import: bool = False) -> Run:
         CheckpointError: if the folder holds no finished seed, or a damaged one.
     """
     config = run_config(folder)
-    allowed = config["encoder"]["name"] if allow_import else False
-    models: dict[tuple[int, str], Restored] = {}
+    allowed = own_classes(config) if allow_import else False
+    own = config.get("scores", ()) if allow_import else ()
+    if ":" in config["data"]["name"] and not allow_import:
+        raise CheckpointError(
+            f"load_run: the data are read by {config['data']['name']}, which must be imported; got no permission. Add "
+            "--allow-import if you trust it."
+        )
+    models: dict[Stage, Restored] = {}
     unfinished = []
     for stage, about in saved_stages(folder):
         if about is None or not about["progress"]["done"]:
             unfinished.append(f"seed {stage.seed}, {stage.name}")
         else:
-            models[stage.seed, stage.name] = restore(folder / stage.folder, allow_import=allowed)
+            models[stage] = restore(folder / stage.folder, allow_import=allowed)
     if not models:
         raise CheckpointError(
             f"load_run: `folder` must hold checkpoints of a run with EM done; got none in {folder}. Train first."
         )
     file: File | None = None
     datasets, scores = dict[int, Dataset](), dict[str, list[dict[str, float]]]()
-    for (seed, name), model in models.items():
-        if name == "em":
+    for stage, model in models.items():
+        seed, name = stage.seed, stage.name
+        if stage == Stage(seed, "em"):
             data = Data(**model.config["data"])
+            if data.name == "memory":  # which lie beside the run, wherever it is now
+                data = dataclasses.replace(data, folder=str(folder))
             file = read_data(data) if file is None else file
             datasets[seed] = load(data, seed, file)
             for baseline, its_scores in model.progress["baselines"].items():
                 scores.setdefault(baseline, []).append(its_scores)
-        scores.setdefault(name, []).append(score(model, datasets[seed]))
+        scores.setdefault(name, []).append(score(model, datasets[seed], own))
     first = next(iter(datasets.values()))
-    of_stage = {stage: [model for (_, name), model in models.items() if name == stage] for _, stage in models}
+    names = {stage.name: None for stage in models}
+    of_stage = {name: [model for stage, model in models.items() if stage.name == name] for name in names}
     compared = {stage: clusters_of(same, first.train) for stage, same in of_stage.items() if len(same) > 1}
     agreement = {stage: pair_agreement(clusters) for stage, clusters in compared.items()}
     in_use = {stage: clusters_in_use(clusters) for stage, clusters in compared.items()}
     return Run(config, first, models, scores, agreement, in_use, unfinished)
 
 
-def title(name: str) -> str:
-    """Name of a stage in tables: that of a head, of a round of it, or a baseline."""
-    if name.split("-")[0] not in MODELS:
-        return name
-    head, number, is_trained = Stage(0, name).parts
-    return MODELS[head] if not number else f"{MODELS[head]}, round {number}" + ("" if is_trained else ": EM before it")
+def title(stage: Stage) -> str:
+    """Name of a stage in tables: that of a head, or of a round of it."""
+    head = MODELS.get(stage.head, stage.head)
+    return head if not stage.number else f"{head}, round {stage.number}" + (": EM before it" if stage.is_em else "")
 
 
-def score(restored: Restored, dataset: Dataset) -> dict[str, float]:
-    """Log-density in nats per sample on both parts, and NMI, ARI and ACC on the test part if it has labels."""
-    outputs = {name: output_of(restored, part) for name, part in (("train", dataset.train), ("test", dataset.test))}
+def score(restored: Restored, dataset: Dataset, own: Iterable[str] = ()) -> dict[str, float]:
+    """Log-density in nats per sample on both parts, and on the test part NMI, ARI and ACC if it has labels, and others.
+
+    Args:
+        restored: the model.
+        dataset: rows and labels.
+        own: import paths of further scores.
+    """
+    parts = {"train": dataset.train, "test": dataset.test}
+    outputs = {name: output_of(restored, part) for name, part in parts.items() if len(part)}
     scores = {f"{name}_log_density": float(np.mean(output.log_density)) for name, output in outputs.items()}
-    return scores | dataset.test.agreement(outputs["test"].log_responsibilities.argmax(axis=-1))
+    if "test" not in outputs:
+        return scores
+    scores |= dataset.test.agreement(outputs["test"].log_responsibilities.argmax(axis=-1))
+    return scores | own_scores(own, outputs["test"], dataset.test)
 
 
 def output_of(restored: Restored, part: Part) -> HMoGOutput:
@@ -209,11 +224,13 @@ def clusters_in_use(clusters: list[np.ndarray]) -> list[float]:
 
 def table_rows(run: Run) -> list[dict[str, Any]]:
     """One row per method, with mean and standard deviation over seeds, and of the agreement over their pairs."""
-    columns = {key: title for key, title in COLUMNS.items() if key in run.scores["em"][0]}
-    rows = []
+    found = run.scores["em"][0]
+    own = {key: key for key in found if key not in COLUMNS}
+    columns = {key: title for key, title in (COLUMNS | own).items() if key in found}
+    rows, titles = [], {stage.name: title(stage) for stage in run.models}
     for name, seeds in run.scores.items():
-        row: dict[str, Any] = {"method": title(name)}
-        row |= {title: _summary([seed[key] for seed in seeds]) for key, title in columns.items()}
+        row: dict[str, Any] = {"method": titles.get(name, name)}
+        row |= {title: _summary([seed.get(key, np.nan) for seed in seeds]) for key, title in columns.items()}
         if run.agreement:
             row["agreement"] = _summary(run.agreement[name]) if name in run.agreement else None
             row["in use"] = float(np.mean(run.in_use[name])) if name in run.in_use else None
@@ -230,8 +247,7 @@ def _summary(values: list[float]) -> tuple[float, float] | float | None:
 
 def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
     """The parts of the page."""
-    chosen = reported_stage([Stage(*key) for key in run.models], *run.config["heads"][:1])
-    seed, name = chosen.seed, chosen.name
+    chosen = reported_stage(list(run.models), *list(run.config["heads"])[:1])
     yield Section(
         "Results",
         "Mean and standard deviation over seeds, each with its own split of the data where there is none given. "
@@ -242,26 +258,23 @@ def sections(run: Run, rows: list[dict[str, Any]]) -> Iterator[Section]:
         "use are as many clusters there as exp of the entropy of their sizes says.",
         tables=[Table(rows, "Held-out log-density, and clusters beside labels and beside those of other seeds")],
     )
-    yield objective_section(run, seed)
-    yield from model_sections(run.models[seed, name], run.dataset, title(name), seed)
-    options = flat_options(run.config)
+    yield objective_section(run, chosen.seed)
+    yield from model_sections(run.models[chosen], run.dataset, f"{title(chosen)}, seed {chosen.seed}")
     yield Section(
         "How this was made",
         f"Data SHA-256 {run.dataset.digest}. Versions: {run_versions(run)}. "
         "The options below are those of the command.",
-        tables=[
-            Table([{"option": key, "value": str(value)} for key, value in flat_options(options).items()], "Options")
-        ],
+        tables=[Table([{"option": k, "value": str(v)} for k, v in flat_options(run.config).items()], "Options")],
     )
 
 
 def objective_section(run: Run, seed: int) -> Section:
     """EM's objective and the course of fine-tuning."""
-    em = {f"seed {s}": r.progress["objective"] for (s, name), r in run.models.items() if name == "em"}
+    em = {f"seed {s.seed}": r.progress["objective"] for s, r in run.models.items() if s == Stage(s.seed, "em")}
     heads = {
-        title(name): [epoch["test_log_density"] for epoch in restored.history]
-        for (s, name), restored in run.models.items()
-        if s == seed and len(restored.history) > 1
+        title(stage): [epoch["test_log_density"] for epoch in restored.history]
+        for stage, restored in run.models.items()
+        if stage.seed == seed and len(restored.history) > 1 and len(run.dataset.test)
     }
     pictures = [
         Picture(plot_objective(em, title="Exact EM"), "Penalised log-likelihood per sample, best of the starts",
@@ -280,12 +293,13 @@ def objective_section(run: Run, seed: int) -> Section:
     return Section("Fit", text, pictures=pictures)
 
 
-def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) -> Iterator[Section]:
-    """Sections about the reported head, on the test split of one seed."""
+def model_sections(restored: Restored, dataset: Dataset, title: str) -> Iterator[Section]:
+    """Sections about the reported head, on the test part of one seed, or the training part where there is none."""
+    part, samples = (dataset.test, "Test") if len(dataset.test) else (dataset.train, "Training")
     natural = restored.head.apply(restored.variables, method="natural")
     clusters = restored.clusters
-    test = np.asarray(restored.features(dataset.test.read(slice(None))))
-    assignments = np.argmax(restored.merged(infer(natural, test)).log_responsibilities, axis=-1)
+    rows = np.asarray(restored.features(part.read(slice(None))))
+    assignments = np.argmax(restored.merged(infer(natural, rows)).log_responsibilities, axis=-1)
     is_image = restored.encoder_variables is None and natural.interaction.shape[0] == dataset.obs_dim
     image_shape = dataset.image_shape if is_image else None
     prototypes, linkage = cluster_prototypes(natural), cluster_hierarchy(natural)
@@ -294,12 +308,12 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
         Picture(plot_prototypes(shown, image_shape=image_shape), "Cluster prototypes E[x | z]",
                 "The mean of each cluster in the space of the model's inputs"),
     ]  # fmt: skip
-    if dataset.test.is_labelled.any():
-        pictures.append(contingency_picture(dataset.test, assignments))
+    if part.is_labelled.any():
+        pictures.append(contingency_picture(part, assignments, samples))
     yield Section(
         "Clusters",
-        f"{title}, seed {seed}. A prototype is the mean of its cluster in the space of the model's inputs.",
-        tables=[summary_table(component_summary(natural, test).rows())],
+        f"{title}. A prototype is the mean of its cluster in the space of the model's inputs.",
+        tables=[summary_table(component_summary(natural, rows).rows(), samples)],
         pictures=pictures,
     )
     yield Section(
@@ -316,11 +330,11 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
     loadings_shape = image_shape if image_shape and len(image_shape) == 2 else None
     yield Section(
         "Latent space",
-        "Posterior means E[y | x] of the test samples, along the directions that separate the clusters best; and the "
-        "loadings in a canonical rotation, ordered by the variance they explain.",
+        f"Posterior means E[y | x] of the {samples.lower()} samples, along the directions that separate the clusters "
+        "best; and the loadings in a canonical rotation, ordered by the variance they explain.",
         pictures=[
-            Picture(plot_latent_space(natural, test, groups=assignments),
-                    "Test samples in the latent space, coloured by cluster",
+            Picture(plot_latent_space(natural, rows, groups=assignments),
+                    f"{samples} samples in the latent space, coloured by cluster",
                     "Scatter plot of latent means coloured by cluster"),
             Picture(plot_loadings(canonical_loadings(natural), image_shape=loadings_shape), "Loadings",
                     "The loadings of each latent axis"),
@@ -328,7 +342,7 @@ def model_sections(restored: Restored, dataset: Dataset, title: str, seed: int) 
     )  # fmt: skip
 
 
-def contingency_picture(part: Part, assignments: np.ndarray) -> Picture:
+def contingency_picture(part: Part, assignments: np.ndarray, samples: str) -> Picture:
     """Labels beside clusters, for the rows that have a label; classes by their names."""
     is_labelled, names = part.is_labelled, part.occurring_names
     labels: Any = part.part_labels
@@ -336,13 +350,13 @@ def contingency_picture(part: Part, assignments: np.ndarray) -> Picture:
     called = f" ({', '.join(names[:MAX_ROWS])})" if names else ""
     figure = plot_contingency(labels[is_labelled], assignments[is_labelled], label_names=names)
     return Picture(
-        figure, f"Test samples by label and cluster{shown}", f"Table of counts of labels{called} in each cluster"
+        figure, f"{samples} samples by label and cluster{shown}", f"Table of counts of labels{called} in each cluster"
     )
 
 
-def summary_table(rows: list[dict[str, Any]]) -> Table:
+def summary_table(rows: list[dict[str, Any]], samples: str) -> Table:
     """The clusters, or the largest of very many."""
-    caption = "Components on the test split"
+    caption = f"Components on the {samples.lower()} samples"
     if len(rows) <= MAX_ROWS:
         return Table(rows, caption)
     largest = sorted(rows, key=lambda row: -row["weight"])[:MAX_ROWS]

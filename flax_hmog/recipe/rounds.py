@@ -19,7 +19,7 @@ from flax_hmog.model.coordinates import Natural
 from flax_hmog.recipe.encoders import features, init_encoder, join_module, split_module, untrained_variables
 from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.recipe.merge import merged_clusters
-from flax_hmog.recipe.models import Teacher, abstract_fit
+from flax_hmog.recipe.models import Teacher, abstract_fit, is_startable
 from flax_hmog.recipe.run import LinearFit, Run, Start
 from flax_hmog.recipe.scores import evaluate
 from flax_hmog.training import restore_like
@@ -33,7 +33,7 @@ class RoundStage:
 
     def __init__(self, run: Run, seed: int, name: str, number: int, inputs: Inputs) -> None:
         self.run, self.inputs, self.number = run, inputs, number
-        self.stage = Stage.of_round(seed, name, number, is_em=True)
+        self.stage = Stage(seed, name, number, is_em=True)
         self.model, self.model_before, self.config = run.model(name, number), run.model(name, number - 1), run.config
         self.n_clusters = self.model.n_clusters
         self.key = jax.random.fold_in(jax.random.key(seed), number)
@@ -54,9 +54,13 @@ class RoundStage:
         teacher = Teacher(restored.encoder_variables, factors, jnp.asarray(restored.clusters))
         template = self._abstract_start("head/frame/unit" in restored.state)
         started = restore_like(template, restored.state, "the start of a round")
-        head_variables, _ = warm_start(self.model.head, started["head"])
+        encoder_variables = started["encoder"]
+        if is_startable(self.model.head):
+            head_variables, _ = warm_start(self.model.head, started["head"])
+        else:  # it learns the clusters from where it begins
+            head_variables = self._untrained_head(encoder_variables)
         return Start(
-            join_module(started["encoder"], head_variables),
+            join_module(encoder_variables, head_variables),
             teacher=jax.tree.map(np.asarray, teacher),
             distil_epochs=self.config.rounds.distil_epochs if self._is_fresh else 0,
         )
@@ -79,20 +83,20 @@ class RoundStage:
             before, before_variables = encoder, own if trained is None else trained
             rows = features(encoder, before_variables, x)
             if trained is None or config.rounds.refit:
-                mixture = self._fit(config.feature_head(config.rounds.n_components), rows, weights)
+                mixture = self._fit(self.model.analytic(config.rounds.n_components), rows, weights)
             else:
                 mixture = moments_to_natural(natural_to_moments(self.model_before.natural(trained_head)))
         clusters = merged_clusters(mixture, rows, weights, self.n_clusters)
         clusters = np.arange(self.n_clusters) if clusters is None else clusters
         assigned = merge_output(infer(mixture, rows), clusters, self.n_clusters).log_responsibilities
         labels = jnp.argmax(assigned, axis=-1).astype(jnp.int32)
-        started = self._fit(config.feature_head(self.n_clusters), features(encoder, own, x), weights, labels)
+        started = self._fit(self.model.analytic(self.n_clusters), features(encoder, own, x), weights, labels)
         test = lambda x: infer(mixture, features(before, before_variables, x))  # noqa: E731
-        metrics = evaluate(test, self.inputs, clusters)
+        metrics = evaluate(test, self.inputs, clusters, config.scores)
         self.run.log.write(self.stage, 1, **metrics)
         variables: dict[str, Any] = {"em": stepwise_start(natural_to_moments(mixture))}
         n_components = mixture.posterior_location.shape[0]
-        head = config.analytic if before is None else config.feature_head(n_components)
+        head = config.analytic if before is None else self.model.analytic(n_components)
         with self.run.writer(self.stage, head, before, self.inputs) as writer:
             writer.save(
                 1,
@@ -108,16 +112,18 @@ class RoundStage:
         local = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         x = jax.ShapeDtypeStruct((1, self.inputs.obs_dim), jnp.float32)
         encoder = nn.unbox(jax.eval_shape(lambda x: untrained_variables(self.model.encoder, self.key, x), x))
-        head = self.config.feature_head(self.n_clusters)
-        natural, _, _ = abstract_fit(head, self.config, self.config.encoder.features, local, has_frame)
+        head = self.model.analytic(self.n_clusters)
+        natural, _, _ = abstract_fit(head, self.config, self.model.head_dim, local, has_frame)
         return {"encoder": encoder, "head": natural}
 
     def _untrained(self) -> dict[str, Any]:
         """Variables of encoder and head before any training."""
         encoder_variables = self._init_encoder()
+        return join_module(encoder_variables, self._untrained_head(encoder_variables))
+
+    def _untrained_head(self, encoder_variables: dict[str, Any]) -> dict[str, Any]:
         x = features(self.model.encoder, encoder_variables, self._first_rows())
-        head_variables = nn.unbox(jax.jit(self.model.head.init)(jax.random.fold_in(self.key, 2), x))
-        return join_module(encoder_variables, head_variables)
+        return dict(nn.unbox(jax.jit(self.model.head.init)(jax.random.fold_in(self.key, 2), x)))
 
     def _init_encoder(self) -> dict[str, Any]:
         return init_encoder(self.model.encoder, self.key, self._first_rows())

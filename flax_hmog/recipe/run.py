@@ -150,7 +150,7 @@ class Run:
 
     def writer(self, stage: Stage, head: Any, encoder: Any, inputs: Inputs) -> Writer:
         """Writes the checkpoints of a stage, or keeps the last one in memory."""
-        config = dataclasses.asdict(self.config)
+        config = self.config.options()
         if self.workdir is None:
             module = head if encoder is None else Clusterer(encoder, head)
             return Keeper(self.memory, stage, head, module, inputs.preprocessing, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,26 @@ from flax_hmog.training.files import read_description, saved_steps
 from flax_hmog.training.logs import Stage
 from flax_hmog.training.restoring import Restored, restore
 
+HEADS = ("differentiable", "symmetric", "analytic")  # of runs whose configuration names those of its last start only
+
 
 def saved_stages(folder: Path) -> Iterator[tuple[Stage, dict[str, Any] | None]]:
     """Every stage of a run with the description of its last checkpoint, or None where it has none yet.
 
     Seeds in their order; in a seed EM on the inputs first, and in a round EM before training.
     """
+    content = _run_file(folder)
+    config = content["config"]
+    # those of earlier runs in the folder, too
+    labels = {*HEADS, *config["heads"], *content.get("result_options", {}).get("heads", ())}
+    rounds = range(config["rounds"]["count"] + 1)
     seeds = sorted(int(path.name.removeprefix("seed")) for path in folder.glob("checkpoints/seed*"))
     for seed in seeds:
-        names = (path.name for path in (folder / "checkpoints" / f"seed{seed}").iterdir() if path.is_dir())
-        for name in sorted(names, key=lambda name: (name != "em", Stage(seed, name).parts)):
-            path = folder / Stage(seed, name).folder
-            steps = saved_steps(path)
-            yield Stage(seed, name), last_description(path) if steps else None
+        of_rounds = product(sorted(labels), rounds, (True, False))
+        for stage in (Stage(seed, "em"), *(Stage(seed, *which) for which in of_rounds)):
+            path = folder / stage.folder
+            if path.is_dir():
+                yield stage, last_description(path) if saved_steps(path) else None
 
 
 def last_description(folder: Path) -> dict[str, Any]:
@@ -46,8 +54,8 @@ def last_description(folder: Path) -> dict[str, Any]:
 def reported_stage(stages: list[Stage], head: str = "em") -> Stage:
     """The stage that speaks for a run: of the first seed the last round of the head, or EM."""
     seed = min(stage.seed for stage in stages)
-    trained = [stage for stage in stages if stage.seed == seed and stage.parts[0] == head and stage.parts[2]]
-    return max(trained, key=lambda stage: stage.parts, default=Stage(seed, "em"))
+    trained = [stage for stage in stages if stage.seed == seed and stage.head == head and stage.is_trained]
+    return max(trained, key=lambda stage: stage.number, default=Stage(seed, "em"))
 
 
 def restore_run(
@@ -86,10 +94,14 @@ def restore_run(
             f"restore_run: `folder` must hold a finished stage as asked for; got {folder} with {names}. "
             "Choose one of them, or train to the end."
         )
-    chosen = found[0] if stage is not None else reported_stage(found, *config["heads"][:1])
-    return restore(
-        folder / chosen.folder, allow_import=config["encoder"]["name"] if allow_import is True else allow_import
-    )
+    chosen = found[0] if stage is not None else reported_stage(found, *list(config["heads"])[:1])
+    return restore(folder / chosen.folder, allow_import=own_classes(config) if allow_import is True else allow_import)
+
+
+def own_classes(config: dict[str, Any]) -> list[str]:
+    """Names of the encoder and the heads that a configuration trains, which a reader of its run may import."""
+    heads = config["heads"]
+    return [config["encoder"]["name"], *(heads[label]["name"] if isinstance(heads, dict) else label for label in heads)]
 
 
 def run_config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,24 @@ from flax_hmog.analysis.baselines import fit_baselines
 from flax_hmog.inference.posterior import HMoGOutput, merge_output
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import Inputs
+from flax_hmog.recipe.parts import Part
+from flax_hmog.recipe.template import imported
 from flax_hmog.training.processes import to_host
 
 
 def evaluate(
-    model: Callable[[jax.Array], HMoGOutput], inputs: Inputs, clusters: np.ndarray | None = None
+    model: Callable[[jax.Array], HMoGOutput],
+    inputs: Inputs,
+    clusters: np.ndarray | None = None,
+    scores: Iterable[str] = (),
 ) -> dict[str, float]:
-    """Mean log-density of the test part in nats per sample, and NMI, ARI and ACC where there are labels.
+    """Mean log-density of the test part in nats per sample, NMI, ARI and ACC where there are labels, further scores.
 
     Args:
         model: gives the output for `inputs.test_rows`; it is not called where there are none.
         inputs: the data.
         clusters: cluster of each component (K,), or None where every component is one.
+        scores: import paths of further scores.
     """
     part = inputs.dataset.test
     if not len(part):
@@ -31,12 +37,29 @@ def evaluate(
     x, weights = inputs.test_rows
     output = model(x)
     metrics = {"test_log_density": float(jnp.sum(output.log_density * weights) / len(part))}
+    if part.part_labels is None and not scores:
+        return metrics
+    if clusters is not None:
+        output = merge_output(output, clusters, int(clusters.max()) + 1)
     if part.part_labels is not None:
-        if clusters is not None:
-            output = merge_output(output, clusters, int(clusters.max()) + 1)
         assignments = to_host(jnp.argmax(output.log_responsibilities, axis=-1))[: len(part)]
         metrics |= part.agreement(assignments)
-    return metrics
+    return metrics | own_scores(scores, jax.tree.map(lambda leaf: to_host(leaf)[: len(part)], output), part)
+
+
+def own_scores(paths: Iterable[str], output: HMoGOutput, part: Part) -> dict[str, float]:
+    """Scores of a user's, by the names of their functions.
+
+    Args:
+        paths: import paths MODULE:FUNCTION.
+        output: of clusters, for the rows of the part, in numpy.
+        part: rows and labels; labels are None where there are none.
+
+    Raises:
+        ValueError: for a path that leads to no function.
+    """
+    found = {path.rpartition(":")[2]: imported("experiment: `scores`", path) for path in paths}
+    return {name: float(score(output, part.part_labels)) for name, score in found.items()}
 
 
 def baseline_scores(inputs: Inputs, config: Experiment, seed: int) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from flax_hmog.recipe.config import Experiment, flat_options
 from flax_hmog.recipe.em import EMStage
 from flax_hmog.recipe.gradient import GradientStage
 from flax_hmog.recipe.inputs import Inputs, input_dim, input_image_shape, prepare_inputs
-from flax_hmog.recipe.load import load, read_data
+from flax_hmog.recipe.load import keep_rows, load, read_data
 from flax_hmog.recipe.models import Trainable
 from flax_hmog.recipe.parts import Dataset
 from flax_hmog.recipe.rounds import RoundStage
 from flax_hmog.recipe.run import LinearFit, Run, Start
+from flax_hmog.recipe.template import imported
 from flax_hmog.training import make_mesh
 from flax_hmog.training.files import saved_steps
 from flax_hmog.training.lock import FolderLock
@@ -31,11 +33,14 @@ from flax_hmog.training.logs import Log, OnEpoch, OnStep
 from flax_hmog.training.mesh import rows_multiple
 from flax_hmog.training.processes import Stopped, StopRequest, is_first, on_first_process
 
+logger = logging.getLogger(__name__)
 RENAMED = {
     "em.weight_pseudo_count": "em.regularizer.weights",
     "em.component_pseudo_count": "em.regularizer.components",
     "em.noise_pseudo_share": "em.regularizer.noise_share",
     "em.noise_floor": "em.regularizer.noise_floor",
+    "model.pst_rep": "heads.differentiable.pst_rep",
+    "model.lat_rep": "heads.symmetric.lat_rep",
 }  # options of runs that were begun before
 
 
@@ -45,8 +50,6 @@ def run(
     stop: StopRequest,
     *,
     file: File | None = None,
-    encoder: Any = None,
-    head: Any = None,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Run:
@@ -57,8 +60,6 @@ def run(
         console: console for progress.
         stop: requests to stop the run.
         file: rows and labels; None reads those of the configuration.
-        encoder: a linen module in place of the one that the configuration describes.
-        head: a head in place of those that it describes; rounds change the number of its components.
         on_step: called after every step.
         on_epoch: called at the end of EM and of every epoch.
 
@@ -72,38 +73,47 @@ def run(
     mesh = make_mesh(model=config.devices.model)
     file = read_data(config.data) if file is None else file
     dataset = load(config.data, config.first_seed, file)
-    check_batches(config, mesh, len(dataset.train))
+    config = with_batches(config, mesh, len(dataset.train))
     # mistakes in data and models leave no folder behind
     image_shape = input_image_shape(config.data, dataset.image_shape)
     obs_dim = input_dim(config.data, dataset.obs_dim)
-    models = make_models(config, obs_dim, image_shape, encoder, head)
+    models = make_models(config, obs_dim, image_shape)
+    for path in config.scores:
+        imported("run: `scores`", path)
     log = functools.partial(Log, console=console, on_step=on_step, on_epoch=on_epoch)
     if not config.workdir:
         with log(None) as opened:
             stages = Run(config, mesh, opened, stop, models)
             _run_stages(stages, file)
         return stages
-    workdir, options = Path(config.workdir), dataclasses.asdict(config)
+    workdir = Path(config.workdir)
     with on_first_process(lambda: _claim(workdir, config, dataset)) or contextlib.nullcontext():
         if is_first():
             console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
-        with log(workdir, config=options, **options["logs"]) as opened:
+        with log(workdir, config=config.options(), **dataclasses.asdict(config.logs)) as opened:
             stages = Run(config, mesh, opened, stop, models)
             _run_stages(stages, file)
     return stages
 
 
-def check_batches(config: Experiment, mesh: Mesh, n_rows: int) -> None:
-    """ValueError for batches that do not fit the devices or the training rows."""
+def with_batches(config: Experiment, mesh: Mesh, n_rows: int) -> Experiment:
+    """The experiment with batches of no more than the training rows; a warning in the log says so where they shrink.
+
+    Raises:
+        ValueError: for batches that do not fit the devices, or fewer rows than devices.
+    """
     size, multiple = config.gradient.batch_size, rows_multiple(mesh)
     if size % multiple:
         raise ValueError(
             f"run: `gradient.batch_size` must be a multiple of the {multiple} devices; got {size}. Change it."
         )
-    if config.heads and size > n_rows:
-        raise ValueError(
-            f"run: `gradient.batch_size` must be at most the {n_rows} training rows; got {size}. Lower it."
-        )
+    if not config.heads or size <= n_rows:
+        return config
+    fitting = n_rows // multiple * multiple
+    if not fitting:
+        raise ValueError(f"run: the training rows must be at least the {multiple} devices; got {n_rows}. Add rows.")
+    logger.warning("batches have %d rows in place of %d, as there are %d for training", fitting, size, n_rows)
+    return dataclasses.replace(config, gradient=dataclasses.replace(config.gradient, batch_size=fitting))
 
 
 def _run_stages(stages: Run, file: File) -> None:
@@ -112,12 +122,12 @@ def _run_stages(stages: Run, file: File) -> None:
     for seed in config.seeds:
         inputs = prepare_inputs(config.data, load(config.data, seed, file), stages.mesh)
         linear = EMStage(stages, seed, inputs).result()
-        for name in config.heads:
+        for name in config.labels:
             _train_head(stages, seed, name, inputs, linear)
 
 
 def make_models(
-    config: Experiment, obs_dim: int, image_shape: tuple[int, ...] | None, encoder: Any = None, head: Any = None
+    config: Experiment, obs_dim: int, image_shape: tuple[int, ...] | None
 ) -> dict[tuple[str, int], Trainable]:
     """The trainable heads of all rounds, by name and number of clusters.
 
@@ -131,8 +141,8 @@ def make_models(
         )
     counts = {config.round_clusters(number) for number in range(config.rounds.count + 1)}
     return {
-        (name, count): Trainable(config, name, count, obs_dim, image_shape, encoder, head)
-        for name in config.heads
+        (name, count): Trainable(config, name, count, obs_dim, image_shape)
+        for name in config.labels
         for count in counts
     }
 
@@ -187,19 +197,32 @@ def _write_config(workdir: Path, config: Experiment, dataset: Dataset) -> None:
     if not any(saved_steps(folder) for folder in workdir.glob("checkpoints/*/*")):
         (workdir / "metrics.jsonl").unlink(missing_ok=True)
     elif path.exists():
-        # an option that the run did not have yet has its default
-        found = flat_options(json.loads(json.dumps(Experiment("").result_options())))
-        former = flat_options(_read_config(path).get("result_options", {}))
-        found |= {RENAMED.get(name, name): value for name, value in former.items()}
-        changed = [name for name, value in flat_options(wanted).items() if found.get(name) != value]
+        former = _read_config(path).get("result_options", {})
+        changed = _changed(config, former, wanted)
         if changed:
             raise ValueError(
                 f"run: `workdir` must hold a run of the same config; got {workdir} with another {', '.join(changed)}. "
                 "Choose another --workdir or delete this one."
             )
-    everything = {"config": dataclasses.asdict(config), "result_options": wanted, "column_names": dataset.column_names}
+        wanted["heads"] = former.get("heads", {}) | wanted["heads"]  # checkpoints of all of them are there
+    everything = {"config": config.options(), "result_options": wanted, "column_names": dataset.column_names}
     path.with_suffix(".new").write_text(json.dumps(everything, indent=2) + "\n")
     path.with_suffix(".new").replace(path)
+    if config.data.name == "memory":
+        keep_rows(workdir, dataset)
+
+
+def _changed(config: Experiment, former: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Names of the options that differ from those of a run; one that the run did not have yet has its default."""
+    found = flat_options(json.loads(json.dumps(config.default_options())))
+    found |= {RENAMED.get(name, name): value for name, value in flat_options(former).items()}
+    if "heads" in former:  # a head that the run did not have is new to it
+        wanted = wanted | {
+            "heads": {label: wanted["heads"][label] for label in former["heads"] if label in config.labels}
+        }
+    elif config.has_encoder:  # one latent dimension stood for all heads
+        found |= {f"heads.{label}.lat_dim": found.get("encoder.lat_dim") for label in config.labels}
+    return [name for name, value in flat_options(wanted).items() if found.get(name) != value]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -23,21 +23,31 @@ OnEpoch = Callable[[str, dict[str, Any]], None]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of one seed: "em", "differentiable", or of round 2 "differentiable-2-em" and "differentiable-2"."""
+    """One stage of one seed.
+
+    Attributes:
+        seed: the seed.
+        head: name of the head, or "em" for EM on the inputs.
+        number: of the round, counted from 1; 0 stands for training without rounds.
+        is_em: True for EM at the start of a round.
+    """
 
     seed: int
-    name: str
-
-    @classmethod
-    def of_round(cls, seed: int, head: str, number: int, *, is_em: bool = False) -> Stage:
-        """A stage of a round, counted from 1; 0 stands for training without rounds."""
-        return cls(seed, head + (f"-{number}" if number else "") + ("-em" if is_em else ""))
+    head: str
+    number: int = 0
+    is_em: bool = False
 
     @property
-    def parts(self) -> tuple[str, int, bool]:
-        """Head or "em", number of the round, and whether it is trained by gradients, which comes after EM."""
-        head, *rest = self.name.split("-")
-        return head, int(rest[0]) if rest else 0, rest[1:] != ["em"] and head != "em"
+    def name(self) -> str:
+        """The name in folders and metrics: "em", "differentiable", or of round 2 "differentiable-2-em" and
+        "differentiable-2".
+        """
+        return self.head + (f"-{self.number}" if self.number else "") + ("-em" if self.is_em else "")
+
+    @property
+    def is_trained(self) -> bool:
+        """True for a stage of training by gradients."""
+        return self.head != "em" and not self.is_em
 
     @property
     def folder(self) -> Path:

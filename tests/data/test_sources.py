@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from held_rows import COUNTS, HEAD, KEY, NATURAL, TRAINABLE, OnDisk, PolarsFrame, Tensor, X, fit, same_fit
+from held_rows import COUNTS, HEAD, KEY, NATURAL, RNG, TRAINABLE, OnDisk, PolarsFrame, Tensor, X, Y, fit, same_fit
 from jax.experimental import sparse as jax_sparse
 
 from flax_hmog import (
@@ -325,7 +325,7 @@ def test_messages_keep_their_form():
     """Function: `argument` must RULE; got VALUE. REMEDY."""
     for call in (
         lambda: em_step(NATURAL, COUNTS),
-        lambda: fit([PAIR]),
+        lambda: fit([(X[:45], Y[:45])]),
         lambda: fit(np.ma.masked_array(X, X > 0)),
         lambda: jax.jit(lambda x: fit(x).natural)(X),
         lambda: infer(NATURAL, Tensor(X, "nothing")),

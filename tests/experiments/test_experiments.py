@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 from sklearn.metrics import adjusted_rand_score
-from small_runs import SMALL, read_metrics, run, without_times
+from small_runs import DIFFERENTIABLE, SMALL, read_metrics, run, without_times
 
 from experiments.configs import EXPERIMENTS
 from experiments.train import main
 from flax_hmog.analysis.baselines import fit_baselines
+from flax_hmog.em.options import NAMES, USED
 from flax_hmog.recipe import models, train
 from flax_hmog.recipe import report as analyze
 from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Experiment, Gradient, Model, flat_options
@@ -65,8 +66,8 @@ def test_a_finished_run_does_nothing_more(folder):
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(steps, folder, tmp_path):
     """Bit for bit: every array, position, record and line. Ten steps of EM, then twenty of each head."""
     with pytest.raises(processes.Stopped):
-        run(tmp_path, n_seeds=1, heads=("differentiable",), stop_at=steps)
-    run(tmp_path, n_seeds=1, heads=("differentiable",))
+        run(tmp_path, n_seeds=1, heads=DIFFERENTIABLE, stop_at=steps)
+    run(tmp_path, n_seeds=1, heads=DIFFERENTIABLE)
     for name in ("em", "differentiable"):
         assert without_times(read_metrics(tmp_path, stage=name)) == without_times(
             read_metrics(folder, seed=0, stage=name)
@@ -150,7 +151,7 @@ def test_a_run_of_before_an_option_had_what_is_its_default(folder, tmp_path):
 
 
 def test_a_diverging_run_says_what_happened_and_where_to_go_on(tmp_path, monkeypatch):
-    config = dataclasses.replace(SMALL, n_seeds=1, heads=("differentiable",))
+    config = dataclasses.replace(SMALL, n_seeds=1, heads=DIFFERENTIABLE)
     broken = lambda self, variables, x, extra: (jax.numpy.nan * variables["params"]["bias"].sum(), {})  # noqa: E731
     monkeypatch.setattr(models.Trainable, "head_loss", broken)
     with pytest.raises(
@@ -202,7 +203,7 @@ def test_the_plan_names_what_a_step_takes():
 
 def test_events_for_tensorboard_are_written(tmp_path):
     pytest.importorskip("tensorboardX", reason="the package tensorboardX is not installed: pip install flax-hmog[logs]")
-    config = dataclasses.replace(SMALL, n_seeds=1, heads=("differentiable",))
+    config = dataclasses.replace(SMALL, n_seeds=1, heads=DIFFERENTIABLE)
     with pytest.raises(processes.Stopped):
         run(tmp_path, config, logs=dataclasses.replace(config.logs, tensorboard=True), stop_at=3)
     assert list((tmp_path / "tensorboard").glob("events*"))
@@ -268,10 +269,10 @@ def test_a_report_is_made_of_the_checkpoints_alone(folder, monkeypatch):
         (["digits", "--gradient.epochs", "0"], "Gradient: `epochs` must be at least 1; got 0"),
         (["digits", "--processes.count", "2"], "`processes.coordinator` must be given"),
         (["digits", "--processes.coordinator", "here:1"], "`processes.count` and `processes.index` must be given"),
-        (["digits", "--encoder.name", "cnn"], "`name` must be none, mlp, conv, autoencoder or MODULE:CLASS; got 'cnn'"),
+        (["digits", "--encoder.name", "cnn"], "Template: the name must be one of mlp, conv"),
         (["synthetic", "--encoder.name", "conv"], "`encoder.name` conv must have images"),
-        (["digits", "--encoder.name", "nowhere:Net"], "`encoder.name` must name a linen class that can be imported"),
-        (["digits", "--heads", "analytic"], "`heads` may hold analytic only with an encoder"),
+        (["digits", "--encoder.name", "nowhere:Net"], "got 'nowhere:Net' (ModuleNotFoundError"),
+        (["digits", "--heads", "analytic"], "`heads` must hold analytic only with an encoder"),
         (["digits", "--model.n-clusters", "41"], "`model.n_clusters` must be at most the 40 components; got 41"),
         (
             ["digits_encoder", "--rounds.count", "2", "--rounds.early-clusters", "9"],
@@ -287,14 +288,20 @@ def test_a_report_is_made_of_the_checkpoints_alone(folder, monkeypatch):
         (["digits_encoder", "--rounds.marginal-weight", "0.5"], "`marginal_weight` must be above 1/2"),
         (
             ["digits", "--encoder.name", "mlp", "--encoder.features", "8"],
-            "`encoder.lat_dim` must be at most the 8 features",
+            "`heads.differentiable.lat_dim` must be at most the 8 features",
         ),
         (["digits", "--encoder.name", "mlp", "--gradient.epochs", "3"], "`gradient.epochs` must be above"),
         (["digits", "--model.n-clusters", "0"], "Model: `n_clusters` must be at least 1; got 0"),
         (["digits", "--first-seed", "-1"], "Experiment: `first_seed` must be at least 0; got -1"),
         (["file"], "`data.path` must name a file"),
         (["synthetic", "--augmentation.shift", "2"], "`augmentation` must be of images"),
-        (["digits", "--gradient.batch-size", "2048"], "`gradient.batch_size` must be at most the 1437 training rows"),
+        (["digits", "--heads", "differentiable", "differentiable"], "`heads` must have different names, none em"),
+        (["digits", "--optimizer.name", "adamm"], "the name must be one of"),
+        (["digits", "--encoder.name", "flax_hmog.recipe:Gradient"], "`encoder.name` must name a linen class"),
+        (
+            ["digits", "--heads", "flax.linen:BatchNorm"],
+            "`heads` must name classes that offer what flax_hmog.Head lists",
+        ),
     ],
 )
 def test_bad_options_are_named(arguments, message, tmp_path, monkeypatch, capsys):
@@ -314,7 +321,12 @@ def test_every_option_is_explained(monkeypatch, capsys):
         main()
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in flat_options(dataclasses.asdict(SMALL)):
+    unused = [f"{group}.{name}" for group in ("em", "rounds.em") for name in NAMES if name not in USED["fit_em"]]
+    for name in flat_options({"heads": ()} | SMALL.options()).keys() - {
+        "heads.differentiable.name",
+        "heads.symmetric.name",
+        *unused,
+    }:
         assert f"--{name.replace('_', '-')}" in text, name
     assert "Folder of the run" in text
 

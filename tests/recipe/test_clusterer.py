@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from flax_hmog import DifferentiableHMoG, SymmetricHMoG
 from flax_hmog.networks import MLP
-from flax_hmog.recipe import EM, Augmentation, Data, Encoder, Experiment, Gradient, Model, Rounds, fit_clusterer
+from flax_hmog.recipe import EM, Augmentation, Data, Experiment, Gradient, Model, Rounds, Template, fit_clusterer
 from flax_hmog.recipe.train import run
 from flax_hmog.training import export
 from flax_hmog.training.processes import StopRequest
@@ -39,8 +39,9 @@ def test_it_is_the_recipe_of_the_command_line(tmp_path):
     """Bit for bit, in memory and in a folder; one that was interrupted goes on."""
     np.savez(tmp_path / "rows.npz", X=X, n_train=299)
     data = Data("file", path=str(tmp_path / "rows.npz"), scale="range")
-    model, encoder = dataclasses.replace(FEW["model"], n_clusters=4), Encoder("mlp", 6, "none", lat_dim=3)
-    config = Experiment("", data, model, encoder, ROUNDS, em=FEW["em"], gradient=FEW["gradient"], first_seed=2)
+    model, encoder = dataclasses.replace(FEW["model"], n_clusters=4), Template("mlp", features=6, normalization="none")
+    heads = (Template("differentiable", lat_dim=3),)
+    config = Experiment("", data, model, encoder, ROUNDS, FEW["em"], FEW["gradient"], heads=heads, first_seed=2)
     stages = run(config, Console(quiet=True), StopRequest(listens=False))
     (want,) = (stages.memory[stage] for stage in stages.memory if stage.name == "differentiable-1")
     head, epochs = DifferentiableHMoG(3, 4), []
@@ -92,7 +93,6 @@ def test_without_an_encoder_em_is_all_or_a_head_follows():
         (None, {"x": X.astype(str)}, "`x` must hold real numbers"),
         (None, {"x": np.where(X > 15, np.nan, X)}, "the data must be finite"),
         (None, {"model": Model(3, 2)}, "`model.n_clusters` must be at most the 2 components; got 4"),
-        (MLP(6), {"gradient": Gradient(batch_size=301)}, "`gradient.batch_size` must be at most the 300 training rows"),
         (MLP(6), {"augmentation": Augmentation(shift=1.0)}, "`augmentation` must be of images"),
     ],
 )
