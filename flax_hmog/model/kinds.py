@@ -95,18 +95,12 @@ def inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
 
 @jax.jit
 def _inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
-    if matrix.ndim == 2:
-        factor, log_det = _factor_and_log_det(matrix)
-        root = inverse_lower(factor)
-    else:
-        factor, log_det = one_by_one(_factor_and_log_det, matrix.reshape(-1, *matrix.shape[-2:]))
-        root = one_by_one(inverse_lower, factor)
+    stack, of_each = matrix, lambda function, single: function(single)
+    if matrix.ndim > 2:
+        stack, of_each = matrix.reshape(-1, *matrix.shape[-2:]), one_by_one
+    factor = of_each(jnp.linalg.cholesky, stack)
+    root, log_det = of_each(lambda each: (inverse_lower(each), 2 * jnp.sum(jnp.log(diagonal(each)))), factor)
     return matmul(transpose(root), root).reshape(matrix.shape), log_det.reshape(matrix.shape[:-2])
-
-
-def _factor_and_log_det(matrix: Array) -> tuple[Array, Array]:
-    factor = jnp.linalg.cholesky(matrix)
-    return factor, 2 * jnp.sum(jnp.log(diagonal(factor)))
 
 
 @jax.jit

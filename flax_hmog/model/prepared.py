@@ -55,10 +55,10 @@ def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepar
         >>> infer(prepare(natural), x).log_density.shape
         (12,)
     """
-    dtype = check_float_dtype("projection_dtype", projection_dtype)
     prepared = natural if isinstance(natural, Prepared) else _prepare(with_prior(check_natural(natural)))
-    if dtype in (None, prepared.projector.dtype.name):
+    if projection_dtype is None:
         return prepared
+    dtype = check_float_dtype("projection_dtype", projection_dtype)
     return dataclasses.replace(prepared, projector=prepared.root.times(prepared.projection).astype(dtype))
 
 
