@@ -104,7 +104,8 @@ def _group(name: str, fields: Fields, base: Any = None) -> tuple[type, Any]:
 def _of_fits(tyro: Any, em: EM) -> tuple[type, Any]:
     """The options of EM, without those that a whole fit does not use."""
     unused = [name for name in NAMES if name not in USED["fit_em"]]
-    return _group("EM", {name: (tyro.conf.Suppress[tyro.conf.Fixed[Any]], getattr(em, name)) for name in unused}, em)
+    hidden = {name: (tyro.conf.Suppress[tyro.conf.Fixed[type(getattr(em, name))]], getattr(em, name)) for name in unused}
+    return _group("EM", hidden, em)
 
 
 def _flags(

@@ -109,7 +109,7 @@ def test_a_run_that_could_not_start_is_no_run(tmp_path, monkeypatch):
 
 def test_a_folder_takes_one_run_at_a_time(tmp_path):
     with (
-        FolderLock(tmp_path, caller="run", argument="workdir"),
+        FolderLock(tmp_path, argument="run: `workdir`"),
         pytest.raises(
             ValueError, match=f"run: `workdir` must have one writer; got {tmp_path}, which another writer of"
         ),

@@ -154,7 +154,7 @@ def test_a_writer_whose_lock_was_taken_writes_no_more(tmp_path):
 
 def locked(folder, **changes):
     """The lock of a writer that is like this process, but for some changes."""
-    with FolderLock(folder, caller="test", argument="folder") as held:
+    with FolderLock(folder, argument="test: `folder`") as held:
         content = json.dumps(json.loads(held.content) | changes)
     (folder / LOCK).write_text(content)
     return folder / LOCK
@@ -163,7 +163,7 @@ def locked(folder, **changes):
 def taken(folder):
     """Whether the lock can be had."""
     try:
-        FolderLock(folder, caller="test", argument="folder").release()
+        FolderLock(folder, argument="test: `folder`").release()
     except CheckpointError:
         return False
     return True
@@ -194,7 +194,7 @@ def test_a_process_that_runs_keeps_its_lock(tmp_path, impatient):
     with pytest.raises(
         CheckpointError, match=rf"which process {running.pid} on .* writes\. Wait .*, delete {tmp_path}/"
     ):
-        FolderLock(tmp_path, caller="test", argument="folder")
+        FolderLock(tmp_path, argument="test: `folder`")
     running.communicate(b"\n")
     assert taken(tmp_path)
 
@@ -212,7 +212,7 @@ def test_a_holder_elsewhere_is_watched(tmp_path, impatient, caplog):
     thread = threading.Thread(target=beat)
     thread.start()
     with pytest.raises(CheckpointError, match="which process 1 on elsewhere writes"):
-        FolderLock(tmp_path, caller="test", argument="folder")
+        FolderLock(tmp_path, argument="test: `folder`")
     stop.set()
     thread.join()
     assert "is locked by process 1 on elsewhere: it is watched" in caplog.text
@@ -228,7 +228,7 @@ def test_a_holder_elsewhere_is_watched(tmp_path, impatient, caplog):
 
 
 def test_a_holder_gives_signs_of_life(tmp_path, impatient):
-    with FolderLock(tmp_path, caller="test", argument="folder") as held:
+    with FolderLock(tmp_path, argument="test: `folder`") as held:
         os.utime(held.path, (0, 0))
         until = time.monotonic() + 10
         while held.path.stat().st_mtime < time.time() - 100 and time.monotonic() < until:
@@ -249,7 +249,7 @@ def test_of_many_at_once_one_gets_a_stale_lock(tmp_path):
     def take():
         barrier.wait()
         with contextlib.suppress(CheckpointError):
-            got.append(FolderLock(tmp_path, caller="test", argument="folder"))
+            got.append(FolderLock(tmp_path, argument="test: `folder`"))
 
     threads = [threading.Thread(target=take) for _ in range(8)]
     for thread in threads:
