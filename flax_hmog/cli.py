@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hmog", description=HELP, **style)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, command: Any, description: str, *, of_a_run: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, command: object, description: str, *, of_a_run: bool = True) -> argparse.ArgumentParser:
         summary = description.partition("\n")[0]
         added = commands.add_parser(name, help=summary, description=description, **style)
         added.set_defaults(command=command)
@@ -257,7 +257,7 @@ def _describe(options: argparse.Namespace) -> None:
         print(f"seed {stage.seed}, {stage.name}: " + ("no checkpoint yet" if about is None else _described(about)))
 
 
-def _called(value: Any) -> str:
+def _called(value: object) -> str:
     """A module or argument as a checkpoint describes it, in one line."""
     if isinstance(value, dict) and "class" in value:
         given = {key: entry for key, entry in value["arguments"].items() if entry is not None}

@@ -17,11 +17,11 @@ from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import for_each_pytree
 
 
-def _state_fields(cls: type) -> list[dataclasses.Field]:
-    return [field for field in dataclasses.fields(cls) if not field.metadata.get("static")]  # type: ignore[arg-type]
+def _state_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(cls) if not field.metadata.get("static")]
 
 
-def _to_state(value: Any) -> dict[str, Any]:
+def _to_state(value: object) -> dict[str, Any]:
     """The fields by name, each as its own state."""
     fields = _state_fields(type(value))
     return {field.name: serialization.to_state_dict(getattr(value, field.name)) for field in fields}
@@ -78,7 +78,7 @@ def _empty(cls: type, name: str) -> Any:
             f"Give a {cls.__name__} with this field."
         )
     blank: Any = object.__new__(kinds[0])
-    for field in dataclasses.fields(kinds[0]):  # type: ignore[arg-type]
+    for field in dataclasses.fields(kinds[0]):
         object.__setattr__(blank, field.name, field.default if field.metadata.get("static") else None)
     return blank
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,7 +29,9 @@ class Baseline:
 
 
 @public
-def fit_baselines(train: np.ndarray, test: np.ndarray, *, lat_dim: int, n_components: int, seed: int) -> dict:
+def fit_baselines(
+    train: np.ndarray, test: np.ndarray, *, lat_dim: int, n_components: int, seed: int
+) -> dict[str, Baseline]:
     """PCA + k-means, PCA + GMM and FA + GMM (plain and with floored noise), each with scikit-learn's defaults.
 
     Args:
@@ -79,4 +81,4 @@ def _log_density(x: np.ndarray, loadings: np.ndarray, noise: np.ndarray, mixture
         )
         for weight, center, covariance in zip(mixture.weights_, mixture.means_, mixture.covariances_, strict=True)
     ]
-    return special.logsumexp(terms, axis=0) - np.sum(np.log(root))
+    return cast(np.ndarray, special.logsumexp(terms, axis=0) - np.sum(np.log(root)))

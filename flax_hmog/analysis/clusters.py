@@ -6,9 +6,11 @@ Components are those of the model; clusters are components, or groups of them. A
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float, Int
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
@@ -16,6 +18,7 @@ from flax_hmog.analysis.inputs import as_array, as_labels, as_responsibilities, 
 from flax_hmog.inference.posterior import posterior_soft_assignments
 from flax_hmog.model.checks import check_size, door, public
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
+from flax_hmog.model.typed import Floats, Samples
 
 MEASURES = ("bhattacharyya", "kl")
 METHODS = ("average", "complete", "single", "weighted")
@@ -38,10 +41,10 @@ class ComponentSummary:
         4
     """
 
-    weights: np.ndarray
-    expected_counts: np.ndarray
-    entropies: np.ndarray
-    log_volumes: np.ndarray
+    weights: Float[np.ndarray, " K"]
+    expected_counts: Float[np.ndarray, " K"]
+    entropies: Float[np.ndarray, " K"]
+    log_volumes: Float[np.ndarray, " K"]
 
     def rows(self) -> list[dict[str, Any]]:
         """The same as a table, one dict per component."""
@@ -58,7 +61,7 @@ class ComponentSummary:
 
 
 @public
-def component_distances(natural: Natural, *, measure: str = "bhattacharyya") -> np.ndarray:
+def component_distances(natural: Natural, *, measure: str = "bhattacharyya") -> Float[np.ndarray, "K K"]:
     """Distances between the densities p(x | k) of all pairs of components, in nats, in closed form.
 
     Components share W, b and Psi, so they differ in R = min(D, L) directions u of x only (`u | k ~ N(g_k, C_k)`,
@@ -96,7 +99,7 @@ def component_distances(natural: Natural, *, measure: str = "bhattacharyya") -> 
 
 
 @public
-def co_assignment(responsibilities: Any, *, normalize: str = "rows") -> np.ndarray:
+def co_assignment(responsibilities: npt.ArrayLike, *, normalize: str = "rows") -> Float[np.ndarray, "K K"]:
     """Frequency with which two components claim the same samples, from M = R'R = sum_n r_n r_n'.
 
         rows      M_jk / sum_k M_jk:   a sample drawn to j would be drawn to k the second time with this probability
@@ -123,13 +126,15 @@ def co_assignment(responsibilities: Any, *, normalize: str = "rows") -> np.ndarr
     alone = np.diag(joint) == 0
     joint[alone, alone] = 1
     if normalize == "rows":
-        return joint / joint.sum(axis=1, keepdims=True)
+        return cast(Floats, joint / joint.sum(axis=1, keepdims=True))
     root = np.sqrt(np.diag(joint))
     return joint / root[:, None] / root[None, :]
 
 
 @public
-def cluster_hierarchy(source: Any, *, method: str = "average", measure: str | None = None) -> np.ndarray:
+def cluster_hierarchy(
+    source: npt.ArrayLike | Natural, *, method: str = "average", measure: str | None = None
+) -> Float[np.ndarray, "K-1 4"]:
     """Hierarchy of the components by agglomeration: the nearest two merge first.
 
     Args:
@@ -165,11 +170,11 @@ def cluster_hierarchy(source: Any, *, method: str = "average", measure: str | No
     if len(distances) == 1:
         return np.zeros((0, 4))
     condensed = squareform(distances, checks=False)
-    return hierarchy.linkage(condensed, method, optimal_ordering=True)
+    return cast(np.ndarray, hierarchy.linkage(condensed, method, optimal_ordering=True))
 
 
 @public
-def merge_clusters(linkage: Any, n_clusters: int) -> np.ndarray:
+def merge_clusters(linkage: npt.ArrayLike, n_clusters: int) -> Int[np.ndarray, " K"]:
     """Cut a hierarchy of K components into exactly `n_clusters` clusters, by its first K - n_clusters merges.
 
     Args:
@@ -201,7 +206,7 @@ def merge_clusters(linkage: Any, n_clusters: int) -> np.ndarray:
 
 
 @public
-def merged_responsibilities(responsibilities: Any, labels: Any) -> np.ndarray:
+def merged_responsibilities(responsibilities: npt.ArrayLike, labels: Samples) -> Float[np.ndarray, "... C"]:
     """p(cluster | x): the responsibilities of the components of each cluster, summed.
 
     Args:
@@ -224,7 +229,7 @@ def merged_responsibilities(responsibilities: Any, labels: Any) -> np.ndarray:
 
 
 @public
-def cluster_prototypes(natural: Natural, *, labels: Any = None) -> np.ndarray:
+def cluster_prototypes(natural: Natural, *, labels: Samples | None = None) -> Float[np.ndarray, "C D"]:
     """Mean of each cluster: E[x | z = k] = W m_k + b, or E[x | cluster] for merged components.
 
     Args:
@@ -252,7 +257,7 @@ def cluster_prototypes(natural: Natural, *, labels: Any = None) -> np.ndarray:
 
 
 @public
-def component_summary(natural: Natural, x: Any) -> ComponentSummary:
+def component_summary(natural: Natural, x: Samples) -> ComponentSummary:
     """Size, crispness and extent of each component.
 
     Args:
@@ -281,7 +286,7 @@ def component_summary(natural: Natural, x: Any) -> ComponentSummary:
     return ComponentSummary(model.weights, counts, shared, np.linalg.slogdet(covariances)[1] / 2)
 
 
-def check_linkage(linkage: Any) -> np.ndarray:
+def check_linkage(linkage: npt.ArrayLike) -> Floats:
     """A linkage matrix in float64; (0, 4) for one component.
 
     Raises:
@@ -299,17 +304,17 @@ def check_linkage(linkage: Any) -> np.ndarray:
     return linkage
 
 
-def _kl(means: np.ndarray, covariances: np.ndarray) -> np.ndarray:
+def _kl(means: Floats, covariances: Floats) -> Floats:
     """KL(j || k) + KL(k || j), from the terms with C_k^-1 and their transpose (K, K)."""
     n_components, dim = means.shape
     precisions = np.linalg.inv(covariances)
     flat = (n_components, dim * dim)
     traces = precisions.reshape(flat) @ covariances.reshape(flat).T
     terms = np.stack([_squares(means - means[k], precisions[k]) for k in range(n_components)]) + traces - dim
-    return (terms + terms.T) / 2
+    return cast(Floats, (terms + terms.T) / 2)
 
 
-def _bhattacharyya(means: np.ndarray, covariances: np.ndarray) -> np.ndarray:
+def _bhattacharyya(means: Floats, covariances: Floats) -> Floats:
     """-log integral sqrt(p(u | j) p(u | k)) du (K, K), a row at a time."""
     half_log_det = np.linalg.slogdet(covariances)[1] / 2
     distances = np.empty((len(means), len(means)))
@@ -321,12 +326,12 @@ def _bhattacharyya(means: np.ndarray, covariances: np.ndarray) -> np.ndarray:
     return distances
 
 
-def _squares(rows: np.ndarray, precision: np.ndarray) -> np.ndarray:
+def _squares(rows: Floats, precision: Floats) -> Floats:
     """Squared lengths r' P r of rows r (K,)."""
-    return np.sum((rows @ precision) * rows, axis=1)
+    return cast(Floats, np.sum((rows @ precision) * rows, axis=1))
 
 
-def as_membership(labels: Any, n_components: int) -> np.ndarray:
+def as_membership(labels: Samples, n_components: int) -> Floats:
     """Indicators (K, n_clusters) of labels (K,)."""
     labels = as_labels("labels", labels, n_components)
     if labels.dtype.kind not in "iu" or not np.array_equal(np.unique(labels), np.arange(labels.max() + 1)):

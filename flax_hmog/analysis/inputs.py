@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from flax_hmog.data.labels import as_vector, is_known, of_one_kind
 from flax_hmog.model.checks import door
 from flax_hmog.model.conversions import with_prior
 from flax_hmog.model.coordinates import check_natural
+from flax_hmog.model.typed import Floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Geometry:
         covariances: S (K, L, L).
     """
 
-    loadings: np.ndarray
-    bias: np.ndarray
-    whitened_loadings: np.ndarray
-    weights: np.ndarray
-    means: np.ndarray
-    covariances: np.ndarray
+    loadings: Floats
+    bias: Floats
+    whitened_loadings: Floats
+    weights: Floats
+    means: Floats
+    covariances: Floats
 
-    def signal_components(self) -> tuple[np.ndarray, np.ndarray]:
+    def signal_components(self) -> tuple[Floats, Floats]:
         """Means (K, R) and covariances (K, R, R) of x given each component where components can differ, R = min(D, L).
 
         With A = U G (thin SVD, U'U = I) and u = U'F'(x - b): u | k ~ N(G m_k, I + G S_k G'). The other D - R directions
@@ -46,7 +46,7 @@ class Geometry:
         covariances = signal @ self.covariances @ signal.T
         return self.means @ signal.T, covariances + np.eye(len(signal))
 
-    def latent_moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def latent_moments(self) -> tuple[Floats, Floats, Floats]:
         """E[y] (L,), the average covariance within components (L, L) and the covariance between their means (L, L)."""
         center = self.weights @ self.means
         gap = self.means - center
@@ -54,34 +54,34 @@ class Geometry:
         return center, within, (self.weights[:, None] * gap).T @ gap
 
 
-def geometry(natural: Any) -> Geometry:
+def geometry(natural: object) -> Geometry:
     """The standard form of a model, in float64.
 
     Raises:
         TypeError: if `natural` is of another coordinate type.
         ValueError: if a prior precision is not positive definite.
     """
-    natural = check_natural(natural)
-    frame = natural.frame
-    natural = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(natural))
-    theta, precision = natural.interaction, natural.observable_precision
+    model = check_natural(natural)
+    frame = model.frame
+    model = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), with_prior(model))
+    theta, precision = model.interaction, model.observable_precision
     noise, whitened = precision.inverse(), precision.cholesky().lower_solve(theta)
-    loadings, bias = noise.times(theta), noise.times(natural.observable_location[:, None])[:, 0]
+    loadings, bias = noise.times(theta), noise.times(model.observable_location[:, None])[:, 0]
     if frame is not None:  # in float64, which holds what the dtype of the model may not
         origin, unit = frame.exact()
         loadings, bias = unit[:, None] * loadings, origin + unit * bias
-    covariances = np.linalg.inv(natural.prior.precision.entries)
+    covariances = np.linalg.inv(model.prior.precision.entries)
     return Geometry(
         loadings=loadings,
         bias=bias,
         whitened_loadings=whitened,
-        weights=np.exp(natural.prior.log_weights),
-        means=np.einsum("kij,kj->ki", covariances, natural.prior.location),
+        weights=np.exp(model.prior.log_weights),
+        means=np.einsum("kij,kj->ki", covariances, model.prior.location),
         covariances=(covariances + covariances.transpose(0, 2, 1)) / 2,
     )
 
 
-def as_array(argument: str, value: Any, ndim: int, shape: str) -> np.ndarray:
+def as_array(argument: str, value: object, ndim: int, shape: str) -> Floats:
     """`value` as finite float64 numbers of this rank.
 
     Raises:
@@ -102,7 +102,7 @@ def as_array(argument: str, value: Any, ndim: int, shape: str) -> np.ndarray:
     return array
 
 
-def as_responsibilities(value: Any) -> np.ndarray:
+def as_responsibilities(value: object) -> Floats:
     """Responsibilities (N, K) in float64, from (..., K).
 
     Raises:
@@ -121,7 +121,7 @@ def as_responsibilities(value: Any) -> np.ndarray:
     return array
 
 
-def as_labels(argument: str, value: Any, length: int | None = None, shape: str = "(N,)") -> np.ndarray:
+def as_labels(argument: str, value: object, length: int | None = None, shape: str = "(N,)") -> np.ndarray:
     """Labels of any kind that can be compared.
 
     Raises:
@@ -136,7 +136,7 @@ def as_labels(argument: str, value: Any, length: int | None = None, shape: str =
     return array
 
 
-def as_groups(argument: str, value: Any, length: int) -> np.ndarray:
+def as_groups(argument: str, value: object, length: int) -> np.ndarray:
     """Labels (N,) of which some may be missing: these are a group of their own, "no label".
 
     Raises:
@@ -151,7 +151,7 @@ def as_groups(argument: str, value: Any, length: int) -> np.ndarray:
     return groups.astype(str)
 
 
-def as_names(names: Any, count: int, *, argument: str = "names") -> list[str]:
+def as_names(names: object, count: int, *, argument: str = "names") -> list[str]:
     """Names as text; the numbers from 0 if none are given.
 
     Raises:
@@ -160,7 +160,7 @@ def as_names(names: Any, count: int, *, argument: str = "names") -> list[str]:
     return [str(name) for name in (range(count) if names is None else as_labels(argument, names, count))]
 
 
-def as_images(rows: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
+def as_images(rows: Floats, image_shape: tuple[int, ...]) -> Floats:
     """Rows (n, D) as images (n, height, width) or (n, height, width, 3).
 
     Raises:
@@ -175,7 +175,7 @@ def as_images(rows: np.ndarray, image_shape: tuple[int, ...]) -> np.ndarray:
     return rows.reshape(-1, *(shape[:2] if shape[2:] == (1,) else shape))
 
 
-def check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     """ValueError unless `value` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{door()}: `{argument}` must be one of {choices}; got {value!r}. Choose one of them.")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import cast
 
 import numpy as np
+from jaxtyping import Float
 from scipy.linalg import eigh
 
 from flax_hmog.analysis.inputs import geometry
 from flax_hmog.model.checks import check_shape, check_size, public
 from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.typed import Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +30,16 @@ class LatentAxes:
         (12, 1)
     """
 
-    directions: np.ndarray
-    center: np.ndarray
-    scores: np.ndarray
+    directions: Float[np.ndarray, "L A"]
+    center: Float[np.ndarray, " L"]
+    scores: Float[np.ndarray, " A"]
 
     @public
-    def project(self, y: Any) -> np.ndarray:
+    def project(self, y: Samples) -> Float[np.ndarray, "... A"]:
         """Coordinates (..., A) of latent points (..., L), such as `latent_mean(natural, x)`."""
         y = np.asarray(y, np.float64)
         check_shape("y", y, (*y.shape[:-1], len(self.center)))
-        return (y - self.center) @ self.directions
+        return cast(np.ndarray, (y - self.center) @ self.directions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,8 @@ class CanonicalLoadings:
         ((4, 2), (2,))
     """
 
-    loadings: np.ndarray
-    variance_shares: np.ndarray
+    loadings: Float[np.ndarray, "D L"]
+    variance_shares: Float[np.ndarray, " L"]
     axes: LatentAxes
 
 

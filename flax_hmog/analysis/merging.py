@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from flax_hmog.analysis.clusters import as_membership, merge_clusters
 from flax_hmog.analysis.inputs import as_array
 from flax_hmog.model.checks import check_positive, check_size, door, public
 from flax_hmog.model.optional import require
+from flax_hmog.model.typed import Floats, Samples
 
 TEMPERATURE = 16.0
 SMALLEST_GAIN = 1e-12  # nats
@@ -17,7 +19,7 @@ ISOLATED = 1e-9  # affinity of components without a common sample, relative to t
 
 
 @public
-def component_affinity(log_responsibilities: Any, *, temperature: float = TEMPERATURE) -> np.ndarray:
+def component_affinity(log_responsibilities: Samples, *, temperature: float = TEMPERATURE) -> Float[np.ndarray, "K K"]:
     """Affinity of two components: the samples of which they are the first and second choice.
 
     With i and j the most and second most probable components of sample n,
@@ -61,7 +63,9 @@ def component_affinity(log_responsibilities: Any, *, temperature: float = TEMPER
 
 
 @public
-def merge_components(log_responsibilities: Any, n_clusters: int, *, temperature: float = TEMPERATURE) -> np.ndarray:
+def merge_components(
+    log_responsibilities: Samples, n_clusters: int, *, temperature: float = TEMPERATURE
+) -> Int[np.ndarray, " K"]:
     """Merge the components of a mixture so that the clusters keep the most information about each other. Deterministic.
 
     Two components that neighbour each other (`component_affinity`) mostly belong to one cluster. Of all ways to merge,
@@ -105,7 +109,7 @@ def merge_components(log_responsibilities: Any, n_clusters: int, *, temperature:
 
 
 @public
-def normalized_cut(affinity: np.ndarray, n_clusters: int) -> np.ndarray:
+def normalized_cut(affinity: np.ndarray, n_clusters: int) -> Int[np.ndarray, " K"]:
     """Clusters of the nodes of a graph that cut little of the affinity of each, by scikit-learn.
 
     Args:
@@ -128,7 +132,7 @@ def normalized_cut(affinity: np.ndarray, n_clusters: int) -> np.ndarray:
 
 
 @public
-def information_hierarchy(affinity: Any) -> np.ndarray:
+def information_hierarchy(affinity: Samples) -> Float[np.ndarray, "K-1 4"]:
     """Hierarchy in which each merge loses the least information that one of two linked samples has on the other.
 
     The affinities, divided by their sum, are a joint distribution P of two components. Two are merged by adding up
@@ -183,7 +187,7 @@ def information_hierarchy(affinity: Any) -> np.ndarray:
 
 
 @public
-def refine_information(affinity: Any, labels: Any) -> tuple[np.ndarray, float]:
+def refine_information(affinity: Samples, labels: Samples) -> tuple[Int[np.ndarray, " K"], float]:
     """Clusters after moves of single components that raise the information, until no move does.
 
     Moves raise the information of `information_hierarchy` on the merged table; no cluster loses its last component.
@@ -210,14 +214,14 @@ def refine_information(affinity: Any, labels: Any) -> tuple[np.ndarray, float]:
     """
     table = _joint_table(affinity)
     membership = as_membership(labels, len(table))
-    labels, each = membership.argmax(axis=1), np.arange(membership.shape[1])
+    moved, each = membership.argmax(axis=1), np.arange(membership.shape[1])
     linked = table @ membership  # of components with clusters (K, C)
     merged = membership.T @ linked
     has_moved = True
     while has_moved:
         has_moved = False
-        for component, old in enumerate(labels):
-            if np.sum(labels == old) == 1:
+        for component, old in enumerate(moved):
+            if np.sum(moved == old) == 1:
                 continue
             own = table[component, component]
             others = linked[component] - own * (each == old)
@@ -225,13 +229,13 @@ def refine_information(affinity: Any, labels: Any) -> tuple[np.ndarray, float]:
             gains = _gains(rest, others, own)
             new = int(np.argmax(gains))
             if gains[new] > gains[old] + SMALLEST_GAIN:
-                merged, has_moved, labels[component] = _with_component(rest, new, others, own), True, new
+                merged, has_moved, moved[component] = _with_component(rest, new, others, own), True, new
                 linked[:, old] -= table[:, component]
                 linked[:, new] += table[:, component]
-    return _in_order(labels), float(_x_log_x(merged).sum() - 2 * _x_log_x(merged.sum(axis=0)).sum())
+    return _in_order(moved), float(_x_log_x(merged).sum() - 2 * _x_log_x(merged.sum(axis=0)).sum())
 
 
-def _with_component(merged: np.ndarray, cluster: int, others: np.ndarray, own: float) -> np.ndarray:
+def _with_component(merged: Floats, cluster: int, others: Floats, own: float) -> Floats:
     """A table of clusters (C, C) with a component in one more: `others` links it to clusters (C,), `own` to itself."""
     merged = merged.copy()
     merged[cluster] += others
@@ -240,15 +244,15 @@ def _with_component(merged: np.ndarray, cluster: int, others: np.ndarray, own: f
     return merged
 
 
-def _gains(rest: np.ndarray, others: np.ndarray, own: float) -> np.ndarray:
+def _gains(rest: Floats, others: Floats, own: float) -> Floats:
     """Information gained by a component in each of the clusters (C,), up to a constant; its row and column change."""
     row = _x_log_x(rest + others) - _x_log_x(rest)
     corner, linked = np.diag(rest), rest.sum(axis=1) + others
     joint = 2 * (row.sum(axis=1) - np.diag(row)) + _x_log_x(corner + 2 * others + own) - _x_log_x(corner)
-    return joint - 2 * (_x_log_x(linked + others.sum() + own) - _x_log_x(linked))
+    return cast(Floats, joint - 2 * (_x_log_x(linked + others.sum() + own) - _x_log_x(linked)))
 
 
-def _joint_table(affinity: Any) -> np.ndarray:
+def _joint_table(affinity: Samples) -> Floats:
     """Affinities as a joint distribution of two components (K, K)."""
     table = as_array("affinity", affinity, 2, "(K, K)")
     count = len(table)
@@ -259,17 +263,17 @@ def _joint_table(affinity: Any) -> np.ndarray:
             f"{door()}: `affinity` must be symmetric, (K, K), at least 0 and not all 0; got shape {table.shape}. "
             "Use component_affinity."
         )
-    return (table + table.T) / (2 * table.sum())
+    return cast(Floats, (table + table.T) / (2 * table.sum()))
 
 
-def _row_gain(table: np.ndarray, column: int) -> np.ndarray:
+def _row_gain(table: Floats, column: int) -> Floats:
     """Gain in P log P of one column from merging two rows (K, K)."""
     entries = table[:, column]
     own = _x_log_x(entries)
     return _x_log_x(entries[:, None] + entries) - own[:, None] - own
 
 
-def _information_loss(table: np.ndarray, gain: np.ndarray) -> np.ndarray:
+def _information_loss(table: Floats, gain: Floats) -> Floats:
     """Information lost by merging two components, rows and columns, for all pairs (K, K)."""
     diagonal, both, own = np.diag(table), _x_log_x(table), _x_log_x(np.diag(table))
     # rows and columns of the pair itself come together in one entry, P_ii + 2 P_ij + P_jj
@@ -281,7 +285,7 @@ def _information_loss(table: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return 2 * pair - 2 * (gain - crossing - crossing.T) - corner
 
 
-def _x_log_x(p: np.ndarray) -> np.ndarray:
+def _x_log_x(p: Floats) -> Floats:
     return p * np.log(np.where(p > 0, p, 1))
 
 
@@ -291,7 +295,7 @@ def _in_order(labels: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[numbers]
 
 
-def _log_responsibilities(value: Any) -> np.ndarray:
+def _log_responsibilities(value: object) -> Floats:
     """Log-responsibilities (N, K) in float64, from (..., K)."""
     array = np.asarray(value)
     array = array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array

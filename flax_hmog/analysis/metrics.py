@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -11,10 +9,11 @@ from flax_hmog.analysis.inputs import as_labels
 from flax_hmog.data.labels import as_vector, is_known, of_one_kind
 from flax_hmog.model.checks import door, public
 from flax_hmog.model.optional import require
+from flax_hmog.model.typed import Samples
 
 
 @public
-def contingency_table(labels: Any, assignments: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def contingency_table(labels: Samples, assignments: Samples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Counts of samples by cluster and label.
 
     Samples without a label (None, NaN, NA of pandas, empty text, masked) do not count; integers such as -1 are labels.
@@ -42,7 +41,7 @@ def contingency_table(labels: Any, assignments: Any) -> tuple[np.ndarray, np.nda
 
 
 @public
-def clustering_metrics(labels: Any, assignments: Any) -> dict[str, float]:
+def clustering_metrics(labels: Samples, assignments: Samples) -> dict[str, float]:
     """Agreement of clusters with known labels; none depends on how clusters are numbered.
 
     Samples without a label (None, NaN, NA of pandas, empty text, masked) do not count; integers such as -1 are labels.
@@ -78,7 +77,7 @@ def clustering_metrics(labels: Any, assignments: Any) -> dict[str, float]:
     return metrics if labels.size == count else metrics | {"labelled": int(labels.size)}
 
 
-def _labelled(labels: Any, assignments: Any) -> tuple[np.ndarray, np.ndarray]:
+def _labelled(labels: Samples, assignments: Samples) -> tuple[np.ndarray, np.ndarray]:
     """Labels and clusters of the samples whose label is known."""
     vector = as_labels("labels", as_vector(labels))
     assignments = as_labels("assignments", assignments, vector.size)

@@ -6,7 +6,7 @@ Save one with `figure.savefig(path)`, show it as the last line of a notebook cel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from flax_hmog.analysis.loadings import CanonicalLoadings, canonical_loadings, d
 from flax_hmog.inference.posterior import latent_mean, posterior_hard_assignment
 from flax_hmog.model.checks import public
 from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.typed import Samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ AXES = ("discriminant", "canonical")
 
 @public
 def plot_objective(
-    histories: Any,
+    histories: Mapping[str, Samples],
     *,
     step_name: str = "EM step",
     quantity: str = "Penalised log-likelihood [nats per sample]",
@@ -73,10 +74,10 @@ def plot_objective(
 @public
 def plot_latent_space(
     natural: Natural,
-    x: Any,
+    x: Samples,
     *,
     axes: str = "discriminant",
-    groups: Any = None,
+    groups: Samples | None = None,
     max_points: int = 5000,
     title: str = "Latent space",
 ) -> Figure:
@@ -135,7 +136,7 @@ def plot_latent_space(
 
 @public
 def plot_prototypes(
-    prototypes: Any,
+    prototypes: Samples,
     *,
     image_shape: tuple[int, ...] | None = None,
     names: Sequence[str] | None = None,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from scipy.cluster import hierarchy
 
 from flax_hmog.analysis import style
@@ -14,6 +15,7 @@ from flax_hmog.analysis.inputs import as_array, as_images, as_labels, as_names
 from flax_hmog.analysis.metrics import contingency_table
 from flax_hmog.model.checks import door, public
 from flax_hmog.model.optional import require
+from flax_hmog.model.typed import Samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +26,11 @@ MAX_NUMBERS = 24  # columns of a table that still have room for numbers
 
 @public
 def plot_dendrogram(
-    linkage: Any,
+    linkage: npt.ArrayLike,
     *,
-    labels: Any = None,
+    labels: Samples | None = None,
     names: Sequence[str] | None = None,
-    prototypes: Any = None,
+    prototypes: Samples | None = None,
     image_shape: tuple[int, ...] | None = None,
     distance_name: str = "Distance at which they merge",
     title: str = "Hierarchy of the components",
@@ -83,8 +85,8 @@ def plot_dendrogram(
 
 @public
 def plot_contingency(
-    labels: Any,
-    assignments: Any,
+    labels: Samples,
+    assignments: Samples,
     *,
     label_names: Sequence[str] | None = None,
     cluster_names: Sequence[str] | None = None,
@@ -142,9 +144,9 @@ def plot_contingency(
 
 @public
 def plot_co_assignment(
-    matrix: Any,
+    matrix: Samples,
     *,
-    linkage: Any = None,
+    linkage: npt.ArrayLike | None = None,
     names: Sequence[str] | None = None,
     title: str = "Co-assignment of the components",
 ) -> Figure:

@@ -11,11 +11,15 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from flax_hmog.model.optional import require
+from flax_hmog.model.typed import Samples
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESOLUTION = 160  # dots per inch of embedded figures
 
@@ -76,7 +80,7 @@ class Section:
     pictures: Sequence[Picture] = ()
 
 
-def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section], *, summary: str = "") -> Path:
+def write_report(path: str | os.PathLike[str], title: str, sections: Sequence[Section], *, summary: str = "") -> Path:
     """Write a report as one self-contained html file. Texts are escaped: none is read as html.
 
     Args:
@@ -119,7 +123,7 @@ def write_report(path: str | os.PathLike, title: str, sections: Sequence[Section
     return path
 
 
-def mean_and_sd(values: Any) -> tuple[float, float]:
+def mean_and_sd(values: Samples) -> tuple[float, float]:
     """Mean and sample standard deviation (over n - 1) of at least two values, as a cell of a `Table`.
 
     Args:
@@ -245,13 +249,13 @@ def _paragraphs(text: str) -> list[str]:
     return [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
 
 
-def _png(figure: Any) -> str:
+def _png(figure: Figure) -> str:
     """The figure as base64."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=RESOLUTION, facecolor="white", metadata={"Software": None})
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _width(figure: Any) -> int:
+def _width(figure: Figure) -> int:
     """Width at which the figure's text has its nominal size, in css pixels."""
-    return round(96 * figure.get_size_inches()[0])
+    return cast(int, round(96 * figure.get_size_inches()[0]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -53,7 +53,7 @@ def marker(index: int) -> str:
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure in inches, free of pyplot's global state."""
     figures = require("matplotlib.figure", "plots")
-    return figures.Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    return cast("Figure", figures.Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white"))
 
 
 def decorate(axes: Axes, *, title: str = "", xlabel: str = "", ylabel: str = "", grid: bool = False) -> None:
@@ -97,7 +97,9 @@ def spread(points: np.ndarray, width: float, height: float, rounds: int = 200) -
     """Positions (n, 2) near `points` at which boxes of this width and height overlap little, for labels."""
     box = np.array([width, height])
     # a point by itself: break ties so that coinciding labels know where to go
-    position = points + 1e-3 * box * np.stack([np.cos(np.arange(len(points))), np.sin(np.arange(len(points)))], axis=1)
+    position: np.ndarray = points + 1e-3 * box * np.stack(
+        [np.cos(np.arange(len(points))), np.sin(np.arange(len(points)))], axis=1
+    )
     for _ in range(rounds):
         gap = (position[:, None] - position[None]) / box
         overlap = np.maximum(1 - np.linalg.norm(gap, axis=-1), 0)

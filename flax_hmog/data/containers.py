@@ -7,7 +7,7 @@ whatever else has `shape`, `dtype` and row slices are read block by block (`is_r
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +35,18 @@ def unwrapped(value: Any) -> Any:
     return value.X
 
 
-def is_table(value: Any) -> bool:
+def is_table(value: object) -> bool:
     """True for objects with named columns: frames of pandas and polars, tables of pyarrow."""
     kind, columns = type(value), ("items", "get_columns", "itercolumns")
     return hasattr(kind, "shape") and not hasattr(kind, "dtype") and any(hasattr(kind, name) for name in columns)
 
 
-def is_jax_sparse(value: Any) -> bool:
+def is_jax_sparse(value: object) -> bool:
     """True for a sparse matrix of jax.experimental.sparse."""
     return hasattr(type(value), "nse") and hasattr(type(value), "todense")
 
 
-def is_read_by_blocks(value: Any) -> bool:
+def is_read_by_blocks(value: object) -> bool:
     """True if rows are read by blocks: memory maps, sparse matrices, and objects with row slices that are no arrays.
 
     The latter are arrays of h5py, zarr and dask, the matrix of a backed AnnData, and objects of one's own with `shape`,
@@ -66,14 +66,14 @@ def is_read_by_blocks(value: Any) -> bool:
     )
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> bool:
     """True for rows in memory that are no list: arrays, tables, tensors, and the sparse matrices of jax."""
     return is_jax_sparse(value) or any(
         hasattr(value, name) for name in ("shape", "__array__", "__dlpack__", "to_numpy")
     )
 
 
-def is_in_blocks(value: Any) -> bool:
+def is_in_blocks(value: object) -> bool:
     """True for rows of which functions of (natural, x) see a block at a time.
 
     What is read by blocks, and collections of batches; a list is an array here.
@@ -116,7 +116,7 @@ def _dense(block: Any) -> np.ndarray:
     return np.asarray(block.toarray() if hasattr(block, "toarray") else block)
 
 
-def in_memory(argument: str, value: Any) -> Any:
+def in_memory(argument: str, value: object) -> Any:
     """Numbers as a numpy or jax array, in their own dtype; nothing that is missing passes for a number.
 
     Args:
@@ -152,12 +152,12 @@ def in_memory(argument: str, value: Any) -> Any:
     return array if array.dtype != object else _numbers(argument, array)
 
 
-def dense(argument: str, value: Any) -> Any:
+def dense(argument: str, value: object) -> Any:
     """`in_memory`, or all rows of what is read by blocks: for batches and raw data that are small."""
     return read_rows(unwrapped(value), slice(None)) if is_read_by_blocks(value) else in_memory(argument, value)
 
 
-def is_missing(entry: Any) -> bool:
+def is_missing(entry: object) -> bool:
     """True if an entry of an object array is missing: None, NaN, NA of pandas, NaT, numpy's masked."""
     if entry is None or entry is np.ma.masked or type(entry).__name__ in ("NAType", "NaTType"):
         return True
@@ -172,7 +172,7 @@ def _what(value: Any) -> str:
     return f"{type(value).__name__} of shape {tuple(value.shape)}"
 
 
-def _as_array(argument: str, value: Any) -> Any:
+def _as_array(argument: str, value: object) -> Any:
     """Numpy's view of an object; jax's where it lies on an accelerator."""
     try:
         return np.asarray(value)
@@ -212,7 +212,7 @@ def _numbers(argument: str, array: np.ndarray) -> np.ndarray:
         _refuse_missing(argument, missing, "that are (None, NaN or NA)")
     first = array.flat[0]
     if array.ndim == 1 and hasattr(first, "__len__") and not isinstance(first, str | bytes):  # a column of lists
-        return in_memory(argument, list(array))
+        return cast(np.ndarray, in_memory(argument, list(array)))
     if all(hasattr(type(entry), "__float__") for entry in array.flat):
         return array.astype(np.float64)
     return array

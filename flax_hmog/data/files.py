@@ -15,6 +15,7 @@ from flax_hmog.data.labels import encode_labels
 from flax_hmog.data.tables import SUFFIXES, read_table
 from flax_hmog.model.checks import public
 from flax_hmog.model.optional import require
+from flax_hmog.model.typed import Samples
 
 ROWS, LABELS = ("X", "x", "data"), ("y", "labels")  # names under which an npz may hold them
 CSR = {"data", "indices", "indptr", "shape"}  # as written by hand; scipy writes `format` as well
@@ -136,7 +137,7 @@ def _checked(path: Path, file: File) -> File:
     return dataclasses.replace(file, rows=rows, image_shape=image_shape, labels=labels, class_names=class_names)
 
 
-def _coded(path: Path, labels: Any) -> tuple[np.ndarray, tuple[str, ...] | None]:
+def _coded(path: Path, labels: Samples) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """Labels as integers: as they are, or -1 where unknown beside the names of the classes."""
     codes, known, names = encode_labels(labels, argument=f"labels of {path}")
     if names is None and not known.all():

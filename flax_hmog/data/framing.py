@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from flax_hmog.data.rows import on_host
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import Array
+from flax_hmog.model.typed import Floats, Rows, jit
 
 UNIT_QUANTILE = 0.75  # of the distances from the median; entries that equal it do not count, as in sparse data
 
@@ -45,7 +45,7 @@ def share_bounds(x: np.ndarray) -> bool:
     return all(share > MOST for share in shares)
 
 
-def robust_frame(x: np.ndarray, weights: np.ndarray, by_column: bool, dtype: Any) -> Frame:
+def robust_frame(x: np.ndarray, weights: np.ndarray, by_column: bool, dtype: DTypeLike) -> Frame:
     """The frame of rows: medians, and typical distances from them.
 
     Args:
@@ -77,26 +77,26 @@ def robust_frame(x: np.ndarray, weights: np.ndarray, by_column: bool, dtype: Any
     return Frame.of(origin, unit, dtype)
 
 
-def _typical(distances: np.ndarray, share: np.ndarray, uniform: bool) -> np.ndarray:
+def _typical(distances: Floats, share: Floats, uniform: bool) -> Floats:
     """`UNIT_QUANTILE` of those distances (C, N) that are not 0; 0 where all are."""
     missing = np.array([share[row == 0].sum() for row in distances]) / share.sum()
     return _quantiles(distances, share, uniform, missing + UNIT_QUANTILE * (1 - missing))
 
 
-def _quantiles(columns: np.ndarray, share: np.ndarray, uniform: bool, level: Any) -> np.ndarray:
+def _quantiles(columns: Floats, share: Floats, uniform: bool, level: float | np.ndarray) -> Floats:
     """The smallest entry of each row (C, N) up to which `level` of the weights lie."""
     count = columns.shape[1]
-    level = np.broadcast_to(level, columns.shape[:1]) - 1e-9  # what adds up to a level reaches it, whatever is rounded
+    levels = np.broadcast_to(level, columns.shape[:1]) - 1e-9  # what adds up to a level reaches it, whatever is rounded
     if uniform:
-        index = np.clip(np.ceil(level * count).astype(int) - 1, 0, count - 1)
-        return np.sort(columns, axis=1)[np.arange(len(columns)), index]
+        index = np.clip(np.ceil(levels * count).astype(int) - 1, 0, count - 1)
+        return cast(Floats, np.sort(columns, axis=1)[np.arange(len(columns)), index])
     order = np.argsort(columns, axis=1, kind="stable")
     mass = np.cumsum(share[order], axis=1)
-    index = np.argmax(mass >= level[:, None] * mass[:, -1:], axis=1)
-    return columns[np.arange(len(columns)), order[np.arange(len(columns)), index]]
+    index = np.argmax(mass >= levels[:, None] * mass[:, -1:], axis=1)
+    return cast(Floats, columns[np.arange(len(columns)), order[np.arange(len(columns)), index]])
 
 
-def _geometric_median(rows: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _geometric_median(rows: Floats, share: Floats) -> tuple[Floats, Floats]:
     """The point (D,) with the least mean distance from the rows (N, D), and their distances from it (N,).
 
     Weiszfeld's steps, two products with the rows each, from the medians of some of them.
@@ -109,7 +109,7 @@ def _geometric_median(rows: np.ndarray, share: np.ndarray) -> tuple[np.ndarray, 
         dtype, z = np.float64, z.astype(np.float64)
         squares = np.einsum("ij,ij->i", z, z)
 
-    def distances(point: np.ndarray) -> np.ndarray:
+    def distances(point: Floats) -> Floats:
         square = squares - 2 * (z @ point.astype(dtype)) + point @ point
         # what is left of equal numbers is rounding
         return np.sqrt(np.where(square > EQUAL[dtype] * (squares + point @ point), square, 0).astype(np.float64))
@@ -143,13 +143,13 @@ class Framing:
         wild: numbers of the rows left out so far.
     """
 
-    def __init__(self, frame: Frame, dtype: Any, max_distance: float, by_column: bool, exact: bool) -> None:
+    def __init__(self, frame: Frame, dtype: DTypeLike, max_distance: float, by_column: bool, exact: bool) -> None:
         self.full, self.exact = frame, exact
         self.frame = frame.applied() if exact else frame
         self.dtype, self.max_distance, self.by_column = dtype, max_distance, by_column
         self.wild: set[int] = set()
 
-    def rows(self, raw: Any, x: Array, weights: Array, numbers: np.ndarray) -> tuple[Array, Array]:
+    def rows(self, raw: Rows, x: Array, weights: Array, numbers: np.ndarray) -> tuple[Array, Array]:
         """Rows (B, D) and their weights (B,), those of wild rows 0.
 
         Args:
@@ -167,7 +167,7 @@ class Framing:
         return x, weights
 
 
-@partial(jax.jit, static_argnames="by_column")
+@jit(static_argnames="by_column")
 def _wild_rows(frame: Frame, x: Array, weights: Array, max_distance: Array | float, by_column: bool) -> Array:
     """True for rows (B, D) that count and have an entry (with one unit, are as a whole) too far from the origin."""
     rows = jnp.abs(frame.inward(x))
@@ -178,7 +178,7 @@ def _wild_rows(frame: Frame, x: Array, weights: Array, max_distance: Array | flo
     return (distance > max_distance) & (weights > 0)
 
 
-@jax.jit
+@jit
 def _without_rows(frame: Frame, x: Array, weights: Array, wild: Array) -> tuple[Array, Array]:
     """The rows that are left out lie at the origin, as a weight of 0 alone would not hide a square that overflows."""
     return jnp.where(wild[:, None], frame.origin[None], x), jnp.where(wild, 0, weights)

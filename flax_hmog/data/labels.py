@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 from flax_hmog.data.containers import is_missing
 from flax_hmog.model.checks import check_shape, door
 from flax_hmog.model.kinds import Array
+from flax_hmog.model.typed import Samples
 
 
-def encode_labels(labels: Any, *, argument: str = "labels") -> tuple[np.ndarray, np.ndarray, Any]:
+def encode_labels(labels: Samples, *, argument: str = "labels") -> tuple[np.ndarray, np.ndarray, Any]:
     """Labels as integers, which of them are known, and the names of classes where labels were no integers.
 
     Unknown are None, NaN, NA of pandas, NaT, empty text, and masked entries. Integers stay as they are, -1 too; whole
@@ -43,7 +45,9 @@ def encode_labels(labels: Any, *, argument: str = "labels") -> tuple[np.ndarray,
     return codes, known, tuple(names.tolist())
 
 
-def check_labels(labels: Any, shape: tuple[int, ...], n_components: int) -> tuple[Array | None, tuple[str, ...] | None]:
+def check_labels(
+    labels: Samples | None, shape: tuple[int, ...], n_components: int
+) -> tuple[Array | None, tuple[str, ...] | None]:
     """Known components as int32, -1 where unknown, and the names of classes where labels are no integers.
 
     Integers are numbers of components, -1 where unknown. Names are numbered as they sort: class k is component k.
@@ -100,22 +104,23 @@ def as_vector(labels: Any) -> np.ndarray:
     return np.asarray(labels.to_numpy() if hasattr(type(labels), "to_numpy") and not has_array else labels)
 
 
-def _holds_numbers(labels: Any) -> bool:
+def _holds_numbers(labels: Sequence[object]) -> bool:
     return all(isinstance(entry, int | float | np.number) and not isinstance(entry, bool) for entry in labels)
 
 
 def is_known(array: np.ndarray) -> np.ndarray:
     """True for the entries of a vector that are labels, not missing values (N,)."""
+    known = np.ones(array.shape, bool)
     if array.dtype.kind == "f":
-        return ~np.isnan(array)
-    if array.dtype.kind in "mM":
-        return ~np.isnat(array)
-    if array.dtype.kind in "SU":
-        return np.char.str_len(array) > 0
-    if array.dtype == object:
-        is_known = lambda entry: not (is_missing(entry) or (isinstance(entry, str | bytes) and not entry))  # noqa: E731
-        return np.frompyfunc(is_known, 1, 1)(array).astype(bool)
-    return np.ones(array.shape, bool)
+        known = ~np.isnan(array)
+    elif array.dtype.kind in "mM":
+        known = ~np.isnat(array)
+    elif array.dtype.kind in "SU":
+        known = np.char.str_len(array) > 0
+    elif array.dtype == object:
+        is_label = lambda entry: not (is_missing(entry) or (isinstance(entry, str | bytes) and not entry))  # noqa: E731
+        known = np.frompyfunc(is_label, 1, 1)(array).astype(bool)
+    return known
 
 
 def of_one_kind(argument: str, entries: np.ndarray) -> np.ndarray:
@@ -135,5 +140,5 @@ def of_one_kind(argument: str, entries: np.ndarray) -> np.ndarray:
             f"{door()}: `{argument}` must be all numbers or all names; got {' and '.join(kinds)}. "
             "Convert all of them to text."
         )
-    decode = lambda entry: entry.decode() if isinstance(entry, bytes) else str(entry)  # noqa: E731
-    return np.array([decode(entry) for entry in entries.tolist()], str)
+    texts = [entry.decode() if isinstance(entry, bytes) else str(entry) for entry in entries.tolist()]
+    return np.array(texts, str)

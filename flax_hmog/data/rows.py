@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from flax_hmog.data.containers import in_memory
 from flax_hmog.model.checks import check_finite, check_shape, door, is_concrete
@@ -24,6 +25,7 @@ from flax_hmog.model.frames import has_more_digits
 from flax_hmog.model.kinds import (
     Array,
 )
+from flax_hmog.model.typed import Data, R, Rows, Samples, Tree, jit
 
 DATA_AXIS = "data"  # the mesh axis over which rows lie
 # floats that the rows of a block may hold: on CPUs so that they stay in the cache, elsewhere so that kernels are long
@@ -68,7 +70,7 @@ def _with_free_axes(mesh: Mesh | AbstractMesh, names: tuple[str, ...], count: in
     return None
 
 
-def on_host(rows: Any) -> np.ndarray:
+def on_host(rows: Array) -> np.ndarray:
     """An array as numpy's, wherever its parts lie; all processes take part where they hold different ones."""
     if not isinstance(rows, jax.Array) or rows.is_fully_addressable:
         return np.asarray(rows)
@@ -83,7 +85,7 @@ def block_rows(per_row: int) -> int:
     return max(MIN_ROWS, min(MAX_ROWS, floats // per_row))
 
 
-def sum_rows(function: Callable[[Any, Any, Array], Any], operands: Any, rows: Any, limit: int, shards: Shards) -> Any:
+def sum_rows(function: Callable[[Any, Any, Array], R], operands: Tree, rows: Tree, limit: int, shards: Shards) -> R:
     """`function(operands, block, is_new)` summed over blocks of rows.
 
     Args:
@@ -101,17 +103,17 @@ def sum_rows(function: Callable[[Any, Any, Array], Any], operands: Any, rows: An
         return _sum_blocks(function, operands, rows, limit, ())
     mesh, names = shards
 
-    def on_one_device(operands: Any, rows: Any) -> Any:
+    def on_one_device(operands: Tree, rows: Tree) -> Any:
         return jax.lax.psum(_sum_blocks(function, operands, rows, limit, names), names)
 
     specs = PartitionSpec(), PartitionSpec(names)
-    share = jax.shard_map(
+    share: Callable[..., R] = jax.shard_map(
         on_one_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names=frozenset(names)
     )
     return share(operands, rows)
 
 
-def map_rows(function: Callable[[Any, Array], Any], operands: Any, x: Array, limit: int, shards: Shards) -> Any:
+def map_rows(function: Callable[[Any, Array], R], operands: Tree, x: Array, limit: int, shards: Shards) -> R:
     """`function(operands, block)` of x (..., D) block by block; it takes (B, D), and returns arrays (B, ...) per row.
 
     Blocks are rematerialised in reverse mode: memory stays O(block) under `grad`.
@@ -122,7 +124,7 @@ def map_rows(function: Callable[[Any, Array], Any], operands: Any, x: Array, lim
     blocks = -(-count // limit) if isinstance(count, int) else 1
     if shards is not None:
         mesh, names = shards
-        share = jax.shard_map(
+        share: Callable[..., R] = jax.shard_map(
             lambda operands, rows: map_rows(function, operands, rows, limit, None),
             mesh=mesh,
             in_specs=(PartitionSpec(), PartitionSpec(names)),
@@ -143,38 +145,40 @@ def map_rows(function: Callable[[Any, Array], Any], operands: Any, x: Array, lim
         out = jax.tree.map(
             lambda piece: jnp.concatenate([piece[:-1].reshape(-1, *piece.shape[2:]), piece[-1, tail:]]), pieces
         )
-    return jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], *leaf.shape[1:]), out)
+    return cast(R, jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], *leaf.shape[1:]), out))
 
 
-def _sum_blocks(function: Callable, operands: Any, rows: Any, limit: int, names: tuple[str, ...]) -> Any:
+def _sum_blocks(
+    function: Callable[[Any, Any, Array], R], operands: Tree, rows: Tree, limit: int, names: tuple[str, ...]
+) -> R:
     count = jax.tree.leaves(rows)[0].shape[0]
     blocks = -(-count // limit)
     if blocks <= 1:
         return function(operands, rows, jnp.ones(count, bool))
     size = -(-count // blocks)  # all about equally long; the last block overlaps the one before it
 
-    def block_sums(index: Array | int) -> Any:
+    def block_sums(index: Array | int) -> R:
         start = jnp.minimum(index * size, count - size)
         block = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), rows)
         return function(operands, block, jnp.arange(size) + start >= index * size)
 
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(block_sums, 0))
+    zeros: R = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(block_sums, 0))
     if names:
         zeros = jax.lax.pcast(zeros, names, to="varying")
     add = lambda total, index: (jax.tree.map(jnp.add, total, block_sums(index)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, jnp.arange(blocks))[0]
 
 
-def check_samples(natural: Any, x: Any, weights: Any) -> tuple[Natural | Prepared, Array, Array]:
+def check_samples(natural: object, x: Data, weights: Samples | None) -> tuple[Natural | Prepared, Array, Array]:
     """The model with its prior, samples as rows (N, D) and their weights (N,)."""
-    natural, x, _ = enter(natural, x)
+    model, x, _ = enter(natural, x)
     if x.size == 0:
         raise ValueError(f"{door()}: `x` must hold at least one sample (N, D); got shape {x.shape}. Give more samples.")
     weights = check_weights(weights, x.shape[:-1], x.dtype)
-    return natural, x.reshape(-1, x.shape[-1]), weights.reshape(-1)
+    return model, x.reshape(-1, x.shape[-1]), weights.reshape(-1)
 
 
-def check_weights(weights: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+def check_weights(weights: Samples | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Sample weights as an array of this shape; ones if None.
 
     Raises:
@@ -182,12 +186,12 @@ def check_weights(weights: Any, shape: tuple[int, ...], dtype: Any) -> Array:
     """
     if weights is None:
         return jnp.ones(shape, dtype)
-    weights = in_memory("weights", weights)
-    check_shape("weights", weights, shape)
-    if not is_concrete(weights):
-        return jnp.asarray(weights, dtype)
+    given = in_memory("weights", weights)
+    check_shape("weights", given, shape)
+    if not is_concrete(given):
+        return jnp.asarray(given, dtype)
     with jax.ensure_compile_time_eval():
-        weights = jnp.asarray(weights, dtype)
+        weights = jnp.asarray(given, dtype)
         # on the devices, since the rows may be spread over processes, all of which must raise
         smallest, largest = float(jnp.min(weights)), float(jnp.max(weights))
     if not (smallest >= 0 and 0 < largest < math.inf):
@@ -210,7 +214,7 @@ def effective_weights(weights: Array) -> Array:
         return _effective_weights(weights)
 
 
-@jax.jit
+@jit
 def _effective_weights(weights: Array) -> Array:
     weights = weights / jnp.max(weights)
     repeats = weights / jnp.min(jnp.where(weights > 0, weights, 1))
@@ -222,7 +226,7 @@ def _effective_weights(weights: Array) -> Array:
 
 
 def enter(
-    natural: Any, x: Any, argument: str = "x", row_numbers: Any = None
+    natural: object, x: Data, argument: str = "x", row_numbers: np.ndarray | None = None
 ) -> tuple[Natural | Prepared, Array, Shards]:
     """Checked arguments of a function of (natural, x): the model with its prior, observations (..., D) in its dtype,
     and their shards.
@@ -243,7 +247,7 @@ def enter(
 
 
 def check_observations(
-    x: Any, obs_dim: int | None, dtype: Any, *, argument: str = "x", row_numbers: Any = None
+    x: Data, obs_dim: int | None, dtype: DTypeLike, *, argument: str = "x", row_numbers: np.ndarray | None = None
 ) -> Array:
     """Observations (..., D) as an array of the working dtype; errors name rows by `row_numbers` (N,), if given.
 
@@ -252,8 +256,7 @@ def check_observations(
         ValueError: for no dimension, a wrong last dimension, missing entries, or such that are not finite once
             converted.
     """
-    x = check_given(x, obs_dim, argument=argument)
-    return as_rows(x, dtype, argument=argument, row_numbers=row_numbers)
+    return as_rows(check_given(x, obs_dim, argument=argument), dtype, argument=argument, row_numbers=row_numbers)
 
 
 def check_given(x: Any, obs_dim: int | None, *, argument: str = "x") -> Any:
@@ -275,7 +278,9 @@ def check_given(x: Any, obs_dim: int | None, *, argument: str = "x") -> Any:
     return x
 
 
-def as_rows(x: Any, dtype: Any, *, argument: str = "x", row_numbers: Any = None, is_finite: bool = False) -> Array:
+def as_rows(
+    x: Rows, dtype: DTypeLike, *, argument: str = "x", row_numbers: np.ndarray | None = None, is_finite: bool = False
+) -> Array:
     """Observations of `check_given` in the working dtype: the one place where they are converted.
 
     Those that were seen to be finite before are not looked at again (`is_finite`).
@@ -287,12 +292,12 @@ def as_rows(x: Any, dtype: Any, *, argument: str = "x", row_numbers: Any = None,
         if type(x) is np.ndarray:  # looked at where it is, without a program
             x = np.asarray(x, dtype)
             is_finite = is_finite or bool(np.isfinite(x.sum()))
-        x = jnp.asarray(x, dtype)
-    sharding = None if isinstance(x, jax.core.Tracer) else x.sharding
+        rows = jnp.asarray(x, dtype)
+    sharding = None if isinstance(rows, jax.core.Tracer) else rows.sharding
     if isinstance(sharding, NamedSharding) and any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
         # on the same devices, with axes that the compiler may choose
         mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
-        x = jax.device_put(x, NamedSharding(mesh, sharding.spec))
+        rows = jax.device_put(rows, NamedSharding(mesh, sharding.spec))
     if not is_finite:
-        check_finite(argument, x, row_numbers=row_numbers)
-    return x
+        check_finite(argument, rows, row_numbers=row_numbers)
+    return rows

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.typing import DTypeLike
 
 from flax_hmog.data.containers import dense, is_array, is_in_blocks, is_read_by_blocks, read_rows, unwrapped
 from flax_hmog.data.framing import Framing
@@ -29,23 +30,28 @@ from flax_hmog.data.rows import (
     row_shards,
 )
 from flax_hmog.model.checks import check_precision, door, is_concrete
+from flax_hmog.model.coordinates import Natural, Prepared
 from flax_hmog.model.frames import has_more_digits
 from flax_hmog.model.kinds import Array
 from flax_hmog.model.prepared import prepare
+from flax_hmog.model.typed import Block, Data, HasShape, Samples, jit
 
 BLOCK_BYTES = 2**26  # of the rows that are brought to the device at once
 SAMPLE_FLOATS = 2**27  # of the rows that an initialisation looks at, where not all are in memory
 SAMPLE_ROWS = 20_000
-
-Block: TypeAlias = tuple[Array, Array, Array | None]
-"""Rows (B, D), sample weights (B,), labels (B,) or None."""
 
 
 class RowsOnDevice:
     """An array, with weights and labels: one block, sharded or not."""
 
     def __init__(
-        self, data: Any, obs_dim: int | None, dtype: Any, weights: Any, labels: Any, n_components: int
+        self,
+        data: Data,
+        obs_dim: int | None,
+        dtype: DTypeLike,
+        weights: Samples | None,
+        labels: Samples | None,
+        n_components: int,
     ) -> None:
         self.data = check_given(data, obs_dim, argument="data")
         self.x = as_rows(self.data, dtype, argument="data")
@@ -93,20 +99,20 @@ class RowsInBlocks:
 
     def __init__(
         self,
-        data: Any,
+        data: Data,
         obs_dim: int | None,
-        dtype: Any,
-        weights: Any = None,
-        labels: Any = None,
+        dtype: DTypeLike,
+        weights: Samples | None = None,
+        labels: Samples | None = None,
         n_components: int = 1,
         argument: str = "data",
     ) -> None:
         self.dtype, self.argument = dtype, argument
-        data = unwrapped(data)
-        check_rows(data, argument)
-        check_given(np.empty((0, data.shape[1]), data.dtype), obs_dim, argument=argument)
-        self.rows = data.tocsr() if hasattr(type(data), "tocsr") else data
-        self.count, self.obs_dim = map(int, data.shape)
+        rows = unwrapped(data)
+        check_rows(rows, argument)
+        check_given(np.empty((0, rows.shape[1]), rows.dtype), obs_dim, argument=argument)
+        self.rows = rows.tocsr() if hasattr(type(rows), "tocsr") else rows
+        self.count, self.obs_dim = map(int, rows.shape)
         self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
         self.weights: Any = np.asarray(_effective(weights, self.count, dtype))
         self.labels, self.classes = check_labels(labels, (self.count,), n_components)
@@ -148,7 +154,7 @@ class RowsInBlocks:
         for start in range(0, len(order), size):
             yield self._block(np.sort(order[start : start + size]), size)
 
-    def _block(self, index: Any, size: int) -> Block:
+    def _block(self, index: slice | np.ndarray, size: int) -> Block:
         given, numbers = self._given(index), np.arange(self.count)[index]
         is_finite = bool(self.is_checked[index].all())
         x = as_rows(given, self.dtype, argument=self.argument, row_numbers=numbers, is_finite=is_finite)
@@ -156,11 +162,12 @@ class RowsInBlocks:
         weights = self.weights[index]
         if self.framing is not None:
             x, weights = self.framing.rows(given, x, jnp.asarray(weights), numbers)
-        pad = lambda a: jnp.pad(jnp.asarray(a), [(0, size - x.shape[0])] + [(0, 0)] * (np.ndim(a) - 1))  # noqa: E731
+        missing = size - x.shape[0]
+        pad: Callable[[Any], Array] = lambda a: jnp.pad(jnp.asarray(a), [(0, missing)] + [(0, 0)] * (np.ndim(a) - 1))  # noqa: E731
         labels = None if self.labels is None else pad(self.labels[index])
         return pad(x), pad(weights), labels
 
-    def _given(self, index: Any) -> Any:
+    def _given(self, index: slice | np.ndarray) -> Any:
         """Rows with these numbers in their own dtype."""
         return check_given(read_rows(self.rows, index), self.obs_dim, argument=self.argument)
 
@@ -174,7 +181,9 @@ class Stream:
     classes = None
     is_checked = False  # once a pass has seen that all rows are finite
 
-    def __init__(self, batches: Iterable, obs_dim: int | None, dtype: Any, argument: str = "data") -> None:
+    def __init__(
+        self, batches: Iterable[Samples], obs_dim: int | None, dtype: DTypeLike, argument: str = "data"
+    ) -> None:
         self.data, self.dtype, self.width, self.argument = batches, dtype, obs_dim, argument
         self.framing: Framing = None  # type: ignore[assignment]  # until `use_frame`
 
@@ -269,9 +278,9 @@ Source: TypeAlias = RowsOnDevice | RowsInBlocks | Stream
 def as_source(
     data: Any,
     obs_dim: int | None,
-    dtype: Any,
-    weights: Any = None,
-    labels: Any = None,
+    dtype: DTypeLike,
+    weights: Samples | None = None,
+    labels: Samples | None = None,
     n_components: int = 1,
     *,
     argument: str = "data",
@@ -305,7 +314,7 @@ def as_source(
 
 
 def entered(
-    natural: Any, x: Any, weights: Any = None, *, argument: str = "x", on_device: bool = True
+    natural: Natural | Prepared, x: Data, weights: Samples | None = None, *, argument: str = "x", on_device: bool = True
 ) -> Iterator[tuple[Any, Array, Shards, Any, int | None]]:
     """The arguments of a compiled function of (natural, x) for rows of any kind: of all, or of one block at a time.
 
@@ -330,13 +339,13 @@ def entered(
         yield at, rows, shards, share, count
 
 
-def _effective(weights: Any, count: int, dtype: Any) -> Array:
+def _effective(weights: Samples | None, count: int, dtype: DTypeLike) -> Array:
     """Sample weights (N,) that sum to the number of samples; ones if None."""
     checked = check_weights(weights, (count,), dtype)
     return checked if weights is None else effective_weights(checked)
 
 
-def check_batch(batch: Any, obs_dim: int | None, argument: str) -> Any:
+def check_batch(batch: object, obs_dim: int | None, argument: str) -> Any:
     """A batch (B, D) of a stream in its own dtype; sparse ones become dense.
 
     Raises:
@@ -364,7 +373,7 @@ def check_batch(batch: Any, obs_dim: int | None, argument: str) -> Any:
     return check_given(x, obs_dim, argument=argument)
 
 
-def check_rows(x: Any, argument: str = "data") -> None:
+def check_rows(x: HasShape, argument: str = "data") -> None:
     """ValueError unless x is (N, D) with N > 0."""
     if len(x.shape) != 2 or not x.shape[0]:
         raise ValueError(
@@ -372,7 +381,7 @@ def check_rows(x: Any, argument: str = "data") -> None:
         )
 
 
-def _on_host(batch: Any) -> np.ndarray:
+def _on_host(batch: object) -> np.ndarray:
     """A batch as numpy, on every process."""
     if isinstance(batch, jax.Array) and not batch.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(batch, tiled=True))
@@ -386,7 +395,7 @@ def _batches(order: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndar
         yield np.pad(index, (0, missing)), np.arange(size) < len(index)
 
 
-@jax.jit
-def _take(block: Block, index: Array, is_real: Array) -> Block:
+@jit
+def _take(block: Block, index: np.ndarray, is_real: np.ndarray) -> Block:
     x, weights, labels = jax.tree.map(lambda a: jnp.take(a, index, axis=0), block)
     return x, jnp.where(is_real, weights, 0), labels

@@ -22,6 +22,7 @@ from flax_hmog.model.kinds import (
     symmetrize,
     with_least_eigenvalue,
 )
+from flax_hmog.model.typed import Tree, jit
 
 EXACT_DIM = 1024  # columns of the data up to which their covariance matrix is formed
 SPARE_COLUMNS = 10  # columns of the random subspace beyond the latent dimension
@@ -48,7 +49,7 @@ class Directions:
     noise: Kind
 
 
-@partial(jax.jit, static_argnames=("lat_dim", "by_column", "obs_rep", "method", "shards"))
+@jit(static_argnames=("lat_dim", "by_column", "obs_rep", "method", "shards"))
 def latent_directions(
     x: Array,
     weights: Array,
@@ -81,10 +82,10 @@ def latent_directions(
     obs_dim = x.shape[1]
     tame = partial(tame_rows, frame, by_column)
 
-    def weighted_sum(function: Callable[..., Any], operands: Any) -> Any:
+    def weighted_sum(function: Callable[..., Any], operands: Tree) -> Any:
         """`function(operands, rows x', share)` summed over blocks of rows."""
 
-        def block_sums(operands: Any, block: tuple[Array, Array], is_new: Array) -> Any:
+        def block_sums(operands: Tree, block: tuple[Array, Array], is_new: Array) -> Any:
             return function(operands, tame(block[0]), jnp.where(is_new, block[1], 0))
 
         return sum_rows(block_sums, operands, (x, share), block_rows(2 * obs_dim + 2 * lat_dim), shards)
@@ -137,7 +138,7 @@ def tame_rows(frame: Frame, by_column: bool, x: Array) -> Array:
     return rows * jnp.minimum(1, CLIP / jnp.where(distance > 0, distance, 1))
 
 
-def _covariance_product(weighted_sum: Callable, center: Array, columns: Array) -> Array:
+def _covariance_product(weighted_sum: Callable[..., Array], center: Array, columns: Array) -> Array:
     """Cov(x') columns (D, P) by one pass, without the D x D matrix."""
 
     def block_product(operands: tuple[Array, Array], x: Array, share: Array) -> Array:
@@ -147,7 +148,7 @@ def _covariance_product(weighted_sum: Callable, center: Array, columns: Array) -
     return weighted_sum(block_product, (center, columns))
 
 
-def _principal_axes(covariance: Any, variance: Array, count: int, key: Array) -> Array:
+def _principal_axes(covariance: Array, variance: Array, count: int, key: Array) -> Array:
     """Leading eigenvectors (D, count) of the covariance."""
     leading, start = _eigen_solver(covariance, variance, count, key)
     return leading(jnp.ones_like(variance), start, SUBSPACE_STEPS)[1][:, :count]
@@ -155,7 +156,7 @@ def _principal_axes(covariance: Any, variance: Array, count: int, key: Array) ->
 
 def _eigen_solver(
     covariance: Array | Callable[[Array], Array], variance: Array, count: int, key: Array
-) -> tuple[Callable, Array]:
+) -> tuple[Callable[..., tuple[Array, Array]], Array]:
     """A function for leading eigenvalues and eigenvectors of scale^-1 Cov scale^-1, and columns for it to start from.
 
     They are exact where the covariance is given as a matrix; where it is a function that multiplies columns by it they
@@ -169,7 +170,7 @@ def _eigen_solver(
         if not callable(covariance):
             values, vectors = jnp.linalg.eigh(covariance / outer(scale, scale))
             return values[::-1][:columns], vectors[:, ::-1][:, :columns]
-        scaled = lambda axes: covariance(axes / scale[:, None]) / scale[:, None]  # noqa: E731
+        scaled: Callable[[Array], Array] = lambda axes: covariance(axes / scale[:, None]) / scale[:, None]  # noqa: E731
         axes = jax.lax.fori_loop(0, steps, lambda _, axes: jnp.linalg.qr(scaled(axes))[0], axes)
         values, rotation = jnp.linalg.eigh(symmetrize(matmul(axes.T, scaled(axes))))
         return values[::-1], matmul(axes, rotation[:, ::-1])

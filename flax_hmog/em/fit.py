@@ -12,22 +12,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flax_hmog.data.framing import Framing
 from flax_hmog.data.rows import row_shards
-from flax_hmog.data.sources import Block, RowsOnDevice, Stream, as_source
+from flax_hmog.data.sources import RowsOnDevice, Stream, as_source
 from flax_hmog.em.initialize import check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
 from flax_hmog.em.statistics import accumulate
 from flax_hmog.em.step import EMInfo, finish_step, one_step, whiten_moments, whiten_regularizer
 from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, named, public
 from flax_hmog.model.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
-from flax_hmog.model.coordinates import Moments, Natural, check_full, check_natural
+from flax_hmog.model.coordinates import Moments, Natural, Prepared, check_full, check_natural
 from flax_hmog.model.frames import Frame, has_more_digits
-from flax_hmog.model.head import check_head_and_key
+from flax_hmog.model.head import Head, check_head_and_key
 from flax_hmog.model.kinds import Array, as_rep
-from flax_hmog.model.prepared import Prepared, prepare
+from flax_hmog.model.prepared import prepare
+from flax_hmog.model.typed import Block, Data, Samples
 
 FOLLOWED_STEPS = 2  # of EM, after which starts are compared
 ROUNDING = 100  # units in the last place of objective and dimension that objectives of one model may differ by
@@ -54,10 +56,10 @@ class EMResult:
     """
 
     natural: Natural
-    objective_history: np.ndarray
+    objective_history: Float[np.ndarray, " steps+1"]
     converged: bool
     info: EMInfo
-    restart_objectives: np.ndarray
+    restart_objectives: Float[np.ndarray, " n_restarts"]
     regularizer: Regularizer | None
     classes: tuple[str, ...] | None = None
 
@@ -93,17 +95,17 @@ class EMState:
 
 @public
 def fit_em(
-    head: Any,
-    data: Any,
+    head: Head,
+    data: Data,
     key: Array,
     *,
-    weights: Any = None,
-    labels: Any = None,
+    weights: Samples | None = None,
+    labels: Samples | None = None,
     options: EMOptions = EMOptions(),
     progress: bool = False,
     state: EMState | None = None,
     on_step: Callable[[EMState], None] | None = None,
-    **changes: Any,
+    **changes: object,
 ) -> EMResult:
     """Fit a HMoG by exact EM.
 
@@ -200,7 +202,9 @@ class WildRowsWarning(UserWarning):
 class Fit:
     """A head and samples, checked as `fit_em` says and moved to the frame that the fit computes in."""
 
-    def __init__(self, head: Any, data: Any, key: Any, weights: Any, labels: Any, options: EMOptions) -> None:
+    def __init__(
+        self, head: Head, data: Data, key: Array, weights: Samples | None, labels: Samples | None, options: EMOptions
+    ) -> None:
         check_head_and_key(head, key)
         check_outside_transformations(data=data, key=key, weights=weights, labels=labels, init=options.init)
         check_full("head", head.component_structure.rep())

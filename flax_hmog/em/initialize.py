@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from flax_hmog.data.framing import robust_frame, share_bounds
 from flax_hmog.data.rows import (
@@ -29,9 +30,10 @@ from flax_hmog.model.checks import check_precision, door, public
 from flax_hmog.model.conversions import reframe
 from flax_hmog.model.coordinates import Moments
 from flax_hmog.model.frames import Frame
-from flax_hmog.model.head import check_head_and_key
+from flax_hmog.model.head import Head, check_head_and_key
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, matmul
 from flax_hmog.model.prepared import latent_features, symmetric_matrices
+from flax_hmog.model.typed import Data, Samples, Tree, jit
 
 POOLED_SAMPLES = 10  # samples with the pooled covariance that each initial cluster covariance is shrunk by
 ISOTROPIC_SHARE = 1e-2  # unit variance mixed into the pooled covariance, so that no direction is lost
@@ -39,11 +41,11 @@ ISOTROPIC_SHARE = 1e-2  # unit variance mixed into the pooled covariance, so tha
 
 @public
 def initialize_moments(
-    head: Any,
-    data: Any,
+    head: Head,
+    data: Data,
     key: Array,
     *,
-    weights: Any = None,
+    weights: Samples | None = None,
     method: str = "pca",
     column_units: str = "auto",
 ) -> Moments:
@@ -85,7 +87,7 @@ def initialize_moments(
     return reframe(first, frame, None)
 
 
-def frame_of(head: Any, rows: np.ndarray, weights: np.ndarray, column_units: str) -> tuple[Frame, bool]:
+def frame_of(head: Head, rows: np.ndarray, weights: np.ndarray, column_units: str) -> tuple[Frame, bool]:
     """The frame that a fit of this head to rows (N, D) on the host computes in, and whether columns have own units."""
     rep = as_rep(head.obs_rep, argument="head.obs_rep")
     has_units = rep.is_diagonal and not rep.is_isotropic
@@ -94,7 +96,7 @@ def frame_of(head: Any, rows: np.ndarray, weights: np.ndarray, column_units: str
 
 
 def starts(
-    head: Any,
+    head: Head,
     x: Array,
     weights: Array,
     labels: Array | None,
@@ -128,14 +130,14 @@ def starts(
         latent_directions, x, weights, frame, jax.random.fold_in(key, 1),
         lat_dim=head.lat_dim, by_column=by_column, obs_rep=obs_rep, shards=shards,
     )  # fmt: skip
-    sizes = {"n_components": head.n_components, "by_column": by_column, "shards": shards}
+    sizes: dict[str, Any] = {"n_components": head.n_components, "by_column": by_column, "shards": shards}
     directions = find(method=method)
     for is_whitened in (False, True):
         yield _clustered(x, weights, labels, frame, key, directions, is_whitened, **sizes)
     yield _clustered(x, weights, labels, frame, key, find(method="kurtosis"), True, **sizes)
 
 
-def check_counts(shape: tuple[int, ...], head: Any) -> None:
+def check_counts(shape: tuple[int, ...], head: Head) -> None:
     """ValueError unless the shape is (N, D) with N >= K and D >= L."""
     if len(shape) != 2:
         raise ValueError(f"{door()}: `data` must have shape (N, D); got {shape}. Reshape it to one row per sample.")
@@ -151,7 +153,7 @@ def check_counts(shape: tuple[int, ...], head: Any) -> None:
         )
 
 
-@partial(jax.jit, static_argnames=("n_components", "by_column", "shards"))
+@jit(static_argnames=("n_components", "by_column", "shards"))
 def _clustered(
     x: Array,
     weights: Array,
@@ -179,10 +181,10 @@ def _clustered(
     scale = jnp.where(is_whitened, 1 / jnp.where(spread > 0, spread, 1), jnp.linalg.norm(loadings, axis=0))
     labels = k_means(y * scale[None], share, key, n_components, known, shards)
 
-    def weighted_sum(function: Callable[..., Any], operands: Any, *rows: Array) -> Any:
+    def weighted_sum(function: Callable[..., Any], operands: Tree, *rows: Array) -> Any:
         """`function(operands, *rows, share)` summed over blocks of rows."""
 
-        def block_sums(operands: Any, block: Any, is_new: Array) -> Any:
+        def block_sums(operands: Tree, block: tuple[Array, ...], is_new: Array) -> Any:
             return function(operands, *block[:-1], jnp.where(is_new, block[-1], 0))
 
         return sum_rows(block_sums, operands, (*rows, share), block_rows(4 * y.shape[1] + n_components), shards)
@@ -199,12 +201,12 @@ def _with_fixed_signs(y: Array, share: Array) -> tuple[Array, Array]:
 
 
 def _cluster_moments(
-    weighted_sum: Callable, y: Array, labels: Array, n_clusters: int, count: Array
+    weighted_sum: Callable[..., Any], y: Array, labels: Array, n_clusters: int, count: Array
 ) -> tuple[Array, Array, Array]:
     """Weights (K,), means (K, L) and covariances (K, L, L) of labelled rows, shrunk towards the pooled covariance."""
     lat_dim = y.shape[1]
 
-    def first_sums(_: Any, y: Array, labels: Array, share: Array) -> tuple[Array, Array]:
+    def first_sums(_: object, y: Array, labels: Array, share: Array) -> tuple[Array, Array]:
         rows = members(labels, share, n_clusters)
         return jnp.sum(rows, axis=0), matmul(rows.T, y)
 
@@ -221,7 +223,7 @@ def _cluster_moments(
 
 
 def random_moments(
-    key: Array, obs_dim: int, lat_dim: int, n_components: int, obs_rep: Rep, dtype: Any = jnp.float32
+    key: Array, obs_dim: int, lat_dim: int, n_components: int, obs_rep: Rep, dtype: DTypeLike | None = jnp.float32
 ) -> Moments:
     """A model drawn without data: unit noise and component covariances, random loadings and means, equal weights."""
     loadings_key, means_key = jax.random.split(key)

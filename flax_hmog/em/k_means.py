@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flax_hmog.data.rows import Shards, block_rows, map_rows, sum_rows
 from flax_hmog.model.kinds import Array, matmul
+from flax_hmog.model.typed import Block
 
 LLOYD_STEPS = 20  # after seeding
 
@@ -67,7 +67,7 @@ def k_means(
         labels = jnp.argmin(_distances(centers, points), axis=-1)
         return labels if known is None else jnp.where(known >= 0, known, labels)
 
-    def cluster_sums(centers: Array, block: Any, is_new: Array) -> tuple[Array, Array]:
+    def cluster_sums(centers: Array, block: Block, is_new: Array) -> tuple[Array, Array]:
         """Weight and weighted sum of the points of a block that are nearest to each centre."""
         points, share, known = block
         member = members(nearest_center(centers, points, known), jnp.where(is_new, share, 0), n_clusters)

@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from flax_hmog.data.rows import Shards, check_observations, check_samples, row_shards
-from flax_hmog.data.sources import Block
 from flax_hmog.em.fit import EMResult, Fit, progress_bar
 from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.options import EMOptions, Regularizer, chosen_options
@@ -28,8 +27,10 @@ from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Moments, ResidualMoments, prior_moments, within_covariance
 from flax_hmog.model.frames import Frame
+from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array, Rep, matmul, pytree
 from flax_hmog.model.prepared import prepare
+from flax_hmog.model.typed import Block, Data, Samples, jit
 
 NOISE_SHARE = 0.1  # of the mean variance of x, which a pseudo-sample of the noise has inside a network
 JUMP = 1e3  # standard deviations of the model that a batch lies away or is wider by, or narrower
@@ -85,20 +86,20 @@ def online_step(
 
 def mix(old: ResidualMoments, new: ResidualMoments, rate: Array | float) -> ResidualMoments:
     """(1 - rate) old + rate new."""
-    return jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, old, new)
+    return cast(ResidualMoments, jax.tree.map(lambda a, b: (1 - rate) * a + rate * b, old, new))
 
 
 @public
 def fit_online_em(
-    head: Any,
-    data: Any,
+    head: Head,
+    data: Data,
     key: Array,
     *,
-    weights: Any = None,
-    labels: Any = None,
+    weights: Samples | None = None,
+    labels: Samples | None = None,
     options: EMOptions = EMOptions(),
     progress: bool = False,
-    **changes: Any,
+    **changes: object,
 ) -> EMResult:
     """Fit a HMoG by online (stepwise) EM: an M-step after every batch.
 
@@ -159,7 +160,7 @@ def fit_online_em(
 
 
 def _passes(
-    fit: Fit, state: OnlineState, regularizer: Regularizer | None, key: Array, report: Callable
+    fit: Fit, state: OnlineState, regularizer: Regularizer | None, key: Array, report: Callable[..., None]
 ) -> tuple[OnlineState, list[float], float]:
     """All passes: the last state, the mean objective of each pass and the samples of a pass."""
     source, options = fit.source, fit.options
@@ -185,7 +186,7 @@ def _passes(
     return state, history, total
 
 
-def _check_objective(value: Any, number: int) -> None:
+def _check_objective(value: ArrayLike, number: int) -> None:
     if not np.isfinite(np.asarray(value)).all():
         raise ValueError(
             f"fit_online_em: `regularizer` must keep the likelihood bounded on these data; got a model or an objective "
@@ -193,7 +194,7 @@ def _check_objective(value: Any, number: int) -> None:
         )
 
 
-@partial(jax.jit, static_argnames=("shards", "projection_dtype"))
+@jit(static_argnames=("shards", "projection_dtype"))
 def _step(
     state: OnlineState, block: Block, rates: tuple[float, float], total: Array | float, regularizer: Regularizer | None,
     frame: Frame, *, shards: Shards, projection_dtype: str | None,
@@ -223,7 +224,7 @@ def stepwise_start(moments: Moments) -> dict[str, Any]:
 
 
 def first_moments(
-    key: Array, x: Array | None, obs_dim: int, lat_dim: int, n_components: int, obs_rep: Rep, dtype: Any
+    key: Array, x: Array | None, obs_dim: int, lat_dim: int, n_components: int, obs_rep: Rep, dtype: DTypeLike
 ) -> Moments:
     """A model to start stepwise EM from: random, with the mean and the variances of a first batch.
 
@@ -296,9 +297,8 @@ def accepted_update(em: dict[str, Any], x: Array, options: EMOptions, axis_name:
     states = [dict(zip(em, (*state, step), strict=True)) for state in (learnt, (moved, ResidualMoments.of(moved)))]
     can_learn, can_move = (_exists(state) for state in states)
     use_moved = can_move & (is_jump | ~can_learn)
-    return jax.tree.map(
-        lambda old, learnt, moved: jnp.where(use_moved, moved, jnp.where(can_learn, learnt, old)), em, *states
-    )
+    chosen = lambda old, learnt, moved: jnp.where(use_moved, moved, jnp.where(can_learn, learnt, old))  # noqa: E731
+    return cast(dict[str, Any], jax.tree.map(chosen, em, *states))
 
 
 def _exists(em: dict[str, Any]) -> Array:
@@ -314,7 +314,7 @@ def _exists(em: dict[str, Any]) -> Array:
 def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> tuple[Moments, Array]:
     """The model with mean and variances of a batch, NaN if it is not finite or does not vary; whether it is far ()."""
     rows = jax.lax.stop_gradient(x).reshape(-1, x.shape[-1]).astype(moments.bias.dtype)
-    average = lambda values: values if axis_name is None else jax.lax.pmean(values, axis_name)  # noqa: E731
+    average: Callable[[Array], Array] = lambda values: values if axis_name is None else jax.lax.pmean(values, axis_name)  # noqa: E731
     unit = average(jnp.max(jnp.abs(rows)))  # so that no square overflows
     rows = rows / unit
     center = average(jnp.mean(rows, axis=0))
@@ -354,4 +354,4 @@ def _variances(moments: Moments) -> Array:
     """Variances of the columns of x (D,)."""
     _, covariance = prior_moments(moments)
     signal = jnp.sum(moments.loadings * matmul(moments.loadings, covariance.entries), axis=-1)
-    return signal + moments.noise.diagonal()
+    return cast(Array, signal + moments.noise.diagonal())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from flax_hmog.model.checks import check_size, check_type, door, public
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, within_covariance
@@ -43,10 +44,10 @@ class Regularizer:
         ((2, 2), (4,))
     """
 
-    weights: Array
-    components: Array
-    noise: Array
-    component_mean: Array
+    weights: Float[Array, ""]
+    components: Float[Array, ""]
+    noise: Float[Array, ""]
+    component_mean: Float[Array, " L"]
     component_covariance: PositiveDefinite
     noise_covariance: Kind
 
@@ -154,7 +155,7 @@ class EMOptions:
     def __post_init__(self) -> None:
         check_options({name: getattr(self, name) for name in NAMES})
 
-    def rate(self, step: Any) -> Any:
+    def rate(self, step: int | Array) -> Any:
         """The step size after so many steps: max(min_rate, (step + step_delay) ** -step_decay)."""
         falling = (step + self.step_delay) ** -self.step_decay
         return max(falling, self.min_rate) if isinstance(step, int) else jnp.maximum(falling, self.min_rate)
@@ -194,7 +195,7 @@ def check_options(values: Mapping[str, Any]) -> None:
             check_type(name, value, Regularizer, "Give PseudoCounts(), a Regularizer or None.")
 
 
-def chosen_options(function: str, options: Any, changes: Mapping[str, Any]) -> EMOptions:
+def chosen_options(function: str, options: EMOptions, changes: Mapping[str, Any]) -> EMOptions:
     """The options of a fit, those that were given by name in place of those of `options`.
 
     Raises:

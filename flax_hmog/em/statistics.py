@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from flax_hmog.data.rows import Shards, block_rows, check_samples, row_shards, sum_rows
 from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import in_units_of_x
-from flax_hmog.model.coordinates import Mean, Natural, ResidualMoments, check_mean, check_natural, outer
+from flax_hmog.model.coordinates import Mean, Natural, Prepared, ResidualMoments, check_mean, check_natural, outer
 from flax_hmog.model.kinds import (
     Array,
     Kind,
@@ -26,7 +26,6 @@ from flax_hmog.model.kinds import (
     transpose,
 )
 from flax_hmog.model.prepared import (
-    Prepared,
     center_rows,
     component_logits,
     component_product,
@@ -39,6 +38,7 @@ from flax_hmog.model.prepared import (
     symmetric_matrices,
 )
 from flax_hmog.model.structure import Structure
+from flax_hmog.model.typed import Block, Samples, Tree, jit
 
 
 @pytree
@@ -61,15 +61,15 @@ class Statistics:
         evidence: sum of v times logsumexp of the logits ().
     """
 
-    count: Array
-    residual: Array
+    count: Float[Array, ""]
+    residual: Float[Array, " D"]
     residual_square: Kind
-    cross: Array
-    responsibilities: Array
-    latent: Array
-    latent_square: Array
-    pooled_square: Array
-    evidence: Array
+    cross: Float[Array, "D L"]
+    responsibilities: Float[Array, " K"]
+    latent: Float[Array, "K L"]
+    latent_square: Float[Array, "K L2"]
+    pooled_square: Float[Array, "2*L 2*L"]
+    evidence: Float[Array, ""]
 
     def pooled(self) -> tuple[Array, Array, Array]:
         """Sums of v t t', v t g' and v g g' (L, L)."""
@@ -79,7 +79,7 @@ class Statistics:
 
 
 @public
-def expected_statistics(natural: Natural | Prepared, x: Any, weights: Any = None) -> Mean:
+def expected_statistics(natural: Natural | Prepared, x: Samples, weights: Samples | None = None) -> Mean:
     """E-step: average of E[s(x, y, z) | x] over observations.
 
     Args:
@@ -105,7 +105,7 @@ def expected_statistics(natural: Natural | Prepared, x: Any, weights: Any = None
     return _statistics_to_mean(factors.natural, factors, accumulate(factors, x, weights, shards=row_shards(x)))
 
 
-@partial(jax.jit, static_argnames="shards")
+@jit(static_argnames="shards")
 def accumulate(
     factors: Prepared, x: Array, weights: Array, labels: Array | None = None, *, shards: Shards = None
 ) -> Statistics:
@@ -131,7 +131,7 @@ def basis_loadings(factors: Prepared) -> Array:
     return factors.root.upper_solve(factors.projection)
 
 
-def _block_sums(operands: Any, block: Any, is_new: Array) -> Statistics:
+def _block_sums(operands: Tree, block: Block, is_new: Array) -> Statistics:
     """The sums over one block: everything whose cost grows with the number of rows."""
     factors, loadings = operands
     x, weights, labels = block
@@ -225,7 +225,7 @@ def residual_mean(factors: Prepared, statistics: Statistics) -> ResidualMoments:
     )
 
 
-@jax.jit
+@jit
 def _statistics_to_mean(natural: Natural, factors: Prepared, statistics: Statistics) -> Mean:
     """Average statistics of (x, y, z), in the model's own latent basis."""
     structure = Structure.of(natural.posterior_precision)
@@ -299,7 +299,8 @@ def whiten_prior(mean: Mean) -> Mean:
         """Weighted second moments about the centre, in the new basis."""
         # w E[(y-c)(y-c)'] = w E[y y'] - w E[y] c' - c w E[y]' + w c c'
         mixed = outer(means - outer(weights, center) / 2, jnp.broadcast_to(center[None], means.shape))
-        return jax.tree.map(jnp.subtract, square, square.project(mixed + transpose(mixed))).whitened(covariance)
+        centered: Kind = jax.tree.map(jnp.subtract, square, square.project(mixed + transpose(mixed)))
+        return centered.whitened(covariance)
 
     pooled = mean.pooled_second_moment
     if pooled is not None:

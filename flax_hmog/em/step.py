@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from flax_hmog.data.rows import Shards, check_samples, row_shards
-from flax_hmog.data.sources import Block
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
 from flax_hmog.model.checks import check_type, is_concrete, public
@@ -19,6 +17,7 @@ from flax_hmog.model.conversions import component_moments, moments_to_natural, r
 from flax_hmog.model.coordinates import (
     Moments,
     Natural,
+    Prepared,
     ResidualMoments,
     check_full,
     check_natural,
@@ -37,7 +36,8 @@ from flax_hmog.model.kinds import (
     symmetrize,
     trace_product,
 )
-from flax_hmog.model.prepared import Prepared, prepare
+from flax_hmog.model.prepared import prepare
+from flax_hmog.model.typed import Block, Samples, jit
 
 
 @pytree
@@ -58,16 +58,16 @@ class EMInfo:
         ((3,), ())
     """
 
-    log_likelihood: Array
-    objective: Array
-    occupancy: Array
-    smallest_noise: Array
-    smallest_latent_variance: Array
+    log_likelihood: Float[Array, ""]
+    objective: Float[Array, ""]
+    occupancy: Float[Array, " K"]
+    smallest_noise: Float[Array, ""]
+    smallest_latent_variance: Float[Array, ""]
 
 
 @public
 def em_step(
-    natural: Natural | Prepared, x: Any, weights: Any = None, regularizer: Regularizer | None = None
+    natural: Natural | Prepared, x: Samples, weights: Samples | None = None, regularizer: Regularizer | None = None
 ) -> tuple[Natural, EMInfo]:
     """One step of exact EM: expected statistics of the data, then the model that maximises with them.
 
@@ -108,7 +108,7 @@ def em_step(
     return updated, info
 
 
-@partial(jax.jit, static_argnames=("shards", "projection_dtype"))
+@jit(static_argnames=("shards", "projection_dtype"))
 def one_step(
     natural: Natural | Prepared, block: Block, regularizer: Regularizer | None, frame: Frame | None = None, *,
     shards: Shards, projection_dtype: str | None = None,
@@ -120,7 +120,7 @@ def one_step(
     return finish_step(factors, statistics, regularizer, frame)
 
 
-@jax.jit
+@jit
 def finish_step(
     factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None
 ) -> tuple[Natural, EMInfo, Array, Array]:
@@ -141,7 +141,7 @@ def finish_step(
     return natural.in_frame(frame), info, exists, jnp.stack([info.objective, statistics.count])
 
 
-@jax.jit
+@jit
 def next_moments(factors: Prepared, statistics: Statistics, regularizer: Regularizer | None) -> Moments:
     """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
     loadings = matmul(basis_loadings(factors), factors.basis)
@@ -186,7 +186,7 @@ def maximize(
 
 
 @public
-def penalty(natural: Natural | Prepared, regularizer: Regularizer) -> Array:
+def penalty(natural: Natural | Prepared, regularizer: Regularizer) -> Float[Array, ""]:
     """Log-density of the pseudo-samples of a `Regularizer`, which EM adds to the sum of log-densities.
 
     Args:
@@ -225,7 +225,7 @@ def _penalty(natural: Natural, means: Array, log_det: Array, regularizer: Regula
     return weights - (r.components * jnp.sum(component) + r.noise * noise) / 2
 
 
-@jax.jit
+@jit
 def whiten_moments(moments: Moments) -> Moments:
     """The same p(x) in the latent basis H^-1 (y - E[y]), H H' = Cov(y), in which y has mean 0 and covariance I."""
     center, factor = whitening(moments)
@@ -239,7 +239,7 @@ def whiten_moments(moments: Moments) -> Moments:
     )
 
 
-@jax.jit
+@jit
 def whiten_regularizer(regularizer: Regularizer, moments: Moments) -> Regularizer:
     """The same penalty, up to a constant, in the latent basis to which `whiten_moments` carries `moments`."""
     mean, covariance = regularizer.component_mean[None], regularizer.component_covariance.entries[None]

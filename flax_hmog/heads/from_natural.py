@@ -12,6 +12,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from flax_hmog.em.online import stepwise_start
 from flax_hmog.em.step import whiten_moments
@@ -25,6 +27,7 @@ from flax_hmog.model.frames import Frame
 from flax_hmog.model.head import Head, check_head
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep, pytree
 from flax_hmog.model.structure import Structure
+from flax_hmog.model.typed import Floats, Rows, Samples
 
 ROUNDING = 1e-5  # of the log-likelihood and of one nat per column, which float32 may lose
 REFERENCE_DRAWS = 4096  # draws of the model on which it is compared when no data are given
@@ -41,12 +44,12 @@ class WarmStartInfo:
         log_likelihood_after: that of the head (); equal to rounding where the head can hold the model.
     """
 
-    log_likelihood_before: Array
-    log_likelihood_after: Array
+    log_likelihood_before: Float[Array, ""]
+    log_likelihood_after: Float[Array, ""]
 
 
 @public
-def warm_start(head: Head, natural: Natural, x: Any = None) -> tuple[dict[str, Any], WarmStartInfo]:
+def warm_start(head: Head, natural: Natural, x: Samples | None = None) -> tuple[dict[str, Any], WarmStartInfo]:
     """Variables of a head for a fitted model.
 
     Full heads (`pst_rep="full"`, `lat_rep="full"`, Analytic) hold the model exactly, within their bounds. For
@@ -151,7 +154,7 @@ def _warn_of_loss(head: Head, moments: Moments, started: Natural, info: WarmStar
     )
 
 
-def _leaves(moments: Any, structure: Structure, bounds: Bounds) -> dict[str, np.ndarray]:
+def _leaves(moments: Moments, structure: Structure, bounds: Bounds) -> dict[str, np.ndarray]:
     """All leaves of a trainable head, for a model in a whitened basis."""
     rep = structure.rep
     common: dict[str, Any] = {
@@ -159,8 +162,8 @@ def _leaves(moments: Any, structure: Structure, bounds: Bounds) -> dict[str, np.
         "noise": moments.noise.leaf(bounds.noise, bounds.relative_floor),
         "logits": np.log(moments.weights),
     }
-    root = moments.noise.inverse().cholesky()
-    whitened = root.rows_times(moments.loadings.T).T  # A = F' W with F F' = Psi^-1, F as inference takes it
+    factor = moments.noise.inverse().cholesky()
+    whitened = factor.rows_times(moments.loadings.T).T  # A = F' W with F F' = Psi^-1, F as inference takes it
     covariances = moments.covariances.entries
     if rep is PositiveDefinite:
         return common | _full_leaves(whitened, moments.means, np.linalg.inv(covariances), bounds)
@@ -178,7 +181,7 @@ def _leaves(moments: Any, structure: Structure, bounds: Bounds) -> dict[str, np.
     return common | restricted(whitened @ basis, moments.means @ inverse.T, 1 / variances, gram, rep, bounds)
 
 
-def _full_leaves(whitened: np.ndarray, means: np.ndarray, prior: np.ndarray, bounds: Bounds) -> dict[str, np.ndarray]:
+def _full_leaves(whitened: Floats, means: Rows, prior: Floats, bounds: Bounds) -> dict[str, Any]:
     """Inverse of `leaves._full_components` without a base."""
     own = _unbalance(prior, bounds.relative_floor)
     spread = np.sqrt(np.einsum("kii->ki", prior).mean(axis=0))
@@ -190,8 +193,8 @@ def _full_leaves(whitened: np.ndarray, means: np.ndarray, prior: np.ndarray, bou
 
 
 def _symmetric_leaves(
-    whitened: np.ndarray, means: np.ndarray, precisions: np.ndarray, gram: np.ndarray, rep: Rep, bounds: Bounds
-) -> dict[str, np.ndarray]:
+    whitened: Floats, means: Rows, precisions: Floats, gram: Floats, rep: Rep, bounds: Bounds
+) -> dict[str, Any]:
     """Base precision diag(c) plus differences; precisions (K, L) along the axes of the basis."""
     base = BASE_SHARE * precisions.min(axis=0)
     own = rep.from_diagonal(precisions - base).diagonal()
@@ -206,8 +209,8 @@ def _symmetric_leaves(
 
 
 def _restricted_leaves(
-    whitened: np.ndarray, means: np.ndarray, precisions: np.ndarray, gram: np.ndarray, rep: Rep, bounds: Bounds
-) -> dict[str, np.ndarray]:
+    whitened: Floats, means: Rows, precisions: Floats, gram: Floats, rep: Rep, bounds: Bounds
+) -> dict[str, Any]:
     """Posterior precisions s (1 + delta_k) with s above A'A = diag(gram) and below all of gram + precisions."""
     posterior = gram + precisions
     base = gram + BASE_SHARE * precisions.min(axis=0)
@@ -226,21 +229,21 @@ def _restricted_leaves(
     }
 
 
-def _unbounded_columns(matrix: np.ndarray, bound: float) -> np.ndarray:
+def _unbounded_columns(matrix: Floats, bound: float) -> Floats:
     """Inverse of `leaves.bounded_columns`; columns outside go to the edge."""
     norm = np.linalg.norm(matrix, axis=0)
     inside = np.minimum(norm, (1 - 1e-4) * bound)
     scale = np.where(norm > 0, inside / np.where(norm > 0, norm, 1), 1)
-    return matrix * scale / np.sqrt(1 - (inside / bound) ** 2)
+    return cast(Floats, matrix * scale / np.sqrt(1 - (inside / bound) ** 2))
 
 
-def _unbalance(own: np.ndarray, floor: float) -> np.ndarray:
+def _unbalance(own: Floats, floor: float) -> Floats:
     """Inverse of adding `floor` times the average over components."""
-    return own - floor / (1 + floor) * own.mean(axis=0, keepdims=True)
+    return cast(Floats, own - floor / (1 + floor) * own.mean(axis=0, keepdims=True))
 
 
 def _both_sides(left: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    return left @ matrix @ left.T
+    return cast(np.ndarray, left @ matrix @ left.T)
 
 
 def _restricted(noise: Kind, rep: Rep) -> Kind:
@@ -250,7 +253,7 @@ def _restricted(noise: Kind, rep: Rep) -> Kind:
 
 def _in_units_of_x(moments: Moments, frame: Frame | None) -> Moments:
     """Standard form in units of x, in float64: the working dtype need not hold it."""
-    own = jax.tree.map(lambda a: np.asarray(a, np.float64), moments)
+    own: Moments = jax.tree.map(lambda a: np.asarray(a, np.float64), moments)
     if frame is None:
         return own
     origin, unit = frame.exact()
@@ -262,7 +265,7 @@ def _in_units_of_x(moments: Moments, frame: Frame | None) -> Moments:
     )
 
 
-def _check_held(moments: Moments, own: Moments, dtype: Any) -> None:
+def _check_held(moments: Moments, own: Moments, dtype: DTypeLike) -> None:
     """ValueError unless a model in the dtype of a head is still one."""
     kept, variances = np.asarray(own.noise.diagonal(), np.float64), moments.noise.diagonal()
     finite = all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(own))
@@ -273,7 +276,7 @@ def _check_held(moments: Moments, own: Moments, dtype: Any) -> None:
         )
 
 
-def _check_dimensions(head: Any, natural: Natural) -> None:
+def _check_dimensions(head: Head, natural: Natural) -> None:
     obs_dim, lat_dim = natural.interaction.shape
     got = (obs_dim, lat_dim, natural.posterior_location.shape[0])
     wanted = (head.obs_dim or obs_dim, head.lat_dim, head.n_components)

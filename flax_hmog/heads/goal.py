@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from flax_hmog.heads.modules import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
+from flax_hmog.model.kind import RepLike
 
 
 def differentiable_hmog(
-    obs_dim: int | None, obs_rep: Any, lat_dim: int, pst_rep: Any, n_components: int, **options: Any
+    obs_dim: int | None, obs_rep: RepLike, lat_dim: int, pst_rep: RepLike, n_components: int, **options: Any
 ) -> DifferentiableHMoG:
     """`DifferentiableHMoG` with the argument order of goal-jax; `options` are its other attributes.
 
@@ -20,7 +21,7 @@ def differentiable_hmog(
 
 
 def symmetric_hmog(
-    obs_dim: int | None, obs_rep: Any, lat_dim: int, lat_rep: Any, n_components: int, **options: Any
+    obs_dim: int | None, obs_rep: RepLike, lat_dim: int, lat_rep: RepLike, n_components: int, **options: Any
 ) -> SymmetricHMoG:
     """`SymmetricHMoG` with the argument order of goal-jax; `options` are its other attributes.
 
@@ -31,7 +32,9 @@ def symmetric_hmog(
     return SymmetricHMoG(lat_dim, n_components, obs_dim, obs_rep, lat_rep, **options)
 
 
-def analytic_hmog(obs_dim: int | None, obs_rep: Any, lat_dim: int, n_components: int, **options: Any) -> AnalyticHMoG:
+def analytic_hmog(
+    obs_dim: int | None, obs_rep: RepLike, lat_dim: int, n_components: int, **options: Any
+) -> AnalyticHMoG:
     """`AnalyticHMoG` with the argument order of goal-jax; `options` are its other attributes.
 
     Example:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax_hmog.model.coordinates import Natural, Prior, natural_bias
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, diagonal, einsum, matmul
 from flax_hmog.model.structure import SharedBase, Structure
+from flax_hmog.model.typed import jit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def leaf_specs(
     return specs
 
 
-@partial(jax.jit, static_argnames=("obs_rep", "structure", "bounds"))
+@jit(static_argnames=("obs_rep", "structure", "bounds"))
 def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, structure: Structure, bounds: Bounds) -> Natural:
     """The model that leaves stand for.
 
@@ -101,7 +102,7 @@ def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, structure: Structu
     ).carrying(Prior(location, prior_precision, log_weights))
 
 
-def _full_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -> tuple:
+def _full_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -> tuple[Any, ...]:
     """A, m_k, P_k and Q_k = P_k + A'A for a full posterior or a shared base."""
     base, raw = leaves.get("base_precision"), leaves["precisions"]
     lat_dim = leaves["means"].shape[-1]
@@ -121,7 +122,7 @@ def _full_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -> tupl
     return whitened, leaves["means"], prior, SharedBase(PositiveDefinite(precision[0]), differences)
 
 
-def _restricted_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -> tuple:
+def _restricted_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -> tuple[Any, ...]:
     """A, m_k, h_k, P_k and Q_k = I + delta_k, delta_k > 0, for a posterior of a diagonal kind.
 
     With [I; B] = [V; U] T (QR), A = U leaves I - A'A = V'V, so P_k = delta_k + V'V is a sum. The leaves B and mu hold

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import Scope, meta
+from jaxtyping import Float, Int
 
 from flax_hmog.data.containers import in_memory
 from flax_hmog.em.online import accepted_update, first_moments
@@ -67,14 +68,14 @@ class HMoGHead(nn.Module):
             _check_head(self)
         super().__post_init__()
 
-    def _model(self, obs_dim: int, x: Any) -> Natural:
+    def _model(self, obs_dim: int, x: Array | None) -> Natural:
         """The model, its variables created at init; x is the batch of that call, or None."""
         raise TypeError(
             f"{type(self).__name__}: a head must be DifferentiableHMoG, SymmetricHMoG or AnalyticHMoG; got the "
             "abstract class. Use one of the three."
         )
 
-    def _natural(self, x: Any = None) -> Natural | Prepared:
+    def _natural(self, x: Array | None = None) -> Natural | Prepared:
         """The model; prepared where rows x are to be projected in another dtype."""
         check_precision(self.param_dtype)
         known = self.obs_dim
@@ -94,7 +95,7 @@ class HMoGHead(nn.Module):
         natural, dtype = self._model(known, x), self.projection_dtype
         return natural if x is None or dtype is None else prepare(natural, dtype)
 
-    def __call__(self, x: Array) -> HMoGOutput:
+    def __call__(self, x: Float[Array, "... D"]) -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D)."""
         return inference.infer(self._natural(x), x)
 
@@ -104,7 +105,7 @@ class HMoGHead(nn.Module):
 
     def prepared(self) -> Prepared:
         """The model with all that inference needs of it and that does not depend on x."""
-        return prepare(self.natural(), self.projection_dtype)  # type: ignore[attr-defined]
+        return prepare(self.natural(), self.projection_dtype)
 
     def moments(self) -> Moments:
         """The model in standard form."""
@@ -114,39 +115,41 @@ class HMoGHead(nn.Module):
         """The model's expected statistics."""
         return natural_to_mean(self.natural())
 
-    def log_observable_density(self, x: Array) -> Array:
+    def log_observable_density(self, x: Float[Array, "... D"]) -> Float[Array, " ..."]:
         """Log p(x) (...)."""
         return inference.log_observable_density(self._natural(x), x)
 
-    def mean_log_density(self, x: Array, weights: Array | None = None) -> Array:
+    def mean_log_density(
+        self, x: Float[Array, "... D"], weights: Float[Array, " ..."] | None = None
+    ) -> Float[Array, ""]:
         """Weighted average of log p(x) over x (..., D) (): minus the loss of a fit, value and gradient in one pass."""
         return mean_log_density(self._natural(x), x, weights)
 
-    def posterior_at(self, x: Array) -> Posterior:
+    def posterior_at(self, x: Float[Array, "... D"]) -> Posterior:
         """Natural parameters of p(y, z | x)."""
         return inference.posterior_at(self._natural(x), x)
 
-    def posterior_categorical(self, x: Array) -> Array:
+    def posterior_categorical(self, x: Float[Array, "... D"]) -> Float[Array, "... K-1"]:
         """Log-odds of components against component 0 (..., K-1)."""
         return inference.posterior_categorical(self._natural(x), x)
 
-    def posterior_soft_assignments(self, x: Array) -> Array:
+    def posterior_soft_assignments(self, x: Float[Array, "... D"]) -> Float[Array, "... K"]:
         """Responsibilities (..., K)."""
         return inference.posterior_soft_assignments(self._natural(x), x)
 
-    def posterior_assignments(self, x: Array) -> Array:
+    def posterior_assignments(self, x: Float[Array, "... D"]) -> Float[Array, "... K"]:
         """Responsibilities (..., K); the same as `posterior_soft_assignments`."""
         return self.posterior_soft_assignments(x)
 
-    def posterior_hard_assignment(self, x: Array) -> Array:
+    def posterior_hard_assignment(self, x: Float[Array, "... D"]) -> Int[Array, " ..."]:
         """Most probable component (...)."""
         return inference.posterior_hard_assignment(self._natural(x), x)
 
-    def latent_mean(self, x: Array) -> Array:
+    def latent_mean(self, x: Float[Array, "... D"]) -> Float[Array, "... L"]:
         """E[y | x] (..., L)."""
         return inference.latent_mean(self._natural(x), x)
 
-    def sample(self, n: int) -> tuple[Array, Array, Array]:
+    def sample(self, n: int) -> tuple[Float[Array, "n D"], Float[Array, "n L"], Int[Array, " n"]]:
         """X (n, D), y (n, L), z (n,) from the joint, with the rng stream "sample"."""
         return inference.sample(self.natural(), self.make_rng("sample"), n)
 
@@ -192,11 +195,11 @@ class TrainableHead(HMoGHead):
         return Bounds(self.noise_bounds, self.precision_bounds, self.signal_bound, self.relative_floor)
 
     @nn.compact
-    def _model(self, obs_dim: int, x: Any) -> Natural:
+    def _model(self, obs_dim: int, x: Array | None) -> Natural:
         obs_rep = as_rep(self.obs_rep)
         structure = self.component_structure
         specs = leaf_specs(obs_dim, self.lat_dim, self.n_components, obs_rep, structure)
-        leaves = {}
+        leaves: dict[str, Any] = {}
         for name, spec in specs.items():
             init = nn.with_logical_partitioning(nn.initializers.normal(spec.scale), spec.axes)
             leaves[name] = self.param(name, init, spec.shape, self.param_dtype)
@@ -316,7 +319,7 @@ class AnalyticHMoG(HMoGHead):
         return Structure(PositiveDefinite)
 
     @nn.compact
-    def _model(self, obs_dim: int, x: Any) -> Natural:
+    def _model(self, obs_dim: int, x: Array | None) -> Natural:
         obs_rep = as_rep(self.obs_rep)
 
         def first() -> Moments:
@@ -344,7 +347,7 @@ class AnalyticHMoG(HMoGHead):
         return self.get_variable("em", "moments")
 
     def expectation_maximization(
-        self, x: Array, weights: Array | None = None, regularizer: Regularizer | None = None
+        self, x: Float[Array, "N D"], weights: Array | None = None, regularizer: Regularizer | None = None
     ) -> tuple[Natural, EMInfo]:
         """One step of exact EM on x (N, D): the new model and diagnostics; the collection `em` is not changed."""
         return em_step(self._natural(x), x, weights, regularizer)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Float
 
 from flax_hmog.data.containers import is_in_blocks
 from flax_hmog.data.rows import Shards, block_rows, check_samples, map_rows, row_shards
 from flax_hmog.data.sources import entered
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
 from flax_hmog.model.checks import is_concrete, public
-from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.coordinates import Natural, Prepared
 from flax_hmog.model.kinds import Array, matmul, trace_product
 from flax_hmog.model.prepared import (
-    Prepared,
     center_rows,
     component_logits,
     floats_per_row,
@@ -29,10 +30,11 @@ from flax_hmog.model.prepared import (
     quadratic_coefficients,
     shared_log_density,
 )
+from flax_hmog.model.typed import Data, Samples, Tree, jit
 
 
 @public
-def mean_log_density(natural: Natural | Prepared, x: Any, weights: Any = None) -> Array:
+def mean_log_density(natural: Natural | Prepared, x: Data, weights: Samples | None = None) -> Float[Array, ""]:
     """Weighted average of log p(x) over observations, in nats: minus the loss that fits a model to data.
 
     Its gradient is that of the average of `log_observable_density`, but it comes from the statistics of the same pass
@@ -64,12 +66,12 @@ def mean_log_density(natural: Natural | Prepared, x: Any, weights: Any = None) -
     return total / count
 
 
-@partial(jax.jit, static_argnames="shards")
+@jit(static_argnames="shards")
 def _mean_log_density(natural: Natural | Prepared, x: Array, weights: Array, shards: Shards) -> Array:
     return summed_log_density(prepare(natural), x, weights, shards) / jnp.sum(weights)
 
 
-@partial(jax.jit, static_argnames="shards")
+@jit(static_argnames="shards")
 def _summed(natural: Prepared, x: Array, weights: Array, shards: Shards) -> Array:
     return summed_log_density(natural, x, weights, shards)
 
@@ -81,11 +83,11 @@ def summed_log_density(factors: Prepared, x: Array, weights: Array, shards: Shar
 
 
 @partial(summed_log_density.defjvp, symbolic_zeros=True)
-def _summed_log_density_jvp(shards: Shards, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+def _summed_log_density_jvp(shards: Shards, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     factors, x, weights = primals
     d_factors, d_x, d_weights = tangents
     statistics = accumulate(factors, x, weights, shards=shards)
-    is_zero = lambda leaf: isinstance(leaf, SymbolicZero)  # noqa: E731
+    is_zero: Callable[[Any], bool] = lambda leaf: isinstance(leaf, SymbolicZero)  # noqa: E731
     d_factors = jax.tree.map(lambda d, f: jnp.zeros_like(f) if is_zero(d) else d, d_factors, factors, is_leaf=is_zero)
     tangent = _tangent(factors, statistics, d_factors)
     if not is_zero(d_x) or not is_zero(d_weights):
@@ -125,7 +127,7 @@ def _tangent(factors: Prepared, statistics: Statistics, d: Prepared) -> Array:
     )
 
 
-def _density_and_score(operands: Any, x: Array) -> tuple[Array, Array]:
+def _density_and_score(operands: Tree, x: Array) -> tuple[Array, Array]:
     """Log p(x) (B,) and its derivative in x, -Psi^-1 (x - b - W E[y | x]) (B, D)."""
     factors, loadings = operands
     centered = center_rows(factors, x)

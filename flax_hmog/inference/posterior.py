@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from flax_hmog.data.containers import is_in_blocks
 from flax_hmog.data.rows import Shards, block_rows, enter, map_rows
 from flax_hmog.data.sources import entered
 from flax_hmog.model.checks import check_shape, check_size, door, is_concrete, public
 from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
-from flax_hmog.model.coordinates import Natural, check_natural
+from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.kinds import Array, matmul, pytree
 from flax_hmog.model.prepared import (
-    Prepared,
     center_rows,
     component_logits,
     floats_per_row,
@@ -34,6 +33,7 @@ from flax_hmog.model.prepared import (
     shared_log_density,
 )
 from flax_hmog.model.structure import Precision
+from flax_hmog.model.typed import Data, Samples, jit
 
 
 @pytree
@@ -52,9 +52,9 @@ class Posterior:
         ((12, 3, 2), (3, 2, 2), (2,))
     """
 
-    location: Array
+    location: Float[Array, "... K L"]
     precision: Precision
-    bias: Array
+    bias: Float[Array, " K-1"]
 
 
 @pytree
@@ -72,13 +72,13 @@ class HMoGOutput:
         [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
     """
 
-    log_density: Array
-    log_responsibilities: Array
-    latent_mean: Array
+    log_density: Float[Array, " ..."]
+    log_responsibilities: Float[Array, "... K"]
+    latent_mean: Float[Array, "... L"]
 
 
 @public
-def infer(natural: Natural | Prepared, x: Any) -> HMoGOutput:
+def infer(natural: Natural | Prepared, x: Data) -> HMoGOutput:
     """Log-density, log-responsibilities and latent mean of observations in one pass.
 
     Args:
@@ -99,11 +99,11 @@ def infer(natural: Natural | Prepared, x: Any) -> HMoGOutput:
         >>> output.log_density.shape, output.log_responsibilities.shape, output.latent_mean.shape
         ((12,), (12, 3), (12, 2))
     """
-    return _each(infer_rows, natural, x)
+    return cast(HMoGOutput, _each(infer_rows, natural, x))
 
 
 @public
-def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
+def infer_blocks(natural: Natural | Prepared, data: Data) -> HMoGOutput:
     """`infer` for data larger than memory, or sparse: rows are brought to the device block by block.
 
     Args:
@@ -124,11 +124,11 @@ def infer_blocks(natural: Any, data: Any) -> HMoGOutput:
     parts = []
     for model, rows, shards, _, count in entered(natural, data, argument="data", on_device=False):
         parts.append((jax.tree.map(np.asarray, _by_blocks(infer_rows, model, rows, shards)), count))
-    return _joined(parts)
+    return cast(HMoGOutput, _joined(parts))
 
 
 @public
-def log_observable_density(natural: Natural | Prepared, x: Any) -> Array:
+def log_observable_density(natural: Natural | Prepared, x: Data) -> Float[Array, " ..."]:
     """Log p(x) = log sum_k w_k N(x; W m_k + b, W S_k W' + Psi), in nats.
 
     Args:
@@ -143,11 +143,11 @@ def log_observable_density(natural: Natural | Prepared, x: Any) -> Array:
         >>> log_observable_density(natural, x).shape
         (12,)
     """
-    return _each(infer_rows, natural, x, "log_density")
+    return cast(Array, _each(infer_rows, natural, x, "log_density"))
 
 
 @public
-def posterior_soft_assignments(natural: Natural | Prepared, x: Any) -> Array:
+def posterior_soft_assignments(natural: Natural | Prepared, x: Data) -> Float[Array, "... K"]:
     """Responsibilities p(z = k | x). Rows sum to 1.
 
     Args:
@@ -169,7 +169,7 @@ posterior_assignments = posterior_soft_assignments
 
 
 @public
-def posterior_categorical(natural: Natural | Prepared, x: Any) -> Array:
+def posterior_categorical(natural: Natural | Prepared, x: Data) -> Float[Array, "... K-1"]:
     """Natural parameters of p(z | x): log-odds of components 1..K-1 against component 0.
 
     Args:
@@ -184,12 +184,12 @@ def posterior_categorical(natural: Natural | Prepared, x: Any) -> Array:
         >>> (posterior_categorical(natural, x)[:2] > 0).tolist()
         [[False, False], [True, False]]
     """
-    logits = _each(infer_rows, natural, x, "log_responsibilities")
+    logits: Array = _each(infer_rows, natural, x, "log_responsibilities")
     return logits[..., 1:] - logits[..., :1]
 
 
 @public
-def posterior_hard_assignment(natural: Natural | Prepared, x: Any) -> Array:
+def posterior_hard_assignment(natural: Natural | Prepared, x: Data) -> Int[Array, " ..."]:
     """The most probable component of each observation.
 
     Args:
@@ -209,7 +209,7 @@ def posterior_hard_assignment(natural: Natural | Prepared, x: Any) -> Array:
 
 
 @public
-def latent_mean(natural: Natural | Prepared, x: Any) -> Array:
+def latent_mean(natural: Natural | Prepared, x: Data) -> Float[Array, "... L"]:
     """E[y | x] = sum_k p(z = k | x) Q_k^-1 (eta_k + Theta' x).
 
     Args:
@@ -224,11 +224,11 @@ def latent_mean(natural: Natural | Prepared, x: Any) -> Array:
         >>> latent_mean(natural, x).shape
         (12, 2)
     """
-    return _each(infer_rows, natural, x, "latent_mean")
+    return cast(Array, _each(infer_rows, natural, x, "latent_mean"))
 
 
 @public
-def posterior_at(natural: Natural | Prepared, x: Any) -> Posterior:
+def posterior_at(natural: Natural | Prepared, x: Data) -> Posterior:
     """Natural parameters of p(y, z | x): locations eta_k + Theta' x, precisions Q_k, categorical bias.
 
     Args:
@@ -253,7 +253,7 @@ def posterior_at(natural: Natural | Prepared, x: Any) -> Posterior:
 
 
 @public
-def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput:
+def merge_output(output: HMoGOutput, labels: Samples, n_clusters: int) -> HMoGOutput:
     """The output of a model whose components are merged to clusters: log-responsibilities summed within each.
 
     Args:
@@ -286,7 +286,9 @@ def merge_output(output: HMoGOutput, labels: Any, n_clusters: int) -> HMoGOutput
 
 
 @public
-def sample(natural: Natural | Prepared, key: Array, n: int) -> tuple[Array, Array, Array]:
+def sample(
+    natural: Natural | Prepared, key: Array, n: int
+) -> tuple[Float[Array, "n D"], Float[Array, "n L"], Int[Array, " n"]]:
     """Draw from the joint: z ~ w, y | z ~ N(m_z, S_z), x | y ~ N(W y + b, Psi).
 
     Args:
@@ -312,7 +314,9 @@ def sample(natural: Natural | Prepared, key: Array, n: int) -> tuple[Array, Arra
     return _sample(with_prior(natural), key, n)
 
 
-def _each(of_rows: Callable[[Prepared, Array], HMoGOutput], natural: Any, x: Any, field: str | None = None) -> Any:
+def _each(
+    of_rows: Callable[[Prepared, Array], HMoGOutput], natural: Natural | Prepared, x: Data, field: str | None = None
+) -> Any:
     """`of_rows` of rows of any kind: its whole output, or one field of it and only what that takes."""
     if type(x) is np.ndarray or isinstance(x, jax.Array) or not is_in_blocks(x):
         return _by_blocks(of_rows, *enter(natural, x), field)
@@ -329,7 +333,7 @@ def _joined(parts: list[tuple[Any, int | None]]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(parts[0][0]), [join(leaves) for leaves in zip(*cut, strict=True)])
 
 
-@partial(jax.jit, static_argnames=("of_rows", "shards", "field"))
+@jit(static_argnames=("of_rows", "shards", "field"))
 def _by_blocks(
     of_rows: Callable[[Prepared, Array], HMoGOutput],
     natural: Natural | Prepared,
@@ -339,7 +343,7 @@ def _by_blocks(
 ) -> Any:
     """`of_rows` of an array, in blocks that fit the cache."""
     factors = prepare(natural)
-    only = lambda output: output if field is None else getattr(output, field)  # noqa: E731
+    only: Callable[[HMoGOutput], Any] = lambda output: output if field is None else getattr(output, field)  # noqa: E731
     limit = block_rows(floats_per_row(factors))
     return map_rows(lambda factors, block: only(of_rows(factors, block)), factors, x, limit, shards)
 
@@ -357,7 +361,7 @@ def infer_rows(factors: Prepared, x: Array) -> HMoGOutput:
     )
 
 
-@partial(jax.jit, static_argnames="n")
+@jit(static_argnames="n")
 def _sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
     moments = own_moments(natural)
     dtype = moments.bias.dtype
@@ -377,7 +381,7 @@ def _sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
     return x if frame is None else frame.outward(x), y, z.astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames="n_clusters")
+@jit(static_argnames="n_clusters")
 def _log_sums(log_responsibilities: Array, labels: Array, n_clusters: int) -> Array:
     """The log of the sum of exponentials within each cluster (..., n_clusters), relative to its largest term."""
     rows = jnp.moveaxis(log_responsibilities, -1, 0)  # (K, ...)

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from flax_hmog.model.typed import jit
 
 MISSING_VALUES = (
     "Missing values are not supported by any function here: drop or impute these rows, and rescale entries too large "
@@ -75,12 +78,12 @@ def public_methods(cls: type[T]) -> type[T]:
     return cls
 
 
-def is_concrete(*trees: Any) -> bool:
+def is_concrete(*trees: object) -> bool:
     """True if all leaves hold values: none is a tracer."""
     return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
 
 
-def check_precision(dtype: Any) -> None:
+def check_precision(dtype: DTypeLike | None) -> None:
     """ValueError for a head in float64 where JAX would silently compute in float32."""
     if dtype is not None and jnp.dtype(dtype) == np.float64 != jax.dtypes.canonicalize_dtype(np.float64):
         raise ValueError(
@@ -89,7 +92,7 @@ def check_precision(dtype: Any) -> None:
         )
 
 
-def check_outside_transformations(**arguments: Any) -> None:
+def check_outside_transformations(**arguments: object) -> None:
     """TypeError unless all arguments hold values: a loop on the host cannot run inside of `jit`, `vmap` or `grad`."""
     for argument, value in arguments.items():
         is_tree = isinstance(value, jax.Array | list | tuple) or dataclasses.is_dataclass(value)
@@ -100,13 +103,13 @@ def check_outside_transformations(**arguments: Any) -> None:
             )
 
 
-def check_type(argument: str, value: Any, expected: type, remedy: str) -> None:
+def check_type(argument: str, value: object, expected: type, remedy: str) -> None:
     """TypeError unless `value` is an instance of `expected`."""
     if not isinstance(value, expected):
         raise TypeError(f"{door()}: `{argument}` must be {expected.__name__}; got {type(value).__name__}. {remedy}")
 
 
-def check_float_dtype(argument: str, dtype: Any) -> str | None:
+def check_float_dtype(argument: str, dtype: DTypeLike | None) -> str | None:
     """The name of a float dtype; None for None. ValueError for another one."""
     if dtype is None:
         return None
@@ -118,7 +121,7 @@ def check_float_dtype(argument: str, dtype: Any) -> str | None:
         raise ValueError(
             f'{door()}: `{argument}` must be a float dtype or None; got {dtype!r}. Use "bfloat16" or None.'
         )
-    return found.name
+    return str(found.name)
 
 
 def check_size(argument: str, value: Any, *, at_most: int | None = None, at_least: int = 1) -> None:
@@ -141,7 +144,7 @@ def check_interval(argument: str, value: Any) -> None:
         )
 
 
-def check_shape(argument: str, value: Any, shape: tuple) -> None:
+def check_shape(argument: str, value: Any, shape: tuple[int | str, ...]) -> None:
     """ValueError unless `value` has exactly this shape."""
     if np.shape(value) != shape:
         raise ValueError(
@@ -150,7 +153,9 @@ def check_shape(argument: str, value: Any, shape: tuple) -> None:
         )
 
 
-def check_finite(argument: str, x: Array, remedy: str = MISSING_VALUES, *, row_numbers: Any = None) -> None:
+def check_finite(
+    argument: str, x: Array, remedy: str = MISSING_VALUES, *, row_numbers: np.ndarray | None = None
+) -> None:
     """ValueError if any entry is not finite, with the count and the first row."""
     if not is_concrete(x):
         return
@@ -166,7 +171,7 @@ def check_finite(argument: str, x: Array, remedy: str = MISSING_VALUES, *, row_n
     )
 
 
-@jax.jit
+@jit
 def _all_finite(x: Array) -> Array:
     # 0 x is NaN for what is not finite; a sum runs at the speed of memory, a logical reduction at a third of it
     return jnp.all(jnp.isfinite(jnp.sum(0 * x, axis=-1)))
@@ -175,7 +180,7 @@ def _all_finite(x: Array) -> Array:
 ASYMMETRY = 1e-3  # of the largest entry, which rounding does not explain
 
 
-def check_positive_definite(argument: str, matrices: Any, remedy: str) -> None:
+def check_positive_definite(argument: str, matrices: Array | np.ndarray, remedy: str) -> None:
     """ValueError naming the first matrix (..., n, n) that is not positive definite, with its smallest eigenvalue."""
     if not is_concrete(matrices):
         return
@@ -201,7 +206,7 @@ def check_positive_definite(argument: str, matrices: Any, remedy: str) -> None:
             ) from None
 
 
-def check_positive(argument: str, values: Any, remedy: str) -> None:
+def check_positive(argument: str, values: ArrayLike, remedy: str) -> None:
     """ValueError unless every entry is positive and finite."""
     if is_concrete(values):
         flat = np.asarray(values).reshape(-1)

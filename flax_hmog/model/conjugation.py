@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+from jaxtyping import Float
 
 from flax_hmog.model.checks import check_type, public
 from flax_hmog.model.conversions import conjugation, in_units_of_x, with_prior
@@ -36,9 +37,9 @@ class LinearGaussian:
         ((4,), (4, 2))
     """
 
-    location: Array
+    location: Float[Array, " D"]
     precision: Kind
-    interaction: Array
+    interaction: Float[Array, "D L"]
 
     def __post_init__(self) -> None:
         fill_sizes(self, self.location, "precision")
@@ -60,9 +61,9 @@ class Mixture:
         ((3, 2), (2,))
     """
 
-    location: Array
+    location: Float[Array, "K L"]
     precision: Precision
-    bias: Array
+    bias: Float[Array, " K-1"]
 
 
 @public

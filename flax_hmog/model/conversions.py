@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +36,7 @@ from flax_hmog.model.coordinates import (
     outer,
 )
 from flax_hmog.model.frames import Frame
+from flax_hmog.model.kind import RepLike
 from flax_hmog.model.kinds import (
     Array,
     Kind,
@@ -49,6 +49,7 @@ from flax_hmog.model.kinds import (
     symmetrize,
 )
 from flax_hmog.model.structure import Precision, Structure
+from flax_hmog.model.typed import jit
 
 
 def conjugation(natural: Natural) -> tuple[Array, Array]:
@@ -119,7 +120,7 @@ def own_moments(natural: Natural) -> Moments:
     return _natural_to_moments(with_prior(natural))
 
 
-@jax.jit
+@jit
 def reframe(moments: Moments, old: Frame | None, new: Frame | None) -> Moments:
     """The same model of x, its parameters in another frame; None stands for the units of x."""
     zero, one = jnp.zeros_like(moments.bias), jnp.ones_like(moments.bias)
@@ -167,7 +168,7 @@ def in_units_of_x(natural: Natural) -> Natural:
     return plain
 
 
-@jax.jit
+@jit
 def _in_units_of_x(natural: Natural) -> Natural:
     frame: Any = natural.frame
     precision = natural.observable_precision.scaled(1 / frame.unit)
@@ -196,7 +197,7 @@ def fits_units_of_x(natural: Natural) -> bool:
     return bool((digits < 1e-3).all() and (noise < safe).all() and (noise > 1 / safe).all())
 
 
-@jax.jit
+@jit
 def _natural_to_moments(natural: Natural) -> Moments:
     noise = natural.observable_precision.inverse()
     _, means, covariances = gaussian_log_partition(natural.prior.location, natural.prior.precision)
@@ -211,7 +212,7 @@ def _natural_to_moments(natural: Natural) -> Moments:
 
 
 @public
-def moments_to_natural(moments: Moments, rep: Any = PositiveDefinite, *, shared_base: bool = False) -> Natural:
+def moments_to_natural(moments: Moments, rep: RepLike = PositiveDefinite, *, shared_base: bool = False) -> Natural:
     """Natural coordinates of a model in standard form: Q_k = S_k^-1 + W'Psi^-1 W, eta_k = S_k^-1 m_k - W'Psi^-1 b.
 
     Args:
@@ -240,7 +241,7 @@ def moments_to_natural(moments: Moments, rep: Any = PositiveDefinite, *, shared_
     return natural
 
 
-@partial(jax.jit, static_argnames="structure")
+@jit(static_argnames="structure")
 def _moments_to_natural(moments: Moments, structure: Structure) -> tuple[Natural, Array]:
     """The model, and its posterior precisions (K, L, L) before the structure restricts them."""
     noise_inverse = moments.noise.inverse()
@@ -283,7 +284,7 @@ def natural_to_mean(natural: Natural) -> Mean:
     return _natural_to_mean(with_prior(in_units_of_x(natural)))
 
 
-@jax.jit
+@jit
 def _natural_to_mean(natural: Natural) -> Mean:
     moments = _natural_to_moments(natural)
     weights, means = moments.weights, moments.means
@@ -329,7 +330,7 @@ def mean_to_moments(mean: Mean) -> Moments:
     return _mean_to_moments(mean)
 
 
-@jax.jit
+@jit
 def _mean_to_moments(mean: Mean) -> Moments:
     loadings, bias, noise = regress_observed(mean)
     means, covariances = component_moments(mean.weights, mean.weighted_means, mean.weighted_second_moments.entries)
@@ -410,7 +411,7 @@ def _check_moments(moments: Moments) -> Moments:
             f"{door()}: `weights` must sum to 1; got {float(np.sum(np.asarray(moments.weights))):.4g}. "
             "Divide by the sum."
         )
-    return jax.tree.map(jnp.asarray, moments)
+    return cast(Moments, jax.tree.map(jnp.asarray, moments))
 
 
 def _check_nothing_dropped(dense: Array, precision: Precision, rep: Rep) -> None:

@@ -8,10 +8,11 @@ L latent, K components; W loadings, Psi noise, Theta = Psi^-1 W.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from flax_hmog.model.checks import door
 from flax_hmog.model.frames import Frame
@@ -56,11 +57,11 @@ class Moments:
         >>> natural = moments_to_natural(moments)
     """
 
-    loadings: Array
-    bias: Array
+    loadings: Float[Array, "D L"]
+    bias: Float[Array, " D"]
     noise: Kind
-    weights: Array
-    means: Array
+    weights: Float[Array, " K"]
+    means: Float[Array, "K L"]
     covariances: PositiveDefinite
 
     def __post_init__(self) -> None:
@@ -82,9 +83,9 @@ class Prior:
         ((3, 2), (3, 2, 2))
     """
 
-    location: Array
+    location: Float[Array, "K L"]
     precision: PositiveDefinite
-    log_weights: Array
+    log_weights: Float[Array, " K"]
 
 
 @pytree
@@ -112,12 +113,12 @@ class Natural:
         ((4, 2), (3, 2), 'PositiveDefinite')
     """
 
-    observable_location: Array
+    observable_location: Float[Array, " D"]
     observable_precision: Kind
-    interaction: Array
-    posterior_location: Array
+    interaction: Float[Array, "D L"]
+    posterior_location: Float[Array, "K L"]
     posterior_precision: Precision
-    categorical_bias: Array
+    categorical_bias: Float[Array, " K-1"]
     frame: Frame | None = None
     prior: Prior = dataclasses.field(default=None, init=False)  # type: ignore[assignment]
 
@@ -177,22 +178,22 @@ class Prepared:
     """
 
     natural: Natural
-    bias: Array
+    bias: Float[Array, " D"]
     root: Kind
-    projection: Array
-    projector: Array
-    prior_root: Array
-    basis: Array
-    inverse_basis: Array
-    constant: Array
-    linear: Array
-    curvature: Array
-    coefficients: Array
-    covariance: Array
-    location: Array
-    prior_means: Array
-    prior_log_det: Array
-    offset: Array
+    projection: Float[Array, "D L"]
+    projector: Float[Array, "D L"]
+    prior_root: Float[Array, "L L"]
+    basis: Float[Array, "L L"]
+    inverse_basis: Float[Array, "L L"]
+    constant: Float[Array, " K"]
+    linear: Float[Array, "K L"]
+    curvature: Float[Array, " K *C"]
+    coefficients: Float[Array, "K M"]
+    covariance: Float[Array, " K *C"]
+    location: Float[Array, "K L"]
+    prior_means: Float[Array, "K L"]
+    prior_log_det: Float[Array, " K"]
+    offset: Float[Array, ""]
 
     @property
     def precision(self) -> Kind:
@@ -210,7 +211,7 @@ class Prepared:
         return self.covariance.ndim == 2
 
 
-def check_natural(value: Any, argument: str = "natural") -> Natural:
+def check_natural(value: object, argument: str = "natural") -> Natural:
     """The `Natural` that `value` is, or was prepared from.
 
     Raises:
@@ -249,11 +250,11 @@ class Mean:
         ((4,), (4, 2))
     """
 
-    observable_mean: Array
+    observable_mean: Float[Array, " D"]
     observable_second_moment: Kind
-    cross_moment: Array
-    weights: Array
-    weighted_means: Array
+    cross_moment: Float[Array, "D L"]
+    weights: Float[Array, " K"]
+    weighted_means: Float[Array, "K L"]
     weighted_second_moments: Kind
     pooled_second_moment: PositiveDefinite = None  # type: ignore[assignment]
 
@@ -262,7 +263,7 @@ class Mean:
         fill_sizes(self, self.weighted_means, "weighted_second_moments")
 
 
-def check_mean(value: Any) -> None:
+def check_mean(value: object) -> None:
     """TypeError, with the way to a `Mean`, unless `value` is one."""
     if isinstance(value, Mean):
         return
@@ -295,11 +296,11 @@ class ResidualMoments:
         >>> natural = mean_to_natural(em["running"].to_mean(em["moments"]))
     """
 
-    observable_mean: Array
+    observable_mean: Float[Array, " D"]
     observable_second_moment: Kind
-    cross_moment: Array
-    weights: Array
-    weighted_means: Array
+    cross_moment: Float[Array, "D L"]
+    weights: Float[Array, " K"]
+    weighted_means: Float[Array, "K L"]
     weighted_second_moments: PositiveDefinite
 
     def __post_init__(self) -> None:
@@ -381,7 +382,7 @@ def categorical_logits(bias: Array) -> Array:
 
 def observable_bias(natural: Natural) -> Array:
     """B = Psi Psi^-1 b (D,)."""
-    return natural.observable_precision.inverse().times(natural.observable_location[:, None])[:, 0]
+    return cast(Array, natural.observable_precision.inverse().times(natural.observable_location[:, None])[:, 0])
 
 
 def natural_bias(log_weights: Array, means: Array, location: Array, log_det: Array) -> Array:

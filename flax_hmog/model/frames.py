@@ -6,13 +6,16 @@ wild rows or entries leave them as they are.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from flax_hmog.model.kinds import Array, pytree
+from flax_hmog.model.typed import Rows
 
 
 @pytree
@@ -33,13 +36,13 @@ class Frame:
         [[1.0, -1.0]]
     """
 
-    origin: Array
-    rest: Array
-    unit: Array
-    log_volume: Array
+    origin: Float[Array, " D"]
+    rest: Float[Array, " D"]
+    unit: Float[Array, " D"]
+    log_volume: Float[Array, ""]
 
     @classmethod
-    def of(cls, origin: np.ndarray, unit: np.ndarray, dtype: Any) -> Frame:
+    def of(cls, origin: np.ndarray, unit: np.ndarray, dtype: DTypeLike) -> Frame:
         """The frame with this origin and unit (D,), given in float64."""
         unit = np.asarray(unit, dtype)
         high = np.asarray(origin, dtype)
@@ -65,13 +68,13 @@ class Frame:
         zero = jnp.zeros_like(self.origin)
         return Frame(zero, zero, jnp.ones_like(self.unit), self.log_volume)
 
-    def inward_on_host(self, x: np.ndarray) -> np.ndarray:
+    def inward_on_host(self, x: Rows) -> np.ndarray:
         """Rows x' (B, D) float64 of rows x (B, D): digits that x has beyond the working precision are not lost."""
         origin, unit = self.exact()
-        return (np.asarray(x, np.float64) - origin) / unit
+        return cast(np.ndarray, (np.asarray(x, np.float64) - origin) / unit)
 
 
-def has_more_digits(x: Any, dtype: Any) -> bool:
+def has_more_digits(x: object, dtype: DTypeLike) -> bool:
     """True if `x` lies on the host in a dtype whose values the working precision would round."""
     if isinstance(x, jax.Array):
         return False

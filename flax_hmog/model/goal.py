@@ -14,16 +14,19 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from flax_hmog.model.checks import check_finite, check_type, door, public
 from flax_hmog.model.conversions import in_units_of_x, with_prior
 from flax_hmog.model.coordinates import Mean, Natural, check_mean, check_natural
+from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep
 from flax_hmog.model.structure import Precision, SharedBase, Structure
 
 
 @public
-def ravel_natural(natural: Natural, head: Any) -> Array:
+def ravel_natural(natural: Natural, head: Head) -> Float[Array, " P"]:
     """Natural coordinates as the flat vector of goal-jax.
 
     Args:
@@ -69,7 +72,7 @@ def ravel_natural(natural: Natural, head: Any) -> Array:
 
 
 @public
-def unravel_natural(flat: Array, head: Any) -> Natural:
+def unravel_natural(flat: Array, head: Head) -> Natural:
     """Natural coordinates from the flat vector of goal-jax.
 
     The prior precisions follow by subtraction, so that derivatives in the flat vector see both.
@@ -111,7 +114,7 @@ def unravel_natural(flat: Array, head: Any) -> Natural:
 
 
 @public
-def ravel_mean(mean: Mean, head: Any) -> Array:
+def ravel_mean(mean: Mean, head: Head) -> Float[Array, " P"]:
     """Mean coordinates as the flat vector of goal-jax.
 
     Args:
@@ -150,7 +153,7 @@ def ravel_mean(mean: Mean, head: Any) -> Array:
 
 
 @public
-def unravel_mean(flat: Array, head: Any) -> Mean:
+def unravel_mean(flat: Array, head: Head) -> Mean:
     """Mean coordinates from the flat vector of goal-jax.
 
     Args:
@@ -192,14 +195,14 @@ def unravel_mean(flat: Array, head: Any) -> Mean:
     )
 
 
-def _read_head(head: Any) -> tuple[int, int, int, Rep, Structure]:
+def _read_head(head: Head) -> tuple[int, int, int, Rep, Structure]:
     if head.obs_dim is None:
         raise ValueError(f"{door()}: `head.obs_dim` must be a number; got None. Give the head its obs_dim.")
     obs_rep = as_rep(head.obs_rep, argument="head.obs_rep")
     return head.obs_dim, head.lat_dim, head.n_components, obs_rep, head.component_structure
 
 
-def _check_structure(value: Any, rep: Rep) -> None:
+def _check_structure(value: object, rep: Rep) -> None:
     if type(value) is not rep:
         raise ValueError(
             f"{door()}: `head` must have the kinds of the coordinates; got {rep.__name__} for coordinates that hold "
@@ -207,7 +210,7 @@ def _check_structure(value: Any, rep: Rep) -> None:
         )
 
 
-def _split(flat: Any, obs_dim: int, lat_dim: int, n_components: int, reps: tuple) -> tuple:
+def _split(flat: ArrayLike, obs_dim: int, lat_dim: int, n_components: int, reps: tuple[Any, ...]) -> tuple[Any, ...]:
     """The six parts of a flat vector; the differences as (K-1, component size)."""
     obs_rep, base_rep, rep = reps
     flat = jnp.asarray(flat)

@@ -6,10 +6,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from flax_hmog.model.checks import door
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.structure import Structure
+from flax_hmog.model.typed import Variables
 
 
 @runtime_checkable
@@ -54,17 +56,17 @@ class Head(Protocol):
     def component_structure(self) -> Structure:
         """Structure of the component precisions."""
 
-    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
         """A call or method on variables, as of any linen module."""
 
     def natural(self) -> Natural:
         """The model in natural coordinates, of variables that are there."""
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Any:
         """`HMoGOutput` of x (..., D)."""
 
 
-def check_head(head: Any, signature: str) -> None:
+def check_head(head: object, signature: str) -> None:
     """TypeError, naming the order of arguments, unless `head` is one."""
     if isinstance(head, type) or not isinstance(head, Head):
         raise TypeError(
@@ -73,7 +75,7 @@ def check_head(head: Any, signature: str) -> None:
         )
 
 
-def check_head_and_key(head: Any, key: Any) -> None:
+def check_head_and_key(head: object, key: object) -> None:
     """TypeError unless `head` is a head, and `key` a PRNG key, typed or raw."""
     check_head(head, "(head, data, key)")
     dtype = getattr(key, "dtype", None)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import in_units_of_x, mean_to_moments, natural_to_moments, with_prior
 from flax_hmog.model.coordinates import Mean, Natural, categorical_logits, check_natural, gaussian_log_partition
 from flax_hmog.model.kinds import Array, Kind, einsum, matmul, trace_product
+from flax_hmog.model.typed import jit
 
 
 @public
-def log_partition(natural: Natural) -> Array:
+def log_partition(natural: Natural) -> Float[Array, ""]:
     """Psi = logsumexp_k(cat_k + psi_N(h_k, P_k)) + psi_N(Psi^-1 b, Psi^-1), without the base measure.
 
     Args:
@@ -40,7 +44,7 @@ def log_partition(natural: Natural) -> Array:
 
 
 @public
-def negative_entropy(mean: Mean) -> Array:
+def negative_entropy(mean: Mean) -> Float[Array, ""]:
     """Theta . mu - psi = E[log p(x, y, z)] without the base measure; the convex conjugate of `log_partition`.
 
     Args:
@@ -66,7 +70,7 @@ def negative_entropy(mean: Mean) -> Array:
 
 
 @public
-def kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
+def kl_divergence(natural_p: Natural, natural_q: Natural) -> Float[Array, ""]:
     """KL(p || q) between joints over (x, y, z), as KL of z + KL of y | z + KL of x | y.
 
     Not invariant to relabelling components or rotating the latent space.
@@ -105,7 +109,7 @@ def kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
     return _kl_divergence(with_prior(p), with_prior(q))
 
 
-@jax.jit
+@jit
 def _kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
     p, q = natural_to_moments(natural_p), natural_to_moments(natural_q)
     obs_dim, lat_dim = p.loadings.shape
@@ -139,4 +143,4 @@ def _kl_divergence(natural_p: Natural, natural_q: Natural) -> Array:
 
 def _root_times(root: Kind, columns: Array) -> Array:
     """F' columns (D, m), for a factor F that `cholesky` returned."""
-    return root.rows_times(columns.T).T
+    return cast(Array, root.rows_times(columns.T).T)

@@ -8,13 +8,15 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Self, TypeAlias, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from flax_hmog.model.checks import check_positive, door
+from flax_hmog.model.typed import Rows
 
 Array: TypeAlias = jax.Array
 T = TypeVar("T")
@@ -117,7 +119,7 @@ class Kind(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_diagonal(cls, diagonals: Any) -> Self:
+    def from_diagonal(cls, diagonals: Rows) -> Self:
         """Restriction to this kind of the diagonal matrices with diagonals (..., n)."""
 
     @abc.abstractmethod
@@ -137,15 +139,15 @@ class Kind(abc.ABC):
         """Logarithm of the determinant (...); NaN where a matrix is not positive definite."""
 
     @abc.abstractmethod
-    def times(self, columns: Any) -> Any:
+    def times(self, columns: Array) -> Any:
         """Matrix @ columns, for columns (n, m)."""
 
     @abc.abstractmethod
-    def rows_times(self, rows: Any) -> Any:
+    def rows_times(self, rows: Array) -> Any:
         """Rows @ matrix, for rows (B, n)."""
 
     @abc.abstractmethod
-    def lower_solve(self, columns: Any) -> Any:
+    def lower_solve(self, columns: Array) -> Any:
         """F^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
 
     @abc.abstractmethod
@@ -153,7 +155,7 @@ class Kind(abc.ABC):
         """F'^-1 columns, for a factor F that `cholesky` returned and columns (n, m)."""
 
     @abc.abstractmethod
-    def scaled(self, columns: Any) -> Self:
+    def scaled(self, columns: Rows) -> Self:
         """A M A for A = diag(columns) (n,), whose entries are all equal for an isotropic kind."""
 
     @abc.abstractmethod
@@ -224,7 +226,7 @@ class Kind(abc.ABC):
         """Distinct entries (..., packed size), in the order of the flat layout."""
         batch = self.entries.ndim - len(self.shape(1))
         shape = self.entries.shape
-        return self.entries.reshape(*shape[:batch], math.prod(shape[batch:]))
+        return cast(Array, self.entries.reshape(*shape[:batch], math.prod(shape[batch:])))
 
     @classmethod
     def unpack(cls, packed: Array, dim: int) -> Self:
@@ -237,11 +239,13 @@ class Kind(abc.ABC):
         size = cls.packed_size(dim)
         return np.full(size, -dim / (2 * size))
 
-    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.entries, dtype)
 
 
 Rep: TypeAlias = type[Kind]
+RepLike: TypeAlias = "str | Kind | Rep"
+"""A kind by its name, an instance or its class."""
 K = TypeVar("K", bound=Rep)
 
 REPS: dict[str, Rep] = {}
@@ -306,14 +310,14 @@ def _defines(cls: Rep, method: str) -> bool:
     return any(method in vars(base) for base in cls.__mro__[: cls.__mro__.index(Kind)])
 
 
-def as_rep(rep: Any, *, argument: str = "rep") -> Rep:
+def as_rep(rep: RepLike, *, argument: str = "rep") -> Rep:
     """Resolve a kind given by class, instance or name.
 
     Raises:
         ValueError: for anything else, with the choices.
     """
-    kind: Any = REPS.get(rep.lower()) if isinstance(rep, str) else rep if isinstance(rep, type) else type(rep)
-    if kind not in REPS.values():
+    kind = REPS.get(rep.lower()) if isinstance(rep, str) else rep if isinstance(rep, type) else type(rep)
+    if kind is None or kind not in REPS.values():
         choices = ", ".join(f'"{name}" ({kind.__name__})' for name, kind in REPS.items())
         raise ValueError(f"{door()}: `{argument}` must be one of {choices}; got {rep!r}. Give the name or the class.")
     return kind
@@ -326,7 +330,7 @@ def trace_product(left: Kind, right: Kind) -> Array:
     return jnp.sum(left.dense() * right.dense())
 
 
-def diagonal_matrices(diagonals: Any) -> Any:
+def diagonal_matrices(diagonals: Rows) -> Any:
     """Matrices (..., n, n) with these diagonals (..., n), of numpy or JAX."""
     if isinstance(diagonals, np.ndarray):
         return diagonals[..., None] * np.eye(diagonals.shape[-1])
@@ -339,7 +343,7 @@ def identity_like(matrix: Array) -> Array:
     return jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
 
 
-def fill_sizes(owner: Any, beside: Any, *fields: str) -> None:
+def fill_sizes(owner: object, beside: object, *fields: str) -> None:
     """Tell kinds in fields of a frozen dataclass their dimension, the last of an array (..., n) beside them."""
     for dim in getattr(beside, "shape", ())[-1:]:
         for field in fields:
@@ -359,4 +363,4 @@ def unbounded(value: np.ndarray, interval: tuple[float, float]) -> np.ndarray:
     lower, upper = (math.log(bound) for bound in interval)
     middle, half = (upper + lower) / 2, (upper - lower) / 2
     edge = 1 - 1e-6
-    return half * np.arctanh(np.clip((np.log(value) - middle) / half, -edge, edge))
+    return cast(np.ndarray, half * np.arctanh(np.clip((np.log(value) - middle) / half, -edge, edge)))

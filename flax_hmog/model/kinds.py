@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax_hmog.model.kind import (
     Array,
     Kind,
     Rep,
+    RepLike,
     as_rep,
     bounded,
     diagonal_matrices,
@@ -28,11 +29,12 @@ from flax_hmog.model.kind import (
     trace_product,
     unbounded,
 )
+from flax_hmog.model.typed import Rows, jit
 
 __all__ = [
-    "Array", "Diagonal", "Kind", "PositiveDefinite", "Rep", "Scale", "as_rep", "diagonal", "einsum", "fill_sizes",
-    "for_each_pytree", "identity_like", "inverse_and_log_det", "inverse_lower", "matmul", "namespace", "one_by_one",
-    "pytree", "register_kind", "symmetrize", "trace_product", "transpose", "with_least_eigenvalue",
+    "Array", "Diagonal", "Kind", "PositiveDefinite", "Rep", "RepLike", "Scale", "as_rep", "diagonal", "einsum",
+    "fill_sizes", "for_each_pytree", "identity_like", "inverse_and_log_det", "inverse_lower", "matmul", "namespace",
+    "one_by_one", "pytree", "register_kind", "symmetrize", "trace_product", "transpose", "with_least_eigenvalue",
 ]  # fmt: skip
 
 # Sums of squares cancel, so products are asked for in full float32 (GPUs and TPUs round more by default).
@@ -52,10 +54,10 @@ def symmetrize(matrix: Array) -> Array:
 
 def diagonal(matrix: Array) -> Array:
     """Diagonal (..., n) of matrices (..., n, n)."""
-    return jnp.diagonal(matrix, axis1=-2, axis2=-1)
+    return cast(Array, jnp.diagonal(matrix, axis1=-2, axis2=-1))
 
 
-def namespace(array: Any) -> Any:
+def namespace(array: object) -> Any:
     """`numpy` for its own arrays, which stay on the host and in float64; `jax.numpy` for all others."""
     return np if isinstance(array, np.ndarray | np.generic) else jnp
 
@@ -93,23 +95,22 @@ def inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
     return _inverse_and_log_det(matrix)
 
 
-@jax.jit
+@jit
 def _inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
-    stack, of_each = matrix, lambda function, single: function(single)
-    if matrix.ndim > 2:
-        stack, of_each = matrix.reshape(-1, *matrix.shape[-2:]), one_by_one
+    stack = matrix if matrix.ndim == 2 else matrix.reshape(-1, *matrix.shape[-2:])
+    of_each: Callable[..., Any] = one_by_one if matrix.ndim > 2 else lambda function, single: function(single)
     factor = of_each(jnp.linalg.cholesky, stack)
     root, log_det = of_each(lambda each: (inverse_lower(each), 2 * jnp.sum(jnp.log(diagonal(each)))), factor)
     return matmul(transpose(root), root).reshape(matrix.shape), log_det.reshape(matrix.shape[:-2])
 
 
-@jax.jit
+@jit
 def _batched_cholesky(matrices: Array) -> Array:
-    return one_by_one(jnp.linalg.cholesky, matrices)
+    return cast(Array, one_by_one(jnp.linalg.cholesky, matrices))
 
 
 @inverse_and_log_det.defjvp
-def _inverse_and_log_det_jvp(primals: tuple, tangents: tuple) -> tuple:
+def _inverse_and_log_det_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
     inverse, log_det = inverse_and_log_det(*primals)
     tangent = symmetrize(tangents[0])  # as the factorisation reads its argument
     slope = -matmul(matmul(inverse, tangent), inverse)
@@ -151,7 +152,7 @@ class Scale(Kind):
         return cls(matmul(weights, jnp.mean(rows * rows, axis=-1)), rows.shape[-1])
 
     @classmethod
-    def from_diagonal(cls, diagonals: Any) -> Scale:
+    def from_diagonal(cls, diagonals: Rows) -> Scale:
         """The averages of diagonals (..., n)."""
         return cls(namespace(diagonals).mean(diagonals, axis=-1), diagonals.shape[-1])
 
@@ -170,18 +171,18 @@ class Scale(Kind):
     def log_det(self) -> Array:
         return self._size() * jnp.log(self.entries)
 
-    def times(self, columns: Any) -> Any:
+    def times(self, columns: Array) -> Any:
         return self.entries * columns
 
-    def rows_times(self, rows: Any) -> Any:
+    def rows_times(self, rows: Array) -> Any:
         return rows * self.entries
 
-    def lower_solve(self, columns: Any) -> Any:
+    def lower_solve(self, columns: Array) -> Any:
         return columns / self.entries
 
     upper_solve = lower_solve
 
-    def scaled(self, columns: Any) -> Scale:
+    def scaled(self, columns: Rows) -> Scale:
         return Scale(self.entries * columns[0] * columns[0], self.dim)
 
     def weighted(self, weights: Array) -> Scale:
@@ -225,7 +226,7 @@ class Diagonal(Kind):
         return cls(matmul(weights, rows * rows))
 
     @classmethod
-    def from_diagonal(cls, diagonals: Any) -> Diagonal:
+    def from_diagonal(cls, diagonals: Rows) -> Diagonal:
         return cls(diagonals)
 
     def diagonal(self) -> Any:
@@ -240,18 +241,18 @@ class Diagonal(Kind):
     def log_det(self) -> Array:
         return jnp.sum(jnp.log(self.entries), axis=-1)
 
-    def times(self, columns: Any) -> Any:
+    def times(self, columns: Array) -> Any:
         return self.entries[..., None] * columns
 
-    def rows_times(self, rows: Any) -> Any:
+    def rows_times(self, rows: Array) -> Any:
         return rows * self.entries[None]
 
-    def lower_solve(self, columns: Any) -> Any:
+    def lower_solve(self, columns: Array) -> Any:
         return columns / self.entries[..., None]
 
     upper_solve = lower_solve
 
-    def scaled(self, columns: Any) -> Diagonal:
+    def scaled(self, columns: Rows) -> Diagonal:
         return Diagonal(self.entries * columns * columns)
 
     def weighted(self, weights: Array) -> Diagonal:
@@ -293,7 +294,7 @@ class PositiveDefinite(Kind):
         return cls(matmul(transpose(rows * weights[:, None]), rows))
 
     @classmethod
-    def from_diagonal(cls, diagonals: Any) -> PositiveDefinite:
+    def from_diagonal(cls, diagonals: Rows) -> PositiveDefinite:
         return cls(diagonal_matrices(diagonals))
 
     def dense(self) -> Any:
@@ -305,13 +306,13 @@ class PositiveDefinite(Kind):
     def log_det(self) -> Array:
         return inverse_and_log_det(self.entries)[1]
 
-    def times(self, columns: Any) -> Any:
+    def times(self, columns: Array) -> Any:
         return _product(self.entries, columns)
 
-    def rows_times(self, rows: Any) -> Any:
+    def rows_times(self, rows: Array) -> Any:
         return _product(rows, self.entries)
 
-    def lower_solve(self, columns: Any) -> Any:
+    def lower_solve(self, columns: Array) -> Any:
         if namespace(self.entries) is np:
             return np.linalg.solve(self.entries, columns)
         return solve_triangular(self.entries, columns, lower=True)
@@ -319,7 +320,7 @@ class PositiveDefinite(Kind):
     def upper_solve(self, columns: Array) -> Array:
         return solve_triangular(self.entries, columns, trans="T", lower=True)
 
-    def scaled(self, columns: Any) -> PositiveDefinite:
+    def scaled(self, columns: Rows) -> PositiveDefinite:
         return PositiveDefinite(self.entries * columns[:, None] * columns[None])
 
     def weighted(self, weights: Array) -> PositiveDefinite:
@@ -377,7 +378,7 @@ class PositiveDefinite(Kind):
         clipped = np.maximum(values, 1e-2 * floor)
         factor = np.linalg.cholesky((vectors * clipped[..., None, :]) @ np.swapaxes(vectors, -1, -2))
         rows = np.tril(factor / np.einsum("...ii->...i", factor)[..., :, None], -1)
-        return rows + identity * unbounded(variances, interval)[..., :, None]
+        return cast(np.ndarray, rows + identity * unbounded(variances, interval)[..., :, None])
 
     @classmethod
     def packed_size(cls, dim: int) -> int:
@@ -386,7 +387,7 @@ class PositiveDefinite(Kind):
     def pack(self) -> Array:
         """The upper triangles (..., n (n + 1) / 2), row by row."""
         rows, columns = np.triu_indices(self.entries.shape[-1])
-        return self.entries[..., rows, columns]
+        return cast(Array, self.entries[..., rows, columns])
 
     @classmethod
     def unpack(cls, packed: Array, dim: int) -> PositiveDefinite:
@@ -410,5 +411,5 @@ def correlations(leaf: Array, floor: float) -> Array:
     return (matmul(rows, transpose(rows)) + floor * identity) / (1 + floor)
 
 
-def _product(left: Any, right: Any) -> Any:
+def _product(left: Array, right: Array) -> Any:
     return left @ right if namespace(left) is np and namespace(right) is np else matmul(left, right)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from flax_hmog.model.checks import check_float_dtype, public
 from flax_hmog.model.conversions import with_prior
@@ -29,10 +30,11 @@ from flax_hmog.model.kinds import (
     matmul,
     symmetrize,
 )
+from flax_hmog.model.typed import jit
 
 
 @public
-def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepared:
+def prepare(natural: Natural | Prepared, projection_dtype: DTypeLike | None = None) -> Prepared:
     """The part of inference that does not depend on x, computed once, at a cost of O(D L^2 + K L^3).
 
     Every function that takes a `Natural` takes the result in its place.
@@ -62,7 +64,7 @@ def prepare(natural: Natural | Prepared, projection_dtype: Any = None) -> Prepar
     return dataclasses.replace(prepared, projector=prepared.root.times(prepared.projection).astype(dtype))
 
 
-@jax.jit
+@jit
 def _prepare(natural: Natural) -> Prepared:
     obs_dim = natural.observable_location.shape[0]
     root = natural.observable_precision.cholesky()
@@ -102,7 +104,7 @@ def _prepare(natural: Natural) -> Prepared:
     )
 
 
-def _full_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
+def _full_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple[Any, ...]:
     """T from the QR factors of [R^1/2; A], so that the small prior is not lost beside A'A; C_k = Q~_k^-1 in full."""
     precisions, lat_dim = natural.prior.precision.entries, pooled_root.shape[0]
     orthonormal, t = jnp.linalg.qr(jnp.concatenate([pooled_root, whitened]))
@@ -120,7 +122,7 @@ def _full_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
     return (t, t_inverse, projection, prior_root), (symmetrize(curvature), covariance, log_det), of_prior
 
 
-def _diagonal_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple:
+def _diagonal_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple[Any, ...]:
     """T = diag(mean_k Q_k)^1/2, in which all Q~_k are diagonal."""
     precision = natural.posterior_precision.diagonal()  # type: ignore[union-attr]
     pooled = jnp.mean(precision, axis=0)
@@ -234,7 +236,7 @@ def posterior_gain(factors: Prepared, responsibilities: Array, t: Array) -> Arra
     def less_column(column: Array, gain: Array) -> Array:
         return gain - mixed[lat_dim + index[column]] * columns[column][None]
 
-    return jax.lax.fori_loop(0, lat_dim, less_column, mixed[:lat_dim]).T
+    return cast(Array, jax.lax.fori_loop(0, lat_dim, less_column, mixed[:lat_dim]).T)
 
 
 def floats_per_row(factors: Prepared) -> int:

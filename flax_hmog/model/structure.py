@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar, TypeAlias
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, fill_sizes, pytree
 
@@ -33,7 +34,7 @@ class SharedBase:
     def __post_init__(self) -> None:
         fill_sizes(self, getattr(self.base, "entries", None), "differences")
 
-    def dense(self) -> Array:
+    def dense(self) -> Float[Array, "K L L"]:
         """The precisions (K, L, L)."""
         base = self.base.entries[None]
         return jnp.concatenate([base, base + self.differences.dense()])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -186,7 +186,7 @@ class Clusterer(nn.Module):
     def features(self, x: Array, train: bool = False) -> Array:
         """The encoder's output for x (B, ...)."""
         positional, named = train_arguments(self.encoder, train)
-        return self.encoder(x, *positional, **named)
+        return cast(Array, self.encoder(x, *positional, **named))
 
     def joint_and_head_outputs(self, x: Array, train: bool = False) -> tuple[HMoGOutput, HMoGOutput]:
         """The head's output on the features of x, once with gradients into the encoder and once without.
@@ -199,14 +199,14 @@ class Clusterer(nn.Module):
 
     def reconstruct(self, x: Array, train: bool = False) -> Array:
         """Inputs reconstructed by the decoder of an `Autoencoder`, or of any encoder with a method `decode`."""
-        return self.encoder.decode(self.features(x, train))
+        return cast(Array, self.encoder.decode(self.features(x, train)))
 
     def _head_output(self, features: Array, train: bool) -> HMoGOutput:
         positional, named = train_arguments(self.head, train)
-        return self.head(features, *positional, **named)
+        return cast(HMoGOutput, self.head(features, *positional, **named))
 
 
-def train_arguments(module: nn.Module | Head, train: bool) -> tuple[tuple[bool, ...], dict[str, bool]]:
+def train_arguments(module: nn.Module | Head, train: bool) -> tuple[tuple[bool, ...], dict[str, Any]]:
     """Positional and named arguments, after the inputs, by which a module's `__call__` takes `train`.
 
     These are the arguments named `train`, `training` or `is_training`, and `deterministic` or `use_running_average`,
@@ -232,8 +232,8 @@ def _normalized(module: MLP | ConvNet, x: Array, train: bool) -> Array:
         return x
     if kind == "layer":
         # flax takes a variance by default as a difference of squares, which is lost in float32 far from the origin
-        return nn.LayerNorm(dtype=dtype, use_fast_variance=False)(x)
+        return cast(Array, nn.LayerNorm(dtype=dtype, use_fast_variance=False)(x))
     if kind == "batch":
         options: dict[str, Any] = {"momentum": AVERAGING, "dtype": dtype, "axis_name": module.axis_name}
-        return nn.BatchNorm(use_running_average=not train, use_fast_variance=False, **options)(x)
+        return cast(Array, nn.BatchNorm(use_running_average=not train, use_fast_variance=False, **options)(x))
     raise ValueError(f'encoders: `normalization` must be "none", "layer" or "batch"; got {kind!r}. Choose one.')

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.checks import check_positive, check_type, door, is_concrete, public
@@ -25,7 +27,7 @@ PERTURBATION_STEP = 1e-2  # length of the step that asks for the most sensitive 
 
 
 @public
-def negative_log_likelihood(output: HMoGOutput) -> Array:
+def negative_log_likelihood(output: HMoGOutput) -> Float[Array, ""]:
     """-mean log p(x), in nats per sample.
 
     Args:
@@ -44,7 +46,7 @@ def negative_log_likelihood(output: HMoGOutput) -> Array:
 
 
 @public
-def conditional_entropy(output: HMoGOutput) -> Array:
+def conditional_entropy(output: HMoGOutput) -> Float[Array, ""]:
     """H(z | x): mean entropy of the assignments in nats; 0 when all are certain.
 
     Args:
@@ -63,7 +65,7 @@ def conditional_entropy(output: HMoGOutput) -> Array:
 
 
 @public
-def marginal_entropy(output: HMoGOutput) -> Array:
+def marginal_entropy(output: HMoGOutput) -> Float[Array, ""]:
     """H(z): entropy of the batch's average assignment in nats; log K when clusters are used equally.
 
     Args:
@@ -81,7 +83,7 @@ def marginal_entropy(output: HMoGOutput) -> Array:
 
 
 @public
-def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
+def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 1.0) -> Float[Array, ""]:
     """-I(x; z) = H(z | x) - marginal_weight H(z): confident and balanced assignments.
 
     Args:
@@ -104,7 +106,9 @@ def negative_mutual_information(output: HMoGOutput, *, marginal_weight: float = 
 
 
 @public
-def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal_weight: float = 1.0) -> Array:
+def negative_joint_information(
+    output: HMoGOutput, twin: HMoGOutput, *, marginal_weight: float = 1.0
+) -> Float[Array, ""]:
     """-I(z; z') of the assignments of two views of the same samples: each view predicts the cluster of the other.
 
     With the table P_jk = mean_n gamma_nj gamma'_nk of the batch, made symmetric,
@@ -145,7 +149,7 @@ def negative_joint_information(output: HMoGOutput, twin: HMoGOutput, *, marginal
 
 
 @public
-def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
+def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Float[Array, ""]:
     """Mean KL of assignments of perturbed inputs from those of the inputs, which are taken as given.
 
     Args:
@@ -171,7 +175,7 @@ def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Array:
 @public
 def virtual_adversarial(
     model: Callable[[Array], HMoGOutput], x: Array, key: Array, *, radius: float, steps: int = 1
-) -> Array:
+) -> Float[Array, ""]:
     """`consistency` under the small perturbation of each sample that changes its assignment most.
 
     The direction is found by `steps` power iterations on the Hessian of the divergence, from a random start; no
@@ -211,7 +215,7 @@ def virtual_adversarial(
 
 
 @public
-def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
+def distillation(output: HMoGOutput, responsibilities: Array) -> Float[Array, ""]:
     """Cross-entropy of the assignments against given ones: the clusters of one model taught to another.
 
     Args:
@@ -238,7 +242,7 @@ def distillation(output: HMoGOutput, responsibilities: Array) -> Array:
 
 
 @public
-def reconstruction(decoded: Array, x: Array) -> Array:
+def reconstruction(decoded: Array, x: Array) -> Float[Array, ""]:
     """Mean squared distance of inputs from a decoder's reconstruction; it keeps features from collapse.
 
     Args:
@@ -260,7 +264,7 @@ def reconstruction(decoded: Array, x: Array) -> Array:
 
 
 @public
-def negative_weight_entropy(natural: Natural) -> Array:
+def negative_weight_entropy(natural: Natural) -> Float[Array, ""]:
     """-H(w) of the mixture weights in nats; -log K for equal weights. It keeps components alive.
 
     Args:
@@ -278,7 +282,7 @@ def negative_weight_entropy(natural: Natural) -> Array:
 
 
 @public
-def precision_penalty(natural: Natural) -> Array:
+def precision_penalty(natural: Natural) -> Float[Array, ""]:
     """Differences in width between components: 1/2 mean_k [tr(P_k C) - log|P_k C| - L], C = sum_k w_k S_k.
 
     It is 0 where all components have one covariance, whatever their means, and grows as one becomes narrower or flatter
@@ -304,7 +308,7 @@ def precision_penalty(natural: Natural) -> Array:
 
 
 @public
-def loading_penalty(natural: Natural) -> Array:
+def loading_penalty(natural: Natural) -> Float[Array, ""]:
     """Signal over noise per column of x: tr(C W' Psi^-1 W) / D, C the prior's covariance.
 
     The latent basis and the units of x do not matter.
@@ -327,7 +331,7 @@ def loading_penalty(natural: Natural) -> Array:
 
 
 @public
-def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: Any) -> Array:
+def combine(terms: Mapping[str, Array], weights: Mapping[str, Any], step: ArrayLike) -> Float[Array, ""]:
     """The weighted sum of losses, each weight a number or an optax schedule of the step.
 
     Args:

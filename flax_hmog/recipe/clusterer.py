@@ -16,6 +16,7 @@ from flax_hmog.model.checks import named
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import as_rep
 from flax_hmog.model.optional import require
+from flax_hmog.model.typed import Samples
 from flax_hmog.networks.augment import Augmentation
 from flax_hmog.recipe.config import EM, FEATURE_LAT_DIM, Data, Experiment, Gradient, Kind, Model, Rounds
 from flax_hmog.recipe.encoders import features_shape
@@ -32,7 +33,7 @@ NEVER = 2**31  # steps between checkpoints that stay in memory
 
 def fit_clusterer(
     encoder: nn.Module | None,
-    x: Any,
+    x: Samples,
     n_clusters: int,
     key: jax.Array,
     *,
@@ -142,7 +143,7 @@ def _heads(encoder: nn.Module | None, head: Head | None, obs_dim: int) -> tuple[
     return (Template("differentiable", lat_dim=min(FEATURE_LAT_DIM, features_shape(encoder, obs_dim)[1])),)
 
 
-def _hashable(value: Any) -> Any:
+def _hashable(value: object) -> Any:
     """A module with tuples in place of lists, as `nn.Sequential([...])` has one."""
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))
@@ -152,7 +153,7 @@ def _hashable(value: Any) -> Any:
     return value.clone(**{name: _hashable(getattr(value, name)) for name in names})
 
 
-def _as_file(x: Any, encoder: Any) -> File:
+def _as_file(x: object, encoder: Any) -> File:
     """Rows (N, D) with what is known of them."""
     rows = x.tocsr() if hasattr(x, "tocsr") else np.asarray(x)
     image_shape = rows.shape[1:] if rows.ndim > 2 else getattr(encoder, "image_shape", None)

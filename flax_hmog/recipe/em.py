@@ -26,6 +26,7 @@ from flax_hmog.recipe.scores import baseline_scores, evaluate
 from flax_hmog.training import restore_like
 from flax_hmog.training.logs import Stage
 from flax_hmog.training.processes import Stopped
+from flax_hmog.training.restoring import Restored
 
 
 class EMStage:
@@ -53,7 +54,7 @@ class EMStage:
         regularizer = dataclasses.replace(regularizer, components=np.zeros((), np.float32))
         return LinearFit(natural, regularizer, restored.progress["rows"], restored.clusters)
 
-    def _fit(self, restored: Any) -> None:
+    def _fit(self, restored: Restored | None) -> None:
         config, log, stage = self.config, self.run.log, self.stage
         done = restored.progress["steps"] if restored else 0
         log.begin(stage, f"seed {stage.seed}: EM", config.n_restarts * (config.max_steps + 1), done)
@@ -125,7 +126,7 @@ class EMStage:
     def _variables(self, natural: Natural) -> dict[str, Any]:
         return {"em": stepwise_start(natural_to_moments(natural))}
 
-    def _state(self, restored: Any) -> EMState:
+    def _state(self, restored: Restored) -> EMState:
         """The state that was saved, on the mesh."""
         abstract = self._abstract(NamedSharding(self.run.mesh, PartitionSpec()), has_frame=True)
         names = {name.split("/")[0] for name in restored.state}
@@ -150,7 +151,7 @@ class EMStage:
             best=best,
         )
 
-    def _abstract(self, sharding: Any, *, has_frame: bool) -> dict[str, Any]:
+    def _abstract(self, sharding: jax.sharding.Sharding, *, has_frame: bool) -> dict[str, Any]:
         """Arrays that `_arrays_of` a state may hold, without values."""
         fit = abstract_fit(self.head, self.run.config, self.inputs.obs_dim, sharding, has_frame)
         natural, regularizer, info = fit

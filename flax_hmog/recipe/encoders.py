@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.data.rows import map_rows, row_shards
+from flax_hmog.data.rows import Shards, map_rows, row_shards
+from flax_hmog.model.typed import jit
 from flax_hmog.networks.encoders import train_arguments
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.template import parameters
@@ -48,7 +49,7 @@ def make_encoder(config: Experiment, obs_dim: int, image_shape: tuple[int, ...] 
     return encoder
 
 
-def features_shape(encoder: Any, obs_dim: int) -> tuple[int, int]:
+def features_shape(encoder: nn.Module, obs_dim: int) -> tuple[int, int]:
     """Shape of the features of two inputs (2, D).
 
     Raises:
@@ -61,19 +62,19 @@ def features_shape(encoder: Any, obs_dim: int) -> tuple[int, int]:
             f"make_encoder: the encoder must map inputs (B, {obs_dim}) to features (B, F); got features {made.shape} "
             "for two inputs. Flatten its output."
         )
-    return made.shape
+    return cast(tuple[int, int], made.shape)
 
 
-def init_encoder(encoder: Any, key: jax.Array, x: jax.Array) -> dict[str, Any]:
+def init_encoder(encoder: nn.Module, key: jax.Array, x: jax.Array) -> dict[str, Any]:
     """Variables of an encoder for inputs (B, D), running averages those of x."""
-    variables = jax.jit(lambda x: untrained_variables(encoder, key, x))(x[:1])
+    variables: dict[str, Any] = jax.jit(lambda x: untrained_variables(encoder, key, x))(x[:1])
     averages = [name for name in variables if name != "params"]
     positional, named = train_arguments(encoder, True)
     if not averages or not (positional or named):
         return variables
 
     @jax.jit
-    def settle(variables: dict[str, Any], x: jax.Array) -> tuple[dict[str, Any], jax.Array]:
+    def settle(variables: dict[str, Any], x: jax.Array) -> tuple[Any, jax.Array]:
         """The averages after another pass, and their largest change, as a share of the largest entry of a leaf."""
         rngs = {"dropout": key}
         _, after = encoder.apply(variables, x, *positional, **named, mutable=averages, rngs=rngs)
@@ -89,28 +90,28 @@ def init_encoder(encoder: Any, key: jax.Array, x: jax.Array) -> dict[str, Any]:
     return variables
 
 
-def untrained_variables(encoder: Any, key: jax.Array, x: jax.Array) -> dict[str, Any]:
+def untrained_variables(encoder: nn.Module, key: jax.Array, x: jax.Array) -> dict[str, Any]:
     """Variables of an encoder for inputs (B, D), before any training."""
     positional, named = train_arguments(encoder, False)
     return dict(encoder.init(key, x, *positional, **named))
 
 
-def features(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array:
+def features(encoder: nn.Module | None, variables: dict[str, Any], x: jax.Array) -> jax.Array:
     """The head's inputs, by blocks of rows."""
     if encoder is None:
         return x
     return _features(encoder, variables, x, row_shards(x))
 
 
-@functools.partial(jax.jit, static_argnames=("encoder", "shards"))
-def _features(encoder: Any, variables: dict[str, Any], x: jax.Array, shards: Any) -> jax.Array:
+@jit(static_argnames=("encoder", "shards"))
+def _features(encoder: nn.Module, variables: dict[str, Any], x: jax.Array, shards: Shards) -> jax.Array:
     return map_rows(functools.partial(apply_encoder, encoder), variables, x, FEATURE_ROWS, shards)
 
 
-def apply_encoder(encoder: Any, variables: dict[str, Any], x: jax.Array) -> jax.Array:
+def apply_encoder(encoder: nn.Module, variables: dict[str, Any], x: jax.Array) -> jax.Array:
     """Features of rows, as after training."""
     positional, named = train_arguments(encoder, False)
-    return encoder.apply(variables, x, *positional, **named)
+    return jnp.asarray(encoder.apply(variables, x, *positional, **named))
 
 
 def split_module(variables: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ class Position:
     @property
     def best_loss(self) -> float:
         """The smallest loss of an epoch so far, or that of the first batch."""
-        return min([self.first_loss, *(-r["objective"] for r in self.history if r["objective"] is not None)])
+        losses: list[float] = [-r["objective"] for r in self.history if r["objective"] is not None]
+        return min([self.first_loss, *losses])
 
 
 class GradientStage:
@@ -101,7 +102,7 @@ class GradientStage:
                     self._save(writer, at, iterator.get_state(), start.clusters, is_epoch=is_epoch)
                 if stopping and at.done < total:
                     raise Stopped
-        return jax.tree.map(to_host, at.state.variables)
+        return cast(dict[str, Any], jax.tree.map(to_host, at.state.variables))
 
     def _first_position(self, start: Start) -> Position:
         return Position(self._train_state(start.variables), 0, self._zero(), math.nan, [])
@@ -138,7 +139,7 @@ class GradientStage:
         return {"opt_state": state.opt_state, "step": state.step, "loss_sum": at.loss_sum, "key": self.key}
 
     def _save(
-        self, writer: Writer, at: Position, position: Any, clusters: np.ndarray | None, *, is_epoch: bool
+        self, writer: Writer, at: Position, position: object, clusters: np.ndarray | None, *, is_epoch: bool
     ) -> None:
         writer.save(
             at.done,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -38,16 +38,16 @@ class Inputs:
     @functools.cached_property
     def obs_dim(self) -> int:
         """Number of columns D of the inputs."""
-        return self.preprocessing(np.zeros((1, self.dataset.obs_dim), np.float32)).shape[1]
+        return cast(int, self.preprocessing(np.zeros((1, self.dataset.obs_dim), np.float32)).shape[1])
 
     @functools.cached_property
     def test_rows(self) -> tuple[jax.Array, jax.Array]:
         """The test part and its weights, as `rows` gives them."""
         return self.rows(self.dataset.test)
 
-    def read(self, part: Part, numbers: Any) -> np.ndarray:
+    def read(self, part: Part, numbers: slice | np.ndarray) -> np.ndarray:
         """Inputs (B, D) float32 of rows of a part, on the host."""
-        return self.preprocessing(part.read(numbers))
+        return cast(np.ndarray, self.preprocessing(part.read(numbers)))
 
     def rows(self, part: Part, limit: int | None = None, seed: int = 0) -> tuple[jax.Array, jax.Array]:
         """All inputs of a part (N, D), or `limit` of them drawn by the seed, and their weights (N,), on the mesh.
@@ -95,7 +95,7 @@ class Batches:
     def __len__(self) -> int:
         return self.per_epoch * self.epochs
 
-    def __getitem__(self, step: Any) -> jax.Array:
+    def __getitem__(self, step: int) -> jax.Array:
         epoch, number = divmod(int(step), self.per_epoch)
         rows = self.order(epoch)[number * self.size : (number + 1) * self.size]
         inputs = self.inputs
@@ -155,7 +155,7 @@ def check_raw_rows(data: Data, dataset: Dataset) -> None:
         raise ValueError(_raw_row_message(dataset, count, int(row), int(column), value))
 
 
-def _unusable(data: Data, values: Any) -> np.ndarray:
+def _unusable(data: Data, values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         bad = ~np.isfinite(np.asarray(values).astype(np.float32))
     return bad | (np.asarray(values) <= -1) if data.log1p else bad
@@ -184,7 +184,7 @@ def prepare_inputs(data: Data, dataset: Dataset, mesh: Mesh) -> Inputs:
             yield preprocessing(block)
 
     def total(array: np.ndarray) -> np.ndarray:
-        return gather(array).sum(axis=0)
+        return cast(np.ndarray, gather(array).sum(axis=0))
 
     if data.size_factor:
         preprocessing = preprocessing.then(SizeFactor.mean(blocks, total))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,12 +32,12 @@ def load(data: Data, seed: int, file: File | None = None) -> Dataset:
         ValueError: for files that are missing or not as they should be, or fewer training rows than asked for.
     """
     file = read_data(data) if file is None else file
-    parts = split_parts(file.rows, file.labels, file.n_train, data.test_share, seed, file.class_names)
+    parts: dict[str, Any] = split_parts(file.rows, file.labels, file.n_train, data.test_share, seed, file.class_names)
     if data.rows is not None:
         train = parts["train"]
         drawn = np.random.default_rng(seed).choice(len(train), _kept_rows(data, len(train)), replace=False)
         parts["train"] = dataclasses.replace(train, index=train.index[np.sort(drawn)])
-    about = {name: getattr(file, name) for name in ("image_shape", "column_names", "source")}
+    about: dict[str, Any] = {name: getattr(file, name) for name in ("image_shape", "column_names", "source")}
     return Dataset(data.title or file.title, **parts, **about)
 
 

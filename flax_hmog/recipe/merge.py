@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import numpy as np
 
@@ -27,4 +29,4 @@ def merged_clusters(natural: Natural, x: jax.Array, weights: jax.Array, n_cluste
     step = -(-x.shape[0] // MERGED_ROWS)
     rows = to_host(infer(natural, x[::step]).log_responsibilities)
     clusters = merge_components(rows[to_host(weights[::step]) > 0], n_clusters)
-    return gather(clusters)[0]  # other machines may round otherwise
+    return cast(np.ndarray | None, gather(clusters)[0])  # other machines may round otherwise

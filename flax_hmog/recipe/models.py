@@ -19,11 +19,12 @@ from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
 from flax_hmog.inference.likelihood import mean_log_density
 from flax_hmog.inference.posterior import infer_rows, merge_output
 from flax_hmog.model.conversions import moments_to_natural
-from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.coordinates import Natural, Prepared
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import as_rep
-from flax_hmog.model.prepared import Prepared, prepare
+from flax_hmog.model.prepared import prepare
+from flax_hmog.model.typed import Variables
 from flax_hmog.networks.augment import distort
 from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.networks.objectives import (
@@ -104,7 +105,7 @@ class Trainable:
             )
         self.image_shape = image_shape
         self.config, self.n_clusters = config, n_clusters
-        self.encoder = make_encoder(config, obs_dim, image_shape)
+        self.encoder: Any = make_encoder(config, obs_dim, image_shape)  # `nn.Module`, or None
         self.head_dim = obs_dim if self.encoder is None else features_shape(self.encoder, obs_dim)[1]
         self.head = config.head(label, n_clusters, self.head_dim)
         is_head: bool = isinstance(self.head, Head)
@@ -125,9 +126,9 @@ class Trainable:
             )
         self.module: nn.Module = self.head if self.encoder is None else Clusterer(self.encoder, self.head)
         self.optimizer = functools.lru_cache(self._optimizer)
-        self.compiled: Callable | None = None
+        self.compiled: Callable[..., Any] | None = None
 
-    def step(self, state: TrainState, mesh: Mesh) -> Callable:
+    def step(self, state: TrainState, mesh: Mesh) -> Callable[..., Any]:
         """The training step of `make_train_step`, compiled once."""
         loss = self.head_loss if self.encoder is None else self.encoder_loss
         self.compiled = self.compiled or make_train_step(loss, state, mesh)
@@ -143,11 +144,11 @@ class Trainable:
         head = self.head
         return AnalyticHMoG(head.lat_dim, n_components, obs_rep=head.obs_rep, projection_dtype=head.projection_dtype)
 
-    def natural(self, variables: Any) -> Natural:
+    def natural(self, variables: Variables) -> Natural:
         """The model of the head by itself."""
         return cast(Natural, self.head.apply(variables, method="natural"))
 
-    def head_loss(self, variables: Any, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
+    def head_loss(self, variables: Variables, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
         """Loss of a head alone: negative penalised log-likelihood, which EM maximises up to the prior of components."""
         natural, regularizer = self.natural(variables), cast(Regularizer, extra.regularizer)
         x = self._view(self._key(extra), x)
@@ -155,7 +156,7 @@ class Trainable:
         density = mean_log_density(natural if dtype is None else prepare(natural, dtype), x)
         return -density - extra.share * penalty(natural, regularizer), {}
 
-    def encoder_loss(self, variables: Any, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
+    def encoder_loss(self, variables: Variables, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
         """Loss of a head on an encoder, which sees two views of each sample.
 
         Distillation, then information, from which both learn; the likelihood of the features, from which the head
@@ -213,7 +214,7 @@ class Trainable:
         return distort(key, x, self.image_shape, self.config.augmentation)
 
 
-def is_startable(head: Any) -> bool:
+def is_startable(head: object) -> bool:
     """True for a head that `warm_start` takes."""
     return isinstance(head, HMoGHead) or hasattr(head, "start")
 
@@ -232,7 +233,9 @@ def learning_rate(options: Gradient, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, rate, rising), after[options.schedule]], [rising])
 
 
-def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding: Any, has_frame: bool) -> tuple:
+def abstract_fit(
+    head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding: jax.sharding.Sharding, has_frame: bool
+) -> tuple[Any, ...]:
     """Model, `Regularizer` and `EMInfo` of EM as `jax.ShapeDtypeStruct`s that lie as given; nothing is computed.
 
     Args:
@@ -252,6 +255,5 @@ def abstract_fit(head: AnalyticHMoG, config: Experiment, obs_dim: int, sharding:
         natural = moments_to_natural(moments).in_frame(frame)
         return natural, config.em.regularizer.regularizer(moments), info
 
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(example)
-    )
+    placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return cast(tuple[Any, ...], jax.tree.map(placed, jax.eval_shape(example)))

@@ -101,15 +101,17 @@ def _group(name: str, fields: Fields, base: Any = None) -> tuple[type, Any]:
     return cls, cls(**(_values(base) if base else {}) | {key: value for key, (_, value) in fields.items()})
 
 
-def _of_fits(tyro: Any, em: EM) -> tuple[type, Any]:
+def _of_fits(tyro: types.ModuleType, em: EM) -> tuple[type, Any]:
     """The options of EM, without those that a whole fit does not use."""
     unused = [name for name in NAMES if name not in USED["fit_em"]]
-    hidden = {name: (tyro.conf.Suppress[tyro.conf.Fixed[type(getattr(em, name))]], getattr(em, name)) for name in unused}
+    hidden = {
+        name: (tyro.conf.Suppress[tyro.conf.Fixed[type(getattr(em, name))]], getattr(em, name)) for name in unused
+    }
     return _group("EM", hidden, em)
 
 
 def _flags(
-    tyro: Any, template: Template | None, name_help: str | None = None, *, has_encoder: bool = True
+    tyro: types.ModuleType, template: Template | None, name_help: str | None = None, *, has_encoder: bool = True
 ) -> tuple[type, Any]:
     """Options for the name and the arguments of a class or function."""
     fields: Fields = {}
@@ -143,7 +145,7 @@ def _typed(template: Template) -> Fields:
     return found
 
 
-def _option_type(hint: Any, value: Any) -> Any:
+def _option_type(hint: Any, value: object) -> Any:
     """The type of an option for an argument of a type; None where text cannot give it."""
     if hint in PLAIN or typing.get_origin(hint) in (typing.Literal, tuple):
         return hint
@@ -158,7 +160,7 @@ def _option_type(hint: Any, value: Any) -> Any:
     return typing.Union[tuple(plain)] if plain - {types.NoneType} else None  # noqa: UP007
 
 
-def _filled(template: Template, flags: Any) -> Template:
+def _filled(template: Template, flags: object) -> Template:
     """The template with the arguments that options have changed."""
     shown = {name: value for name, (_, value) in _typed(template).items()}
     return template.given(**{k: v for k, v in _values(flags).items() if k in shown and v != shown[k]})

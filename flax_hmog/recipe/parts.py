@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from flax_hmog.analysis.metrics import clustering_metrics
 from flax_hmog.model.optional import require
+from flax_hmog.model.typed import HasShape, Rows
 
 BLOCK_ROWS = 1024  # read at once
 SAMPLED_BLOCKS = 16  # that a fingerprint is taken of
@@ -55,7 +56,7 @@ class Part:
             return None
         return [self.class_names[number] for number in np.unique(self.labels[self.index][self.is_labelled])]
 
-    def agreement(self, assignments: Any) -> dict[str, float]:
+    def agreement(self, assignments: Rows) -> dict[str, float]:
         """NMI, ARI and ACC of clusters (N,) of this part's rows with its labels; nothing where there are none.
 
         Rows whose label is unknown do not count; "labelled" says how many do, where some do not.
@@ -70,7 +71,7 @@ class Part:
         some_unknown = self.class_names is not None and bool((self.labels < 0).any())
         return metrics | {"labelled": int(is_labelled.sum())} if some_unknown else metrics
 
-    def read(self, numbers: Any) -> np.ndarray:
+    def read(self, numbers: slice | np.ndarray) -> np.ndarray:
         """Raw rows (B, D), dense, by their numbers in this part: a slice or an array."""
         index = self.index[numbers]
         if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
@@ -109,7 +110,7 @@ class Dataset:
     @property
     def obs_dim(self) -> int:
         """Number of columns of the raw data."""
-        return self.train.rows.shape[1]
+        return cast(int, self.train.rows.shape[1])
 
     @functools.cached_property
     def digest(self) -> str:
@@ -135,13 +136,13 @@ class Dataset:
 
 
 def split_parts(
-    rows: Any,
+    rows: HasShape,
     labels: np.ndarray | None,
     n_train: int | None,
     test_share: float,
     seed: int,
     class_names: tuple[str, ...] | None = None,
-) -> dict:
+) -> dict[str, Part]:
     """Training and test part: the first `n_train` rows and the others, or a random split.
 
     All are for training if `test_share` is 0 and no `n_train` is given.

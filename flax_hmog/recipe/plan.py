@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.em.step import em_step
 from flax_hmog.model.conversions import natural_to_moments
 from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import as_rep
+from flax_hmog.model.typed import Variables
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import input_dim, input_image_shape
 from flax_hmog.recipe.load import data_shape
@@ -25,7 +28,7 @@ from flax_hmog.training import batch_sharding
 from flax_hmog.training.describe import named_arrays
 from flax_hmog.training.mesh import make_mesh, rows_multiple
 from flax_hmog.training.processes import is_first
-from flax_hmog.training.steps import abstract_state
+from flax_hmog.training.steps import TrainState, abstract_state
 
 
 def print_plan(config: Experiment, console: Console) -> None:
@@ -63,7 +66,7 @@ def print_plan(config: Experiment, console: Console) -> None:
     )
 
 
-def _parameters(name: str, state: Any) -> Table:
+def _parameters(name: str, state: TrainState) -> Table:
     """The leaves of a head, and of its encoder."""
     leaves = named_arrays(state.params)
     total = sum(leaf.size for leaf in leaves.values())
@@ -74,17 +77,16 @@ def _parameters(name: str, state: Any) -> Table:
     return table
 
 
-def _costs(compiled: Any, flops: float, mesh: Mesh) -> list[str]:
-    memory = compiled.memory_analysis()
+def _costs(compiled: jax.stages.Compiled, flops: float, mesh: Mesh) -> list[str]:
+    memory: Any = compiled.memory_analysis()
     beside = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return [f"{flops / mesh.size / 1e9:.3g}", f"{memory.argument_size_in_bytes / 1e6:.3g}", f"{beside / 1e6:.3g}"]
 
 
-def _head_flops(head: Any, obs_dim: int, rows: int) -> float:
+def _head_flops(head: Head, obs_dim: int, rows: int) -> float:
     """Floating-point operations of the products of a pass (docs/performance.md)."""
     lat_dim, n_components = head.lat_dim, head.n_components
-    rep, _ = head.component_structure
-    width = 2 * lat_dim if rep.is_diagonal else lat_dim * (lat_dim + 3) // 2
+    width = 2 * lat_dim if head.component_structure.rep.is_diagonal else lat_dim * (lat_dim + 3) // 2
     noise = 0 if as_rep(head.obs_rep).is_diagonal else obs_dim**2
     return 2.0 * rows * (3 * obs_dim * lat_dim + 3 * n_components * width + 4 * lat_dim**2 + noise)
 
@@ -97,7 +99,7 @@ def _encoder_flops(model: Trainable, rows: int, obs_dim: int) -> float:
     variables = jax.eval_shape(lambda x: model.module.init(jax.random.key(0), x), x)
     features = functools.partial(model.module.apply, method="features")
     costs = jax.jit(features).lower(variables, x).compile().cost_analysis() or {}
-    return 3.0 * costs.get("flops", 0.0)
+    return cast(float, 3.0 * costs.get("flops", 0.0))
 
 
 def _compile_em(config: Experiment, mesh: Mesh, rows: int, obs_dim: int) -> Any:
@@ -113,15 +115,15 @@ def _compile_em(config: Experiment, mesh: Mesh, rows: int, obs_dim: int) -> Any:
     return jax.jit(step).lower(natural, regularizer, x, weights).compile()
 
 
-def _compile_gradient(model: Trainable, state: Any, mesh: Mesh, obs_dim: int) -> Any:
+def _compile_gradient(model: Trainable, state: TrainState, mesh: Mesh, obs_dim: int) -> Any:
     step = model.step(state, mesh)
     rows = model.config.gradient.batch_size
     x = jax.ShapeDtypeStruct((rows, obs_dim), jnp.float32, sharding=batch_sharding(mesh))
 
-    number = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
+    number: Callable[..., Any] = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
     if model.encoder is None:
 
-        def example(variables: Any) -> Regularizer:
+        def example(variables: Variables) -> Regularizer:
             return PseudoCounts().regularizer(natural_to_moments(model.natural(variables)))
 
         regularizer = jax.eval_shape(example, state.variables)

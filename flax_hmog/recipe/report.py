@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -198,7 +198,7 @@ def score(restored: Restored, dataset: Dataset, own: Iterable[str] = ()) -> dict
 def output_of(restored: Restored, part: Part) -> HMoGOutput:
     """Output of a model for all rows of a part, in numpy."""
     blocks = [restored(block) for block in part.blocks(slice(None))]
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *blocks)
+    return cast(HMoGOutput, jax.tree.map(lambda *arrays: np.concatenate(arrays), *blocks))
 
 
 def clusters_of(models: list[Restored], part: Part) -> list[np.ndarray]:

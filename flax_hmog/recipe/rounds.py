@@ -75,7 +75,7 @@ class RoundStage:
         config, encoder = self.config, self.model.encoder
         self.run.log.begin(self.stage, f"seed {self.stage.seed}: clusters of round {self.number}", 1, 0)
         x, weights = self.inputs.rows(self.inputs.dataset.train, config.em.rows, self.stage.seed)
-        trained, trained_head = split_module(previous) if previous else (None, None)
+        trained, trained_head = split_module(previous) if previous else (None, {})
         own = trained if trained is not None and not self._is_fresh else self._init_encoder()
         if trained is None and config.rounds.start == "inputs":
             before, before_variables, rows, mixture = None, {}, x, linear.natural

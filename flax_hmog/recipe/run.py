@@ -10,10 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.sharding import Mesh
 
 from flax_hmog.em.options import Regularizer
 from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.head import Head
+from flax_hmog.model.typed import Variables
 from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import Inputs
@@ -49,19 +52,19 @@ class Keeper:
     def __enter__(self) -> Keeper:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     def save(
         self,
         step: int,
-        variables: Any,
+        variables: Variables,
         *,
-        state: Any = None,
-        progress: Any = None,
-        history: Any = (),
-        metrics: Any = None,
-        clusters: Any = None,
+        state: object = None,
+        progress: dict[str, Any] | None = None,
+        history: list[dict[str, Any]] | None = None,
+        metrics: dict[str, float] | None = None,
+        clusters: npt.ArrayLike | None = None,
     ) -> None:
         """Keep a step as `CheckpointWriter.save` writes it; the one before it is dropped."""
         self.memory[self.stage] = Restored(
@@ -75,7 +78,7 @@ class Keeper:
             clusters=None if clusters is None else np.asarray(clusters),
             state=named_arrays(_on_host(state)),
             progress=progress or {},
-            history=list(history),
+            history=list(history or ()),
             metrics=metrics or {},
             config=self.config,
             versions={},
@@ -85,10 +88,10 @@ class Keeper:
 Writer = CheckpointWriter | Keeper
 
 
-def _on_host(tree: Any) -> Any:
+def _on_host(tree: object) -> Any:
     """A tree of numpy arrays, which no step of training overwrites; keys as their data."""
 
-    def copied(leaf: Any) -> np.ndarray:
+    def copied(leaf: jax.Array) -> np.ndarray:
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return np.array(to_host(jax.random.key_data(leaf) if is_key else leaf))
 
@@ -148,7 +151,7 @@ class Run:
         steps = [] if self.workdir is None else saved_steps(self.workdir / stage.folder)
         return self.workdir / stage.folder / str(steps[-1]) if steps and self.workdir is not None else None
 
-    def writer(self, stage: Stage, head: Any, encoder: Any, inputs: Inputs) -> Writer:
+    def writer(self, stage: Stage, head: Head, encoder: nn.Module | None, inputs: Inputs) -> Writer:
         """Writes the checkpoints of a stage, or keeps the last one in memory."""
         config = self.config.options()
         if self.workdir is None:

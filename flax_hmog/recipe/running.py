@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 
-def check_counts(group: Any, *names: str) -> None:
+def check_counts(group: object, *names: str) -> None:
     """ValueError for numbers below 1; None stands for no limit."""
     for name in names:
         value = getattr(group, name)

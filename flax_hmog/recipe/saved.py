@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from flax_hmog.training.describe import CheckpointError
 from flax_hmog.training.files import read_description, saved_steps
@@ -121,7 +121,7 @@ def run_columns(folder: Path) -> list[str] | None:
 def _run_file(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text())
-        return content | {"config": content["config"]}
+        return cast(dict[str, Any], content | {"config": content["config"]})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             "restore_run: `folder` must hold checkpoints of a run, and its config.json; got "

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ class Template:
         """The name, or of an import path the name of the class."""
         return self.name.replace(":", ".").rpartition(".")[2]
 
-    def given(self, **arguments: Any) -> Template:
+    def given(self, **arguments: object) -> Template:
         """The same with these arguments, those of them that it takes."""
         taken = {name: value for name, value in arguments.items() if name in parameters(self.target)}
         made = copy.copy(self)
@@ -105,9 +105,9 @@ class Template:
             ValueError: for arguments that are missing or wrong.
         """
         taken = parameters(self.target)
-        is_used = lambda name: name in taken and (name != "obs_dim" or taken[name].default is REQUIRED)  # noqa: E731
+        used = {key for key, value in taken.items() if key != "obs_dim" or value.default is REQUIRED}
         try:
-            return self.target(**({name: value for name, value in known.items() if is_used(name)} | self.arguments))
+            return self.target(**({name: value for name, value in known.items() if name in used} | self.arguments))
         except TypeError as error:
             raise ValueError(
                 f"Template: {self.name} must have a value for each of its arguments; got {error}. Give them as options."
@@ -165,10 +165,10 @@ def imported(argument: str, name: str, others: str = "") -> Callable[..., Any]:
             f"{argument} must be {others}an import path MODULE:NAME of a class or function; got {name!r}{cause}. "
             "Correct it."
         )
-    return found
+    return cast(Callable[..., Any], found)
 
 
-def is_dtype(value: Any) -> bool:
+def is_dtype(value: object) -> bool:
     """True for dtypes and scalar types, as jnp.float32."""
     is_scalar_type = isinstance(value, type) and issubclass(value, np.generic)
     return isinstance(value, np.dtype) or is_scalar_type or (callable(value) and hasattr(value, "dtype"))

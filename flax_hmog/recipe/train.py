@@ -8,7 +8,7 @@ import functools
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
@@ -227,7 +227,7 @@ def _changed(config: Experiment, former: dict[str, Any], wanted: dict[str, Any])
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return cast(dict[str, Any], json.loads(path.read_text()))
     except json.JSONDecodeError as error:
         raise ValueError(
             f"run: {path} must be JSON; got {error}. Choose another --workdir or delete this one."

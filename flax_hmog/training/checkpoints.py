@@ -18,10 +18,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.experimental import multihost_utils
 
 from flax_hmog.model.checks import check_size, public
 from flax_hmog.model.head import Head
+from flax_hmog.model.typed import Inputs, Variables
 from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.training.describe import (
     FORMAT,
@@ -92,9 +94,9 @@ class CheckpointWriter:
         *,
         head: Head | str | None = None,
         encoder: nn.Module | None = None,
-        inputs: Any = None,
+        inputs: Inputs | None = None,
         describe: bool = True,
-        config: Any = None,
+        config: object = None,
         preprocessing: Preprocessing | None = None,
         keep: int = 2,
         best: str | None = None,
@@ -122,7 +124,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -149,13 +151,13 @@ class CheckpointWriter:
     def save(
         self,
         step: int,
-        variables: Any,
+        variables: Variables,
         *,
-        state: Any = None,
+        state: object = None,
         progress: dict[str, Any] | None = None,
         history: list[dict[str, Any]] | None = None,
         metrics: dict[str, float] | None = None,
-        clusters: Any = None,
+        clusters: npt.ArrayLike | None = None,
     ) -> None:
         """Save one step.
 
@@ -260,7 +262,7 @@ class CheckpointWriter:
                 "Go on from the latest step, or use another folder."
             )
 
-    def _check_variables(self, variables: Any) -> None:
+    def _check_variables(self, variables: Variables) -> None:
         """Find the head, and raise CheckpointError unless the variables are those of the module.
 
         Without inputs those of an encoder, or of a module around the head, are taken as they are.
@@ -286,7 +288,7 @@ class CheckpointWriter:
                 f"{type(self.head).__name__}. Give `state.variables`, or what `init` returned, with all collections."
             )
 
-    def _find_head(self, variables: Any) -> None:
+    def _find_head(self, variables: Variables) -> None:
         """Take note of the head in the module, and of its place.
 
         Raises:
@@ -317,7 +319,7 @@ class CheckpointWriter:
             "head": describe_module(self.head) if self.place and is_named else None,
         }
 
-    def _checked_clusters(self, clusters: Any) -> list[int]:
+    def _checked_clusters(self, clusters: npt.ArrayLike | None) -> list[int]:
         labels = np.asarray(clusters)
         shape = (self.head.n_components,)
         is_whole = labels.shape == shape and np.issubdtype(labels.dtype, np.integer)
@@ -327,7 +329,7 @@ class CheckpointWriter:
                 f"largest; got {labels.dtype} of shape {labels.shape}, {np.unique(labels)}. Give what merge_components "
                 "returns for this head."
             )
-        return labels.tolist()
+        return cast(list[int], labels.tolist())
 
     def _check_metrics(self, metrics: dict[str, float] | None) -> None:
         """CheckpointError for metrics that the best cannot be chosen by."""
@@ -340,7 +342,7 @@ class CheckpointWriter:
             )
 
 
-def _storable(name: str, leaf: Any) -> np.ndarray:
+def _storable(name: str, leaf: object) -> np.ndarray:
     """A leaf on the host, whole on each process; keys as their data.
 
     Raises:
@@ -364,7 +366,7 @@ def _storable(name: str, leaf: Any) -> np.ndarray:
     return leaf
 
 
-def _whole_module(module: Any, head: Any, encoder: Any) -> nn.Module:
+def _whole_module(module: nn.Module | None, head: Head | str | None, encoder: nn.Module | None) -> nn.Module:
     """The trained module, from the arguments of a writer."""
     if module is None and head is not None and not isinstance(head, str):
         check = encoder is None or isinstance(encoder, nn.Module)
@@ -379,7 +381,7 @@ def _whole_module(module: Any, head: Any, encoder: Any) -> nn.Module:
     )
 
 
-def _abstract_inputs(inputs: Any, preprocessing: Preprocessing | None) -> jax.ShapeDtypeStruct | None:
+def _abstract_inputs(inputs: Inputs | None, preprocessing: Preprocessing | None) -> jax.ShapeDtypeStruct | None:
     """Shape (1, ...) and dtype of inputs of a module."""
     if inputs is None and preprocessing is not None:
         inputs = jax.eval_shape(preprocessing, jax.ShapeDtypeStruct((1, preprocessing.obs_dim), jnp.float32))

@@ -18,6 +18,7 @@ import numpy as np
 from flax_hmog.em.options import PseudoCounts
 from flax_hmog.heads import modules as heads
 from flax_hmog.model.head import Head
+from flax_hmog.model.typed import Inputs, Tree, Variables
 from flax_hmog.networks import encoders
 
 FORMAT = 6  # of checkpoints; a reader takes this one and the two before it
@@ -54,7 +55,7 @@ class _NotAllowedError(Exception):
     """A class of others stands in a description, and may not be imported."""
 
 
-def describe_module(module: Any) -> dict[str, Any]:
+def describe_module(module: nn.Module) -> dict[str, Any]:
     """Class and constructor arguments of a module: by name if it is ours, else by its import path.
 
     Arguments may be modules themselves. Those that JSON cannot hold are left out if they are the default.
@@ -176,7 +177,7 @@ def _in_precision(arguments: dict[str, Any], name: str) -> dict[str, Any]:
     return arguments | {"param_dtype": jnp.dtype("float32")}
 
 
-def _arguments(cls: Any) -> list[dataclasses.Field]:
+def _arguments(cls: Any) -> list[dataclasses.Field[Any]]:
     """Constructor arguments of a class, but for its place among modules."""
     return [field for field in dataclasses.fields(cls) if field.init and field.name not in ("parent", "name")]
 
@@ -220,7 +221,7 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(plain(value)))
 
 
-def _from_json(value: Any, allowed: Allowed) -> Any:
+def _from_json(value: object, allowed: Allowed) -> Any:
     if isinstance(value, list):
         return tuple(_from_json(entry, allowed) for entry in value)
     if not isinstance(value, dict):
@@ -245,7 +246,7 @@ def plain(value: Any) -> Any:
     return value.item() if is_number and value.dtype.kind in "biuf" else value
 
 
-def named_arrays(tree: Any) -> dict[str, Any]:
+def named_arrays(tree: object) -> dict[str, Any]:
     """The leaves of a tree by their path, as "variables/params/means"; in the tree's order."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
@@ -270,7 +271,7 @@ def describe_array(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def find_heads(module: Any, variables: Any, inputs: Any) -> dict[str, Any]:
+def find_heads(module: nn.Module, variables: Variables, inputs: Inputs | None) -> dict[str, Any]:
     """The heads in a module by their place, as "encoder/head"; "" is the module itself.
 
     Args:
@@ -297,7 +298,7 @@ def find_heads(module: Any, variables: Any, inputs: Any) -> dict[str, Any]:
             if isinstance(child, nn.Module):
                 walk(child)
 
-    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(call: Callable[..., Any], args: Tree, kwargs: Tree, context: nn.module.InterceptorContext) -> Any:
         visit(context.module)
         return call(*args, **kwargs)
 
@@ -309,9 +310,10 @@ def find_heads(module: Any, variables: Any, inputs: Any) -> dict[str, Any]:
     return found
 
 
-def part_of(variables: Any, place: str) -> dict[str, Any]:
+def part_of(variables: Variables, place: str) -> dict[str, Any]:
     """The variables of the part of a module that lies at a place; collections without it are left out."""
     parts = {}
+    tree: Any
     for collection, tree in variables.items():
         for name in place.split("/") if place else ():
             tree = tree.get(name) if isinstance(tree, Mapping) else None
@@ -329,14 +331,14 @@ def replace_part(variables: dict[str, Any], place: str, part: dict[str, Any]) ->
     return variables | {key: variables[key] | {name: tree} for key, tree in replace_part(inner, rest, part).items()}
 
 
-def abstract_variables(module: Any, inputs: Any) -> Any:
+def abstract_variables(module: nn.Module, inputs: Inputs | None) -> Any:
     """Variables of a module without values, for abstract inputs."""
     positional, named = encoders.train_arguments(module, False)
     made = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, *positional, **named), inputs)
     return nn.unbox(made)
 
 
-def observed_dim(head: Any, variables: Any) -> int | None:
+def observed_dim(head: Head, variables: Variables) -> int | None:
     """D of a head with these variables; None where they do not say it."""
     if head.obs_dim is not None:
         return int(head.obs_dim)

@@ -142,7 +142,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     listed = (folder / SUMS).exists()
     if listed and _digest(folder / DESCRIPTION) != _sums(folder).get(DESCRIPTION):
         raise DamageError(f"another content of {DESCRIPTION} than {SUMS} says")
-    description = json.loads((folder / DESCRIPTION).read_text())
+    description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
     found: Any = description.get("format") if isinstance(description, dict) else None
     if found not in range(UNDIGESTED, FORMAT + 1):
         raise DamageError(f"format {found}, this version reads {UNDIGESTED} to {FORMAT}")

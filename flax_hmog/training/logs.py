@@ -74,7 +74,7 @@ class Log:
         on_epoch: OnEpoch | None = None,
     ) -> None:
         self.path = None if workdir is None else workdir / "metrics.jsonl"
-        self.writers, self.on_step, self.on_epoch = list[Callable[[dict, int], None]](), on_step, on_epoch
+        self.writers, self.on_step, self.on_epoch = list[Callable[[dict[str, Any], int], None]](), on_step, on_epoch
         self.is_first, self.closers = is_first(), list[Callable[[], None]]()
         columns = (
             TextColumn("{task.description}"),
@@ -100,7 +100,7 @@ class Log:
         self.progress.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.progress.stop()
         for close in self.closers:
             close()
@@ -120,7 +120,7 @@ class Log:
         speed = self.progress.tasks[0].speed
         self.progress.update(self.task, advance=steps, rate=f"{speed:.3g} steps/s" if speed else "")
 
-    def write(self, stage: Stage, step: int, **metrics: Any) -> None:
+    def write(self, stage: Stage, step: int, **metrics: object) -> None:
         """A line of metrics, after so many steps of the stage; what it starts from is step 0."""
         if self.on_epoch is not None and "start" not in metrics:  # steps of EM name their start
             self.on_epoch(stage.name, metrics)

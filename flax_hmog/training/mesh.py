@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.linen import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from flax_hmog.model.checks import check_size, public
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 @public
-def make_mesh(*, model: int = 1, devices: Any = None) -> Mesh:
+def make_mesh(*, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A data x model mesh over all devices.
 
     Args:
@@ -98,7 +99,7 @@ def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES, min_size: int = MIN_SHARDED) -> Any:
+def tree_shardings(abstract: object, mesh: Mesh, rules: Any = RULES, min_size: int = MIN_SHARDED) -> Any:
     """Shardings for a tree whose leaves may carry logical axis names.
 
     Args:
@@ -114,7 +115,7 @@ def tree_shardings(abstract: Any, mesh: Mesh, rules: Any = RULES, min_size: int 
         >>> tree_shardings({"bias": jax.ShapeDtypeStruct((4,), np.float32)}, make_mesh())["bias"].is_fully_replicated
         True
     """
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
+    shardings = spmd.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
 
     def of_leaf(path: Any, leaf: Any, sharding: NamedSharding) -> NamedSharding:
         """The sharding of the rules; replicated if the leaf is small or cannot be divided."""

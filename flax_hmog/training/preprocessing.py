@@ -13,10 +13,12 @@ from typing import Any, ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from flax_hmog.data.containers import dense
 from flax_hmog.model.checks import check_positive, check_size, public
 from flax_hmog.model.kinds import matmul
+from flax_hmog.model.typed import Data, Rows
 
 Blocks: TypeAlias = Callable[[], Any]
 """Gives an iterator over blocks (B, D) of this process's share of the training data, a new one at each call."""
@@ -66,7 +68,7 @@ class Affine:
         offset, top = bounds[:, 0].min(), bounds[:, 1].max()
         return cls.constant(int(bounds[:, 2].max()), offset=offset, scale=top - offset if top > offset else 1.0)
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Rows) -> Any:
         """Rows (..., D) of rows (..., D)."""
         return (x - _as_row(self.offset, x)) / _as_row(self.scale, x)
 
@@ -95,7 +97,7 @@ class SizeFactor:
         entries, rows = total(sums)
         return cls(np.float32(entries / rows))
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Rows) -> Any:
         """Rows (..., D) of rows (..., D)."""
         sums = x.sum(axis=-1, keepdims=True)
         return x * (self.target / _namespace(x).where(sums > 0, sums, 1))
@@ -112,7 +114,7 @@ class Log1p:
 
     name: ClassVar[str] = "log1p"
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Rows) -> Any:
         """Rows (..., D) of rows (..., D)."""
         return _namespace(x).log1p(x)
 
@@ -141,7 +143,7 @@ class SelectColumns:
         order = np.argsort(-variance, kind="stable")[: min(count, max(1, int((variance > 0).sum())))]
         return cls(np.sort(order).astype(np.int32))
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Rows) -> Any:
         """Rows (..., D') of rows (..., D)."""
         return x[..., self.columns]
 
@@ -180,7 +182,7 @@ class Whiten:
         axes = (vectors * signs)[:, :keep] / np.sqrt(np.maximum(values[:keep], np.finfo(np.float64).tiny))
         return cls(mean.astype(np.float32), axes.astype(np.float32))
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Rows) -> Any:
         """Rows (..., D') of rows (..., D)."""
         centered = x - _as_row(self.mean, x)
         return matmul(centered, self.axes) if isinstance(x, jax.Array) else centered @ self.axes
@@ -208,19 +210,19 @@ class Preprocessing:
     obs_dim: int
 
     @public
-    def __call__(self, raw: Any) -> Any:
+    def __call__(self, raw: Data) -> Any:
         """Model inputs (..., D), float32, of raw data (..., obs_dim): numpy, jax or a scipy sparse matrix.
 
         Raises:
             ValueError: for another number of columns.
         """
-        raw = dense("raw", raw)
-        if np.ndim(raw) == 0 or np.shape(raw)[-1] != self.obs_dim:
+        given = dense("raw", raw)
+        if np.ndim(given) == 0 or np.shape(given)[-1] != self.obs_dim:
             raise ValueError(
-                f"Preprocessing: `raw` must have shape (..., {self.obs_dim}); got {np.shape(raw)}. "
+                f"Preprocessing: `raw` must have shape (..., {self.obs_dim}); got {np.shape(given)}. "
                 "Give the columns that the model was trained on."
             )
-        x = jnp.asarray(raw, jnp.float32) if isinstance(raw, jax.Array) else np.asarray(raw, np.float32)
+        x = jnp.asarray(given, jnp.float32) if isinstance(given, jax.Array) else np.asarray(given, np.float32)
         for step in self.steps:
             x = step(x)
         return x
@@ -274,6 +276,6 @@ def _namespace(x: Any) -> Any:
     return jnp if isinstance(x, jax.Array) else np
 
 
-def _as_row(values: Any, x: Any) -> np.ndarray:
+def _as_row(values: ArrayLike, x: Any) -> np.ndarray:
     """Values of columns (D,) with as many dimensions as x."""
     return np.asarray(values).reshape((1,) * (x.ndim - 1) + (-1,))

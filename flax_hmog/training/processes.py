@@ -90,7 +90,7 @@ class StopRequest:
             signal.signal(signal.SIGTERM, self._receive)
             signal.signal(signal.SIGINT, self._receive)
 
-    def _receive(self, *_: Any) -> None:
+    def _receive(self, *_: object) -> None:
         self.received = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

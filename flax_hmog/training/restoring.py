@@ -6,13 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Float, Int
 
 from flax_hmog.data.containers import dense, is_in_blocks
 from flax_hmog.data.sources import as_source
@@ -23,6 +24,7 @@ from flax_hmog.model.coordinates import Natural, Prepared
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
 from flax_hmog.model.prepared import prepare
+from flax_hmog.model.typed import Data, Samples, Variables
 from flax_hmog.networks.encoders import Clusterer, train_arguments
 from flax_hmog.training.describe import (
     FORMAT,
@@ -85,7 +87,7 @@ class Restored:
     place: str
     inputs: jax.ShapeDtypeStruct | None
     preprocessing: Preprocessing | None
-    clusters: np.ndarray | None
+    clusters: Int[np.ndarray, " K"] | None
     state: dict[str, np.ndarray]
     progress: dict[str, Any]
     history: list[dict[str, Any]]
@@ -130,7 +132,7 @@ class Restored:
             )
         positional, named = train_arguments(module, False)
 
-        def apply(variables: Any, x: Any, method: str | None = None) -> Any:
+        def apply(variables: Variables, x: Samples, method: str | None = None) -> Any:
             arguments, options = ((), {"method": method}) if method else (positional, named)
             return module.apply(variables, x, *arguments, **options)
 
@@ -139,10 +141,10 @@ class Restored:
     @property
     def natural(self) -> Natural:
         """The model of the head, on its inputs."""
-        return self.head.apply(self.variables, method="natural")
+        return cast(Natural, self.head.apply(self.variables, method="natural"))
 
     @public
-    def __call__(self, raw: Any) -> Any:
+    def __call__(self, raw: Data) -> Any:
         """The module's output for raw data (..., D) of any kind: preprocessing, module, merge of components.
 
         Rows of a head or a `Clusterer` are filled up to a power of two, so that few sizes are compiled, unless they are
@@ -179,9 +181,9 @@ class Restored:
             output = self._inferred(np.concatenate([x, np.broadcast_to(x[:1], (missing, *x.shape[1:]))]))
         except ValueError:
             return self._inferred(x)  # what is wrong is said of these rows alone
-        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[: len(x)]), output)
+        return cast(HMoGOutput, jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[: len(x)]), output))
 
-    def _inferred(self, x: Any) -> HMoGOutput:
+    def _inferred(self, x: Samples) -> HMoGOutput:
         """The output for inputs of the module (..., D)."""
         rows = self._apply(self.module_variables, x, "features") if self.place else x
         return self.merged(infer(self.prepared, rows))
@@ -193,7 +195,7 @@ class Restored:
         return merge_output(output, self.clusters, int(self.clusters.max()) + 1)
 
     @public
-    def features(self, raw: Any) -> Array:
+    def features(self, raw: Samples) -> Float[Array, "... F"]:
         """The inputs of the head for raw data (..., D): numpy, jax or a scipy sparse matrix.
 
         Of a module of one's own this is what its method `features` returns.
@@ -202,11 +204,11 @@ class Restored:
         return self._apply(self.module_variables, x, "features") if self.place else x
 
     @public
-    def preprocessed(self, raw: Any) -> Array:
+    def preprocessed(self, raw: Data) -> Float[Array, "... D"]:
         """The inputs of the module for raw data (..., D)."""
         return jnp.asarray(self._inputs(raw))
 
-    def _inputs(self, raw: Any) -> Any:
+    def _inputs(self, raw: Data) -> Any:
         return dense("raw", raw) if self.preprocessing is None else self.preprocessing(raw)
 
 
@@ -261,7 +263,7 @@ def restore(
 
 
 def _assembled(
-    step: int, arrays: dict[str, Any], description: dict[str, Any], allow_import: Allowed, module: Any
+    step: int, arrays: dict[str, Any], description: dict[str, Any], allow_import: Allowed, module: nn.Module | None
 ) -> Restored:
     """Modules and variables from what was read."""
     groups: dict[str, dict[str, Any]] = {"variables": {}, "state": {}, "preprocessing": {}}
@@ -278,8 +280,8 @@ def _assembled(
     if module is None and described["module"] is not None:
         module = rebuild(described["module"], allow_import)
     variables = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(groups["variables"], sep="/"))
-    is_known = module is not None and inputs is not None and not isinstance(module, Clusterer | Head)
-    if is_known:
+    is_known = inputs is not None and not isinstance(module, Clusterer | Head | None)
+    if module is not None and is_known:
         variables = restore_like(abstract_variables(module, inputs), groups["variables"], "variables")
     head = module if not place else described["head"] and rebuild(described["head"], allow_import)
     if head is None and module is not None:
@@ -291,7 +293,7 @@ def _assembled(
         )
     obs_dim = None if is_known or head is None else observed_dim(head, part_of(variables, place))
     if head is not None and obs_dim is not None:
-        template = abstract_variables(head, jax.ShapeDtypeStruct((1, obs_dim), head.param_dtype))
+        template = abstract_variables(cast(nn.Module, head), jax.ShapeDtypeStruct((1, obs_dim), head.param_dtype))
         own = restore_like(template, named_arrays(part_of(variables, place)), "variables")
         variables = replace_part(variables, place, own)
     return Restored(
@@ -310,7 +312,7 @@ def _assembled(
     )
 
 
-def restore_like(template: Any, arrays: dict[str, Any], what: str) -> Any:
+def restore_like(template: object, arrays: dict[str, Any], what: str) -> Any:
     """A tree like `template` with the arrays saved under its names, where the template's leaves lie.
 
     Args:

@@ -83,7 +83,7 @@ def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[s
     return jax_export.export(assign, platforms=tuple(platforms))(rows)
 
 
-def _named(output: Any) -> Any:
+def _named(output: object) -> Any:
     """A head's output as a dict of arrays; anything else as it is."""
     if not isinstance(output, HMoGOutput):
         return output

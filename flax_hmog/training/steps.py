@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_hmog.model.kinds import Array
+from flax_hmog.model.typed import Inputs, Variables
 from flax_hmog.training.describe import named_arrays
 from flax_hmog.training.mesh import MIN_SHARDED, RULES, batch_sharding, place, tree_shardings
 
@@ -39,14 +40,14 @@ class TrainState(train_state.TrainState):
     def variables(self) -> dict[str, Any]:
         """Variables for `module.apply` and `CheckpointWriter.save`."""
         params = {"params": self.params} if jax.tree.leaves(self.params) else {}
-        return params | self.collections
+        return cast(dict[str, Any], params | self.collections)
 
 
 def create_state(
     module: nn.Module,
     variables: dict[str, Any],
     optimizer: optax.GradientTransformation,
-    x: Any,
+    x: Inputs,
     mesh: Mesh,
     *,
     min_sharded: int = MIN_SHARDED,
@@ -91,13 +92,13 @@ def create_state(
     # copies, since the step donates its state and the variables stay the caller's
     leaves, tree = jax.tree.flatten(state)
     placed = [place(np.array(leaf), sharding) for leaf, sharding in zip(leaves, shardings, strict=True)]
-    return jax.tree.unflatten(tree, placed)
+    return cast(TrainState, jax.tree.unflatten(tree, placed))
 
 
 def abstract_state(
     module: nn.Module,
     optimizer: optax.GradientTransformation,
-    x: Any,
+    x: Inputs,
     mesh: Mesh,
     *,
     min_sharded: int = MIN_SHARDED,
@@ -114,7 +115,7 @@ def abstract_state(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         for leaf, sharding in zip(leaves, shardings, strict=True)
     ]
-    return jax.tree.unflatten(tree, placed)
+    return cast(TrainState, jax.tree.unflatten(tree, placed))
 
 
 def make_train_step(
@@ -148,15 +149,15 @@ def make_train_step(
 
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def of_params(params: Any, state: TrainState, x: Array, extra: Any) -> tuple[Array, Any]:
+    def of_params(params: Variables, state: TrainState, x: Array, extra: object) -> tuple[Array, Any]:
         return _checked(loss(state.replace(params=params).variables, x, extra), state.collections)
 
-    def step(state: TrainState, x: Array, extra: Any) -> tuple[TrainState, Array]:
+    def step(state: TrainState, x: Array, extra: object) -> tuple[TrainState, Array]:
         """The state after one step, and the loss before it."""
         # so that passes over rows see over which axis x lies
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             (value, collections), gradients = jax.value_and_grad(of_params, has_aux=True)(state.params, state, x, extra)
-        return state.apply_gradients(grads=gradients, collections=collections), value
+        return state.apply_gradients(grads=gradients, collections=collections), value  # type: ignore[no-untyped-call]
 
     compiled = jax.jit(
         step,
@@ -167,7 +168,7 @@ def make_train_step(
     return lambda state, x, extra=None: compiled(state, x, extra)
 
 
-def _checked(result: Any, collections: Any) -> tuple[Array, Any]:
+def _checked(result: object, collections: Mapping[str, Any]) -> tuple[Array, Any]:
     """The result of a loss, checked.
 
     Raises:
@@ -187,7 +188,7 @@ def _checked(result: Any, collections: Any) -> tuple[Array, Any]:
     return result
 
 
-def _state(module: nn.Module, variables: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def _state(module: nn.Module, variables: Variables, optimizer: optax.GradientTransformation) -> TrainState:
     collections = {name: collection for name, collection in variables.items() if name != "params"}
     params = variables.get("params", {})
-    return TrainState.create(apply_fn=module.apply, params=params, tx=optimizer, collections=collections)
+    return TrainState.create(apply_fn=module.apply, params=params, tx=optimizer, collections=collections)  # type: ignore[no-any-return, no-untyped-call]
