@@ -29,7 +29,7 @@ PUBLIC = (
     "fit_em", "em_step", "initialize_moments", "warm_start",
 )  # fmt: skip
 EXTRAS = ("cluster", "plots", "report", "train", "images", "export", "h5ad", "logs")
-MAX_FILE, MAX_FUNCTION = 450, 60
+MAX_FILE, MAX_TEST_FILE, MAX_FUNCTION = 400, 450, 60
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
@@ -102,7 +102,7 @@ def test_files_and_functions_are_short(path):
 
 def test_files_of_tests_are_short():
     lengths = {path.name: len(path.read_text().splitlines()) for path in Path(__file__).parent.rglob("*.py")}
-    assert not {name: length for name, length in lengths.items() if length > MAX_FILE}
+    assert not {name: length for name, length in lengths.items() if length > MAX_TEST_FILE}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

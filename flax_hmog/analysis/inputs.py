@@ -10,8 +10,8 @@ import numpy as np
 from flax_hmog.data.containers import in_memory
 from flax_hmog.data.labels import as_vector, is_known, of_one_kind
 from flax_hmog.model.checks import door
-from flax_hmog.model.conversions import with_prior
 from flax_hmog.model.coordinates import check_natural
+from flax_hmog.model.prior import with_prior
 from flax_hmog.model.typed import Floats
 
 

@@ -19,12 +19,12 @@ from jax.typing import DTypeLike
 
 from flax_hmog.data.containers import in_memory
 from flax_hmog.model.checks import check_finite, check_shape, door, is_concrete
-from flax_hmog.model.conversions import with_prior
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.frames import has_more_digits
 from flax_hmog.model.kinds import (
     Array,
 )
+from flax_hmog.model.prior import with_prior
 from flax_hmog.model.typed import Data, R, Rows, Samples, Tree, jit
 
 DATA_AXIS = "data"  # the mesh axis over which rows lie

@@ -1,7 +1,4 @@
-"""Sources of samples: arrays and tables, files larger than memory, sparse matrices, streams of batches.
-
-A source gives the same blocks at every pass, all of one shape, so that nothing is compiled twice.
-"""
+"""Sources of samples (arrays, tables, files, sparse matrices, streams), whose blocks have one shape: compiled once."""
 
 from __future__ import annotations
 

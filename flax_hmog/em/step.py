@@ -13,7 +13,7 @@ from flax_hmog.data.rows import Shards, check_samples, row_shards
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
 from flax_hmog.model.checks import check_type, is_concrete, public
-from flax_hmog.model.conversions import component_moments, moments_to_natural, regress_observed, with_prior
+from flax_hmog.model.conversions import component_moments, moments_to_natural, regress_observed
 from flax_hmog.model.coordinates import (
     Moments,
     Natural,
@@ -37,6 +37,7 @@ from flax_hmog.model.kinds import (
     trace_product,
 )
 from flax_hmog.model.prepared import prepare
+from flax_hmog.model.prior import with_prior
 from flax_hmog.model.typed import Block, Samples, jit
 
 

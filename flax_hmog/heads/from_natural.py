@@ -21,11 +21,12 @@ from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead, TrainableHead
 from flax_hmog.inference.posterior import log_observable_density, sample
 from flax_hmog.model.checks import check_precision, public
-from flax_hmog.model.conversions import moments_to_natural, own_moments, with_prior
+from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Moments, Natural, check_natural
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.head import Head, check_head
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep, pytree
+from flax_hmog.model.prior import with_prior
 from flax_hmog.model.structure import Structure
 from flax_hmog.model.typed import Floats, Rows, Samples
 

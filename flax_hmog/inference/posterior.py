@@ -18,7 +18,7 @@ from flax_hmog.data.containers import is_in_blocks
 from flax_hmog.data.rows import Shards, block_rows, enter, map_rows
 from flax_hmog.data.sources import entered
 from flax_hmog.model.checks import check_shape, check_size, door, is_concrete, public
-from flax_hmog.model.conversions import in_units_of_x, own_moments, with_prior
+from flax_hmog.model.conversions import in_units_of_x, own_moments
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.kinds import Array, matmul, pytree
 from flax_hmog.model.prepared import (
@@ -32,6 +32,7 @@ from flax_hmog.model.prepared import (
     project_rows,
     shared_log_density,
 )
+from flax_hmog.model.prior import with_prior
 from flax_hmog.model.structure import Precision
 from flax_hmog.model.typed import Data, Samples, jit
 

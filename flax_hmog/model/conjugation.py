@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Float
 
 from flax_hmog.model.checks import check_type, public
-from flax_hmog.model.conversions import conjugation, in_units_of_x, with_prior
+from flax_hmog.model.conversions import in_units_of_x
 from flax_hmog.model.coordinates import (
     FULL_ONLY,
     Natural,
@@ -18,6 +18,7 @@ from flax_hmog.model.coordinates import (
     gaussian_log_partition,
 )
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, fill_sizes, pytree
+from flax_hmog.model.prior import conjugation, with_prior
 from flax_hmog.model.structure import Precision, SharedBase
 
 

@@ -18,10 +18,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from flax_hmog.model.checks import check_finite, check_type, door, public
-from flax_hmog.model.conversions import in_units_of_x, with_prior
+from flax_hmog.model.conversions import in_units_of_x
 from flax_hmog.model.coordinates import Mean, Natural, check_mean, check_natural
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep
+from flax_hmog.model.prior import with_prior
 from flax_hmog.model.structure import Precision, SharedBase, Structure
 
 

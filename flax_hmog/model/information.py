@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from flax_hmog.model.checks import public
-from flax_hmog.model.conversions import in_units_of_x, mean_to_moments, natural_to_moments, with_prior
+from flax_hmog.model.conversions import in_units_of_x, mean_to_moments, natural_to_moments
 from flax_hmog.model.coordinates import Mean, Natural, categorical_logits, check_natural, gaussian_log_partition
 from flax_hmog.model.kinds import Array, Kind, einsum, matmul, trace_product
+from flax_hmog.model.prior import with_prior
 from flax_hmog.model.typed import jit
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flax_hmog.model.checks import check_float_dtype, public
-from flax_hmog.model.conversions import with_prior
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural, observable_bias
 from flax_hmog.model.kinds import (
     Array,
@@ -30,6 +29,7 @@ from flax_hmog.model.kinds import (
     matmul,
     symmetrize,
 )
+from flax_hmog.model.prior import with_prior
 from flax_hmog.model.typed import jit
 
 

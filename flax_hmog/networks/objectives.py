@@ -18,9 +18,10 @@ from jaxtyping import Float
 
 from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.checks import check_positive, check_type, door, is_concrete, public
-from flax_hmog.model.conversions import natural_to_moments, own_moments, with_prior
+from flax_hmog.model.conversions import natural_to_moments, own_moments
 from flax_hmog.model.coordinates import Natural, prior_moments, within_covariance
 from flax_hmog.model.kinds import Array, einsum, matmul
+from flax_hmog.model.prior import with_prior
 
 ONE_OUTPUT = "Give what a head returns; joint_and_head_outputs returns two of them."
 PERTURBATION_STEP = 1e-2  # length of the step that asks for the most sensitive direction, relative to `radius`

@@ -34,7 +34,7 @@ from flax_hmog import (
     unravel_natural,
     whiten_prior,
 )
-from flax_hmog.model.conversions import conjugation
+from flax_hmog.model.prior import conjugation
 
 FOLDER = Path(__file__).parent.parent / "fixtures"
 FILES = (

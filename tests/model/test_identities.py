@@ -39,8 +39,8 @@ from flax_hmog import (
     unravel_natural,
     whiten_prior,
 )
-from flax_hmog.model.conversions import with_prior
 from flax_hmog.model.frames import Frame
+from flax_hmog.model.prior import with_prior
 
 pytestmark = pytest.mark.usefixtures("float64")
 FULL = over([case for case in CASES.values() if case.is_full], is_slow)

@@ -1,0 +1,95 @@
+"""Products, inverses and factors of matrices, as all formulas use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.scipy.linalg import solve_triangular
+
+from flax_hmog.model.typed import jit
+
+# Sums of squares cancel, so products are asked for in full float32 (GPUs and TPUs round more by default).
+matmul = partial(jnp.matmul, precision="highest")
+einsum = partial(jnp.einsum, precision="highest")
+
+
+def transpose(matrix: Array) -> Array:
+    """Swap the last two axes."""
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def symmetrize(matrix: Array) -> Array:
+    """Average of a matrix and its transpose."""
+    return (matrix + transpose(matrix)) / 2
+
+
+def diagonal(matrix: Array) -> Array:
+    """Diagonal (..., n) of matrices (..., n, n)."""
+    return cast(Array, jnp.diagonal(matrix, axis1=-2, axis2=-1))
+
+
+def namespace(array: object) -> Any:
+    """`numpy` for its own arrays, which stay on the host and in float64; `jax.numpy` for all others."""
+    return np if isinstance(array, np.ndarray | np.generic) else jnp
+
+
+def with_least_eigenvalue(matrix: Array, floor: Array) -> Array:
+    """A symmetric matrix (n, n), its eigenvalues raised to `floor` () where they are below."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return symmetrize(matmul(vectors * jnp.maximum(values, floor)[None], vectors.T))
+
+
+def inverse_lower(factor: Array) -> Array:
+    """Inverse of a lower triangular matrix (n, n)."""
+    return solve_triangular(factor, jnp.eye(factor.shape[-1], dtype=factor.dtype), lower=True)
+
+
+def one_by_one(function: Callable[[Array], Any], matrices: Array) -> Any:
+    """`function` of each matrix of a batch (K, n, n): in turn on CPUs, at once elsewhere.
+
+    jaxlib's batched LAPACK calls wait for the thread pool they run on: two of them at a time stop a two-core machine
+    for ever. Single calls do not wait.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.platform_dependent(
+            matrices, cpu=lambda batch: jax.lax.map(function, batch), default=jax.vmap(function)
+        )
+    return jax.lax.map(function, matrices)
+
+
+@jax.custom_jvp
+def inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
+    """Inverses (..., n, n) and log-determinants (...) of symmetric positive definite matrices; NaN for others.
+
+    Derivatives take products with the inverse only: dC = -C dM C, d log|M| = <C, dM>.
+    """
+    return _inverse_and_log_det(matrix)
+
+
+@jit
+def _inverse_and_log_det(matrix: Array) -> tuple[Array, Array]:
+    stack = matrix if matrix.ndim == 2 else matrix.reshape(-1, *matrix.shape[-2:])
+    of_each: Callable[..., Any] = one_by_one if matrix.ndim > 2 else lambda function, single: function(single)
+    factor = of_each(jnp.linalg.cholesky, stack)
+    root, log_det = of_each(lambda each: (inverse_lower(each), 2 * jnp.sum(jnp.log(diagonal(each)))), factor)
+    return matmul(transpose(root), root).reshape(matrix.shape), log_det.reshape(matrix.shape[:-2])
+
+
+@jit
+def batched_cholesky(matrices: Array) -> Array:
+    """Lower factors (K, n, n)."""
+    return cast(Array, one_by_one(jnp.linalg.cholesky, matrices))
+
+
+@inverse_and_log_det.defjvp
+def _inverse_and_log_det_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    inverse, log_det = inverse_and_log_det(*primals)
+    tangent = symmetrize(tangents[0])  # as the factorisation reads its argument
+    slope = -matmul(matmul(inverse, tangent), inverse)
+    return (inverse, log_det), (slope, jnp.sum(inverse * tangent, axis=(-2, -1)))
