@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from rich.table import Table
 
 from experiments.benchmarks.kmeans_head import KMeansHead
 from experiments.configs import EXPERIMENTS
+from flax_hmog import WarmStartWarning
 from flax_hmog.recipe import Augmentation, Experiment, Gradient, Rounds, Template, restore_run, train
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.options import parse_experiment
@@ -62,7 +64,9 @@ def main(name: str, config: Experiment) -> None:
     without_labels: dict[str, list[str]] = {}
     dataset = load(config.data, config.first_seed)
     for variant, changed in every:
-        train.run(changed, console, stop)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", WarmStartWarning)  # spheres of one size hold no mixture
+            train.run(changed, console, stop)
         workdir = Path(changed.workdir)
         by_stage = final_scores(workdir, config.seeds, has_encoder=changed.has_encoder)
         for row, stage in (("linear model, EM", "em"), (variant, list(by_stage)[-1])):

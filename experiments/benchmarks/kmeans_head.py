@@ -8,8 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_hmog import HMoGOutput, Moments, Natural, PositiveDefinite, Scale, infer, moments_to_natural
-from flax_hmog.model.kinds import Rep
+from flax_hmog import HMoGOutput, Moments, Natural, PositiveDefinite, Scale, Structure, infer, moments_to_natural
 
 
 class KMeansHead(nn.Module):
@@ -31,9 +30,9 @@ class KMeansHead(nn.Module):
     projection_dtype: Any = None
 
     @property
-    def component_structure(self) -> tuple[Rep, bool]:
-        """Kind of the component precisions, which are no differences from a base."""
-        return PositiveDefinite, False
+    def component_structure(self) -> Structure:
+        """Full component precisions."""
+        return Structure(PositiveDefinite)
 
     def setup(self) -> None:
         """Centres (K, D) and the logarithm of the variance ()."""
