@@ -26,7 +26,8 @@ OPTIONS = [
 # as many components as the data have, or rounding decides which of several equal fits wins; and gentle steps
 ROUNDS = [
     *("--model.n-components", "6", "--model.n-clusters", "4", "--encoder.name", "mlp", "--encoder.features", "6"),
-    *("--heads.differentiable.lat-dim", "3", "--rounds.count", "2", "--rounds.n-components", "6", "--rounds.distil-epochs", "1"),
+    *("--heads.differentiable.lat-dim", "3", "--rounds.count", "2", "--rounds.n-components", "6"),
+    *("--rounds.distil-epochs", "1"),
     *("--gradient.epochs", "3", "--gradient.learning-rate", "3e-4"),
 ]
 
