@@ -1,0 +1,394 @@
+"""The E-step where few responsibilities count: a screen with a certificate, products over pairs, and frozen passes.
+
+Given component k the latent coordinates t are N(mu_k, Sigma_k), and those of a few directions are Gaussian too. No
+marginal is farther from its mean than the whole, in its own metric. So the distance in r directions bounds the logit
+from above, at r^2 operations instead of L^2: components whose bound is low are left out, and the sum of their bounds
+is what at most was dropped. Rows that drop more than a tolerance look at all components.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from flax_hmog.data.rows import Shards, block_rows, map_rows, sum_rows
+from flax_hmog.em.pairs import Pairs, component_matrices, pair_logits, pair_sums, sorted_pairs
+from flax_hmog.em.statistics import Statistics, basis_loadings
+from flax_hmog.model.kinds import Array, einsum, inverse_and_log_det, matmul, pytree, symmetrize
+from flax_hmog.model.prepared import (
+    Prepared,
+    center_rows,
+    component_logits,
+    distinct_entries,
+    floats_per_row,
+    latent_features,
+    project_rows,
+    quadratic_coefficients,
+)
+
+FAR = 40.0  # nats below the best bound of a row: a component this far is not looked at, but counted as dropped
+NEGLIGIBLE = 1e-9  # responsibilities below this are dropped, and counted as dropped
+DENSE_BLOCK = 256  # rows that look at all components at a time
+ROUNDING = 64  # units in the last place that bounds are raised by
+
+
+@pytree
+class Screen:
+    """Bounds of logits, linear in features of t: of k they are s(t) - |E_k^1/2 (p - nu_k)|^2 / 2 + constant_k.
+
+    Attributes:
+        center: mean of t (L,).
+        directions: p = directions'(t - center), in which components differ most beside their spread (L, r).
+        shared: S (L, L) with s(t) = |S'(t - center)|^2 / 2 + linear . (t - center), which all components share.
+        coefficients: of p and its distinct products (r + r(r+1)/2, K).
+        constant: (K,).
+        largest: the largest eigenvalue that any E_k may have ().
+        linear: (L,).
+    """
+
+    center: Array
+    directions: Array
+    shared: Array
+    coefficients: Array
+    constant: Array
+    largest: Array
+    linear: Array
+
+
+def make_screen(factors: Prepared, rank: int) -> Screen:
+    """The bounds by marginals in so many directions, for full component matrices; O(K L^3) once per model."""
+    natural, gram = factors.natural, matmul(factors.projection.T, factors.projection)
+    covariances, _ = inverse_and_log_det(natural.prior_precision.entries)
+    means = matmul(einsum("kij,kj->ki", covariances, natural.prior_location), matmul(factors.basis.T, gram))
+    turn = matmul(gram, factors.basis)
+    # Sigma_k = U'U T S_k T'U'U + U'U and mu_k = U'U T m_k
+    spread = symmetrize(matmul(matmul(turn[None], covariances), turn.T[None])) + gram[None]
+    weights = jax.nn.softmax(natural.log_weights)
+    center = matmul(weights, means)
+    gap = means - center[None]
+    between = matmul((weights[:, None] * gap).T, gap)
+    within = jnp.sum(weights[:, None, None] * spread, axis=0)
+    directions = _apart(between, within, rank)
+    marginal = matmul(matmul(directions.T[None], spread), directions[None])
+    metric, _ = inverse_and_log_det(marginal)
+    nu = matmul(gap, directions)
+    pull = einsum("kij,kj->ki", metric, nu)
+    # log p(x, z = k) = log w_k + log N(t; mu_k, Sigma_k) + what k does not change, so that with
+    # s(t) = t'((U'U)^-1 - I) t / 2 the logit is logit_k(mu_k) - s(mu_k) + s(t) - |t - mu_k|^2 / 2 in Sigma_k^-1
+    shared = _excess_root(gram)
+    top = factors.constant + jnp.sum(factors.linear * means, axis=-1)
+    top = top - jnp.sum(einsum("kij,kj->ki", factors.curvature, means) * means, axis=-1) / 2
+    # about the centre c: s(t) - s(mu_k) = |S'(t-c)|^2/2 + c'SS'(t-c) less the same at mu_k
+    linear = matmul(shared, matmul(center, shared))
+    at_mean = jnp.sum(matmul(gap, shared) ** 2, axis=-1) / 2 + matmul(gap, linear)
+    return Screen(
+        center=center,
+        directions=directions,
+        shared=shared,
+        coefficients=jnp.concatenate([pull, -quadratic_coefficients(metric) / 2], axis=1).T,
+        constant=top - at_mean - jnp.sum(pull * nu, axis=-1) / 2,
+        largest=jnp.max(jnp.trace(metric, axis1=-2, axis2=-1)),
+        linear=linear,
+    )
+
+
+def _apart(between: Array, within: Array, rank: int) -> Array:
+    """Directions (L, r) in which the spread between components is largest beside that within."""
+    dim = within.shape[0]
+    jitter = 1e3 * jnp.finfo(within.dtype).eps * jnp.trace(within) / dim
+    inverse = jnp.linalg.inv(jnp.linalg.cholesky(within + jitter * jnp.eye(dim, dtype=within.dtype)))
+    _, vectors = jnp.linalg.eigh(symmetrize(matmul(matmul(inverse, between), inverse.T)))
+    return matmul(inverse.T, vectors[:, ::-1][:, :rank])
+
+
+def _excess_root(gram: Array) -> Array:
+    """S with S S' = (U'U)^-1 - I, without directions in which x tells nothing of t."""
+    values, vectors = jnp.linalg.eigh(gram)
+    least = 10 * gram.shape[0] * jnp.finfo(gram.dtype).eps
+    excess = jnp.where(values > least, (1 - values) / jnp.where(values > least, values, 1), 0)
+    return vectors * jnp.sqrt(jnp.maximum(excess, 0))[None]
+
+
+def upper_bounds(screen: Screen, t: Array) -> Array:
+    """Bounds (B, K) of the logits of rows with these latent coordinates (B, L)."""
+    gap = t - screen.center[None]
+    p = matmul(gap, screen.directions)
+    s = jnp.sum(matmul(gap, screen.shared) ** 2, axis=-1) / 2 + matmul(gap, screen.linear)
+    bounds = screen.constant[None] + matmul(latent_features(p), screen.coefficients)
+    size = jnp.abs(s) + screen.largest * jnp.sum(p**2, axis=-1)
+    return bounds + (s + ROUNDING * jnp.finfo(t.dtype).eps * size)[:, None]
+
+
+@pytree
+class SparseInfo:
+    """What a sparse pass left out.
+
+    Attributes:
+        largest_dropped: largest bound of what a row's log-density lost, over rows with a weight, in nats ().
+        mean_dropped: weighted mean of these bounds ().
+        dense_rows: rows that looked at all components ().
+        uncertain_rows: rows whose bound is above the tolerance ().
+        pairs: pairs of a row and a component that count ().
+    """
+
+    largest_dropped: Array
+    mean_dropped: Array
+    dense_rows: Array
+    uncertain_rows: Array
+    pairs: Array
+
+
+@pytree
+class Assignments:
+    """Responsibilities of the components that count.
+
+    Attributes:
+        pairs: these components (N, C).
+        responsibilities: theirs (N, C); 0 in empty slots.
+        entropy: weighted sum of -sum_k gamma log gamma, of every shard (shards,).
+    """
+
+    pairs: Pairs
+    responsibilities: Array
+    entropy: Array
+
+
+def sparse_pass(
+    factors: Prepared,
+    x: Array,
+    weights: Array,
+    labels: Array | None = None,
+    *,
+    rank: int,
+    slots: int = 8,
+    dense_rows: int = 0,
+    tolerance: float = 1e-6,
+    shards: Shards = None,
+) -> tuple[Statistics, SparseInfo, Assignments]:
+    """The E-step with few components per row: the `Statistics` of `accumulate`, but for what `SparseInfo` bounds.
+
+    Args:
+        factors: of the model, with full component matrices.
+        x: observations (N, D).
+        weights: sample weights (N,).
+        labels: known components (N,), -1 where unknown.
+        rank: directions of the screen.
+        slots: components per row at most.
+        dense_rows: rows per shard at most that look at all components.
+        tolerance: nats that a row may drop by its bound before it does.
+        shards: shards of the rows.
+
+    Returns:
+        `Statistics`, `SparseInfo`, and the responsibilities for `frozen_pass`.
+    """
+    slots = min(slots, factors.constant.shape[0])
+    operands = factors, make_screen(factors, min(rank, factors.linear.shape[1]))
+    local = partial(_sparse_rows, slots=slots, dense_rows=dense_rows, tolerance=tolerance)
+    (statistics, info), largest, assignments = _on_shards(local, operands, (x, weights, labels), shards)
+    mean = info.mean_dropped / statistics.count
+    return statistics, dataclasses.replace(info, largest_dropped=largest, mean_dropped=mean), assignments
+
+
+def frozen_pass(
+    factors: Prepared, assignments: Assignments, x: Array, weights: Array, *, shards: Shards = None
+) -> Statistics:
+    """The E-step with given responsibilities: posteriors of y are those of the model.
+
+    `log_likelihood` of the result is the free energy, which no M-step lowers and which is at most the sum of
+    log-densities: sum_i v_i sum_k gamma_ik (log p(x_i, z = k) - log gamma_ik).
+
+    Args:
+        factors: of the model, with full component matrices.
+        assignments: of `sparse_pass`, with any model.
+        x: the same observations (N, D).
+        weights: their weights (N,).
+        shards: shards of the rows.
+
+    Returns:
+        `Statistics`.
+    """
+    return _on_shards(_frozen_rows, factors, (x, weights, assignments), shards)[0]
+
+
+def _on_shards(function: Callable[[Any, Any], tuple], operands: Any, rows: Any, shards: Shards) -> tuple:
+    """`function(operands, rows)` on the rows of every shard: sums, which are added up once, largest ones, and own."""
+    if shards is None:
+        return function(operands, rows)
+    mesh, names = shards
+
+    def on_one_device(operands: Any, rows: Any) -> tuple:
+        sums, largest, own = function(operands, rows)
+        return jax.lax.psum(sums, names), jax.lax.pmax(largest, names), own
+
+    specs = PartitionSpec(), PartitionSpec(names)
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(names)),
+        axis_names=frozenset(names),
+        check_vma=False,
+    )(operands, rows)
+
+
+def _sparse_rows(
+    operands: tuple[Prepared, Screen], rows: tuple, *, slots: int, dense_rows: int, tolerance: float
+) -> tuple:
+    """`sparse_pass` over the rows of one shard."""
+    factors, screen = operands
+    x, weights, labels = rows
+    n_components = factors.constant.shape[0]
+    limit = block_rows(floats_per_row(factors))
+    t, index, rest = map_rows(partial(_screened, slots=slots), operands, x, limit, None)
+    if labels is not None:
+        known = (labels >= 0)[:, None]
+        only = jnp.where(jnp.arange(slots)[None] == 0, labels[:, None], n_components)
+        index, rest = jnp.where(known, only, index), jnp.where(known[:, 0], -jnp.inf, rest)
+    matrices, with_ones = component_matrices(factors), _with_ones(t)
+    logits = pair_logits(matrices, with_ones, sorted_pairs(index, n_components))
+    evidence = jax.nn.logsumexp(logits, axis=-1)
+    beyond = (_dropped(rest, evidence) > tolerance) & (weights > 0)
+    index, logits, rest, n_dense = _look_again(factors, t, index, logits, rest, beyond, dense_rows)
+    # what does not count is dropped, and its logits are counted so
+    kept = logits > jax.nn.logsumexp(logits, axis=-1, keepdims=True) + math.log(NEGLIGIBLE)
+    rest = jnp.logaddexp(rest, jax.nn.logsumexp(jnp.where(kept, -jnp.inf, logits), axis=-1))
+    logits, index = jnp.where(kept, logits, -jnp.inf), jnp.where(kept, index, n_components)
+    evidence = jax.nn.logsumexp(logits, axis=-1)
+    log_responsibilities = logits - evidence[:, None]
+    responsibilities = jnp.exp(log_responsibilities)
+    pairs = sorted_pairs(index, n_components)
+    sums = _sums_given(factors, matrices, x, t, with_ones, weights, pairs, responsibilities)
+    dropped = jnp.where(weights > 0, _dropped(rest, evidence), 0)
+    entropy = -jnp.sum(weights[:, None] * responsibilities * jnp.where(kept, log_responsibilities, 0))
+    counts = (jnp.sum(dropped > tolerance), n_dense, pairs.starts[-1])
+    uncertain, looked, counted = (count.astype(jnp.int32) for count in counts)
+    info = SparseInfo(jnp.zeros(()), jnp.sum(weights * dropped), looked, uncertain, counted)
+    statistics = dataclasses.replace(sums, evidence=jnp.sum(weights * evidence))
+    return (statistics, info), jnp.max(dropped), Assignments(pairs, responsibilities, entropy[None])
+
+
+def _frozen_rows(factors: Prepared, rows: tuple) -> tuple:
+    """`frozen_pass` over the rows of one shard."""
+    x, weights, assignments = rows
+    t = map_rows(_projected, factors, x, block_rows(2 * x.shape[1]), None)
+    pairs, responsibilities = assignments.pairs, assignments.responsibilities
+    sums = _sums_given(factors, component_matrices(factors), x, t, _with_ones(t), weights, pairs, responsibilities)
+    # sum of gamma logit_k, from the sums of gamma, gamma t and gamma t t'
+    evidence = jnp.sum(sums.responsibilities * factors.constant) + jnp.sum(sums.latent * factors.linear)
+    evidence = evidence - jnp.sum(sums.latent_square * quadratic_coefficients(factors.curvature)) / 2
+    return dataclasses.replace(sums, evidence=evidence + assignments.entropy[0]), jnp.zeros(()), ()
+
+
+def _projected(factors: Prepared, x: Array) -> Array:
+    return project_rows(factors, center_rows(factors, x))
+
+
+def _with_ones(t: Array) -> Array:
+    return jnp.concatenate([t, jnp.ones_like(t[:, :1])], axis=1)
+
+
+def _dropped(rest: Array, evidence: Array) -> Array:
+    """Nats that log-densities lose where components with this log-sum are left out."""
+    return jnp.log1p(jnp.exp(jnp.minimum(rest - evidence, 80)))
+
+
+def _screened(operands: tuple[Prepared, Screen], x: Array, *, slots: int) -> tuple[Array, Array, Array]:
+    """Of a block of rows: t (B, L), the components with the highest bounds (B, C), the log-sum of all others' (B,)."""
+    factors, screen = operands
+    t = _projected(factors, x)
+    bounds = upper_bounds(screen, t)
+    n_components = bounds.shape[1]
+    index, values, rest = _best(bounds, slots)
+    near = values > values[:, :1] - FAR
+    rest = jnp.logaddexp(rest, jax.nn.logsumexp(jnp.where(near, -jnp.inf, values), axis=-1))
+    return t, jnp.where(near, index, n_components), rest
+
+
+def _best(values: Array, slots: int) -> tuple[Array, Array, Array]:
+    """The largest of every row: indices and values (B, C), and the log-sum of the others (B,), equal ones twice."""
+    if slots >= values.shape[1]:
+        index = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], values.shape)
+        order = jnp.argsort(-values, axis=1)
+        return jnp.take_along_axis(index, order, 1), jnp.take_along_axis(values, order, 1), values[:, 0] - jnp.inf
+    top, index = jax.lax.top_k(values, slots + 1)
+    edge = top[:, slots:]
+    rest = jnp.sum(jnp.where(values <= edge, jnp.exp(values - edge), 0), axis=-1)
+    return index[:, :slots], top[:, :slots], edge[:, 0] + jnp.log(rest)
+
+
+def _look_again(
+    factors: Prepared,
+    t: Array,
+    index: Array,
+    logits: Array,
+    rest: Array,
+    beyond: Array,
+    capacity: int,
+) -> tuple[Array, Array, Array, Array]:
+    """Slots of rows `beyond` the tolerance from the logits of all components, and the number of these rows ()."""
+    slots, count = index.shape[1], index.shape[0]
+    capacity = min(capacity, count)
+    if capacity == 0:
+        return index, logits, rest, jnp.int32(0)
+    block = min(capacity, DENSE_BLOCK)
+    (rows,) = jnp.nonzero(beyond, size=-(-capacity // block) * block, fill_value=count)
+    n_rows = jnp.minimum(jnp.sum(beyond), capacity)
+
+    def look(number: Array, carry: tuple) -> tuple:
+        here = jax.lax.dynamic_slice_in_dim(rows, number * block, block)
+        all_logits = component_logits(factors, latent_features(t[jnp.minimum(here, count - 1)]))
+        found = _best(all_logits, slots)
+        return tuple(old.at[here].set(new, mode="drop") for old, new in zip(carry, found, strict=True))
+
+    index, logits, rest = jax.lax.fori_loop(0, (n_rows + block - 1) // block, look, (index, logits, rest))
+    return index, logits, rest, n_rows
+
+
+def _sums_given(
+    factors: Prepared,
+    matrices: Array,
+    x: Array,
+    t: Array,
+    with_ones: Array,
+    weights: Array,
+    pairs: Pairs,
+    responsibilities: Array,
+) -> Statistics:
+    """`Statistics` with these responsibilities, without evidence."""
+    lat_dim = t.shape[1]
+    gain, squares = pair_sums(matrices, with_ones, pairs, responsibilities, weights)
+    limit = block_rows(3 * x.shape[1])
+    sums = sum_rows(_residual_sums, (factors, basis_loadings(factors)), (x, t, gain, weights), limit, None)
+    count, residual, residual_square, cross, pooled_square = sums
+    return Statistics(
+        count=count,
+        residual=residual,
+        residual_square=residual_square,
+        cross=cross,
+        responsibilities=squares[:, lat_dim, lat_dim],
+        latent=squares[:, lat_dim, :lat_dim],
+        latent_square=distinct_entries(squares[:, :lat_dim, :lat_dim]),
+        pooled_square=pooled_square,
+        evidence=jnp.zeros_like(count),
+    )
+
+
+def _residual_sums(operands: Any, block: Any, is_new: Array) -> tuple:
+    """The sums over a block that need x: of weights, residuals, their squares, residuals and E[u | x], t and g."""
+    factors, loadings = operands
+    x, t, gain, weights = block
+    weights = jnp.where(is_new, weights, 0)
+    residual = center_rows(factors, x) - matmul(t + gain, loadings.T)
+    posterior_mean = _with_ones(t + gain) * weights[:, None]
+    by_latent = matmul(posterior_mean.T, residual)
+    both = jnp.concatenate([t, gain], axis=-1)
+    square = type(factors.root).second_moment(residual, weights)
+    pooled = matmul((weights[:, None] * both).T, both)
+    return jnp.sum(weights), by_latent[-1], square, by_latent[:-1].T, pooled
