@@ -69,15 +69,17 @@ def make_screen(factors: Prepared, rank: int) -> Screen:
     means = matmul(einsum("kij,kj->ki", covariances, natural.prior_location), matmul(factors.basis.T, gram))
     turn = matmul(gram, factors.basis)
     # Sigma_k = U'U T S_k T'U'U + U'U and mu_k = U'U T m_k
-    spread = symmetrize(matmul(matmul(turn[None], covariances), turn.T[None])) + gram[None]
     weights = jax.nn.softmax(natural.log_weights)
     center = matmul(weights, means)
     gap = means - center[None]
     between = matmul((weights[:, None] * gap).T, gap)
-    within = jnp.sum(weights[:, None, None] * spread, axis=0)
-    directions = _apart(between, within, rank)
-    marginal = matmul(matmul(directions.T[None], spread), directions[None])
-    metric, _ = inverse_and_log_det(marginal)
+    within = matmul(matmul(turn, einsum("k,kij->ij", weights, covariances)), turn.T) + gram
+    directions = _apart(between, symmetrize(within), rank)
+    turned = matmul(turn.T, directions)
+    # one product with all (K L, L), as batches of small ones are slow
+    half = matmul(covariances.reshape(-1, turned.shape[0]), turned).reshape(*means.shape, -1)
+    marginal = einsum("kia,ib->kab", half, turned) + matmul(matmul(directions.T, gram), directions)[None]
+    metric, _ = inverse_and_log_det(symmetrize(marginal))
     nu = matmul(gap, directions)
     pull = einsum("kij,kj->ki", metric, nu)
     # log p(x, z = k) = log w_k + log N(t; mu_k, Sigma_k) + what k does not change, so that with
@@ -317,7 +319,8 @@ def _best(values: Array, slots: int) -> tuple[Array, Array, Array]:
         index = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], values.shape)
         order = jnp.argsort(-values, axis=1)
         return jnp.take_along_axis(index, order, 1), jnp.take_along_axis(values, order, 1), values[:, 0] - jnp.inf
-    top, index = jax.lax.top_k(values, slots + 1)
+    # XLA takes what is cut from the result for a sort of all values, many times slower
+    top, index = jax.lax.optimization_barrier(jax.lax.top_k(values, slots + 1))
     edge = top[:, slots:]
     rest = jnp.sum(jnp.where(values <= edge, jnp.exp(values - edge), 0), axis=-1)
     return index[:, :slots], top[:, :slots], edge[:, 0] + jnp.log(rest)

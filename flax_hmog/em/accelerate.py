@@ -1,0 +1,160 @@
+"""Fewer passes for the same objective: cycles of one pass that finds responsibilities and several that keep them, and
+squared extrapolation of the models between cycles (SQUAREM, Varadhan & Roland 2008)."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_hmog.data.rows import Shards
+from flax_hmog.em.options import Regularizer
+from flax_hmog.em.sparse import Assignments, SparseInfo, frozen_pass, sparse_pass
+from flax_hmog.em.statistics import Statistics
+from flax_hmog.em.step import em_info, next_natural
+from flax_hmog.model.coordinates import Moments, Natural
+from flax_hmog.model.frames import Frame
+from flax_hmog.model.kinds import Array, PositiveDefinite, diagonal, matmul, one_by_one, pytree, transpose
+from flax_hmog.model.prepared import factorise
+
+LONGEST_STEP = 2.5  # of an extrapolation; 1 is none. With longer ones most are rejected
+
+
+@pytree
+class Found:
+    """One pass that finds responsibilities.
+
+    Attributes:
+        statistics: sums over the rows.
+        assignments: the responsibilities.
+        info: what was left out.
+        objective: penalised log-likelihood per sample (), without the volume of the frame.
+    """
+
+    statistics: Statistics
+    assignments: Assignments
+    info: SparseInfo
+    objective: Array
+
+
+@partial(jax.jit, static_argnames=("rank", "slots", "dense_rows", "tolerance", "shards"))
+def find(
+    natural: Natural,
+    regularizer: Regularizer | None,
+    x: Array,
+    weights: Array,
+    labels: Array | None = None,
+    *,
+    rank: int,
+    slots: int = 8,
+    dense_rows: int = 0,
+    tolerance: float = 1e-6,
+    shards: Shards = None,
+) -> Found:
+    """A sparse pass with a model; arguments as in `sparse_pass`."""
+    factors = factorise(natural)
+    statistics, info, assignments = sparse_pass(
+        factors, x, weights, labels,
+        rank=rank, slots=slots, dense_rows=dense_rows, tolerance=tolerance, shards=shards,
+    )  # fmt: skip
+    objective = em_info(natural, factors, statistics, regularizer).objective
+    return Found(statistics, assignments, info, objective)
+
+
+@partial(jax.jit, static_argnames=("passes", "shards"))
+def follow(
+    natural: Natural,
+    found: Found,
+    regularizer: Regularizer | None,
+    x: Array,
+    weights: Array,
+    frame: Frame | None = None,
+    *,
+    passes: int = 4,
+    shards: Shards = None,
+) -> tuple[Natural, Array]:
+    """The M-step of a pass, and so many more with its responsibilities.
+
+    Args:
+        natural: the model that `found` is of.
+        found: of `find`.
+        regularizer: pseudo-statistics or None.
+        x: the same observations (N, D).
+        weights: their weights (N,).
+        frame: frame of the models.
+        passes: frozen passes.
+        shards: shards of the rows.
+
+    Returns:
+        The model after `passes` + 1 steps, and the free energies per sample before each but the first (passes,). They
+        never fall, begin no lower than the objective of `found`, and end no higher than that of the model.
+    """
+
+    def step(model: Natural, _: None) -> tuple[Natural, Array]:
+        factors = factorise(model)
+        statistics = frozen_pass(factors, found.assignments, x, weights, shards=shards)
+        energy = em_info(model, factors, statistics, regularizer).objective
+        return next_natural(factors, statistics, regularizer, frame)[0], energy
+
+    model, _ = next_natural(factorise(natural), found.statistics, regularizer, frame)
+    return jax.lax.scan(step, model, None, length=passes)
+
+
+@jax.jit
+def extrapolate(first: Moments, second: Moments, third: Moments, longest: Array | float = LONGEST_STEP) -> Moments:
+    """The model that three successive ones point to.
+
+    With r = second - first and v = (third - second) - r in free coordinates it is first + 2 a r + a^2 v, where
+    a = |r| / |v| within [1, longest], one for each of W, b, noise, weights, means and covariances; a = 1 is the third.
+    """
+
+    def block(zero: Array, one: Array, two: Array) -> Array:
+        r, v = one - zero, two - 2 * one + zero
+        square = jnp.sum(v**2)
+        ratio = jnp.sqrt(jnp.sum(r**2) / jnp.where(square > 0, square, 1))
+        a = jnp.clip(jnp.where(square > 0, ratio, 1), 1, longest)
+        return zero + 2 * a * r + a**2 * v
+
+    return _from_free(third, jax.tree.map(block, _to_free(first), _to_free(second), _to_free(third)))
+
+
+def _to_free(moments: Moments) -> dict[str, Any]:
+    """The blocks of a model, without bounds: logarithms of what is positive."""
+    noise = moments.noise
+    return {
+        "loadings": moments.loadings,
+        "bias": moments.bias,
+        "noise": jnp.log(noise.entries) if noise.is_diagonal else _log_cholesky(noise.entries[None]),
+        "weights": jnp.log(moments.weights),
+        "means": moments.means,
+        "covariances": _log_cholesky(moments.covariances.entries),
+    }
+
+
+def _from_free(like: Moments, free: dict[str, Any]) -> Moments:
+    noise, covariances = like.noise, free["covariances"]
+    entries = jnp.exp(free["noise"]) if noise.is_diagonal else _square(free["noise"])[0]
+    return Moments(
+        loadings=free["loadings"],
+        bias=free["bias"],
+        noise=dataclasses.replace(noise, entries=entries),
+        weights=jax.nn.softmax(free["weights"]),
+        means=free["means"],
+        covariances=PositiveDefinite(_square(covariances)),
+    )
+
+
+def _log_cholesky(matrices: Array) -> Array:
+    """Lower Cholesky factors (K, n, n) with the logarithms of their diagonals."""
+    factors = one_by_one(jnp.linalg.cholesky, matrices)
+    is_diagonal = jnp.eye(matrices.shape[-1], dtype=bool)[None]
+    return jnp.where(is_diagonal, jnp.log(diagonal(factors))[:, None], factors)
+
+
+def _square(logs: Array) -> Array:
+    is_diagonal = jnp.eye(logs.shape[-1], dtype=bool)[None]
+    factors = jnp.where(is_diagonal, jnp.exp(diagonal(logs))[:, None], logs)
+    return matmul(factors, transpose(factors))
