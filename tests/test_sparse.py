@@ -1,6 +1,8 @@
 """E-steps with few components per row: certified, equal to the dense one, and free energies that never fall."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +10,15 @@ import numpy as np
 import pytest
 from cases import Case, random_moments
 from dense import assert_close
+from devices import on_cpus
 
 from flax_hmog import AnalyticHMoG, PseudoCounts, moments_to_natural, prepare, sample
+from flax_hmog.em.accelerate import _from_free, _to_free, extrapolate, find, follow
 from flax_hmog.em.sparse import frozen_pass, make_screen, sparse_pass, upper_bounds
-from flax_hmog.em.statistics import accumulate, log_likelihood
+from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
 from flax_hmog.em.step import next_natural, penalty, whiten_moments
-from flax_hmog.model.prepared import center_rows, component_logits, latent_features, project_rows
+from flax_hmog.model.frames import Frame
+from flax_hmog.model.prepared import center_rows, component_logits, latent_features, posterior_gain, project_rows
 
 KINDS = ("scale", "diagonal", "full")
 
@@ -106,7 +111,7 @@ def test_free_energies_never_fall(float64, obs_rep):
         for frozen in range(4):
             natural, _ = next_natural(factors, statistics, regularizer)
             factors = prepare(natural)
-            statistics = frozen_pass(factors, assignments, x, weights)
+            statistics = frozen_pass(factors, assignments, weights)
             energy = float(log_likelihood(factors, statistics))
             assert energy <= float(log_likelihood(factors, accumulate(factors, x, weights))) + 1e-8
             history.append(energy + float(penalty(natural, regularizer)))
@@ -118,4 +123,101 @@ def test_a_frozen_pass_with_the_same_model_is_the_pass(float64):
     _, factors, x = apart("diagonal")
     weights = jnp.linspace(0.0, 2.0, len(x))
     statistics, _, assignments = sparse_pass(factors, x, weights, rank=3, slots=6, dense_rows=len(x))
-    equal_statistics(frozen_pass(factors, assignments, x, weights), statistics, 1e-9)
+    equal_statistics(frozen_pass(factors, assignments, weights), statistics, 1e-9)
+
+
+def given_statistics(factors, x, weights, gamma):
+    """The dense E-step with these responsibilities (N, K), row by row of its formulas."""
+    logits, t = logits_and_t(factors, x)
+    gain = posterior_gain(factors, gamma, t)
+    residual = center_rows(factors, x) - (t + gain) @ basis_loadings(factors).T
+    mass, both = gamma * weights[:, None], jnp.concatenate([t, gain], axis=1)
+    by_component = mass.T @ latent_features(t)
+    terms = jnp.where(gamma > 0, gamma * (logits - jnp.log(jnp.where(gamma > 0, gamma, 1))), 0)
+    return Statistics(
+        count=weights.sum(),
+        residual=weights @ residual,
+        residual_square=type(factors.root).second_moment(residual, weights),
+        cross=(residual * weights[:, None]).T @ (t + gain),
+        responsibilities=mass.sum(0),
+        latent=by_component[:, : t.shape[1]],
+        latent_square=by_component[:, t.shape[1] :],
+        pooled_square=(both * weights[:, None]).T @ both,
+        evidence=weights @ terms.sum(1),
+    )
+
+
+@pytest.mark.parametrize("obs_rep", KINDS)
+def test_a_frozen_pass_with_another_model(float64, obs_rep):
+    natural, factors, x = apart(obs_rep, spread=2.0)
+    weights = jnp.linspace(0.0, 2.0, len(x))
+    frame = Frame(origin=jnp.full(7, 0.5), rest=jnp.zeros(7), unit=jnp.linspace(1.0, 2.0, 7), log_volume=jnp.zeros(()))
+    natural = dataclasses.replace(natural, frame=frame)
+    factors = prepare(natural)
+    statistics, _, assignments = sparse_pass(factors, x, weights, rank=3, slots=6)
+    other = prepare(next_natural(factors, statistics, None, frame)[0])
+    rows, slots = np.nonzero(np.asarray(assignments.responsibilities))
+    gamma = np.zeros((len(x), 12))
+    gamma[rows, np.asarray(assignments.pairs.index)[rows, slots]] = assignments.responsibilities[rows, slots]
+    got = frozen_pass(other, assignments, weights)
+    equal_statistics(got, given_statistics(other, x, weights, jnp.asarray(gamma)), 1e-9)
+
+
+def test_extrapolation_of_a_line_goes_on(float64):
+    """Models that approach a point by a constant factor: the step of full length finds the point."""
+    case = Case(AnalyticHMoG, "diagonal", "full", 7, 4, 3)
+    end, start = (jax.tree.map(jnp.asarray, random_moments(case, seed)) for seed in (1, 2))
+    path = [_from_free(end, jax.tree.map(lambda a, b: a + (b - a) * 0.6**n, _to_free(end), _to_free(start)))
+            for n in range(3)]  # fmt: skip
+    found = extrapolate(*path, 10.0)
+    assert_close(found.weights, end.weights, 1e-3)  # which sum to 1 in between, too
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-8), dataclasses.replace(found, weights=end.weights), end)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-8), extrapolate(*path, 1.0), path[2])
+
+
+def test_cycles_never_fall(float64):
+    """The objective of a pass, the free energy after its frozen passes, and the objective of the next pass."""
+    _, _, x = apart("diagonal", spread=2.0, count=600)
+    case = Case(AnalyticHMoG, "diagonal", "full", 7, 4, 12)
+    start = whiten_moments(jax.tree.map(jnp.asarray, random_moments(case, 5)))
+    regularizer, weights = PseudoCounts().regularizer(start), jnp.ones(len(x))
+    natural, history = moments_to_natural(start), []
+    for passes in (4, 1, 0):
+        found = find(natural, regularizer, x, weights, rank=3, slots=12)
+        natural, energy = follow(natural, found, regularizer, weights, passes=passes)
+        history += [float(found.objective), float(energy)]
+    assert np.diff(history).min() >= 0 and history[-1] == history[-2]
+
+
+SHARDED = """
+import dataclasses, os, sys
+sys.path.insert(0, "tests")
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_enable_x64", True)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_sparse import apart, equal_statistics, find, follow, frozen_pass, next_natural, prepare, sparse_pass
+from flax_hmog.data.rows import row_shards
+
+natural, factors, x = apart("diagonal", spread=2.0)
+weights, labels = jnp.linspace(0.0, 2.0, len(x)), jnp.where(jnp.arange(len(x)) % 5 == 0, 3, -1)
+options = {"rank": 3, "slots": 4, "dense_rows": 300}
+want, info, assignments = sparse_pass(factors, x, weights, labels, **options)
+put = lambda a: jax.device_put(a, NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")))
+shards = row_shards(put(x))
+got, found, parts = jax.jit(sparse_pass, static_argnames=(*options, "shards"))(
+    factors, put(x), put(weights), put(labels), **options, shards=shards)
+equal_statistics(got, want, 1e-9)
+for field in dataclasses.fields(info):
+    assert np.allclose(getattr(found, field.name), getattr(info, field.name)), field.name
+other = prepare(next_natural(factors, want, None)[0])
+run = jax.jit(frozen_pass, static_argnames="shards")
+equal_statistics(run(other, parts, put(weights), shards=shards), frozen_pass(other, assignments, weights), 1e-9)
+text = run.lower(other, parts, put(weights), shards=shards).compile().as_text()
+assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
+"""
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_on_several_devices(count):
+    run = subprocess.run([sys.executable, "-c", SHARDED], env=on_cpus(count), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]

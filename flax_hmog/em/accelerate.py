@@ -18,7 +18,7 @@ from flax_hmog.em.step import em_info, next_natural
 from flax_hmog.model.coordinates import Moments, Natural
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import Array, PositiveDefinite, diagonal, matmul, one_by_one, pytree, transpose
-from flax_hmog.model.prepared import factorise
+from flax_hmog.model.prepared import Prepared, factorise
 
 LONGEST_STEP = 2.5  # of an extrapolation; 1 is none. With longer ones most are rejected
 
@@ -69,7 +69,6 @@ def follow(
     natural: Natural,
     found: Found,
     regularizer: Regularizer | None,
-    x: Array,
     weights: Array,
     frame: Frame | None = None,
     *,
@@ -82,25 +81,29 @@ def follow(
         natural: the model that `found` is of.
         found: of `find`.
         regularizer: pseudo-statistics or None.
-        x: the same observations (N, D).
-        weights: their weights (N,).
+        weights: the weights of the rows (N,).
         frame: frame of the models.
         passes: frozen passes.
         shards: shards of the rows.
 
     Returns:
-        The model after `passes` + 1 steps, and the free energies per sample before each but the first (passes,). They
-        never fall, begin no lower than the objective of `found`, and end no higher than that of the model.
+        The model after `passes` + 1 steps, and the free energy per sample before the last of them (). It is no lower
+        than the objective of `found`, and no higher than that of the model before the last step.
     """
 
-    def step(model: Natural, _: None) -> tuple[Natural, Array]:
+    def statistics_of(model: Natural) -> tuple[Prepared, Statistics]:
         factors = factorise(model)
-        statistics = frozen_pass(factors, found.assignments, x, weights, shards=shards)
-        energy = em_info(model, factors, statistics, regularizer).objective
-        return next_natural(factors, statistics, regularizer, frame)[0], energy
+        return factors, frozen_pass(factors, found.assignments, weights, shards=shards)
+
+    def step(_: int, model: Natural) -> Natural:
+        return next_natural(*statistics_of(model), regularizer, frame)[0]
 
     model, _ = next_natural(factorise(natural), found.statistics, regularizer, frame)
-    return jax.lax.scan(step, model, None, length=passes)
+    if passes == 0:
+        return model, found.objective
+    model = jax.lax.fori_loop(0, passes - 1, step, model)
+    last = statistics_of(model)
+    return next_natural(*last, regularizer, frame)[0], em_info(model, *last, regularizer).objective
 
 
 @jax.jit

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from flax_hmog.data.rows import Shards, block_rows, map_rows, sum_rows
 from flax_hmog.em.pairs import Pairs, component_matrices, pair_logits, pair_sums, sorted_pairs
 from flax_hmog.em.statistics import Statistics, basis_loadings
-from flax_hmog.model.kinds import Array, einsum, inverse_and_log_det, matmul, pytree, symmetrize
+from flax_hmog.model.kinds import Array, Kind, einsum, inverse_and_log_det, matmul, pytree, symmetrize
 from flax_hmog.model.prepared import (
     Prepared,
     center_rows,
@@ -149,17 +149,30 @@ class SparseInfo:
 
 @pytree
 class Assignments:
-    """Responsibilities of the components that count.
+    """What frozen passes need of a pass with a model: responsibilities, and the rows about that model.
+
+    A later model explains x = e + W y + b, where e, W, y and b are of this one, by products with e alone. What moves
+    between the models is small, so that nothing cancels.
 
     Attributes:
-        pairs: these components (N, C).
+        pairs: the components that count (N, C).
         responsibilities: theirs (N, C); 0 in empty slots.
         entropy: weighted sum of -sum_k gamma log gamma, of every shard (shards,).
+        residual: e = x - b - W y (N, D).
+        latent: y = E[y | x] (N, L).
+        loadings: W (D, L).
+        bias: b (D,).
+        sums: weighted sums of e (D,), of e e', of kind `obs_rep`, and of e y' (D, L), over all shards.
     """
 
     pairs: Pairs
     responsibilities: Array
     entropy: Array
+    residual: Array
+    latent: Array
+    loadings: Array
+    bias: Array
+    sums: tuple[Array, Kind, Array]
 
 
 def sparse_pass(
@@ -193,13 +206,19 @@ def sparse_pass(
     slots = min(slots, factors.constant.shape[0])
     operands = factors, make_screen(factors, min(rank, factors.linear.shape[1]))
     local = partial(_sparse_rows, slots=slots, dense_rows=dense_rows, tolerance=tolerance)
-    (statistics, info), largest, assignments = _on_shards(local, operands, (x, weights, labels), shards)
+    (statistics, info), largest, own = _on_shards(local, operands, (x, weights, labels), shards)
     mean = info.mean_dropped / statistics.count
+    assignments = Assignments(
+        *own,
+        loadings=matmul(basis_loadings(factors), factors.basis),
+        bias=factors.bias,
+        sums=(statistics.residual, statistics.residual_square, matmul(statistics.cross, factors.inverse_basis.T)),
+    )
     return statistics, dataclasses.replace(info, largest_dropped=largest, mean_dropped=mean), assignments
 
 
 def frozen_pass(
-    factors: Prepared, assignments: Assignments, x: Array, weights: Array, *, shards: Shards = None
+    factors: Prepared, assignments: Assignments, weights: Array, *, shards: Shards = None
 ) -> Statistics:
     """The E-step with given responsibilities: posteriors of y are those of the model.
 
@@ -208,15 +227,34 @@ def frozen_pass(
 
     Args:
         factors: of the model, with full component matrices.
-        assignments: of `sparse_pass`, with any model.
-        x: the same observations (N, D).
-        weights: their weights (N,).
+        assignments: of `sparse_pass`, with a model from which this one came.
+        weights: the weights of the rows (N,).
         shards: shards of the rows.
 
     Returns:
         `Statistics`.
     """
-    return _on_shards(_frozen_rows, factors, (x, weights, assignments), shards)[0]
+    a = assignments
+    rows = weights, a.pairs, a.responsibilities, a.entropy, a.residual, a.latent
+    shift, turn = a.bias - factors.bias, a.loadings - matmul(basis_loadings(factors), factors.basis)
+    sums, _, _ = _on_shards(_frozen_rows, (factors, a.loadings, shift), rows, shards)
+    statistics, by_latent, square = sums
+    # e' = e + M h with M = (b - b', W, W - W') and h = (1, y - y', y'), and sums of e h'
+    residual, residual_square, cross = a.sums
+    moved = jnp.concatenate([shift[:, None], a.loadings, turn], axis=1)
+    products = jnp.concatenate([residual[:, None], cross - by_latent, by_latent], axis=1)
+    change = matmul(moved, square)
+    kind = type(residual_square)
+    added = kind.project_product(
+        jnp.concatenate([products, moved], axis=1), jnp.concatenate([moved, products + change], axis=1)
+    )
+    lat_dim = by_latent.shape[1]
+    return dataclasses.replace(
+        statistics,
+        residual=residual + change[:, 0],
+        residual_square=jax.tree.map(jnp.add, residual_square, added),
+        cross=matmul(by_latent + change[:, 1 + lat_dim :], factors.basis.T),
+    )
 
 
 def _on_shards(function: Callable[[Any, Any], tuple], operands: Any, rows: Any, shards: Shards) -> tuple:
@@ -266,26 +304,87 @@ def _sparse_rows(
     log_responsibilities = logits - evidence[:, None]
     responsibilities = jnp.exp(log_responsibilities)
     pairs = sorted_pairs(index, n_components)
-    sums = _sums_given(factors, matrices, x, t, with_ones, weights, pairs, responsibilities)
+    gain, squares = pair_sums(matrices, with_ones, pairs, responsibilities, weights)
+    residual = _residuals(factors, x, t + gain)
+    block = block_rows(3 * x.shape[1])
+    moments = partial(_residual_sums, type(factors.root))
+    by_latent, square = sum_rows(moments, (), (residual, t + gain, weights), block, None)
     dropped = jnp.where(weights > 0, _dropped(rest, evidence), 0)
     entropy = -jnp.sum(weights[:, None] * responsibilities * jnp.where(kept, log_responsibilities, 0))
     counts = (jnp.sum(dropped > tolerance), n_dense, pairs.starts[-1])
     uncertain, looked, counted = (count.astype(jnp.int32) for count in counts)
     info = SparseInfo(jnp.zeros(()), jnp.sum(weights * dropped), looked, uncertain, counted)
-    statistics = dataclasses.replace(sums, evidence=jnp.sum(weights * evidence))
-    return (statistics, info), jnp.max(dropped), Assignments(pairs, responsibilities, entropy[None])
+    statistics = dataclasses.replace(
+        _latent_statistics(t, gain, squares, weights),
+        residual=by_latent[-1],
+        residual_square=square,
+        cross=by_latent[:-1].T,
+        evidence=jnp.sum(weights * evidence),
+    )
+    own = pairs, responsibilities, entropy[None], residual, matmul(t + gain, factors.inverse_basis.T)
+    return (statistics, info), jnp.max(dropped), own
 
 
-def _frozen_rows(factors: Prepared, rows: tuple) -> tuple:
-    """`frozen_pass` over the rows of one shard."""
-    x, weights, assignments = rows
-    t = map_rows(_projected, factors, x, block_rows(2 * x.shape[1]), None)
-    pairs, responsibilities = assignments.pairs, assignments.responsibilities
-    sums = _sums_given(factors, component_matrices(factors), x, t, _with_ones(t), weights, pairs, responsibilities)
+def _frozen_rows(operands: tuple, rows: tuple) -> tuple:
+    """Over the rows of one shard: `Statistics` but for what needs e, sum of v e y'' (D, L) and of v h h'."""
+    factors, loadings, shift = operands
+    weights, pairs, responsibilities, entropy, residual, old = rows
+    projector = factors.projector
+    # t = (F U)'(x - b) with x - b = e + W y + (b_old - b)
+    t = matmul(residual.astype(projector.dtype), projector, preferred_element_type=residual.dtype)
+    exact = projector.astype(residual.dtype)
+    t = t + matmul(old, matmul(loadings.T, exact)) + matmul(shift, exact)[None]
+    gain, squares = pair_sums(component_matrices(factors), _with_ones(t), pairs, responsibilities, weights)
+    latent = matmul(t + gain, factors.inverse_basis.T)
+    both = jnp.concatenate([jnp.ones_like(t[:, :1]), old - latent, latent], axis=1)
+    weighted = weights[:, None] * both
+    by_latent = matmul(residual.T, weighted[:, 1 + t.shape[1] :])
+    sums = _latent_statistics(t, gain, squares, weights)
     # sum of gamma logit_k, from the sums of gamma, gamma t and gamma t t'
     evidence = jnp.sum(sums.responsibilities * factors.constant) + jnp.sum(sums.latent * factors.linear)
     evidence = evidence - jnp.sum(sums.latent_square * quadratic_coefficients(factors.curvature)) / 2
-    return dataclasses.replace(sums, evidence=evidence + assignments.entropy[0]), jnp.zeros(()), ()
+    sums = dataclasses.replace(sums, evidence=evidence + entropy[0])
+    return (sums, by_latent, matmul(weighted.T, both)), (), ()
+
+
+def _latent_statistics(t: Array, gain: Array, squares: Array, weights: Array) -> Statistics:
+    """`Statistics` of t, g and the sums of v gamma (t, 1)(t, 1)', all others missing."""
+    lat_dim = t.shape[1]
+    both = jnp.concatenate([t, gain], axis=-1)
+    missing: Any = None
+    return Statistics(
+        count=jnp.sum(weights),
+        residual=missing,
+        residual_square=missing,
+        cross=missing,
+        responsibilities=squares[:, lat_dim, lat_dim],
+        latent=squares[:, lat_dim, :lat_dim],
+        latent_square=distinct_entries(squares[:, :lat_dim, :lat_dim]),
+        pooled_square=matmul((weights[:, None] * both).T, both),
+        evidence=missing,
+    )
+
+
+def _residuals(factors: Prepared, x: Array, mean: Array) -> Array:
+    """x - b - W E[y | x] (N, D), block by block."""
+    loadings, count = basis_loadings(factors), x.shape[0]
+    size = min(count, block_rows(3 * x.shape[1]))
+
+    def one_block(number: Array, out: Array) -> Array:
+        start = jnp.minimum(number * size, count - size)
+        rows, inner = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (x, mean))
+        residual = center_rows(factors, rows) - matmul(inner, loadings.T)
+        return jax.lax.dynamic_update_slice_in_dim(out, residual, start, 0)
+
+    out = jnp.zeros(x.shape, loadings.dtype)
+    return jax.lax.fori_loop(0, -(-count // size), one_block, out)
+
+
+def _residual_sums(kind: Any, _: Any, block: Any, is_new: Array) -> tuple:
+    """The sums over a block of v (u^, 1) e' (L + 1, D) and v e e'."""
+    residual, mean, weights = block
+    weights = jnp.where(is_new, weights, 0)
+    return matmul((_with_ones(mean) * weights[:, None]).T, residual), kind.second_moment(residual, weights)
 
 
 def _projected(factors: Prepared, x: Array) -> Array:
@@ -308,22 +407,21 @@ def _screened(operands: tuple[Prepared, Screen], x: Array, *, slots: int) -> tup
     bounds = upper_bounds(screen, t)
     n_components = bounds.shape[1]
     index, values, rest = _best(bounds, slots)
-    near = values > values[:, :1] - FAR
+    near = values > jnp.max(values, axis=-1, keepdims=True) - FAR
     rest = jnp.logaddexp(rest, jax.nn.logsumexp(jnp.where(near, -jnp.inf, values), axis=-1))
     return t, jnp.where(near, index, n_components), rest
 
 
 def _best(values: Array, slots: int) -> tuple[Array, Array, Array]:
-    """The largest of every row: indices and values (B, C), and the log-sum of the others (B,), equal ones twice."""
-    if slots >= values.shape[1]:
-        index = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], values.shape)
-        order = jnp.argsort(-values, axis=1)
-        return jnp.take_along_axis(index, order, 1), jnp.take_along_axis(values, order, 1), values[:, 0] - jnp.inf
-    # XLA takes what is cut from the result for a sort of all values, many times slower
-    top, index = jax.lax.optimization_barrier(jax.lax.top_k(values, slots + 1))
-    edge = top[:, slots:]
-    rest = jnp.sum(jnp.where(values <= edge, jnp.exp(values - edge), 0), axis=-1)
-    return index[:, :slots], top[:, :slots], edge[:, 0] + jnp.log(rest)
+    """The largest of every row: indices and values (B, C), and the log-sum of all others (B,)."""
+    # XLA takes a part that is cut from the result for a sort of all values, many times slower
+    top, index = jax.lax.top_k(values, slots)
+    edge = jnp.min(top, axis=-1, keepdims=True)
+    # the last one is among those that are no larger than itself
+    total = jnp.sum(jnp.where(values <= edge, jnp.exp(values - edge), 0), axis=-1)
+    others = jnp.maximum(total - 1, 0) + ROUNDING * jnp.finfo(values.dtype).eps * total
+    is_cut = slots < values.shape[1]
+    return index, top, edge[:, 0] + jnp.log(others) if is_cut else jnp.full_like(total, -jnp.inf)
 
 
 def _look_again(
@@ -352,46 +450,3 @@ def _look_again(
 
     index, logits, rest = jax.lax.fori_loop(0, (n_rows + block - 1) // block, look, (index, logits, rest))
     return index, logits, rest, n_rows
-
-
-def _sums_given(
-    factors: Prepared,
-    matrices: Array,
-    x: Array,
-    t: Array,
-    with_ones: Array,
-    weights: Array,
-    pairs: Pairs,
-    responsibilities: Array,
-) -> Statistics:
-    """`Statistics` with these responsibilities, without evidence."""
-    lat_dim = t.shape[1]
-    gain, squares = pair_sums(matrices, with_ones, pairs, responsibilities, weights)
-    limit = block_rows(3 * x.shape[1])
-    sums = sum_rows(_residual_sums, (factors, basis_loadings(factors)), (x, t, gain, weights), limit, None)
-    count, residual, residual_square, cross, pooled_square = sums
-    return Statistics(
-        count=count,
-        residual=residual,
-        residual_square=residual_square,
-        cross=cross,
-        responsibilities=squares[:, lat_dim, lat_dim],
-        latent=squares[:, lat_dim, :lat_dim],
-        latent_square=distinct_entries(squares[:, :lat_dim, :lat_dim]),
-        pooled_square=pooled_square,
-        evidence=jnp.zeros_like(count),
-    )
-
-
-def _residual_sums(operands: Any, block: Any, is_new: Array) -> tuple:
-    """The sums over a block that need x: of weights, residuals, their squares, residuals and E[u | x], t and g."""
-    factors, loadings = operands
-    x, t, gain, weights = block
-    weights = jnp.where(is_new, weights, 0)
-    residual = center_rows(factors, x) - matmul(t + gain, loadings.T)
-    posterior_mean = _with_ones(t + gain) * weights[:, None]
-    by_latent = matmul(posterior_mean.T, residual)
-    both = jnp.concatenate([t, gain], axis=-1)
-    square = type(factors.root).second_moment(residual, weights)
-    pooled = matmul((weights[:, None] * both).T, both)
-    return jnp.sum(weights), by_latent[-1], square, by_latent[:-1].T, pooled
