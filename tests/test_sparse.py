@@ -14,7 +14,8 @@ from devices import on_cpus
 
 from flax_hmog import AnalyticHMoG, PseudoCounts, moments_to_natural, prepare, sample
 from flax_hmog.em.accelerate import _from_free, _to_free, extrapolate, find, follow
-from flax_hmog.em.sparse import frozen_pass, make_screen, sparse_pass, upper_bounds
+from flax_hmog.em.screen import make_screen, upper_bounds
+from flax_hmog.em.sparse import frozen_pass, sparse_pass
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
 from flax_hmog.em.step import next_natural, penalty, whiten_moments
 from flax_hmog.model.frames import Frame
@@ -67,11 +68,14 @@ def equal_statistics(got, want, tolerance):
 def test_equals_the_dense_pass(float64, obs_rep, weighted):
     _, factors, x = apart(obs_rep)
     rng = np.random.default_rng(0)
-    weights = jnp.asarray(rng.uniform(0, 3, len(x)) * (rng.uniform(size=len(x)) > 0.2)) if weighted else jnp.ones(len(x))
-    labels = jnp.asarray(np.where(rng.uniform(size=len(x)) < 0.3, rng.integers(0, 12, len(x)), -1)) if weighted else None
+    weights, labels = jnp.ones(len(x)), None
+    if weighted:
+        weights = jnp.asarray(rng.uniform(0, 3, len(x)) * (rng.uniform(size=len(x)) > 0.2))
+        labels = jnp.asarray(np.where(rng.uniform(size=len(x)) < 0.3, rng.integers(0, 12, len(x)), -1))
     want = accumulate(factors, x, weights, labels)
     got, info, _ = sparse_pass(factors, x, weights, labels, rank=3, slots=6, dense_rows=len(x))
-    assert info.largest_dropped <= 1e-6 and info.uncertain_rows == 0
+    assert info.largest_dropped <= 1e-6
+    assert info.uncertain_rows == 0
     assert 0 <= want.evidence - got.evidence <= info.mean_dropped * want.count + 1e-9
     equal_statistics(got, want, 1e-6)
 
@@ -84,7 +88,8 @@ def test_the_bound_covers_what_was_dropped(float64):
         got, info, _ = sparse_pass(factors, x, weights, rank=rank, slots=slots, dense_rows=0)
         lost = (accumulate(factors, x, weights).evidence - got.evidence) / len(x)
         assert 0 < lost <= info.mean_dropped
-        assert info.uncertain_rows > 0 and info.dense_rows == 0
+        assert info.uncertain_rows > 0
+        assert info.dense_rows == 0
         exact, _, _ = sparse_pass(factors, x, weights, rank=rank, slots=slots, dense_rows=len(x))
         assert exact.evidence >= got.evidence  # of all components the best
 
@@ -104,11 +109,11 @@ def test_free_energies_never_fall(float64, obs_rep):
     start = whiten_moments(jax.tree.map(jnp.asarray, start))
     regularizer = PseudoCounts().regularizer(start)
     natural, weights, history = moments_to_natural(start), jnp.ones(len(x)), []
-    for cycle in range(3):
+    for _ in range(3):
         factors = prepare(natural)
         statistics, _, assignments = sparse_pass(factors, x, weights, rank=3, slots=6, dense_rows=len(x))
         history.append(float(log_likelihood(factors, statistics) + penalty(natural, regularizer)))
-        for frozen in range(4):
+        for _ in range(4):
             natural, _ = next_natural(factors, statistics, regularizer)
             factors = prepare(natural)
             statistics = frozen_pass(factors, assignments, weights)
@@ -186,7 +191,8 @@ def test_cycles_never_fall(float64):
         found = find(natural, regularizer, x, weights, rank=3, slots=12)
         natural, energy = follow(natural, found, regularizer, weights, passes=passes)
         history += [float(found.objective), float(energy)]
-    assert np.diff(history).min() >= 0 and history[-1] == history[-2]
+    assert np.diff(history).min() >= 0
+    assert history[-1] == history[-2]
 
 
 SHARDED = """

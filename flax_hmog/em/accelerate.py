@@ -1,9 +1,11 @@
-"""Fewer passes for the same objective: cycles of one pass that finds responsibilities and several that keep them, and
-squared extrapolation of the models between cycles (SQUAREM, Varadhan & Roland 2008)."""
+"""Fewer passes for the same objective.
+
+Cycles of one pass that finds responsibilities and several that keep them, and squared extrapolation of the models
+between cycles (SQUAREM, Varadhan & Roland 2008).
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -143,7 +145,7 @@ def _from_free(like: Moments, free: dict[str, Any]) -> Moments:
     return Moments(
         loadings=free["loadings"],
         bias=free["bias"],
-        noise=dataclasses.replace(noise, entries=entries),
+        noise=jax.tree.map(lambda _: entries, noise),
         weights=jax.nn.softmax(free["weights"]),
         means=free["means"],
         covariances=PositiveDefinite(_square(covariances)),
