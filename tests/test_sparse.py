@@ -17,7 +17,7 @@ from flax_hmog.em.accelerate import _from_free, _to_free, extrapolate, find, fol
 from flax_hmog.em.screen import make_screen, upper_bounds
 from flax_hmog.em.sparse import frozen_pass, sparse_pass
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
-from flax_hmog.em.step import next_natural, penalty, whiten_moments
+from flax_hmog.em.step import finish_step, penalty, whiten_moments
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.prepared import center_rows, component_logits, latent_features, posterior_gain, project_rows
 
@@ -114,13 +114,13 @@ def test_free_energies_never_fall(float64, obs_rep):
         statistics, _, assignments = sparse_pass(factors, x, weights, rank=3, slots=6, dense_rows=len(x))
         history.append(float(log_likelihood(factors, statistics) + penalty(natural, regularizer)))
         for _ in range(4):
-            natural, _ = next_natural(factors, statistics, regularizer)
+            natural, *_ = finish_step(factors, statistics, regularizer, None)
             factors = prepare(natural)
             statistics = frozen_pass(factors, assignments, weights)
             energy = float(log_likelihood(factors, statistics))
             assert energy <= float(log_likelihood(factors, accumulate(factors, x, weights))) + 1e-8
             history.append(energy + float(penalty(natural, regularizer)))
-        natural, _ = next_natural(factors, statistics, regularizer)
+        natural, *_ = finish_step(factors, statistics, regularizer, None)
     assert np.diff(history).min() > -1e-8, history
 
 
@@ -157,10 +157,10 @@ def test_a_frozen_pass_with_another_model(float64, obs_rep):
     natural, factors, x = apart(obs_rep, spread=2.0)
     weights = jnp.linspace(0.0, 2.0, len(x))
     frame = Frame(origin=jnp.full(7, 0.5), rest=jnp.zeros(7), unit=jnp.linspace(1.0, 2.0, 7), log_volume=jnp.zeros(()))
-    natural = dataclasses.replace(natural, frame=frame)
+    natural = natural.in_frame(frame)
     factors = prepare(natural)
     statistics, _, assignments = sparse_pass(factors, x, weights, rank=3, slots=6)
-    other = prepare(next_natural(factors, statistics, None, frame)[0])
+    other = prepare(finish_step(factors, statistics, None, frame)[0])
     rows, slots = np.nonzero(np.asarray(assignments.responsibilities))
     gamma = np.zeros((len(x), 12))
     gamma[rows, np.asarray(assignments.pairs.index)[rows, slots]] = assignments.responsibilities[rows, slots]
@@ -201,7 +201,7 @@ sys.path.insert(0, "tests")
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_sparse import apart, equal_statistics, find, follow, frozen_pass, next_natural, prepare, sparse_pass
+from test_sparse import apart, equal_statistics, find, follow, frozen_pass, finish_step, prepare, sparse_pass
 from flax_hmog.data.rows import row_shards
 
 natural, factors, x = apart("diagonal", spread=2.0)
@@ -215,7 +215,7 @@ got, found, parts = jax.jit(sparse_pass, static_argnames=(*options, "shards"))(
 equal_statistics(got, want, 1e-9)
 for field in dataclasses.fields(info):
     assert np.allclose(getattr(found, field.name), getattr(info, field.name)), field.name
-other = prepare(next_natural(factors, want, None)[0])
+other = prepare(finish_step(factors, want, None, None)[0])
 run = jax.jit(frozen_pass, static_argnames="shards")
 equal_statistics(run(other, parts, put(weights), shards=shards), frozen_pass(other, assignments, weights), 1e-9)
 text = run.lower(other, parts, put(weights), shards=shards).compile().as_text()

@@ -16,11 +16,11 @@ from flax_hmog.data.rows import Shards
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.sparse import Assignments, SparseInfo, frozen_pass, sparse_pass
 from flax_hmog.em.statistics import Statistics
-from flax_hmog.em.step import em_info, next_natural
+from flax_hmog.em.step import em_info, finish_step
 from flax_hmog.model.coordinates import Moments, Natural
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import Array, PositiveDefinite, diagonal, matmul, one_by_one, pytree, transpose
-from flax_hmog.model.prepared import Prepared, factorise
+from flax_hmog.model.prepared import Prepared, prepare
 
 LONGEST_STEP = 2.5  # of an extrapolation; 1 is none. With longer ones most are rejected
 
@@ -57,12 +57,12 @@ def find(
     shards: Shards = None,
 ) -> Found:
     """A sparse pass with a model; arguments as in `sparse_pass`."""
-    factors = factorise(natural)
+    factors = prepare(natural)
     statistics, info, assignments = sparse_pass(
         factors, x, weights, labels,
         rank=rank, slots=slots, dense_rows=dense_rows, tolerance=tolerance, shards=shards,
     )  # fmt: skip
-    objective = em_info(natural, factors, statistics, regularizer).objective
+    objective = em_info(factors, statistics, regularizer, None).objective
     return Found(statistics, assignments, info, objective)
 
 
@@ -94,18 +94,18 @@ def follow(
     """
 
     def statistics_of(model: Natural) -> tuple[Prepared, Statistics]:
-        factors = factorise(model)
+        factors = prepare(model)
         return factors, frozen_pass(factors, found.assignments, weights, shards=shards)
 
     def step(_: int, model: Natural) -> Natural:
-        return next_natural(*statistics_of(model), regularizer, frame)[0]
+        return finish_step(*statistics_of(model), regularizer, frame)[0]
 
-    model, _ = next_natural(factorise(natural), found.statistics, regularizer, frame)
+    model, *_ = finish_step(prepare(natural), found.statistics, regularizer, frame)
     if passes == 0:
         return model, found.objective
     model = jax.lax.fori_loop(0, passes - 1, step, model)
-    last = statistics_of(model)
-    return next_natural(*last, regularizer, frame)[0], em_info(model, *last, regularizer).objective
+    model, info, *_ = finish_step(*statistics_of(model), regularizer, frame)
+    return model, info.objective
 
 
 @jax.jit

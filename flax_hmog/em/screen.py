@@ -42,11 +42,11 @@ class Screen:
 def make_screen(factors: Prepared, rank: int) -> Screen:
     """The bounds by marginals in so many directions, for full component matrices; O(K L^3) once per model."""
     natural, gram = factors.natural, matmul(factors.projection.T, factors.projection)
-    covariances, _ = inverse_and_log_det(natural.prior_precision.entries)
-    means = matmul(einsum("kij,kj->ki", covariances, natural.prior_location), matmul(factors.basis.T, gram))
+    covariances, _ = inverse_and_log_det(natural.prior.precision.entries)
+    means = matmul(factors.prior_means, matmul(factors.basis.T, gram))
     turn = matmul(gram, factors.basis)
     # Sigma_k = U'U T S_k T'U'U + U'U and mu_k = U'U T m_k
-    weights = jax.nn.softmax(natural.log_weights)
+    weights = jax.nn.softmax(natural.prior.log_weights)
     center = matmul(weights, means)
     gap = means - center[None]
     between = matmul((weights[:, None] * gap).T, gap)
