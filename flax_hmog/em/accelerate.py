@@ -6,8 +6,7 @@ between cycles (SQUAREM, Varadhan & Roland 2008).
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,12 @@ import jax.numpy as jnp
 from flax_hmog.data.rows import Shards
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.sparse import Assignments, SparseInfo, frozen_pass, sparse_pass
-from flax_hmog.em.statistics import Statistics
-from flax_hmog.em.step import em_info, finish_step
+from flax_hmog.em.step import finish_step
+from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Moments, Natural
-from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import Array, PositiveDefinite, diagonal, matmul, one_by_one, pytree, transpose
-from flax_hmog.model.prepared import Prepared, prepare
+from flax_hmog.model.prepared import prepare
+from flax_hmog.model.typed import jit
 
 LONGEST_STEP = 2.5  # of an extrapolation; 1 is none. With longer ones most are rejected
 
@@ -30,19 +29,20 @@ class Found:
     """One pass that finds responsibilities.
 
     Attributes:
-        statistics: sums over the rows.
+        natural: the model after its M-step.
         assignments: the responsibilities.
         info: what was left out.
-        objective: penalised log-likelihood per sample (), without the volume of the frame.
+        objective: penalised log-likelihood per sample of the model before (), without the volume of the frame, and
+            without what was left out: it is no higher than that of a dense pass.
     """
 
-    statistics: Statistics
+    natural: Natural
     assignments: Assignments
     info: SparseInfo
     objective: Array
 
 
-@partial(jax.jit, static_argnames=("rank", "slots", "dense_rows", "tolerance", "shards"))
+@jit(static_argnames=("rank", "slots", "dense_rows", "tolerance", "shards", "projection_dtype"))
 def find(
     natural: Natural,
     regularizer: Regularizer | None,
@@ -55,60 +55,61 @@ def find(
     dense_rows: int = 0,
     tolerance: float = 1e-6,
     shards: Shards = None,
+    projection_dtype: str | None = None,
 ) -> Found:
-    """A sparse pass with a model; arguments as in `sparse_pass`."""
-    factors = prepare(natural)
+    """A sparse pass with a model and its M-step; arguments as in `sparse_pass` and `prepare`."""
+    factors = prepare(natural, projection_dtype)
     statistics, info, assignments = sparse_pass(
         factors, x, weights, labels,
         rank=rank, slots=slots, dense_rows=dense_rows, tolerance=tolerance, shards=shards,
     )  # fmt: skip
-    objective = em_info(factors, statistics, regularizer, None).objective
-    return Found(statistics, assignments, info, objective)
+    updated, of_model, _, _ = finish_step(factors, statistics, regularizer, natural.frame)
+    return Found(updated, assignments, info, of_model.objective)
 
 
-@partial(jax.jit, static_argnames=("passes", "shards"))
+@jit(static_argnames=("passes", "shards", "projection_dtype"))
 def follow(
-    natural: Natural,
     found: Found,
     regularizer: Regularizer | None,
     weights: Array,
-    frame: Frame | None = None,
     *,
     passes: int = 4,
     shards: Shards = None,
+    projection_dtype: str | None = None,
 ) -> tuple[Natural, Array]:
-    """The M-step of a pass, and so many more with its responsibilities.
+    """So many steps more with the responsibilities of a pass.
 
     Args:
-        natural: the model that `found` is of.
         found: of `find`.
         regularizer: pseudo-statistics or None.
         weights: the weights of the rows (N,).
-        frame: frame of the models.
         passes: frozen passes.
         shards: shards of the rows.
+        projection_dtype: of `prepare`.
 
     Returns:
-        The model after `passes` + 1 steps, and the free energy per sample before the last of them (). It is no lower
-        than the objective of `found`, and no higher than that of the model before the last step.
+        The model after them, and the free energy per sample before the last of them (). It is no lower than the
+        objective of `found`, and no higher than that of the model.
     """
 
-    def statistics_of(model: Natural) -> tuple[Prepared, Statistics]:
-        factors = prepare(model)
-        return factors, frozen_pass(factors, found.assignments, weights, shards=shards)
+    def step(number: int, carry: tuple[Natural, Array]) -> tuple[Natural, Array]:
+        factors = prepare(carry[0], projection_dtype)
+        statistics = frozen_pass(factors, found.assignments, weights, shards=shards)
+        updated, info, _, _ = finish_step(factors, statistics, regularizer, factors.natural.frame)
+        return updated, info.objective
 
-    def step(_: int, model: Natural) -> Natural:
-        return finish_step(*statistics_of(model), regularizer, frame)[0]
-
-    model, *_ = finish_step(prepare(natural), found.statistics, regularizer, frame)
-    if passes == 0:
-        return model, found.objective
-    model = jax.lax.fori_loop(0, passes - 1, step, model)
-    model, info, *_ = finish_step(*statistics_of(model), regularizer, frame)
-    return model, info.objective
+    start = found.natural, found.objective
+    return cast(tuple[Natural, Array], jax.lax.fori_loop(0, passes, step, start))
 
 
-@jax.jit
+@jit
+def beyond(first: Natural, second: Natural, third: Natural) -> Natural:
+    """`extrapolate` of three models with one frame."""
+    found = extrapolate(own_moments(first), own_moments(second), own_moments(third))
+    return moments_to_natural(found).in_frame(third.frame)
+
+
+@jit
 def extrapolate(first: Moments, second: Moments, third: Moments, longest: Array | float = LONGEST_STEP) -> Moments:
     """The model that three successive ones point to.
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flax_hmog.data.framing import Framing
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.sources import RowsOnDevice, Stream, as_source
+from flax_hmog.em.cycles import Cycles, take_step
 from flax_hmog.em.initialize import check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
+from flax_hmog.em.progress import progress_bar
+from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.statistics import accumulate
 from flax_hmog.em.step import EMInfo, finish_step, one_step, whiten_moments, whiten_regularizer
 from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, named, public
@@ -47,6 +48,7 @@ class EMResult:
         restart_objectives: final objective of every start (n_restarts,); the best one is returned.
         regularizer: the pseudo-statistics in the latent basis of `natural`, or None.
         classes: name of component k for k < len(classes), where `labels` were names; None otherwise.
+        sparse: `SparseInfo` of the last sparse pass of an accelerated fit; None if there was none.
 
     Example:
         >>> from flax_hmog.toy import head, natural, x
@@ -62,6 +64,7 @@ class EMResult:
     restart_objectives: Float[np.ndarray, " n_restarts"]
     regularizer: Regularizer | None
     classes: tuple[str, ...] | None = None
+    sparse: SparseInfo | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ class EMState:
         history: objectives of the start's models so far.
         finals: final objectives of the starts that have ended.
         best: the best of them, or None.
+        cycles: what an accelerated fit needs beside the model, or None.
 
     Example:
         >>> from flax_hmog.toy import head, natural, x
@@ -91,6 +95,7 @@ class EMState:
     history: tuple[float, ...] = ()
     finals: tuple[float, ...] = ()
     best: EMResult | None = None
+    cycles: Cycles | None = None
 
 
 @public
@@ -110,7 +115,9 @@ def fit_em(
     """Fit a HMoG by exact EM.
 
     Every step takes one pass over the data in blocks; the penalised log-likelihood never decreases (in float32, and
-    with a lower `projection_dtype` of the head, up to rounding). Data are converted to `head.param_dtype`.
+    with a lower `projection_dtype` of the head, up to rounding). Data are converted to `head.param_dtype`. With
+    `accelerate` a step is a sparse pass, more with its responsibilities, and an extrapolation, which must not lower the
+    objective.
 
     Args:
         head: unbound head with full component matrices (`AnalyticHMoG`); dimensions, `obs_rep` and `param_dtype` count.
@@ -126,7 +133,7 @@ def fit_em(
         state: value given to `on_step`: goes on from there, with all other arguments as before, to the same result.
         on_step: called after every step, for example to save its `EMState`.
         changes: single options by name, in place of those of `options`: init, regularizer, n_restarts, max_steps,
-            tolerance, column_units, max_distance.
+            tolerance, accelerate, column_units, max_distance.
 
     Returns:
         `EMResult`.
@@ -241,7 +248,7 @@ class Fit:
                 updated, _, objective = self.evaluate(natural, regularizer, block)
                 natural = natural if step == FOLLOWED_STEPS else updated
             # starts that end at one optimum differ by rounding, which must not choose how components are numbered
-            least = 0.0 if best is None else best[0] + self._rounding(best[0])
+            least = 0.0 if best is None else best[0] + self.rounding(best[0])
             if math.isfinite(objective) and (best is None or objective > least):
                 best = objective, natural, regularizer
         if best is None:
@@ -304,14 +311,19 @@ class Fit:
             updated, info, _, read = finish_step(factors, statistics, regularizer, self.frame)
         # the only values of a step that are read
         objective, count = np.asarray(read, np.float64).tolist()
+        return updated, info, self.of_x(objective, count, regularizer)
+
+    def of_x(self, objective: float, count: float, regularizer: Regularizer | None) -> float:
+        """The objective per sample of x from that of rows in the frame."""
         penalised = 0.0 if regularizer is None else float(regularizer.noise) / count
-        return updated, info, objective - self.volume * (1 + penalised)
+        return objective - self.volume * (1 + penalised)
 
     def step(self, state: EMState) -> tuple[EMState, float]:
         """One pass: the next model of the start, or the end of the start; and the objective of the model before."""
-        natural, regularizer = state.natural, state.regularizer
+        regularizer, is_last = state.regularizer, len(state.history) == self.options.max_steps
         # the penalty refers to the first latent basis, so that whitening waits for the end
-        updated, info, objective = self.evaluate(natural, regularizer)
+        step = take_step(self, state, is_last=is_last)
+        natural, info, objective = step.natural, step.info, step.objective
         if not math.isfinite(objective):
             raise ValueError(
                 f"fit_em: `regularizer` must keep the likelihood bounded on these data; got objective {objective} "
@@ -320,22 +332,25 @@ class Fit:
         history = (*state.history, objective)
         top = natural if objective >= max(history) else state.top
         small_gain = len(history) > 1 and history[-1] - history[-2] < self.options.tolerance
-        if not small_gain and len(history) <= self.options.max_steps:
-            return dataclasses.replace(state, natural=updated, top=top, history=history), objective
-        has_fallen = self.fell(history)
-        if has_fallen:
+        if not small_gain and not is_last:
+            state = dataclasses.replace(state, natural=step.updated, top=top, history=history, cycles=step.cycles)
+            return state, objective
+        if info is None:  # the last pass is dense
+            _, info, objective = self.evaluate(natural, regularizer)
+            history = (*history[:-1], objective)
+        if has_fallen := self.fell(history):
             natural = top
             _, info, objective = self.evaluate(natural, regularizer)
-        best = state.best
-        if best is None or objective > max(state.finals):
+        if (best := state.best) is None or objective > max(state.finals):
             best = self.result(natural, info, objective, regularizer, history, small_gain and not has_fallen)
+            best = dataclasses.replace(best, sparse=step.sparse)
         return EMState(best=best, finals=(*state.finals, objective)), objective
 
     def fell(self, history: Sequence[float]) -> bool:
         """True if the last objective is below the best one by more than rounding explains."""
-        return max(history) - history[-1] > self._rounding(history[-1])
+        return max(history) - history[-1] > self.rounding(history[-1])
 
-    def _rounding(self, objective: float) -> float:
+    def rounding(self, objective: float) -> float:
         """Difference of objectives that rounding can cause, in nats per sample; the same in any units of x."""
         obs_dim, precision = self.source.obs_dim, float(jnp.finfo(self.frame.unit.dtype).eps)
         explained = ROUNDING * precision * (abs(objective + float(self.frame.log_volume)) + obs_dim)
@@ -383,16 +398,3 @@ class Fit:
             noise = regularizer.noise_covariance.scaled(natural.frame.unit)
             regularizer = dataclasses.replace(regularizer, noise_covariance=noise)
         return dataclasses.replace(result, natural=in_units_of_x(natural), regularizer=regularizer)
-
-
-@contextlib.contextmanager
-def progress_bar(name: str, show: bool, total: int) -> Iterator[Callable[[int, int, float], None]]:
-    """A progress bar over steps, or nothing; what to tell it: steps done, the start (from 1), the objective there."""
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeElapsedColumn(), disable=not show) as bar:
-        task = bar.add_task("", total=total)
-
-        def report(step: int, start: int, objective: float) -> None:
-            bar.update(task, completed=step + 1, description=f"start {start}, objective {objective:.4f} nats/sample")
-
-        yield report

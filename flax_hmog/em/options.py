@@ -117,6 +117,9 @@ class EMOptions:
         n_restarts: for `fit_em`: starts from different keys, each run to its end; the best objective wins.
         max_steps: for `fit_em`: steps per start at most.
         tolerance: for `fit_em`: a gain in nats per sample below which a start has converged.
+        accelerate: for `fit_em`: reach the same objective in fewer and cheaper passes, of which all but the last look
+            at few components per row. It pays with many components and data in memory, on CPUs; with 32 components or
+            fewer, or data in blocks or batches, the fit is the one without it (docs/performance.md).
         batch_size: for `fit_online_em`: samples per step, where the data are no batches.
         passes: for `fit_online_em`: passes over the data.
         average: for `fit_online_em`: average the statistics over the last pass; for small batches or a slow decay.
@@ -143,6 +146,7 @@ class EMOptions:
     n_restarts: int = 1
     max_steps: int = 200
     tolerance: float = 1e-3
+    accelerate: bool = False
     batch_size: int = 512
     passes: int = 3
     average: bool = False
@@ -165,7 +169,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(EMOptions))
 OF_FITS = ("init", "regularizer", "column_units", "max_distance")
 OF_RATES = ("step_delay", "step_decay", "min_rate")
 USED = {
-    "fit_em": (*OF_FITS, "n_restarts", "max_steps", "tolerance"),
+    "fit_em": (*OF_FITS, "n_restarts", "max_steps", "tolerance", "accelerate"),
     "fit_online_em": (*OF_FITS, "batch_size", "passes", "average", *OF_RATES),
     "AnalyticHMoG": (*OF_RATES, "pseudo_share"),
 }
@@ -173,6 +177,7 @@ COUNTS = ("n_restarts", "max_steps", "batch_size", "passes")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init": (lambda init: not isinstance(init, str) or init in METHODS, f"a model or one of {METHODS}"),
     "column_units": (lambda units: units in COLUMN_UNITS, f"one of {COLUMN_UNITS}"),
+    "accelerate": (lambda accelerate: isinstance(accelerate, bool), "True or False"),
     "max_distance": (lambda distance: distance > 1, "above 1"),
     "step_delay": (lambda delay: delay >= 1, "at least 1"),
     "step_decay": (lambda decay: 0 < decay <= 1, "above 0 and at most 1"),

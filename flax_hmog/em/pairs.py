@@ -9,13 +9,13 @@ depends on how many pairs count.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
+from flax_hmog.model.coordinates import Prepared
 from flax_hmog.model.kinds import Array, matmul, pytree
-from flax_hmog.model.prepared import Prepared
 
 MIN_TILE, MAX_TILE = 32, 256
 
@@ -74,14 +74,16 @@ def pair_logits(matrices: Array, with_ones: Array, pairs: Pairs) -> Array:
         pairs: components of every row.
     """
 
-    def tile(matrix: Array, rows: Array, _: Array) -> tuple[Array, tuple]:
+    def tile(matrix: Array, rows: Array, _: Array) -> tuple[Array, tuple[Any, ...]]:
         return jnp.sum(matmul(rows, matrix) * rows, axis=-1) / 2, ()
 
     logits, _ = _over_tiles(tile, matrices, with_ones, pairs, None)
     return jnp.where(pairs.index < matrices.shape[0], logits[pairs.position], -jnp.inf)
 
 
-def pair_sums(matrices: Array, with_ones: Array, pairs: Pairs, responsibilities: Array, weights: Array) -> tuple:
+def pair_sums(
+    matrices: Array, with_ones: Array, pairs: Pairs, responsibilities: Array, weights: Array
+) -> tuple[Any, ...]:
     """What the prior adds to t, g = sum_k gamma_k g_k (N, L), and the sums of v gamma (t, 1)(t, 1)' (K, L + 1, L + 1).
 
     Args:
@@ -150,10 +152,10 @@ def _over_tiles(
             return out, jax.tree.map(jnp.add, total, second)
 
         tiles = (starts[component + 1] - starts[component] + tile - 1) // tile
-        return jax.lax.fori_loop(0, tiles, one_tile, (out, sums))
+        return cast(tuple[Array, Any], jax.lax.fori_loop(0, tiles, one_tile, (out, sums)))
 
     components = jnp.arange(matrices.shape[0], dtype=jnp.int32)
-    return jax.lax.scan(one_component, out, components)
+    return cast(tuple[Array, Any], jax.lax.scan(one_component, out, components))
 
 
 def _tile_rows(n_rows: int, n_components: int) -> int:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from flax_hmog.model.coordinates import Prepared
 from flax_hmog.model.kinds import Array, einsum, inverse_and_log_det, matmul, pytree, symmetrize
-from flax_hmog.model.prepared import Prepared, latent_features, quadratic_coefficients
+from flax_hmog.model.prepared import latent_features, quadratic_coefficients
 
 ROUNDING = 64  # units in the last place that bounds are raised by
 
@@ -92,7 +93,8 @@ def _excess_root(gram: Array) -> Array:
     values, vectors = jnp.linalg.eigh(gram)
     least = 10 * gram.shape[0] * jnp.finfo(gram.dtype).eps
     excess = jnp.where(values > least, (1 - values) / jnp.where(values > least, values, 1), 0)
-    return vectors * jnp.sqrt(jnp.maximum(excess, 0))[None]
+    root: Array = vectors * jnp.sqrt(jnp.maximum(excess, 0))[None]
+    return root
 
 
 def upper_bounds(screen: Screen, t: Array) -> Array:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ from flax_hmog.data.rows import Shards, block_rows, map_rows, sum_rows
 from flax_hmog.em.pairs import Pairs, component_matrices, pair_logits, pair_sums, sorted_pairs
 from flax_hmog.em.screen import ROUNDING, Screen, make_screen, upper_bounds
 from flax_hmog.em.statistics import Statistics, basis_loadings
+from flax_hmog.model.coordinates import Prepared
 from flax_hmog.model.kinds import Array, Kind, matmul, pytree
 from flax_hmog.model.prepared import (
-    Prepared,
     center_rows,
     component_logits,
     distinct_entries,
@@ -150,7 +150,8 @@ def frozen_pass(factors: Prepared, assignments: Assignments, weights: Array, *, 
     rows = weights, a.pairs, a.responsibilities, a.entropy, a.residual, a.latent
     shift, turn = a.bias - factors.bias, a.loadings - matmul(basis_loadings(factors), factors.basis)
     sums, _, _ = _on_shards(_frozen_rows, (factors, a.loadings, shift), rows, shards)
-    statistics, by_latent, square = sums
+    statistics: Statistics = sums[0]
+    by_latent, square = sums[1:]
     # e' = e + M h with M = (b - b', W, W - W') and h = (1, y - y', y'), and sums of e h'
     residual, residual_square, cross = a.sums
     moved = jnp.concatenate([shift[:, None], a.loadings, turn], axis=1)
@@ -169,13 +170,15 @@ def frozen_pass(factors: Prepared, assignments: Assignments, weights: Array, *, 
     )
 
 
-def _on_shards(function: Callable[[Any, Any], tuple], operands: Any, rows: Any, shards: Shards) -> tuple:
+def _on_shards(
+    function: Callable[[Any, Any], tuple[Any, ...]], operands: Any, rows: Any, shards: Shards
+) -> tuple[Any, ...]:
     """`function(operands, rows)` on the rows of every shard: sums, which are added up once, largest ones, and own."""
     if shards is None:
         return function(operands, rows)
     mesh, names = shards
 
-    def on_one_device(operands: Any, rows: Any) -> tuple:
+    def on_one_device(operands: Any, rows: Any) -> tuple[Any, ...]:
         sums, largest, own = function(operands, rows)
         return jax.lax.psum(sums, names), jax.lax.pmax(largest, names), own
 
@@ -191,8 +194,8 @@ def _on_shards(function: Callable[[Any, Any], tuple], operands: Any, rows: Any, 
 
 
 def _sparse_rows(
-    operands: tuple[Prepared, Screen], rows: tuple, *, slots: int, dense_rows: int, tolerance: float
-) -> tuple:
+    operands: tuple[Prepared, Screen], rows: tuple[Any, ...], *, slots: int, dense_rows: int, tolerance: float
+) -> tuple[Any, ...]:
     """`sparse_pass` over the rows of one shard."""
     factors, _ = operands
     x, weights, labels = rows
@@ -237,7 +240,7 @@ def _sparse_rows(
     return (statistics, info), jnp.max(dropped), own
 
 
-def _frozen_rows(operands: tuple, rows: tuple) -> tuple:
+def _frozen_rows(operands: tuple[Any, ...], rows: tuple[Any, ...]) -> tuple[Any, ...]:
     """Over the rows of one shard: `Statistics` but for what needs e, sum of v e y'' (D, L) and of v h h'."""
     factors, loadings, shift = operands
     weights, pairs, responsibilities, entropy, residual, old = rows
@@ -289,10 +292,10 @@ def _residuals(factors: Prepared, x: Array, mean: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(out, residual, start, 0)
 
     out = jnp.zeros(x.shape, loadings.dtype)
-    return jax.lax.fori_loop(0, -(-count // size), one_block, out)
+    return cast(Array, jax.lax.fori_loop(0, -(-count // size), one_block, out))
 
 
-def _residual_sums(kind: Any, _: Any, block: Any, is_new: Array) -> tuple:
+def _residual_sums(kind: Any, _: Any, block: Any, is_new: Array) -> tuple[Any, ...]:
     """The sums over a block of v (u^, 1) e' (L + 1, D) and v e e'."""
     residual, mean, weights = block
     weights = jnp.where(is_new, weights, 0)
@@ -354,7 +357,7 @@ def _look_again(
     (rows,) = jnp.nonzero(beyond, size=-(-capacity // block) * block, fill_value=count)
     n_rows = jnp.minimum(jnp.sum(beyond), capacity)
 
-    def look(number: Array, carry: tuple) -> tuple:
+    def look(number: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         here = jax.lax.dynamic_slice_in_dim(rows, number * block, block)
         all_logits = component_logits(factors, latent_features(t[jnp.minimum(here, count - 1)]))
         found = _best(all_logits, slots)

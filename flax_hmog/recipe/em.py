@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_hmog.em.cycles import Cycles
 from flax_hmog.em.fit import EMResult, EMState, fit_em
 from flax_hmog.em.online import stepwise_start
+from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.heads.from_natural import warm_start
 from flax_hmog.inference.posterior import infer
 from flax_hmog.model.conversions import natural_to_moments
@@ -119,7 +121,8 @@ class EMStage:
                 "finals": state.finals,
                 "best_history": state.best and state.best.objective_history.tolist(),
                 "best_converged": state.best and state.best.converged,
-            },
+            }
+            | _numbers_of(state),
             metrics={"objective": objective if state.natural is not None else max(state.finals)},
         )
 
@@ -141,7 +144,12 @@ class EMStage:
                 arrays["best_info"],
                 history[-1:],
                 arrays["best_regularizer"],
+                sparse=_sparse_info(p.get("best_sparse")),
             )
+        cycles = p.get("cycles")
+        if cycles is not None:
+            of_models = {name: arrays.get(name) for name in ("anchor", "fallback")}
+            cycles = Cycles(**of_models | cycles | {"sparse": _sparse_info(cycles["sparse"])})
         return EMState(
             natural=arrays.get("natural"),
             top=arrays.get("top"),
@@ -149,6 +157,7 @@ class EMStage:
             history=tuple(p["history"]),
             finals=tuple(p["finals"]),
             best=best,
+            cycles=cycles,
         )
 
     def _abstract(self, sharding: jax.sharding.Sharding, *, has_frame: bool) -> dict[str, Any]:
@@ -156,12 +165,29 @@ class EMStage:
         fit = abstract_fit(self.head, self.run.config, self.inputs.obs_dim, sharding, has_frame)
         natural, regularizer, info = fit
         best = {"best_natural": natural, "best_info": info, "best_regularizer": regularizer}
-        return {"natural": natural, "top": natural, "regularizer": regularizer} | best
+        models = dict.fromkeys(("natural", "top", "anchor", "fallback"), natural)
+        return models | {"regularizer": regularizer} | best
 
 
 def _arrays_of(state: EMState) -> dict[str, Any]:
-    best = state.best
+    best, cycles = state.best, state.cycles
     arrays = {"natural": state.natural, "top": state.top, "regularizer": state.regularizer}
+    if cycles is not None:
+        arrays |= {"anchor": cycles.anchor, "fallback": cycles.fallback}
     if best is not None:
         arrays |= {"best_natural": best.natural, "best_info": best.info, "best_regularizer": best.regularizer}
     return {name: tree for name, tree in arrays.items() if tree is not None}
+
+
+def _numbers_of(state: EMState) -> dict[str, Any]:
+    """What the state of an accelerated fit holds beside arrays."""
+    best, cycles = state.best, state.cycles
+    numbers: dict[str, Any] = {"best_sparse": best and best.sparse and dataclasses.asdict(best.sparse)}
+    if cycles is not None:
+        sparse = cycles.sparse and dataclasses.asdict(cycles.sparse)
+        numbers["cycles"] = {"reached": cycles.reached, "slots": cycles.slots, "retry": cycles.retry, "sparse": sparse}
+    return numbers
+
+
+def _sparse_info(numbers: dict[str, Any] | None) -> SparseInfo | None:
+    return None if numbers is None else SparseInfo(**numbers)

@@ -82,6 +82,23 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(steps, folder, tmp_pat
             np.testing.assert_array_equal(got.state[leaf], want.state[leaf], err_msg=leaf)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_an_interrupted_accelerated_fit_ends_as_the_uninterrupted_one(steps, tmp_path):
+    """After the first step of a pair, with an extrapolated model, and in the second start."""
+    model = dataclasses.replace(SMALL.model, n_components=40, n_clusters=10)
+    em = EM(n_restarts=2, max_steps=2, accelerate=True)
+    config = dataclasses.replace(SMALL, model=model, em=em, n_seeds=1, heads=())
+    run(tmp_path / "whole", config)
+    with pytest.raises(processes.Stopped):
+        run(tmp_path / "parts", config, stop_at=steps)
+    run(tmp_path / "parts", config)
+    got, want = (restore(tmp_path / name / "checkpoints" / "seed0" / "em") for name in ("parts", "whole"))
+    assert got.progress["objective"] == want.progress["objective"]
+    for leaf in want.state:
+        np.testing.assert_array_equal(got.state[leaf], want.state[leaf], err_msg=leaf)
+
+
 def test_another_config_is_refused(folder):
     with pytest.raises(ValueError, match=r"another em\.max_steps\. Choose another"):
         run(folder, em=EM(n_restarts=2, max_steps=6))

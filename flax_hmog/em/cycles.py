@@ -1,0 +1,146 @@
+"""The steps of an accelerated fit: which passes are sparse, which models are kept, and what is given up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from flax_hmog.data.rows import row_shards
+from flax_hmog.data.sources import RowsOnDevice
+from flax_hmog.em.accelerate import Found, beyond, find, follow
+from flax_hmog.em.options import Regularizer
+from flax_hmog.em.sparse import SparseInfo
+from flax_hmog.em.step import EMInfo
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.kinds import Array
+
+if TYPE_CHECKING:
+    from flax_hmog.em.fit import EMState, Fit
+
+FEWEST_COMPONENTS = 33  # with fewer, products with all of them cost less than the choice of a few
+FROZEN_PASSES = 4
+FEWEST_SLOTS, MOST_SLOTS = 8, 64  # components per row at most; twice as many after every failure
+LEAST_RANK = 8  # directions of the screen; half of L where that is more
+TOLERANCE = 1e-6  # nats that a row may drop before it looks at all components, and that rows may drop on average
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycles:
+    """What an accelerated fit keeps of a start between two steps, beside the model.
+
+    Attributes:
+        anchor: the model before the last step, if the next extrapolation begins there; or None.
+        fallback: the model that stands in place of one that was extrapolated and is no better; or None.
+        reached: free energy that the fallback or, without one, the model has at least.
+        slots: components per row of sparse passes.
+        retry: number of objectives in the history from which on sparse passes are tried.
+        sparse: of the last sparse pass that counted, or None.
+    """
+
+    anchor: Any = None
+    fallback: Any = None
+    reached: float = -math.inf
+    slots: int = FEWEST_SLOTS
+    retry: int = 0
+    sparse: SparseInfo | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a fit.
+
+    Attributes:
+        natural: a model.
+        updated: the next one.
+        info: diagnostics of the first, of a dense pass; None after a sparse one.
+        objective: penalised log-likelihood per sample of x of the first.
+        cycles: what the next step needs; None in plain EM.
+    """
+
+    natural: Natural
+    updated: Natural
+    info: EMInfo | None
+    objective: float
+    cycles: Cycles | None = None
+
+    @property
+    def sparse(self) -> SparseInfo | None:
+        """Of the last sparse pass."""
+        return None if self.cycles is None else self.cycles.sparse
+
+
+def take_step(fit: Fit, state: EMState, *, is_last: bool = False) -> Step:
+    """A sparse pass, frozen ones and, after every second step, an extrapolation; or a step of plain EM.
+
+    Plain EM takes over where the last pass is due or a certificate fails: rows that drop too much, or an objective
+    below the free energy that was reached, as a component that counted is no candidate any more. After a failure
+    sparse passes look at more components per row; where those are too many, they wait until twice as many steps are
+    done.
+    """
+    natural, regularizer, done = state.natural, state.regularizer, len(state.history)
+    if not _accelerates(fit):
+        return Step(natural, *fit.evaluate(natural, regularizer))
+    cycles = state.cycles or Cycles()
+    is_sparse = not is_last and done >= cycles.retry
+    slots = cycles.slots if is_sparse else None
+    found, objective = _seen(fit, natural, regularizer, slots)
+    if cycles.fallback is not None and not objective >= cycles.reached:
+        # the extrapolation is given up: it has cost its pass
+        natural = cycles.fallback
+        found, objective = _seen(fit, natural, regularizer, slots)
+    if isinstance(found, Found):
+        has_fallen = cycles.reached - objective > fit.rounding(objective)
+        if not has_fallen and found.info.mean_dropped <= TOLERANCE:
+            return _followed(fit, natural, found, objective, regularizer, cycles)
+        if cycles.slots < min(MOST_SLOTS, fit.head.n_components / 2):
+            cycles = dataclasses.replace(cycles, slots=2 * cycles.slots)
+        else:
+            cycles = dataclasses.replace(cycles, retry=2 * done + 2)
+    updated, info, objective = found if isinstance(found, tuple) else fit.evaluate(natural, regularizer)
+    cycles = dataclasses.replace(cycles, anchor=None, fallback=None, reached=objective)
+    return Step(natural, updated, info, objective, cycles)
+
+
+def _seen(fit: Fit, natural: Natural, regularizer: Regularizer | None, slots: int | None) -> tuple[Any, float]:
+    """A pass with a model, sparse (`Found`) if there are slots or dense (`Fit.evaluate`), and its objective."""
+    if slots is None:
+        dense = fit.evaluate(natural, regularizer)
+        return dense, dense[-1]
+    x, weights, labels = fit.source.sample()
+    shards, lat_dim = row_shards(x), fit.head.lat_dim
+    found = find(
+        natural.in_frame(fit.row_frame), regularizer, x, weights, labels,
+        rank=min(lat_dim, max(LEAST_RANK, lat_dim // 2)), slots=slots, dense_rows=len(x), tolerance=TOLERANCE,
+        shards=shards, projection_dtype=fit.dtype,
+    )  # fmt: skip
+    return found, _of_x(fit, found.objective, regularizer)
+
+
+def _followed(
+    fit: Fit, natural: Natural, found: Found, objective: float, regularizer: Regularizer | None, cycles: Cycles
+) -> Step:
+    """The step after a sparse pass that counts."""
+    _, weights, _ = block = fit.source.sample()
+    given: Any = {"shards": row_shards(block[0]), "projection_dtype": fit.dtype, "passes": FROZEN_PASSES}
+    updated, energy = follow(found, regularizer, weights, **given)
+    updated = updated.in_frame(fit.frame)
+    anchor: Natural | None = natural
+    fallback, following = None, updated
+    if cycles.anchor is not None:
+        anchor, fallback, following = None, updated, beyond(cycles.anchor, natural, updated)
+    reached, sparse = _of_x(fit, energy, regularizer), jax.tree.map(lambda leaf: leaf.item(), found.info)
+    cycles = dataclasses.replace(cycles, anchor=anchor, fallback=fallback, reached=reached, sparse=sparse)
+    return Step(natural, following, None, objective, cycles)
+
+
+def _accelerates(fit: Fit) -> bool:
+    """True if passes of this fit can be sparse: all rows on the device, and many components."""
+    is_asked, n_components = fit.options.accelerate, fit.head.n_components
+    return is_asked and n_components >= FEWEST_COMPONENTS and isinstance(fit.source, RowsOnDevice)
+
+
+def _of_x(fit: Fit, objective: Array, regularizer: Regularizer | None) -> float:
+    return fit.of_x(float(objective), fit.source.total_weight, regularizer)
