@@ -7,6 +7,7 @@ from flax_hmog.em.fit import ConvergenceWarning, EMResult, EMState, WildRowsWarn
 from flax_hmog.em.initialize import initialize_moments
 from flax_hmog.em.online import fit_online_em
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer
+from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.statistics import Statistics, expected_statistics, whiten_prior
 from flax_hmog.em.step import EMInfo, em_step, penalty
 from flax_hmog.heads.from_natural import WarmStartInfo, WarmStartWarning, warm_start
@@ -73,6 +74,7 @@ __all__ = [
     "ResidualMoments",
     "Scale",
     "SharedBase",
+    "SparseInfo",
     "Statistics",
     "Structure",
     "SymmetricHMoG",

@@ -47,6 +47,13 @@ class SparseInfo:
         dense_rows: rows that looked at all components ().
         uncertain_rows: rows whose bound is above the tolerance ().
         pairs: pairs of a row and a component that count ().
+
+    Example:
+        >>> from flax_hmog import fit_em
+        >>> from flax_hmog.toy import head, x
+        >>> result = fit_em(head, x, jax.random.key(0), max_steps=1, accelerate=True)
+        >>> result.sparse is None  # so few components take plain steps
+        True
     """
 
     largest_dropped: Array

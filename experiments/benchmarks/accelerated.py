@@ -1,0 +1,111 @@
+"""Plain EM beside accelerated cycles that reach the same objective, in alternation.
+
+    python -m experiments.benchmarks.accelerated                                           # digits
+    python -m experiments.benchmarks.accelerated --path train-images-idx3-ubyte.gz --lat-dim 50 --n-components 200 1000
+
+Times are those of whole calls of `fit_em` that start from one model, the last dense pass of accelerated ones included,
+less what both spend before their first pass. Compilation is not in them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import experiments  # noqa: F401  sets the environment before jax is imported
+
+# isort: split
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+
+from flax_hmog import AnalyticHMoG, EMResult, PseudoCounts, fit_em
+
+NOISE_SHARE, IDX_HEADER = 0.01, 16
+
+
+def main(
+    path: Path | None = None,
+    n_components: tuple[int, ...] = (64,),
+    lat_dim: int = 12,
+    rows: int | None = None,
+    steps: int = 30,
+    repeats: int = 3,
+) -> None:
+    """Measure, and print a table.
+
+    Args:
+        path: .npz file that holds `X`, or images as MNIST's .gz; None for scikit-learn's digits.
+        n_components: K, one after another.
+        lat_dim: L.
+        rows: the first so many; None for all.
+        steps: of plain EM, whose last objective is to be reached.
+        repeats: pairs of fits.
+    """
+    x = read(path)[:rows]
+    console = Console(width=160)
+    title = f"{'digits' if path is None else path.name}: N, D = {x.shape}, L = {lat_dim}; seconds, medians of {repeats}"
+    table = Table(
+        "K", f"{steps} plain steps", "accelerated", "ratios", "steps", "objectives", "compiled", "load", title=title
+    )
+    for size in n_components:
+        table.add_row(*measured(AnalyticHMoG(lat_dim, size), x, steps, repeats))
+    console.print(table)
+
+
+def read(path: Path | None) -> np.ndarray:
+    """Rows (N, D) between 0 and 1."""
+    if path is None:
+        values = load_digits().data
+    elif path.suffix == ".gz":
+        values = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=IDX_HEADER).reshape(-1, 784)
+    else:
+        values = np.load(path)["X"]
+    return (values.reshape(len(values), -1) / values.max()).astype(np.float32)
+
+
+def measured(head: AnalyticHMoG, x: np.ndarray, steps: int, repeats: int) -> list[str]:
+    """A row of the table."""
+    counts = PseudoCounts(noise=max(1.0, NOISE_SHARE * len(x)))
+    options: dict[str, Any] = {"regularizer": counts, "tolerance": -np.inf}
+    start = fit_em(head, x, jax.random.key(0), max_steps=1, **options).natural
+
+    def fit(accelerate: bool, max_steps: int) -> tuple[EMResult, float, float]:
+        """The fit, its seconds, and those until its first pass was done."""
+        times = [time.perf_counter()]
+        result = fit_em(
+            head, x, jax.random.key(0), init=start, accelerate=accelerate, max_steps=max_steps,
+            on_step=lambda _: times.append(time.perf_counter()), **options,
+        )  # fmt: skip
+        jax.block_until_ready(result.natural)
+        return result, times[-1] - times[0], times[1] - times[0]
+
+    plain, *_ = fit(False, steps)
+    target = plain.objective_history[-1]
+    fast, whole, _ = fit(True, steps)
+    reached = int(np.argmax(fast.objective_history >= target))
+    if fast.objective_history[reached] < target:
+        raise SystemExit(f"accelerated: {steps} steps end at {fast.objective_history[-1]}, below {target}.")
+    pairs = []
+    for _ in range(repeats):
+        _, seconds, first = fit(False, steps)
+        before = first - (seconds - first) / steps
+        fast, accelerated, _ = fit(True, reached)
+        pairs.append((seconds - before, accelerated - before))
+    of_plain, of_fast = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return [
+        f"{head.n_components}", f"{of_plain:.2f}", f"{of_fast:.2f}",
+        " ".join(f"{one / other:.2f}" for one, other in pairs), f"{reached}",
+        f"{target:.4f} {fast.objective_history[-1]:.4f}", f"{whole:.1f}", f"{os.getloadavg()[0]:.1f}",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="python -m experiments.benchmarks.accelerated")
