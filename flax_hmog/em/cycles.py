@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FEWEST_COMPONENTS = 33  # with fewer, products with all of them cost less than the choice of a few
 FROZEN_PASSES = 4
-FEWEST_SLOTS, MOST_SLOTS = 8, 64  # components per row at most; twice as many after every failure
+FEWEST_SLOTS, MOST_SLOTS = 8, 64  # components per row at most; four times as many after a failure
 LEAST_RANK = 8  # directions of the screen; half of L where that is more
 TOLERANCE = 1e-6  # nats that a row may drop before it looks at all components, and that rows may drop on average
 
@@ -96,7 +96,7 @@ def take_step(fit: Fit, state: EMState, *, is_last: bool = False) -> Step:
         if not has_fallen and found.info.mean_dropped <= TOLERANCE:
             return _followed(fit, natural, found, objective, regularizer, cycles)
         if cycles.slots < min(MOST_SLOTS, fit.head.n_components / 2):
-            cycles = dataclasses.replace(cycles, slots=2 * cycles.slots)
+            cycles = dataclasses.replace(cycles, slots=min(MOST_SLOTS, 4 * cycles.slots))
         else:
             cycles = dataclasses.replace(cycles, retry=2 * done + 2)
     updated, info, objective = found if isinstance(found, tuple) else fit.evaluate(natural, regularizer)
