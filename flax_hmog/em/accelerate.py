@@ -77,7 +77,7 @@ def follow(
     shards: Shards = None,
     projection_dtype: str | None = None,
 ) -> tuple[Natural, Array]:
-    """So many steps more with the responsibilities of a pass.
+    """More steps with the responsibilities of a pass.
 
     Args:
         found: of `find`.

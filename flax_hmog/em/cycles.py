@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.sources import RowsOnDevice
@@ -29,7 +30,7 @@ TOLERANCE = 1e-6  # nats that a row may drop before it looks at all components, 
 
 @dataclasses.dataclass(frozen=True)
 class Cycles:
-    """What an accelerated fit keeps of a start between two steps, beside the model.
+    """State of an accelerated fit between two steps of a start, beside the model.
 
     Attributes:
         anchor: the model before the last step, if the next extrapolation begins there; or None.
@@ -68,7 +69,7 @@ class Step:
 
     @property
     def sparse(self) -> SparseInfo | None:
-        """Of the last sparse pass."""
+        """`SparseInfo` of the last sparse pass."""
         return None if self.cycles is None else self.cycles.sparse
 
 
@@ -93,7 +94,7 @@ def take_step(fit: Fit, state: EMState, *, is_last: bool = False) -> Step:
         found, objective = _seen(fit, natural, regularizer, slots)
     if isinstance(found, Found):
         has_fallen = cycles.reached - objective > fit.rounding(objective)
-        if not has_fallen and found.info.mean_dropped <= TOLERANCE:
+        if not has_fallen and np.asarray(found.info.mean_dropped) <= TOLERANCE:
             return _followed(fit, natural, found, objective, regularizer, cycles)
         if cycles.slots < min(MOST_SLOTS, fit.head.n_components / 2):
             cycles = dataclasses.replace(cycles, slots=min(MOST_SLOTS, 4 * cycles.slots))
@@ -131,7 +132,7 @@ def _followed(
     fallback, following = None, updated
     if cycles.anchor is not None:
         anchor, fallback, following = None, updated, beyond(cycles.anchor, natural, updated)
-    reached, sparse = _of_x(fit, energy, regularizer), jax.tree.map(lambda leaf: leaf.item(), found.info)
+    reached, sparse = _of_x(fit, energy, regularizer), jax.tree.map(lambda leaf: np.asarray(leaf).item(), found.info)
     cycles = dataclasses.replace(cycles, anchor=anchor, fallback=fallback, reached=reached, sparse=sparse)
     return Step(natural, following, None, objective, cycles)
 
@@ -143,4 +144,4 @@ def _accelerates(fit: Fit) -> bool:
 
 
 def _of_x(fit: Fit, objective: Array, regularizer: Regularizer | None) -> float:
-    return fit.of_x(float(objective), fit.source.total_weight, regularizer)
+    return fit.of_x(float(np.asarray(objective)), fit.source.total_weight, regularizer)

@@ -84,7 +84,7 @@ def pair_logits(matrices: Array, with_ones: Array, pairs: Pairs) -> Array:
 def pair_sums(
     matrices: Array, with_ones: Array, pairs: Pairs, responsibilities: Array, weights: Array
 ) -> tuple[Any, ...]:
-    """What the prior adds to t, g = sum_k gamma_k g_k (N, L), and the sums of v gamma (t, 1)(t, 1)' (K, L + 1, L + 1).
+    """Gain of the prior, g = sum_k gamma_k g_k (N, L), and the sums of v gamma (t, 1)(t, 1)' (K, L + 1, L + 1).
 
     Args:
         matrices: of `component_matrices`.

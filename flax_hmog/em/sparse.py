@@ -39,7 +39,7 @@ DENSE_BLOCK = 256  # rows that look at all components at a time
 
 @pytree
 class SparseInfo:
-    """What a sparse pass left out.
+    """Bounds of the mass that a sparse pass left out, and the rows and pairs it looked at.
 
     Attributes:
         largest_dropped: largest bound of what a row's log-density lost, over rows with a weight, in nats ().
@@ -65,7 +65,7 @@ class SparseInfo:
 
 @pytree
 class Assignments:
-    """What frozen passes need of a pass with a model: responsibilities, and the rows about that model.
+    """Responsibilities of a pass with a model, and the rows about that model: the input of frozen passes.
 
     A later model explains x = e + W y + b, where e, W, y and b are of this one, by products with e alone. What moves
     between the models is small, so that nothing cancels.
@@ -323,7 +323,7 @@ def _dropped(rest: Array, evidence: Array) -> Array:
 
 
 def _screened(operands: tuple[Prepared, Screen], x: Array, *, slots: int) -> tuple[Array, Array, Array]:
-    """Of a block of rows: t (B, L), the components with the highest bounds (B, C), the log-sum of all others' (B,)."""
+    """Block of rows: t (B, L), the components with the highest bounds (B, C), the log-sum of all others' (B,)."""
     factors, screen = operands
     t = _projected(factors, x)
     bounds = upper_bounds(screen, t)

@@ -180,7 +180,7 @@ def _arrays_of(state: EMState) -> dict[str, Any]:
 
 
 def _numbers_of(state: EMState) -> dict[str, Any]:
-    """What the state of an accelerated fit holds beside arrays."""
+    """Numbers in the state of an accelerated fit, beside its arrays."""
     best, cycles = state.best, state.cycles
     numbers: dict[str, Any] = {"best_sparse": best and best.sparse and dataclasses.asdict(best.sparse)}
     if cycles is not None:
