@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -208,10 +210,13 @@ class CheckpointWriter:
         except CheckpointError:
             raise
         except Exception as error:  # orbax raises bare exceptions for what it cannot write
-            steps = saved_steps(self.folder)
+            steps, text = saved_steps(self.folder), str(error)
+            # its texts are long, and the cause may stand anywhere in them
+            number = re.search(r"os_error_code='(\d+)'", text)
+            cause = f"{os.strerror(int(number[1]))}: " if number else ""
             raise CheckpointError(
                 f"CheckpointWriter.save: checkpoint {self.folder / str(step)} must be written; got "
-                f"{type(error).__name__}: {str(error)[-300:].rstrip('.')}. Make room, or clear the way. "
+                f"{type(error).__name__}: {cause}{text[-300:].rstrip('.')}. Make room, or clear the way. "
                 f"{f'The last whole step is {steps[-1]}.' if steps else 'There is no other step.'}"
             ) from None
 
