@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import platform
-import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -40,7 +38,7 @@ from flax_hmog.training.describe import (
     part_of,
     plain,
 )
-from flax_hmog.training.files import delete_leftovers, delete_step, read_description, saved_steps, write_step
+from flax_hmog.training.files import delete_leftovers, delete_step, read_description, saved_steps, short, write_step
 from flax_hmog.training.lock import FolderLock
 from flax_hmog.training.preprocessing import Preprocessing
 from flax_hmog.training.processes import on_first_process
@@ -210,13 +208,10 @@ class CheckpointWriter:
         except CheckpointError:
             raise
         except Exception as error:  # orbax raises bare exceptions for what it cannot write
-            steps, text = saved_steps(self.folder), str(error)
-            # its texts are long, and the cause may stand anywhere in them
-            number = re.search(r"os_error_code='(\d+)'", text)
-            cause = f"{os.strerror(int(number[1]))}: " if number else ""
+            steps = saved_steps(self.folder)
             raise CheckpointError(
                 f"CheckpointWriter.save: checkpoint {self.folder / str(step)} must be written; got "
-                f"{type(error).__name__}: {cause}{text[-300:].rstrip('.')}. Make room, or clear the way. "
+                f"{short(error)}. Make room, or clear the way. "
                 f"{f'The last whole step is {steps[-1]}.' if steps else 'There is no other step.'}"
             ) from None
 
@@ -234,7 +229,7 @@ class CheckpointWriter:
             try:
                 scores[step] = -math.inf if self.best is None else self._score(step)
             except Exception as error:  # damaged: whether it is the best is unknown
-                logger.warning("%s is kept: %s: %s", self.folder / str(step), type(error).__name__, str(error)[:200])
+                logger.warning("%s is kept: %s", self.folder / str(step), short(error))
         best = max(scores, key=lambda step: (scores[step], step), default=None)
         if best is not None and scores[best] == -math.inf:
             best = None

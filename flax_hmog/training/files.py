@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -236,6 +237,14 @@ def read_chosen(folder: Path, step: int | Literal["best"] | None) -> tuple[int, 
         return chosen, *read_step(folder / str(chosen))
 
 
+def short(error: Exception) -> str:
+    """Type, system's cause and both ends of the text of an error: those of tensorstore are long, the cause anywhere."""
+    text = str(error).rstrip(".")
+    number = re.search(r"os_error_code='(\d+)'", text)
+    cause = f"{os.strerror(int(number[1]))}: " if number else ""
+    return f"{type(error).__name__}: {cause}{text if len(text) <= 400 else f'{text[:200]} ... {text[-200:]}'}"
+
+
 @contextlib.contextmanager
 def _named(folder: Path, step: int, steps: list[int]) -> Iterator[None]:
     """Errors that say which checkpoint cannot be read, why, and what can be read instead.
@@ -245,7 +254,7 @@ def _named(folder: Path, step: int, steps: list[int]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = str(error) if isinstance(error, DamageError) else f"{type(error).__name__}: {str(error)[:300]}"
+        cause = str(error) if isinstance(error, DamageError) else short(error)
         path, others = folder / str(step), [other for other in steps if other != step]
         remedy = (
             f"Restore another step: {others}; a run goes on from there once {path} is deleted."

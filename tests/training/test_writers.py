@@ -15,7 +15,7 @@ import pytest
 from small_checkpoints import HEAD, X, contents, save
 
 from flax_hmog.training import CheckpointError, CheckpointWriter, lock, restore
-from flax_hmog.training.files import saved_steps
+from flax_hmog.training.files import saved_steps, short
 from flax_hmog.training.lock import LOCK, FolderLock
 
 VARIABLES = HEAD.init(jax.random.key(0), X)
@@ -258,3 +258,12 @@ def test_of_many_at_once_one_gets_a_stale_lock(tmp_path):
         thread.join()
     assert len(got) == 1
     got[0].check()
+
+
+@pytest.mark.parametrize("place", [0, 500, 1000])
+def test_the_cause_of_an_error_is_said_wherever_a_long_text_has_it(place):
+    text = "x" * place + "[os_error_code='28']" + "y" * (1000 - place)
+    said = short(ValueError(text))
+    assert said.startswith(f"ValueError: {os.strerror(28)}: ")
+    assert len(said) < 500
+    assert short(ValueError("brief.")) == "ValueError: brief"
