@@ -238,7 +238,7 @@ def _latent_points(natural: Natural, x: np.ndarray, axes: str) -> tuple[np.ndarr
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Text right of the last point of each line, moved apart where lines end together."""
+    """Text for each line right of the longest one, at the height of its end, moved apart where lines end together."""
     low, high = axes.get_ylim()
     ends = sorted((end for end in ends if np.isfinite(end[1])), key=lambda end: end[1])
     gap = 0.055 * (high - low)
@@ -247,12 +247,11 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
         heights[index] = max(heights[index], heights[index - 1] + gap)
     for index in reversed(range(len(ends))):  # and back down from the top
         heights[index] = min(heights[index], high - gap * (len(ends) - 1 - index))
-    for height, (x, y, text, colour) in zip(heights, ends, strict=True):
-        lift = 230 * (height - y) / (high - low)  # the axes are about 230 points tall
+    for height, (_, _, text, colour) in zip(heights, ends, strict=True):
         axes.annotate(
             text,
-            (x, y),
-            (8, lift),
+            (max(end[0] for end in ends), height),
+            (8, 0),
             xycoords="data",
             textcoords="offset points",
             color=colour,
