@@ -48,18 +48,7 @@ def component_affinity(log_responsibilities: Samples, *, temperature: float = TE
         >>> component_affinity(np.log([[0.6, 0.4], [0.3, 0.7]])).shape
         (2, 2)
     """
-    check_positive("temperature", temperature, f"Use {TEMPERATURE}.")
-    rows = _log_responsibilities(log_responsibilities)
-    count = rows.shape[1]
-    if count == 1:
-        return np.array([[float(len(rows))]])
-    choices = np.argpartition(-rows, 1, axis=1)[:, :2]
-    share = np.exp(np.take_along_axis(rows, choices, axis=1) / temperature)
-    affinity = np.zeros((count, count))
-    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        pair = choices[:, a] * count + choices[:, b]
-        affinity += np.bincount(pair, share[:, a] * share[:, b], count**2).reshape(count, count)
-    return affinity
+    return _affinity(_log_responsibilities(log_responsibilities), temperature)
 
 
 @public
@@ -100,7 +89,7 @@ def merge_components(
     check_size("n_clusters", n_clusters, at_most=count)
     if n_clusters in (1, count):
         return np.arange(count) if n_clusters > 1 else np.zeros(count, int)
-    affinity = component_affinity(rows, temperature=temperature)
+    affinity = _affinity(rows, temperature)
     starts = normalized_cut(affinity, n_clusters), merge_clusters(information_hierarchy(affinity), n_clusters)
     # a cut may leave a cluster without nodes, greedy merges never do
     refined = [refine_information(affinity, start) for start in starts if start.max() + 1 == n_clusters]
@@ -163,26 +152,37 @@ def information_hierarchy(affinity: Samples) -> Float[np.ndarray, "K-1 4"]:
     table = _joint_table(affinity)
     count = len(table)
     # gain_ij: what merging rows i and j adds to sum_jk P_jk log P_jk, with all columns as they are
-    gain = sum((_row_gain(table, column) for column in range(count)), start=np.zeros((count, count)))
-    numbers, sizes, lost = np.arange(count), np.ones(count), 0.0
+    gain, alive = np.zeros((count, count)), np.arange(count)
+    for column in alive:
+        _add_row_gain(gain, table, column, 1)
+    marginal = table.sum(axis=0)
+    loss = _information_loss(table, marginal, gain, alive, alive)
+    numbers, sizes, lost = alive.copy(), np.ones(count), 0.0
     linkage = np.empty((count - 1, 4))
     for merge in range(count - 1):
-        loss = _information_loss(table, gain)
-        np.fill_diagonal(loss, np.inf)
-        loss[numbers < 0], loss[:, numbers < 0] = np.inf, np.inf
         left, right = divmod(int(np.argmin(loss)), count)
         lost += max(float(loss[left, right]), 0.0)
         linkage[merge] = *sorted((numbers[left], numbers[right])), lost, sizes[left] + sizes[right]
-        gain -= _row_gain(table, left) + _row_gain(table, right)
+        numbers[left], sizes[left] = count + merge, sizes[left] + sizes[right]
+        alive = alive[alive != right]
+        loss[right] = loss[:, right] = np.inf
+        _add_row_gain(gain, table, left, -1)
+        _add_row_gain(gain, table, right, -1)
         table[:, left] += table[:, right]
         table[:, right] = 0
-        gain += _row_gain(table, left)
+        _add_row_gain(gain, table, left, 1)
         table[left] += table[right]
         table[right] = 0
-        gain[left] = gain[:, left] = np.sum(
-            _x_log_x(table + table[left]) - _x_log_x(table) - _x_log_x(table[left]), axis=1
+        marginal[left] += marginal[right]
+        linked = np.flatnonzero(table[left])
+        own, others = table[left, linked], table[np.ix_(alive, linked)]
+        gain[left, alive] = gain[alive, left] = np.sum(
+            _x_log_x(others + own) - _x_log_x(others) - _x_log_x(own), axis=1
         )
-        numbers[left], numbers[right], sizes[left] = count + merge, -1, sizes[left] + sizes[right]
+        # other losses than those of the merged one change between two that it is linked with
+        loss[np.ix_(linked, linked)] = _information_loss(table, marginal, gain, linked, linked)
+        merged = _information_loss(table, marginal, gain, alive[alive == left], alive)
+        loss[left, alive] = loss[alive, left] = merged[0]
     return linkage
 
 
@@ -235,6 +235,27 @@ def refine_information(affinity: Samples, labels: Samples) -> tuple[Int[np.ndarr
     return _in_order(moved), float(_x_log_x(merged).sum() - 2 * _x_log_x(merged.sum(axis=0)).sum())
 
 
+def _affinity(rows: Floats, temperature: float) -> Floats:
+    """Affinities (K, K) of checked log-responsibilities (N, K)."""
+    check_positive("temperature", temperature, f"Use {TEMPERATURE}.")
+    count = rows.shape[1]
+    if count == 1:
+        return np.array([[float(len(rows))]])
+    # the best, and the best of the others: faster than a partition of every row
+    each, choices = np.arange(len(rows)), np.empty((len(rows), 2), int)
+    choices[:, 0] = rows.argmax(axis=1)
+    first = rows[each, choices[:, 0]]
+    rows[each, choices[:, 0]] = -np.inf
+    choices[:, 1] = rows.argmax(axis=1)
+    rows[each, choices[:, 0]] = first
+    share = np.exp(np.stack([first, rows[each, choices[:, 1]]], axis=1) / temperature)
+    affinity = np.zeros((count, count))
+    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        pair = choices[:, a] * count + choices[:, b]
+        affinity += np.bincount(pair, share[:, a] * share[:, b], count**2).reshape(count, count)
+    return affinity
+
+
 def _with_component(merged: Floats, cluster: int, others: Floats, own: float) -> Floats:
     """A table of clusters (C, C) with a component in one more: `others` links it to clusters (C,), `own` to itself."""
     merged = merged.copy()
@@ -266,23 +287,27 @@ def _joint_table(affinity: Samples) -> Floats:
     return cast(Floats, (table + table.T) / (2 * table.sum()))
 
 
-def _row_gain(table: Floats, column: int) -> Floats:
-    """Gain in P log P of one column from merging two rows (K, K)."""
-    entries = table[:, column]
+def _add_row_gain(gain: Floats, table: Floats, column: int, sign: int) -> None:
+    """Add the gain in P log P of one column from merging two rows to `gain` (K, K): none where an entry is 0."""
+    linked = np.flatnonzero(table[:, column])
+    entries = table[linked, column]
     own = _x_log_x(entries)
-    return _x_log_x(entries[:, None] + entries) - own[:, None] - own
+    gain[np.ix_(linked, linked)] += sign * (_x_log_x(entries[:, None] + entries) - own[:, None] - own)
 
 
-def _information_loss(table: Floats, gain: Floats) -> Floats:
-    """Information lost by merging two components, rows and columns, for all pairs (K, K)."""
-    diagonal, both, own = np.diag(table), _x_log_x(table), _x_log_x(np.diag(table))
+def _information_loss(table: Floats, marginal: Floats, gain: Floats, left: np.ndarray, right: np.ndarray) -> Floats:
+    """Information lost by merging two components, rows and columns: for all pairs of `left` (P,) and `right` (Q,);
+    infinite for one with itself.
+    """
+    pairs, own = table[np.ix_(left, right)], np.diag(table)
+    both, weights, alone = _x_log_x(pairs), _x_log_x(marginal), _x_log_x(own)
+    one, other = own[left, None], own[right]
     # rows and columns of the pair itself come together in one entry, P_ii + 2 P_ij + P_jj
-    crossing = _x_log_x(diagonal[:, None] + table) - own[:, None] - both
-    corner = _x_log_x(diagonal[:, None] + 2 * table + diagonal) - own[:, None] - own - 2 * both
-    marginal = table.sum(axis=0)
-    weights = _x_log_x(marginal)
-    pair = _x_log_x(marginal[:, None] + marginal) - weights[:, None] - weights
-    return 2 * pair - 2 * (gain - crossing - crossing.T) - corner
+    crossing = _x_log_x(one + pairs) + _x_log_x(other + pairs) - alone[left, None] - alone[right] - 2 * both
+    corner = _x_log_x(one + 2 * pairs + other) - alone[left, None] - alone[right] - 2 * both
+    pair = _x_log_x(marginal[left, None] + marginal[right]) - weights[left, None] - weights[right]
+    lost = 2 * pair - 2 * (gain[np.ix_(left, right)] - crossing) - corner
+    return np.where(left[:, None] == right, np.inf, lost)
 
 
 def _x_log_x(p: Floats) -> Floats:

@@ -57,8 +57,10 @@ def test_affinity_of_certain_responsibilities_counts_them():
     np.testing.assert_array_equal(component_affinity(np.zeros((4, 1))), [[4.0]])
 
 
-def test_information_hierarchy_takes_the_best_pair_every_time():
-    table = component_affinity(log_responsibilities(200, 7))
+@pytest.mark.parametrize("count", [15, 200])
+def test_information_hierarchy_takes_the_best_pair_every_time(count):
+    """Of few samples too, where most pairs of components have none in common."""
+    table = component_affinity(log_responsibilities(count, 7))
     linkage = information_hierarchy(table)
     whole, members = information(table), [[k] for k in range(7)]
 
