@@ -153,7 +153,7 @@ def information_hierarchy(affinity: Samples) -> Float[np.ndarray, "K-1 4"]:
     count = len(table)
     # gain_ij: what merging rows i and j adds to sum_jk P_jk log P_jk, with all columns as they are
     gain, alive = np.zeros((count, count)), np.arange(count)
-    for column in alive:
+    for column in range(count):
         _add_row_gain(gain, table, column, 1)
     marginal = table.sum(axis=0)
     loss = _information_loss(table, marginal, gain, alive, alive)

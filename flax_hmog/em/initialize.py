@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -24,14 +24,14 @@ from flax_hmog.data.rows import (
     sum_rows,
 )
 from flax_hmog.em.directions import Directions, latent_directions, project
-from flax_hmog.em.k_means import k_means, members
+from flax_hmog.em.k_means import cluster_sums, is_large, k_means, members
 from flax_hmog.em.options import METHODS, check_options
 from flax_hmog.model.checks import check_precision, door, public
 from flax_hmog.model.conversions import reframe
 from flax_hmog.model.coordinates import Moments
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.head import Head, check_head_and_key
-from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, matmul
+from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, matmul, symmetrize
 from flax_hmog.model.prepared import latent_features, symmetric_matrices
 from flax_hmog.model.typed import Data, Samples, Tree, jit
 
@@ -181,15 +181,7 @@ def _clustered(
     scale = jnp.where(is_whitened, 1 / jnp.where(spread > 0, spread, 1), jnp.linalg.norm(loadings, axis=0))
     labels = k_means(y * scale[None], share, key, n_components, known, shards)
 
-    def weighted_sum(function: Callable[..., Any], operands: Tree, *rows: Array) -> Any:
-        """`function(operands, *rows, share)` summed over blocks of rows."""
-
-        def block_sums(operands: Tree, block: tuple[Array, ...], is_new: Array) -> Any:
-            return function(operands, *block[:-1], jnp.where(is_new, block[-1], 0))
-
-        return sum_rows(block_sums, operands, (*rows, share), block_rows(4 * y.shape[1] + n_components), shards)
-
-    mass, means, covariances = _cluster_moments(weighted_sum, y, labels, n_components, jnp.sum(weights))
+    mass, means, covariances = _cluster_moments(y, share, labels, n_components, jnp.sum(weights), shards)
     return Moments(loadings, center, noise, mass, means, PositiveDefinite(covariances))
 
 
@@ -201,25 +193,45 @@ def _with_fixed_signs(y: Array, share: Array) -> tuple[Array, Array]:
 
 
 def _cluster_moments(
-    weighted_sum: Callable[..., Any], y: Array, labels: Array, n_clusters: int, count: Array
+    y: Array, share: Array, labels: Array, n_clusters: int, count: Array, shards: Shards
 ) -> tuple[Array, Array, Array]:
     """Weights (K,), means (K, L) and covariances (K, L, L) of labelled rows, shrunk towards the pooled covariance."""
     lat_dim = y.shape[1]
-
-    def first_sums(_: object, y: Array, labels: Array, share: Array) -> tuple[Array, Array]:
-        rows = members(labels, share, n_clusters)
-        return jnp.sum(rows, axis=0), matmul(rows.T, y)
-
-    def second_sums(means: Array, y: Array, labels: Array, share: Array) -> Array:
-        return matmul(members(labels, share, n_clusters).T, latent_features(y - means[labels])[:, lat_dim:])
-
-    mass, first = weighted_sum(first_sums, (), y, labels)
-    means = first / jnp.where(mass > 0, mass, 1)[:, None]
-    within = symmetric_matrices(weighted_sum(second_sums, means, y, labels))
+    mass, means, within = (_sorted_sums if is_large(y.shape[0], n_clusters) else _block_sums)(
+        y, share, labels, n_clusters, shards
+    )
     pooled = jnp.sum(within, axis=0) + ISOTROPIC_SHARE * jnp.eye(lat_dim, dtype=y.dtype)
     shrink = POOLED_SAMPLES / count
     covariances = (within + shrink * pooled[None]) / (mass + shrink)[:, None, None]
     return (mass + 1 / count) / (1 + n_clusters / count), means, covariances
+
+
+def _sorted_sums(y: Array, share: Array, labels: Array, n_clusters: int, shards: Shards) -> tuple[Array, Array, Array]:
+    """Share (K,) and mean (K, L) of every cluster, and sums of share times squares about it (K, L, L), row by row."""
+    sums = partial(cluster_sums, points=y, share=share, labels=labels, n_clusters=n_clusters, shards=shards)
+    mass, first = sums(lambda _, y, share: (jnp.sum(share), matmul(share, y)), ())
+    means = first / jnp.where(mass > 0, mass, 1)[:, None]
+    within = sums(lambda mean, y, share: matmul((y - mean[None]).T * share[None], y - mean[None]), means)
+    return mass, means, symmetrize(within)
+
+
+def _block_sums(y: Array, share: Array, labels: Array, n_clusters: int, shards: Shards) -> tuple[Array, Array, Array]:
+    """The same as `_sorted_sums`, by products with all clusters."""
+    limit = block_rows(4 * y.shape[1] + n_clusters)
+
+    def first_sums(_: Tree, block: tuple[Array, ...], is_new: Array) -> tuple[Array, Array]:
+        y, labels, share = block
+        rows = members(labels, jnp.where(is_new, share, 0), n_clusters)
+        return jnp.sum(rows, axis=0), matmul(rows.T, y)
+
+    def second_sums(means: Array, block: tuple[Array, ...], is_new: Array) -> Array:
+        y, labels, share = block
+        rows = members(labels, jnp.where(is_new, share, 0), n_clusters)
+        return matmul(rows.T, latent_features(y - means[labels])[:, y.shape[1] :])
+
+    mass, first = sum_rows(first_sums, (), (y, labels, share), limit, shards)
+    means = first / jnp.where(mass > 0, mass, 1)[:, None]
+    return mass, means, symmetric_matrices(sum_rows(second_sums, means, (y, labels, share), limit, shards))
 
 
 def random_moments(

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from flax_hmog.data.rows import Shards, block_rows, map_rows, sum_rows
+from flax_hmog.em.pairs import sorted_pairs
 from flax_hmog.model.kinds import Array, matmul
-from flax_hmog.model.typed import Block
+from flax_hmog.model.typed import Block, Tree
 
 LLOYD_STEPS = 20  # after seeding
+FEWEST_CLUSTERS = 33  # with fewer, or fewer rows than in a sample, sums over clusters are products with all of them
+# with more, seeds are sought among so many rows, and moved with these before they are with all
+SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER = 8192, 16
+SAMPLE_STEPS, STEPS_AFTER_SAMPLE = 5, 10
+TILE_ROWS = 256  # rows of one cluster that are summed at a time
 
 
 def k_means(
@@ -20,7 +30,8 @@ def k_means(
     """Labels (N,) of weighted k-means: greedy k-means++ seeds, then Lloyd steps; empty clusters keep their centre.
 
     Seeds are drawn along a random direction of space, where a row lies wherever it stands among the others: neither
-    their order nor rows of weight 0 nor repeated rows in place of weights change what is drawn.
+    their order nor rows of weight 0 nor repeated rows in place of weights change what is drawn. With many clusters, and
+    rows for each, they are drawn from a sample, which is taken in the same way.
 
     Args:
         points: (N, L).
@@ -35,10 +46,50 @@ def k_means(
 
     Source: Arthur and Vassilvitskii 2007, with the best of 2 + log K candidates at each seed.
     """
-    trials = 2 + int(math.log(n_clusters))
     direction_key, key = jax.random.split(key)
-    order = jnp.argsort(matmul(points, jax.random.normal(direction_key, points.shape[1:], points.dtype)))
-    limit = block_rows(points.shape[1] + 3 * n_clusters)
+    direction = jax.random.normal(direction_key, points.shape[1:], points.dtype)
+    centers, is_known = jnp.zeros((n_clusters, points.shape[1]), points.dtype), jnp.zeros(n_clusters, bool)
+    if known is not None:
+        member = members(known, share, n_clusters)  # one_hot of -1 is 0
+        mass = jnp.sum(member, axis=0)[:, None]
+        centers, is_known = matmul(member.T, points) / jnp.where(mass > 0, mass, 1), mass[:, 0] > 0
+    steps = LLOYD_STEPS
+    if is_large(points.shape[0], n_clusters):
+        sample = _sample_rows(n_clusters)
+        chosen = _spread_rows(points, share, direction, jax.random.fold_in(key, n_clusters), sample)
+        few, equal = points[chosen], jnp.full(sample, 1 / sample, share.dtype)
+        labels = None if known is None else known[chosen]
+        centers = _seeds(few, equal, direction, key, labels, centers, is_known)
+        centers, steps = _moved(few, equal, centers, labels, SAMPLE_STEPS, None), STEPS_AFTER_SAMPLE
+    else:
+        centers = _seeds(points, share, direction, key, known, centers, is_known)
+    return _labels(points, _moved(points, share, centers, known, steps, shards), known, shards)
+
+
+def is_large(n_rows: int, n_clusters: int) -> bool:
+    """True for many clusters with many rows for each."""
+    return n_clusters >= FEWEST_CLUSTERS and n_rows > _sample_rows(n_clusters)
+
+
+def _sample_rows(n_clusters: int) -> int:
+    return max(SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER * n_clusters)
+
+
+def _spread_rows(points: Array, share: Array, direction: Array, key: Array, count: int) -> Array:
+    """Numbers of rows (count,) at even distances of the cumulated share along a direction (L,)."""
+    order = jnp.argsort(matmul(points, direction))
+    below = jnp.cumsum(share[order])
+    level = (jnp.arange(count) + jax.random.uniform(key, (), points.dtype)) / count * below[-1]
+    return order[jnp.minimum(jnp.searchsorted(below, level, side="right"), below.size - 1)]
+
+
+def _seeds(
+    points: Array, share: Array, direction: Array, key: Array, known: Array | None, centers: Array, is_known: Array
+) -> Array:
+    """Centres (K, L): those that `is_known` (K,) stay, one after the other is added."""
+    n_clusters = centers.shape[0]
+    trials = 2 + int(math.log(n_clusters))
+    order = jnp.argsort(matmul(points, direction))
 
     def draw(key: Array, mass: Array) -> Array:
         """Numbers (T,) of points, drawn in proportion to their mass (N,)."""
@@ -46,9 +97,9 @@ def k_means(
         level = jax.random.uniform(key, (trials,), points.dtype) * below[-1]
         return order[jnp.minimum(jnp.searchsorted(below, level, side="right"), below.size - 1)]
 
-    def add_center(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def add_center(index: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         """One more centre, unless it is known, and the squared distances to the nearest one."""
-        centers, nearest, is_known = state
+        centers, nearest = state
         mass = share * jnp.where(jnp.isinf(nearest), 1, nearest)
         # where every point is a centre already, any point will do
         mass = jnp.where(jnp.any(mass > 0), mass, share)
@@ -58,36 +109,55 @@ def k_means(
         shrunk = jnp.minimum(nearest[:, None], _distances(candidates, points))
         best = jnp.argmin(matmul(share, shrunk))
         added = centers.at[index].set(candidates[best]), shrunk[:, best]
-        centers, nearest = (
-            jnp.where(is_known[index], old, new) for old, new in zip((centers, nearest), added, strict=True)
-        )
-        return centers, nearest, is_known
+        kept = jax.tree.map(partial(jnp.where, is_known[index]), state, added)
+        return cast(tuple[Array, Array], kept)
 
-    def nearest_center(centers: Array, points: Array, known: Array | None) -> Array:
-        labels = jnp.argmin(_distances(centers, points), axis=-1)
-        return labels if known is None else jnp.where(known >= 0, known, labels)
+    nearest = jnp.full(share.shape, jnp.inf, points.dtype)
+    if known is not None:
+        nearest = jnp.min(jnp.where(is_known[None], _distances(centers, points), jnp.inf), axis=-1)
+    return cast(Array, jax.lax.fori_loop(0, n_clusters, add_center, (centers, nearest))[0])
 
-    def cluster_sums(centers: Array, block: Block, is_new: Array) -> tuple[Array, Array]:
-        """Weight and weighted sum of the points of a block that are nearest to each centre."""
+
+def _moved(points: Array, share: Array, centers: Array, known: Array | None, steps: int, shards: Shards) -> Array:
+    """Centres (K, L) after Lloyd steps."""
+    n_clusters = centers.shape[0]
+
+    def block_sums(centers: Array, block: Block, is_new: Array) -> tuple[Array, Array]:
         points, share, known = block
-        member = members(nearest_center(centers, points, known), jnp.where(is_new, share, 0), n_clusters)
+        member = members(_nearest(centers, points, known), jnp.where(is_new, share, 0), n_clusters)
         return jnp.sum(member, axis=0), matmul(member.T, points)
 
+    def tile_sums(_: Tree, points: Array, share: Array) -> tuple[Array, Array]:
+        return jnp.sum(share), matmul(share, points)
+
     def lloyd(_: int, centers: Array) -> Array:
-        mass, total = sum_rows(cluster_sums, centers, (points, share, known), limit, shards)
+        if is_large(points.shape[0], n_clusters):
+            labels = _labels(points, centers, known, shards)
+            mass, total = cluster_sums(tile_sums, (), points, share, labels, n_clusters, shards)
+        else:
+            limit = block_rows(points.shape[1] + 3 * n_clusters)
+            mass, total = sum_rows(block_sums, centers, (points, share, known), limit, shards)
         mass = mass[:, None]
         return jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), centers)
 
-    centers = jnp.zeros((n_clusters, points.shape[1]), points.dtype)
-    nearest, is_known = jnp.full(share.shape, jnp.inf, points.dtype), jnp.zeros(n_clusters, bool)
-    if known is not None:
-        member = members(known, share, n_clusters)  # one_hot of -1 is 0
-        mass = jnp.sum(member, axis=0)[:, None]
-        centers, is_known = matmul(member.T, points) / jnp.where(mass > 0, mass, 1), mass[:, 0] > 0
-        nearest = jnp.min(jnp.where(is_known[None], _distances(centers, points), jnp.inf), axis=-1)
-    centers, *_ = jax.lax.fori_loop(0, n_clusters, add_center, (centers, nearest, is_known))
-    centers = jax.lax.fori_loop(0, LLOYD_STEPS, lloyd, centers)
-    labels = map_rows(lambda centers, points: nearest_center(centers, points, None), centers, points, limit, shards)
+    return cast(Array, jax.lax.fori_loop(0, steps, lloyd, centers))
+
+
+def _labels(points: Array, centers: Array, known: Array | None, shards: Shards) -> Array:
+    """The number of the nearest centre of all points (N,), or of the one that is known."""
+    limit = block_rows(points.shape[1] + 3 * centers.shape[0])
+    labels = map_rows(lambda centers, points: _nearest(centers, points, None), centers, points, limit, shards)
+    return labels if known is None else jnp.where(known >= 0, known, labels)
+
+
+def _nearest(centers: Array, points: Array, known: Array | None) -> Array:
+    """`_labels` of a block of points."""
+    # half the squared distances, up to a number for each point, by one product: so that both looks at it see one value.
+    # argmin takes several times as long
+    ones, half = jnp.ones_like(points[:, :1]), jnp.sum(centers**2, axis=-1, keepdims=True) / 2
+    far = matmul(jnp.concatenate([points, ones], axis=1), jnp.concatenate([-centers, half], axis=1).T)
+    numbers = jnp.arange(centers.shape[0], dtype=jnp.int32)[None]
+    labels = jnp.min(jnp.where(far <= jnp.min(far, axis=-1, keepdims=True), numbers, centers.shape[0] - 1), axis=-1)
     return labels if known is None else jnp.where(known >= 0, known, labels)
 
 
@@ -101,3 +171,62 @@ def _distances(centers: Array, points: Array) -> Array:
 def members(labels: Array, share: Array, n_clusters: int) -> Array:
     """The share of each row in the column of its cluster (B, K)."""
     return jax.nn.one_hot(labels, n_clusters, dtype=share.dtype) * share[:, None]
+
+
+def cluster_sums(
+    function: Callable[[Any, Array, Array], Any],
+    operands: Tree,
+    points: Array,
+    share: Array,
+    labels: Array,
+    n_clusters: int,
+    shards: Shards,
+) -> Any:
+    """`function(operands_k, points (T, L), share (T,))` summed over the tiles of the points of every cluster (K, ...).
+
+    Points are sorted by their cluster, so that work does not grow with the number of clusters.
+
+    Args:
+        function: gives sums (any tree of arrays) over points of one cluster; those of share 0 must not count.
+        operands: tree of arrays (K, ...).
+        points: (N, L).
+        share: weights (N,).
+        labels: the cluster of each point (N,).
+        n_clusters: K.
+        shards: shards of the rows.
+    """
+
+    def local_sums(operands: Tree, rows: tuple[Array, Array, Array]) -> Any:
+        points, share, labels = rows
+        pairs = sorted_pairs(labels[:, None], n_clusters)
+        order = jnp.concatenate([pairs.order, jnp.zeros(TILE_ROWS, pairs.order.dtype)])
+
+        def tile(cluster: Array, number: Array) -> Any:
+            start = pairs.starts[cluster] + number * TILE_ROWS
+            here = jax.lax.dynamic_slice_in_dim(order, start, TILE_ROWS)
+            is_own = jnp.arange(TILE_ROWS) + start < pairs.starts[cluster + 1]
+            own = jax.tree.map(lambda a: a[cluster], operands)
+            return function(own, points[here], jnp.where(is_own, share[here], 0))
+
+        shapes = jax.eval_shape(tile, jnp.int32(0), jnp.int32(0))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def one_cluster(cluster: Array) -> Any:
+            tiles = -((pairs.starts[cluster] - pairs.starts[cluster + 1]) // TILE_ROWS)
+            add = lambda number, total: jax.tree.map(jnp.add, total, tile(cluster, number))  # noqa: E731
+            return jax.lax.fori_loop(0, tiles, add, zeros)
+
+        return jax.lax.map(one_cluster, jnp.arange(n_clusters, dtype=jnp.int32))
+
+    rows = points, share, labels
+    if shards is None:
+        return local_sums(operands, rows)
+    mesh, names = shards
+    return jax.shard_map(
+        lambda operands, rows: jax.lax.psum(local_sums(operands, rows), names),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(names)),
+        out_specs=PartitionSpec(),
+        axis_names=frozenset(names),
+        check_vma=False,
+    )(operands, rows)
