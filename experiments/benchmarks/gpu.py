@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import experiments  # noqa: F401  sets the environment before jax is imported
 
@@ -40,12 +40,15 @@ from experiments.benchmarks.measure import gradient, median_time, one_time, prod
 from experiments.benchmarks.sizes import Size
 from experiments.benchmarks.torch_mixture import TorchMixture
 from flax_hmog import AnalyticHMoG, Natural, Regularizer, em_step, fit_em, infer
+from flax_hmog.em.cycles import FEWEST_COMPONENTS
 from flax_hmog.model.kinds import matmul
 
 SIZES = tuple(Size(60_000, 784, *size) for size in ((20, 10), (50, 50), (50, 200), (50, 1000)))
 SMALL = (Size(600, 40, 5, 3), Size(600, 40, 6, 40))
 FULL, SPLIT = "float32", ("TF32_TF32_F32_X3", "BF16_BF16_F32_X6")
 REPEATS, STEPS = 5, 3
+MOST_ON_HOST = 50  # components of scikit-learn's mixture, which takes minutes with more
+CLUSTERS = 2000  # of the data
 SQUARE, SMALL_SQUARE = 8192, 256  # sides of the matrices of the rate
 
 
@@ -76,10 +79,12 @@ def measure(sizes: tuple[Size, ...], out: Path, seconds: float, *, small: bool =
     begin, side = time.perf_counter(), SMALL_SQUARE if small else SQUARE
     parts = [("rates", {"precision": name}, lambda name=name: rate(side, name)) for name in (FULL, "default", *SPLIT)]
     cases = [Case(size) for size in sizes]
-    orders: tuple[Callable[[Case], Iterator[tuple[str, str, Callable]]], ...] = (full_parts, peers, split_parts)
-    for order in orders:
-        for case in cases:
-            named = [({"size": str(case.size), "part": p, "precision": q}, call) for p, q, call in order(case)]
+    for order in (full_parts, split_parts, fits, peers, gradients):
+        for number, case in enumerate(cases):
+            named = [
+                ({"order": number, "size": str(case.size), "part": p, "precision": q}, call)
+                for p, q, call in order(case)
+            ]
             parts += [("rows", names, call) for names, call in named]
     for table, names, call in parts:
         start = time.perf_counter()
@@ -156,59 +161,77 @@ class Case:
 
 
 def images(size: Size) -> jax.Array:
-    """Rows (N, D) with variances that fall as those of MNIST do, of 200 clusters, between about 0 and 1."""
+    """Rows (N, D) with variances that fall as those of MNIST do, of 2000 tight clusters."""
     rng = np.random.default_rng(0)
     axes, _ = np.linalg.qr(rng.standard_normal((size.obs_dim, min(size.obs_dim, 200))))
     scale = np.sqrt(5 / (1 + np.arange(axes.shape[1]) / 5) ** 1.6)
-    centres = rng.standard_normal((200, axes.shape[1])) * scale
-    noise, drawn = 0.05, rng.integers(200, size=size.count)
+    centres = rng.standard_normal((CLUSTERS, axes.shape[1])) * scale
+    noise, drawn = 0.05, rng.integers(CLUSTERS, size=size.count)
 
     @jax.jit
     def rows(key: jax.Array, centre: jax.Array, spread: jax.Array, basis: jax.Array) -> jax.Array:
         latent, rest = jax.random.split(key)
-        y = centre * 0.8 + 0.6 * spread[None] * jax.random.normal(latent, centre.shape)
+        y = 0.9 * centre + 0.4 * spread[None] * jax.random.normal(latent, centre.shape)
         return 0.3 + matmul(y, basis) / 2 + noise * jax.random.normal(rest, (len(centre), size.obs_dim))
 
     given = (np.asarray(part, np.float32) for part in (centres[drawn], scale, axes.T))
     return jax.block_until_ready(rows(jax.random.key(0), *given))
 
 
-def full_parts(case: Case) -> Iterator[tuple[str, str, Callable]]:
-    """The parts in full float32: name, precision and call."""
+Parts: TypeAlias = Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]
+"""Name, precision and call of each."""
+
+
+def full_parts(case: Case) -> Parts:
+    """The passes in full float32."""
     yield "fit of 1 step, cold", FULL, lambda: {"seconds": case.made()[3]}
-    yield from timed_parts(case, FULL)
+    yield "EM step", FULL, lambda: timed(case, "em", FULL)
+    yield "assignments", FULL, lambda: timed(case, "assign", FULL)
     yield "EM step twice", FULL, lambda: repeated(case)
-    yield "EM step, of a fit", FULL, lambda: fitted(case, accelerate=False)
-    if case.size.n_components > 32:
-        yield "accelerated step, of a fit", FULL, lambda: fitted(case, accelerate=True)
 
 
-def split_parts(case: Case) -> Iterator[tuple[str, str, Callable]]:
-    """The parts by products of fewer digits."""
+def split_parts(case: Case) -> Parts:
+    """The passes by products of fewer digits."""
     for precision in SPLIT:
-        yield from timed_parts(case, precision)
         yield "log-density", precision, lambda precision=precision: changed(case, precision)
+        yield "EM step", precision, lambda precision=precision: timed(case, "em", precision)
+        yield "assignments", precision, lambda precision=precision: timed(case, "assign", precision)
 
 
-def timed_parts(case: Case, precision: str) -> Iterator[tuple[str, str, Callable]]:
-    """A step of EM, a gradient step and assignments, each with the products that it needs."""
-    calls = {
-        "EM step": lambda x, natural, regularizer: lambda: em_step(natural, x, None, regularizer),
-        "gradient step": lambda x, *_: gradient(case.size, x),
-        "assignments": lambda x, natural, _: lambda: infer(natural, x).log_responsibilities,
-    }
-    for part, make in calls.items():
+def fits(case: Case) -> Parts:
+    """Steps of fits, plain and accelerated where there are enough components."""
+    yield "EM step of a fit", FULL, lambda: fitted(case, accelerate=False)
+    if case.size.n_components >= FEWEST_COMPONENTS:
+        yield "accelerated step of a fit", FULL, lambda: fitted(case, accelerate=True)
 
-        def timed(part: str = part, make: Callable = make) -> dict[str, Any]:
-            with products(precision):
-                call = make(*case.made()[:3])
-                first = one_time(call)
-                seconds = median_time(call, repeats=REPEATS)
-                needed = product_times(case.size, full=part != "gradient step", repeats=REPEATS)
-            needed = needed[:2] if part == "assignments" else needed
-            return {"seconds": seconds, "compile_seconds": first - seconds, "product_seconds": sum(needed)}
 
-        yield part, precision, timed
+def peers(case: Case) -> Parts:
+    """An iteration of a plain mixture, on data projected to L."""
+    yield "torch mixture, L columns", FULL, lambda: torch_iteration(case)
+    if case.size.n_components <= MOST_ON_HOST:
+        yield "scikit-learn mixture, L columns", "float64, host", lambda: host_iteration(case)
+
+
+def gradients(case: Case) -> Parts:
+    """A step of Adam."""
+    for precision in (FULL, *SPLIT):
+        yield "gradient step", precision, lambda precision=precision: timed(case, "gradient", precision)
+
+
+def timed(case: Case, task: str, precision: str) -> dict[str, Any]:
+    """Seconds of a task, and of the products that it needs, each alone at the same precision."""
+    x, natural, regularizer, _ = case.made()
+    with products(precision):
+        call: Callable = {
+            "em": lambda: lambda: em_step(natural, x, None, regularizer),
+            "assign": lambda: lambda: infer(natural, x).log_responsibilities,
+            "gradient": lambda: gradient(case.size, x),
+        }[task]()
+        first = one_time(call)
+        seconds = median_time(call, repeats=REPEATS)
+        needed = product_times(case.size, full=task != "gradient", repeats=REPEATS)
+    needed = needed[:2] if task == "assign" else needed
+    return {"seconds": seconds, "compile_seconds": first - seconds, "product_seconds": sum(needed)}
 
 
 def repeated(case: Case) -> dict[str, Any]:
@@ -235,7 +258,7 @@ def fitted(case: Case, *, accelerate: bool) -> dict[str, Any]:
     result = fit()
     seconds = time.perf_counter() - between
     found = {"seconds": seconds / (STEPS + 1), "compile_seconds": between - start - seconds}
-    return found | {"objective": float(result.objective_history[-1])}
+    return found | {"objective": float(result.objective_history[-1]), "sparse": result.sparse is not None}
 
 
 def changed(case: Case, precision: str) -> dict[str, Any]:
@@ -245,13 +268,6 @@ def changed(case: Case, precision: str) -> dict[str, Any]:
     with products(precision):
         gap = np.asarray(infer(natural, x).log_density, np.float64) - full
     return {"mean_change": float(gap.mean()), "largest_change": float(np.abs(gap).max())}
-
-
-def peers(case: Case) -> Iterator[tuple[str, str, Callable]]:
-    """An iteration of a plain mixture, on data projected to L."""
-    yield "torch mixture, L columns", FULL, lambda: torch_iteration(case)
-    if case.size.n_components <= 50:
-        yield "scikit-learn mixture, L columns", "float32 on the host", lambda: host_iteration(case)
 
 
 def projected(case: Case) -> np.ndarray:
@@ -294,7 +310,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
         rates.add_row(row["precision"], *shown, row.get("error", ""))
     names = ("(N, D, L, K)", "part", "precision", "seconds", "products", "share", "compile", "peak GB", "notes")
     found = Table(*names, title=f"{title}: seconds, medians of {REPEATS}; {report['seconds']:.0f} s in all")
-    for row in report["rows"]:
+    for row in sorted(report["rows"], key=lambda row: row["order"]):
         seconds, needed = row.get("seconds"), row.get("product_seconds")
         found.add_row(
             row["size"], row["part"], row["precision"],
@@ -310,7 +326,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
 
 def notes(row: dict[str, Any]) -> str:
     """What else a part found."""
-    names = ("error", "bit_for_bit", "finite", "objective", "mean_change", "largest_change", "on")
+    names = ("error", "bit_for_bit", "finite", "objective", "sparse", "mean_change", "largest_change", "on")
     return ", ".join(f"{name.replace('_', ' ')} {row[name]}" for name in names if name in row)
 
 

@@ -91,9 +91,9 @@ def test_float64_and_lower_dtypes_stay(split, float64):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the backend has them")
 def test_a_backend_that_lacks_them_says_so():
-    with jax.default_matmul_precision("TF32_TF32_F32_X3"):
-        with pytest.raises(ValueError, match="must name products that the backend has; got TF32_TF32_F32_X3 on cpu"):
-            infer(natural, x)
+    message = "must name products that the backend has; got TF32_TF32_F32_X3 on cpu"
+    with jax.default_matmul_precision("TF32_TF32_F32_X3"), pytest.raises(ValueError, match=message):
+        infer(natural, x)
 
 
 @pytest.fixture(scope="module")
