@@ -19,6 +19,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -77,15 +78,15 @@ def measure(sizes: tuple[Size, ...], out: Path, seconds: float, *, small: bool =
     }
     out.mkdir(parents=True, exist_ok=True)
     begin, side = time.perf_counter(), SMALL_SQUARE if small else SQUARE
-    parts = [("rates", {"precision": name}, lambda name=name: rate(side, name)) for name in (FULL, "default", *SPLIT)]
+    parts: list[tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = [
+        ("rates", {"precision": name}, partial(rate, side, name)) for name in (FULL, "default", *SPLIT)
+    ]
     cases = [Case(size) for size in sizes]
-    for order in (full_parts, split_parts, fits, peers, gradients):
+    for kind in (full_parts, split_parts, fits, peers, gradients):
         for number, case in enumerate(cases):
-            named = [
-                ({"order": number, "size": str(case.size), "part": p, "precision": q}, call)
-                for p, q, call in order(case)
-            ]
-            parts += [("rows", names, call) for names, call in named]
+            for part, precision, call in kind(case):
+                names = {"order": number, "size": str(case.size), "part": part, "precision": precision}
+                parts.append(("rows", names, call))
     for table, names, call in parts:
         start = time.perf_counter()
         row = attempt(call) if start - begin < seconds else {"error": f"not run: {seconds:.0f} s were over"}
@@ -193,9 +194,9 @@ def full_parts(case: Case) -> Parts:
 def split_parts(case: Case) -> Parts:
     """The passes by products of fewer digits."""
     for precision in SPLIT:
-        yield "log-density", precision, lambda precision=precision: changed(case, precision)
-        yield "EM step", precision, lambda precision=precision: timed(case, "em", precision)
-        yield "assignments", precision, lambda precision=precision: timed(case, "assign", precision)
+        yield "log-density", precision, partial(changed, case, precision)
+        yield "EM step", precision, partial(timed, case, "em", precision)
+        yield "assignments", precision, partial(timed, case, "assign", precision)
 
 
 def fits(case: Case) -> Parts:
@@ -215,7 +216,7 @@ def peers(case: Case) -> Parts:
 def gradients(case: Case) -> Parts:
     """A step of Adam."""
     for precision in (FULL, *SPLIT):
-        yield "gradient step", precision, lambda precision=precision: timed(case, "gradient", precision)
+        yield "gradient step", precision, partial(timed, case, "gradient", precision)
 
 
 def timed(case: Case, task: str, precision: str) -> dict[str, Any]:
