@@ -19,6 +19,7 @@ from flax_hmog.data.sources import RowsOnDevice, Stream, as_source
 from flax_hmog.em.cycles import Cycles, take_step
 from flax_hmog.em.initialize import check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
+from flax_hmog.em.products import checked_products
 from flax_hmog.em.progress import progress_bar
 from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.statistics import accumulate
@@ -114,10 +115,8 @@ def fit_em(
 ) -> EMResult:
     """Fit a HMoG by exact EM.
 
-    Every step takes one pass over the data in blocks; the penalised log-likelihood never decreases (in float32, and
-    with a lower `projection_dtype` of the head, up to rounding). Data are converted to `head.param_dtype`. With
-    `accelerate` a step is a sparse pass, more with its responsibilities, and an extrapolation, which must not lower the
-    objective.
+    Every step is a pass over the data in blocks, or several with `accelerate`; the penalised log-likelihood never
+    decreases (but for rounding in float32 and lower dtypes). Data are converted to `head.param_dtype`.
 
     Args:
         head: unbound head with full component matrices (`AnalyticHMoG`); dimensions, `obs_rep` and `param_dtype` count.
@@ -157,13 +156,13 @@ def fit_em(
             f"fit_em: `n_restarts` must be 1 for a given `init`; got {n_starts}. All starts would be the same."
         )
     state = EMState() if state is None else state
-    keys = jax.random.split(key, n_starts)
     with progress_bar("EM", progress, n_starts * passes) as report:
         while (start := len(state.finals)) < n_starts:
             if state.natural is None:
-                natural, regularizer = fit.start(keys[start])
+                natural, regularizer = fit.start(jax.random.split(key, n_starts)[start])
                 state = dataclasses.replace(state, natural=natural, regularizer=regularizer)
-            state, objective = fit.step(state)
+            with checked_products(fit, state.natural):
+                state, objective = fit.step(state)
             report(start * passes + max(len(state.history) - 1, 0), start + 1, objective)
             if on_step is not None:
                 with named(OUTSIDE):
@@ -216,6 +215,7 @@ class Fit:
         check_outside_transformations(data=data, key=key, weights=weights, labels=labels, init=options.init)
         check_full("head", head.component_structure.rep())
         self.head, self.options, self.dtype = head, options, head.projection_dtype
+        self.products: str | None = None  # of `checked_products`, once they were
         self.source = source = as_source(data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
         if source.count is not None:
             check_counts((source.count, source.obs_dim), head)

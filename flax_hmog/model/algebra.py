@@ -11,12 +11,44 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.scipy.linalg import solve_triangular
+from jax.typing import ArrayLike, DTypeLike
 
 from flax_hmog.model.typed import jit
 
-# Sums of squares cancel, so products are asked for in full float32 (GPUs and TPUs round more by default).
-matmul = partial(jnp.matmul, precision="highest")
+# Names of `jax.lax.DotAlgorithmPreset`: the digits of float32, from several products of fewer digits each.
+SPLIT_PRODUCTS = ("BF16_BF16_F32_X6", "BF16_BF16_F32_X9", "TF32_TF32_F32_X3")
+# Backends that lack them; XLA's for CPUs takes some names in some programs and changes nothing.
+UNSPLIT_BACKENDS = ("cpu",)
+
 einsum = partial(jnp.einsum, precision="highest")
+
+
+def matmul(left: ArrayLike, right: ArrayLike, *, preferred_element_type: DTypeLike | None = None) -> Array:
+    """Product in full float32, as sums of squares cancel (GPUs and TPUs round more by default).
+
+    Within `jax.default_matmul_precision(name)`, with a name of `SPLIT_PRODUCTS`, float32 is multiplied that way.
+    """
+    split = split_product()
+    if split is None or jnp.result_type(left, right) != jnp.float32:
+        split = "highest"
+    return jnp.matmul(left, right, precision=split, preferred_element_type=preferred_element_type)
+
+
+def split_product() -> str | None:
+    """The name of `SPLIT_PRODUCTS` that `jax.default_matmul_precision` has in scope, or None.
+
+    Raises:
+        ValueError: on a backend that lacks them.
+    """
+    name = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  typed as none
+    if name not in SPLIT_PRODUCTS:
+        return None
+    if (backend := jax.default_backend()) in UNSPLIT_BACKENDS:
+        raise ValueError(
+            f"matmul: `jax.default_matmul_precision` must name products that the backend has; got {name} on {backend}. "
+            "Leave it out there: products are in full float32."
+        )
+    return str(name)
 
 
 def transpose(matrix: Array) -> Array:
