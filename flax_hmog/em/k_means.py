@@ -15,7 +15,13 @@ LLOYD_STEPS = 20  # after seeding
 
 
 def k_means(
-    points: Array, share: Array, key: Array, n_clusters: int, known: Array | None = None, shards: Shards = None
+    points: Array,
+    share: Array,
+    key: Array,
+    n_clusters: int,
+    known: Array | None = None,
+    shards: Shards = None,
+    n_sought: Array | int | None = None,
 ) -> Array:
     """Labels (N,) of weighted k-means: greedy k-means++ seeds, then Lloyd steps; empty clusters keep their centre.
 
@@ -29,13 +35,16 @@ def k_means(
         n_clusters: K.
         known: clusters that are known (N,), -1 where not, or None: the first seeds are their means, and they stay.
         shards: shards of the rows.
+        n_sought: number of clusters that are sought, the others staying empty; None for all.
 
     Returns:
         Labels (N,).
 
     Source: Arthur and Vassilvitskii 2007, with the best of 2 + log K candidates at each seed.
     """
-    trials = 2 + int(math.log(n_clusters))
+    trials, n_sought = 2 + int(math.log(n_clusters)), n_clusters if n_sought is None else n_sought
+    is_sought = jnp.arange(n_clusters) < n_sought
+    is_tried = jnp.arange(trials) < 2 + jnp.floor(jnp.log(jnp.asarray(n_sought, points.dtype)))
     direction_key, key = jax.random.split(key)
     order = jnp.argsort(matmul(points, jax.random.normal(direction_key, points.shape[1:], points.dtype)))
     limit = block_rows(points.shape[1] + 3 * n_clusters)
@@ -56,7 +65,7 @@ def k_means(
         place = jnp.sum(~is_known & (jnp.arange(n_clusters) < index))
         candidates = points[draw(jax.random.fold_in(key, place), mass)]
         shrunk = jnp.minimum(nearest[:, None], _distances(candidates, points))
-        best = jnp.argmin(matmul(share, shrunk))
+        best = jnp.argmin(jnp.where(is_tried, matmul(share, shrunk), jnp.inf))
         added = centers.at[index].set(candidates[best]), shrunk[:, best]
         centers, nearest = (
             jnp.where(is_known[index], old, new) for old, new in zip((centers, nearest), added, strict=True)
@@ -64,7 +73,7 @@ def k_means(
         return centers, nearest, is_known
 
     def nearest_center(centers: Array, points: Array, known: Array | None) -> Array:
-        labels = jnp.argmin(_distances(centers, points), axis=-1)
+        labels = jnp.argmin(jnp.where(is_sought[None], _distances(centers, points), jnp.inf), axis=-1)
         return labels if known is None else jnp.where(known >= 0, known, labels)
 
     def cluster_sums(centers: Array, block: Block, is_new: Array) -> tuple[Array, Array]:
@@ -85,7 +94,7 @@ def k_means(
         mass = jnp.sum(member, axis=0)[:, None]
         centers, is_known = matmul(member.T, points) / jnp.where(mass > 0, mass, 1), mass[:, 0] > 0
         nearest = jnp.min(jnp.where(is_known[None], _distances(centers, points), jnp.inf), axis=-1)
-    centers, *_ = jax.lax.fori_loop(0, n_clusters, add_center, (centers, nearest, is_known))
+    centers, *_ = jax.lax.fori_loop(0, n_sought, add_center, (centers, nearest, is_known))
     centers = jax.lax.fori_loop(0, LLOYD_STEPS, lloyd, centers)
     labels = map_rows(lambda centers, points: nearest_center(centers, points, None), centers, points, limit, shards)
     return labels if known is None else jnp.where(known >= 0, known, labels)
