@@ -114,7 +114,7 @@ def test_rows_far_away_belong_to_no_component_that_does_not_count(float64, monke
 
 @pytest.mark.parametrize("regularizer", [PseudoCounts(), None], ids=["counts", "none"])
 def test_states_have_the_size_of_the_model_and_resume_bit_for_bit(regularizer):
-    moments, x, _ = rows()
+    _, x, _ = rows()
     head, states = CASE.head("float32"), []
     given = {"max_steps": 5, "tolerance": -np.inf, "n_restarts": 2, "regularizer": regularizer}
     whole = fit_em(head, x.astype(np.float32), jax.random.key(0), on_step=states.append, **given)
@@ -129,9 +129,10 @@ def test_states_have_the_size_of_the_model_and_resume_bit_for_bit(regularizer):
 
 def test_many_sizes_share_programs(compilations):
     x = np.random.default_rng(0).normal(size=(300, 9)).astype(np.float32)
-    run = lambda lat_dim, n_components, rows: (
-        fit_em(AnalyticHMoG(lat_dim, n_components), x[:rows], jax.random.key(0), max_steps=3).info
-    )
+
+    def run(lat_dim, n_components, rows):
+        return fit_em(AnalyticHMoG(lat_dim, n_components), x[:rows], jax.random.key(0), max_steps=3).info
+
     run(2, 3, 300)
     programs = compilations(run, 3, 5, 299)
     assert programs < 25, programs
