@@ -3,10 +3,11 @@
 from importlib.metadata import version as _version
 
 from flax_hmog import serialization as _serialization  # noqa: F401  registers the classes below with flax
-from flax_hmog.em.fit import ConvergenceWarning, EMResult, EMState, WildRowsWarning, fit_em
+from flax_hmog.em.fit import fit_em
 from flax_hmog.em.initialize import initialize_moments
 from flax_hmog.em.online import fit_online_em
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer
+from flax_hmog.em.result import ConvergenceWarning, EMResult, EMState, WildRowsWarning
 from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.statistics import Statistics, expected_statistics, whiten_prior
 from flax_hmog.em.step import EMInfo, em_step, penalty

@@ -30,6 +30,7 @@ from flax_hmog.recipe.saved import restore_run, run_columns, run_config, saved_s
 from flax_hmog.recipe.train import run
 from flax_hmog.training import export, write_program
 from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first
+from flax_hmog.training.programs import keep_programs
 from flax_hmog.training.restoring import Restored
 
 HELP = """\
@@ -43,7 +44,8 @@ from a mixture. Every row gets the probability of every cluster, and a density.
   hmog export runs/mine program                       one program from raw rows to clusters, for serving with jax alone
   hmog describe runs/mine                             what the folder holds
 
-Rows are .npy, .npz, .csv, .parquet or .h5ad files. A run that was interrupted goes on by the same command.
+Rows are .npy, .npz, .csv, .parquet or .h5ad files. A run that was interrupted goes on by the same command. Compiled
+programs are kept in a cache folder of yours (JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=false: none).
 """
 TRAIN = f"""\
 Train: {", ".join(PRESETS)}, each followed by its options (`hmog train file --help` lists all of them).
@@ -73,6 +75,7 @@ def main(
         and has saved. Arguments that cannot be read end the process with 2.
     """
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    keep_programs()
     if "train" in arguments[:1] or "--allow-import" in arguments:  # classes of a user's own may lie here
         sys.path.append(os.getcwd())
     try:

@@ -19,7 +19,8 @@ from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import Array
 
 if TYPE_CHECKING:
-    from flax_hmog.em.fit import EMState, Fit
+    from flax_hmog.em.fit import Fit
+    from flax_hmog.em.result import EMState
 
 FEWEST_COMPONENTS = 33  # with fewer, products with all of them cost less than the choice of a few
 FROZEN_PASSES = 4

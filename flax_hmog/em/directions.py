@@ -61,6 +61,7 @@ def latent_directions(
     obs_rep: Rep,
     method: str,
     shards: Shards,
+    used: Array | None = None,
 ) -> Directions:
     """Mean, loadings and noise of rows in a frame, wild entries drawn in.
 
@@ -74,6 +75,7 @@ def latent_directions(
         obs_rep: kind of the noise. Isotropic or full, a start turns with x, but for "fa", which looks at columns.
         method: "pca", "fa" or "kurtosis".
         shards: shards of the rows.
+        used: True for the factors that count (L,), the first ones; the others get no loadings. None for all.
 
     Returns:
         `Directions` of x' = (x - origin) / unit.
@@ -103,21 +105,27 @@ def latent_directions(
     if method == "kurtosis":
         axes = _principal_axes(covariance, variance, min(obs_dim, max(KURTOSIS_AXES, 2 * lat_dim)), key)
         points = project(frame, by_column, center, axes, x, shards)
-        loadings = _invariant_loadings(points, share, axes, lat_dim)
+        loadings = _counted(_invariant_loadings(points, share, axes, lat_dim), used)
         noise = jnp.maximum(variance - jnp.sum(loadings**2, axis=-1), floor)
     else:
-        loadings, noise = _loadings(covariance, variance, floor, lat_dim, method, key)
+        loadings, noise = _loadings(covariance, variance, floor, lat_dim, method, key, used)
     if obs_rep.is_diagonal or method == "fa":
         return Directions(center, loadings, obs_rep.from_diagonal(noise))
-    return Directions(center, loadings, obs_rep.project(_full_residual(covariance, loadings, floor)))
+    return Directions(center, loadings, obs_rep.project(_full_residual(covariance, loadings, floor, used)))
 
 
-def _full_residual(covariance: Array, loadings: Array, floor: Array) -> Array:
+def _counted(columns: Array, used: Array | None) -> Array:
+    """Columns (D, L), those that do not count 0."""
+    return columns if used is None else jnp.where(used[None], columns, 0)
+
+
+def _full_residual(covariance: Array, loadings: Array, floor: Array, used: Array | None) -> Array:
     """Psi (D, D): the covariance without the loadings, and along them its average elsewhere."""
     obs_dim, lat_dim = loadings.shape
     residual = symmetrize(covariance - matmul(loadings, loadings.T))
-    axes = jnp.linalg.qr(loadings)[0]
-    average = jnp.trace(residual) / max(obs_dim - lat_dim, 1)
+    axes = _counted(jnp.linalg.qr(loadings)[0], used)
+    rest = max(obs_dim - lat_dim, 1) if used is None else jnp.maximum(obs_dim - jnp.sum(used), 1)
+    average = jnp.trace(residual) / rest
     return with_least_eigenvalue(residual + average * matmul(axes, axes.T), floor)
 
 
@@ -185,6 +193,7 @@ def _loadings(
     lat_dim: int,
     method: str,
     key: Array,
+    used: Array | None,
 ) -> tuple[Array, Array]:
     """W (D, L) and the diagonal of Psi (D,): principal axes, or maximum-likelihood factor analysis.
 
@@ -196,7 +205,7 @@ def _loadings(
 
     leading, start = _eigen_solver(covariance, variance, lat_dim, key)
     values, axes = leading(jnp.ones_like(variance), start, SUBSPACE_STEPS)
-    loadings = (axes * jnp.sqrt(jnp.maximum(values, 0))[None])[:, :lat_dim]
+    loadings = _counted((axes * jnp.sqrt(jnp.maximum(values, 0))[None])[:, :lat_dim], used)
     if method == "pca":
         return loadings, residual(loadings)
 
@@ -205,7 +214,7 @@ def _loadings(
         scale = jnp.sqrt(noise)
         values, axes = leading(scale, axes, 1)
         strength = jnp.sqrt(jnp.maximum(values[:lat_dim] - 1, 1e-6))
-        return scale[:, None] * axes[:, :lat_dim] * strength[None], axes
+        return _counted(scale[:, None] * axes[:, :lat_dim] * strength[None], used), axes
 
     def step(_: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
         loadings, axes = factors(*state)

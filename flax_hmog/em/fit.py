@@ -1,4 +1,4 @@
-"""`fit_em`: starts, passes over arrays or streams of batches, convergence, history; and what `fit_online_em` shares."""
+"""`fit_em`: starts, passes over arrays or streams of batches, convergence; and what `fit_online_em` shares."""
 
 from __future__ import annotations
 
@@ -11,92 +11,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from flax_hmog.data.framing import Framing
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.sources import RowsOnDevice, Stream, as_source
-from flax_hmog.em.cycles import Cycles, take_step
+from flax_hmog.em.cycles import take_step
 from flax_hmog.em.initialize import check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
+from flax_hmog.em.padding import InUse, Sizes, padded_sizes
 from flax_hmog.em.products import checked_products
 from flax_hmog.em.progress import progress_bar
-from flax_hmog.em.sparse import SparseInfo
+from flax_hmog.em.result import ConvergenceWarning, EMResult, EMState, WildRowsWarning
 from flax_hmog.em.statistics import accumulate
 from flax_hmog.em.step import EMInfo, finish_step, one_step, whiten_moments, whiten_regularizer
 from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, named, public
-from flax_hmog.model.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
+from flax_hmog.model.conversions import (
+    fits_units_of_x,
+    moments_to_natural,
+    own_in_units_of_x,
+    own_moments,
+    reframe,
+)
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, check_full, check_natural
 from flax_hmog.model.frames import Frame, has_more_digits
 from flax_hmog.model.head import Head, check_head_and_key
 from flax_hmog.model.kinds import Array, as_rep
 from flax_hmog.model.prepared import prepare
-from flax_hmog.model.typed import Block, Data, Samples
+from flax_hmog.model.prior import with_prior
+from flax_hmog.model.typed import Block, Data, Samples, jit
 
 FOLLOWED_STEPS = 2  # of EM, after which starts are compared
 ROUNDING = 100  # units in the last place of objective and dimension that objectives of one model may differ by
-
-
-@dataclasses.dataclass(frozen=True)
-class EMResult:
-    """Result of `fit_em`: the model and its history.
-
-    Attributes:
-        natural: the fitted model, its prior whitened (y has mean 0 and covariance I).
-        objective_history: penalised log-likelihood per sample before the first step and after each (steps + 1,), nats.
-        converged: True if the last gain was below the tolerance, and no fall beyond rounding.
-        info: `EMInfo` of the fitted model.
-        restart_objectives: final objective of every start (n_restarts,); the best one is returned.
-        regularizer: the pseudo-statistics in the latent basis of `natural`, or None.
-        classes: name of component k for k < len(classes), where `labels` were names; None otherwise.
-        sparse: `SparseInfo` of the last sparse pass of an accelerated fit; None if there was none.
-
-    Example:
-        >>> from flax_hmog.toy import head, natural, x
-        >>> result = fit_em(head, x, jax.random.key(0), init=natural, max_steps=3)
-        >>> print(result.info.occupancy.round())
-        [4. 4. 4.]
-    """
-
-    natural: Natural
-    objective_history: Float[np.ndarray, " steps+1"]
-    converged: bool
-    info: EMInfo
-    restart_objectives: Float[np.ndarray, " n_restarts"]
-    regularizer: Regularizer | None
-    classes: tuple[str, ...] | None = None
-    sparse: SparseInfo | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class EMState:
-    """State of `fit_em` between two steps.
-
-    Attributes:
-        natural: the model of the present start, in its first latent basis; None before the start's first step.
-        top: that of its models so far with the best objective.
-        regularizer: its pseudo-statistics.
-        history: objectives of the start's models so far.
-        finals: final objectives of the starts that have ended.
-        best: the best of them, or None.
-        cycles: what an accelerated fit needs beside the model, or None.
-
-    Example:
-        >>> from flax_hmog.toy import head, natural, x
-        >>> states = []
-        >>> result = fit_em(head, x, jax.random.key(0), init=natural, max_steps=3, on_step=states.append)
-        >>> again = fit_em(head, x, jax.random.key(0), init=natural, max_steps=3, state=states[0])  # goes on from there
-        >>> bool((again.objective_history == result.objective_history).all())
-        True
-    """
-
-    natural: Any = None
-    top: Any = None
-    regularizer: Regularizer | None = None
-    history: tuple[float, ...] = ()
-    finals: tuple[float, ...] = ()
-    best: EMResult | None = None
-    cycles: Cycles | None = None
 
 
 @public
@@ -150,12 +95,12 @@ def fit_em(
     """
     options = chosen_options("fit_em", options, changes)
     n_starts, passes = options.n_restarts, options.max_steps + 1
-    fit = Fit(head, data, key, weights, labels, options)
+    fit = Fit(head, data, key, weights, labels, options, pad=True)
     if not isinstance(options.init, str) and n_starts > 1:
         raise ValueError(
             f"fit_em: `n_restarts` must be 1 for a given `init`; got {n_starts}. All starts would be the same."
         )
-    state = EMState() if state is None else state
+    state = EMState() if state is None else fit.padded(state)
     with progress_bar("EM", progress, n_starts * passes) as report:
         while (start := len(state.finals)) < n_starts:
             if state.natural is None:
@@ -166,7 +111,7 @@ def fit_em(
             report(start * passes + max(len(state.history) - 1, 0), start + 1, objective)
             if on_step is not None:
                 with named(OUTSIDE):
-                    on_step(state)
+                    on_step(fit.cropped(state))
     if state.best is None:
         raise ValueError(f"fit_em: `state` must be one of these starts; got {state.finals}. Give that of this fit.")
     history = state.best.objective_history
@@ -181,36 +126,16 @@ def fit_em(
     return fit.finished(dataclasses.replace(state.best, restart_objectives=np.asarray(state.finals)))
 
 
-class ConvergenceWarning(UserWarning):
-    """EM stopped where its objective fell.
-
-    Example:
-        >>> import warnings
-        >>> warnings.filterwarnings("error", category=ConvergenceWarning)  # to stop where a fit warns
-    """
-
-
-class WildRowsWarning(UserWarning):
-    """Rows far from all others took no part in a fit.
-
-    Example:
-        >>> from flax_hmog import fit_em
-        >>> from flax_hmog.toy import head, natural, x
-        >>> rows = np.where(np.arange(12)[:, None] == 5, np.float32(1e6), x)
-        >>> with warnings.catch_warnings(record=True) as caught:
-        ...     warnings.simplefilter("always")
-        ...     result = fit_em(head, rows, jax.random.key(0), init=natural, max_steps=1)
-        >>> str(caught[0].message)
-        'fit_em: 1 rows are left out, ...the first is row 5. Check them, or raise max_distance.'
-    """
-
-
 class Fit:
-    """A head and samples, checked as `fit_em` says and moved to the frame that the fit computes in."""
+    """A head and samples, checked as `fit_em` says and moved to the frame that the fit computes in.
+
+    With `pad` its models and rows have the sizes of `padded_sizes`; results have their own.
+    """
 
     def __init__(
-        self, head: Head, data: Data, key: Array, weights: Samples | None, labels: Samples | None, options: EMOptions
-    ) -> None:
+        self, head: Head, data: Data, key: Array, weights: Samples | None, labels: Samples | None, options: EMOptions,
+        *, pad: bool = False,
+    ) -> None:  # fmt: skip
         check_head_and_key(head, key)
         check_outside_transformations(data=data, key=key, weights=weights, labels=labels, init=options.init)
         check_full("head", head.component_structure.rep())
@@ -228,6 +153,15 @@ class Fit:
         self.volume = float(np.log(np.asarray(self.frame.unit, np.float64)).sum())
         self.row_frame = dataclasses.replace(source.framing.frame, log_volume=jnp.zeros_like(self.frame.log_volume))
         self.n_samples = source.n_rows if isinstance(source, Stream) else source.total_weight
+        self.block: Block | None = None
+        self.sizes: Sizes | None = None
+        self.used: InUse | None = None
+        if isinstance(source, RowsOnDevice):
+            self.block = source.sample()  # which is all
+            if pad and len(source.x.sharding.device_set) == 1:
+                self.sizes = padded_sizes(source.count, source.obs_dim, head.lat_dim, head.n_components)
+            if self.sizes is not None:
+                self.used, self.block = self.sizes.in_use(), self.sizes.filled(self.block, source.framing.frame)
 
     def start(self, key: Array) -> tuple[Natural, Regularizer | None]:
         """The model that EM starts from, in the frame, and the regulariser in its latent basis.
@@ -237,12 +171,14 @@ class Fit:
         """
         init = self.options.init
         if not isinstance(init, str):
-            natural = self._checked_model(init)
+            natural = with_prior(self._checked_model(init))
+            natural = natural if self.sizes is None else self.sizes.pad(natural)
             return self._whitened(reframe(own_moments(natural), natural.frame, self.frame), natural.frame)
-        x, weights, labels = block = self.source.sample()
+        x, weights, labels = block = self.block or self.source.sample()
         best: Any = None
         framing = self.source.framing
-        for moments in starts(self.head, x, weights, labels, framing.frame, framing.by_column, key, method=init):
+        given: Any = {"method": init, "used": self.used}
+        for moments in starts(self.head, x, weights, labels, framing.frame, framing.by_column, key, **given):
             natural, regularizer = self._whitened(moments, None)
             for step in range(FOLLOWED_STEPS + 1):
                 updated, _, objective = self.evaluate(natural, regularizer, block)
@@ -284,8 +220,10 @@ class Fit:
         elif regularizer is not None:
             ratio = (1 if own is None else own.unit) / self.frame.unit
             noise = regularizer.noise_covariance.scaled(ratio)
-            regularizer = whiten_regularizer(dataclasses.replace(regularizer, noise_covariance=noise), moments)
-        return moments_to_natural(whitened).in_frame(self.frame), regularizer
+            regularizer = dataclasses.replace(regularizer, noise_covariance=noise)
+            regularizer = regularizer if self.sizes is None else self.sizes.pad(regularizer)
+            regularizer = whiten_regularizer(regularizer, moments)
+        return _as_natural(whitened, self.used).in_frame(self.frame), regularizer
 
     def evaluate(
         self, natural: Natural, regularizer: Regularizer | None, block: Block | None = None
@@ -296,11 +234,9 @@ class Fit:
             The model that maximises with the sums of the pass; diagnostics, their densities those of rows in the frame;
             and the penalised log-likelihood per sample of x, in nats.
         """
-        inner = natural.in_frame(self.row_frame)
-        if isinstance(self.source, RowsOnDevice):
-            block = self.source.sample()  # which is all
+        inner, block = natural.in_frame(self.row_frame), block or self.block
         if block is not None:
-            given = {"shards": row_shards(block[0]), "projection_dtype": self.dtype}
+            given: Any = {"shards": row_shards(block[0]), "projection_dtype": self.dtype, "used": self.used}
             updated, info, _, read = one_step(inner, block, regularizer, self.frame, **given)
         else:
             factors = prepare(inner, self.dtype)
@@ -365,10 +301,13 @@ class Fit:
         """A model in the frame, after `evaluate`, as a result: in the latent basis in which y has mean 0 and
         covariance I, and with diagnostics whose densities are those of x.
         """
-        moments = own_moments(natural)
-        whitened = moments_to_natural(whiten_moments(moments))
+        natural, regularizer = _whitened_at_the_end(natural, regularizer)
+        if self.sizes is not None:
+            natural, regularizer = self.sizes.crop(natural), self.sizes.crop(regularizer)
+            occupancy = jax.device_put(np.asarray(info.occupancy)[: self.head.n_components])
+            info = dataclasses.replace(info, occupancy=occupancy)
         return EMResult(
-            natural=whitened.in_frame(natural.frame),
+            natural=natural,
             objective_history=np.asarray(history),
             converged=converged,
             info=dataclasses.replace(
@@ -377,8 +316,16 @@ class Fit:
                 objective=jnp.asarray(objective, info.objective.dtype),
             ),
             restart_objectives=np.asarray(history[-1:]),
-            regularizer=None if regularizer is None else whiten_regularizer(regularizer, moments),
+            regularizer=regularizer,
         )
+
+    def padded(self, state: EMState) -> EMState:
+        """A state whose models have the sizes that the fit computes with."""
+        return state if self.sizes is None else _of_size(state, self.sizes.pad)
+
+    def cropped(self, state: EMState) -> EMState:
+        """A state whose models have their own sizes."""
+        return state if self.sizes is None else _of_size(state, self.sizes.crop)
 
     def finished(self, result: EMResult) -> EMResult:
         """The result with model and regulariser in units of x, where the dtype can hold them; warns of wild rows."""
@@ -397,4 +344,26 @@ class Fit:
         if regularizer is not None:
             noise = regularizer.noise_covariance.scaled(natural.frame.unit)
             regularizer = dataclasses.replace(regularizer, noise_covariance=noise)
-        return dataclasses.replace(result, natural=in_units_of_x(natural), regularizer=regularizer)
+        if self.sizes is None:
+            natural = own_in_units_of_x(natural)
+        else:
+            natural = self.sizes.crop(own_in_units_of_x(self.sizes.pad(natural)))
+        return dataclasses.replace(result, natural=natural, regularizer=regularizer)
+
+
+def _of_size(state: EMState, resize: Callable[[Any], Any]) -> EMState:
+    models = {name: resize(getattr(state, name)) for name in ("natural", "top", "regularizer")}
+    return dataclasses.replace(state, **models)
+
+
+@jit
+def _as_natural(moments: Moments, used: InUse | None) -> Natural:
+    return moments_to_natural(moments if used is None else used.masked(moments))
+
+
+@jit
+def _whitened_at_the_end(natural: Natural, regularizer: Regularizer | None) -> tuple[Natural, Regularizer | None]:
+    """The same p(x) and penalty in the latent basis in which y has mean 0 and covariance I."""
+    moments = own_moments(natural)
+    regularizer = None if regularizer is None else whiten_regularizer(regularizer, moments)
+    return moments_to_natural(whiten_moments(moments)).in_frame(natural.frame), regularizer

@@ -26,6 +26,7 @@ from flax_hmog.data.rows import (
 from flax_hmog.em.directions import Directions, latent_directions, project
 from flax_hmog.em.k_means import cluster_sums, is_large, k_means, members
 from flax_hmog.em.options import METHODS, check_options
+from flax_hmog.em.padding import InUse
 from flax_hmog.model.checks import check_precision, door, public
 from flax_hmog.model.conversions import reframe
 from flax_hmog.model.coordinates import Moments
@@ -105,6 +106,7 @@ def starts(
     key: Array,
     *,
     method: str = "pca",
+    used: InUse | None = None,
 ) -> Iterator[Moments]:
     """Models to start EM from, in a frame: clusters sought in several metrics, as none is right for all data.
 
@@ -121,16 +123,21 @@ def starts(
         by_column: True if columns have units of their own.
         key: PRNG key.
         method: "pca" or "fa".
+        used: the parts of padded models that count; None for models of the head's own size.
 
     Yields:
         `Moments` of x' = (x - origin) / unit.
     """
+    n_components, lat_dim = head.n_components, head.lat_dim
+    if used is not None:
+        n_components, lat_dim = used.components.shape[0], used.factors.shape[0]
     obs_rep, shards = as_rep(head.obs_rep, argument="head.obs_rep"), row_shards(x)
     find = partial(
         latent_directions, x, weights, frame, jax.random.fold_in(key, 1),
-        lat_dim=head.lat_dim, by_column=by_column, obs_rep=obs_rep, shards=shards,
+        lat_dim=lat_dim, by_column=by_column, obs_rep=obs_rep, shards=shards,
+        used=None if used is None else used.factors,
     )  # fmt: skip
-    sizes: dict[str, Any] = {"n_components": head.n_components, "by_column": by_column, "shards": shards}
+    sizes: dict[str, Any] = {"n_components": n_components, "by_column": by_column, "shards": shards, "used": used}
     directions = find(method=method)
     for is_whitened in (False, True):
         yield _clustered(x, weights, labels, frame, key, directions, is_whitened, **sizes)
@@ -166,6 +173,7 @@ def _clustered(
     n_components: int,
     by_column: bool,
     shards: Shards,
+    used: InUse | None,
 ) -> Moments:
     """The model with these directions, and clusters by k-means along them."""
     share = weights / jnp.sum(weights)
@@ -179,10 +187,12 @@ def _clustered(
     # distances in the latent space count as they do in the data: y scaled by the norms of the loadings
     spread = jnp.sqrt(matmul(share, y**2))
     scale = jnp.where(is_whitened, 1 / jnp.where(spread > 0, spread, 1), jnp.linalg.norm(loadings, axis=0))
-    labels = k_means(y * scale[None], share, key, n_components, known, shards)
+    count = n_components if used is None else used.n_components
+    labels = k_means(y * scale[None], share, key, n_components, known, shards, count)
 
-    mass, means, covariances = _cluster_moments(y, share, labels, n_components, jnp.sum(weights), shards)
-    return Moments(loadings, center, noise, mass, means, PositiveDefinite(covariances))
+    mass, means, covariances = _cluster_moments(y, share, labels, n_components, count, jnp.sum(weights), shards)
+    moments = Moments(loadings, center, noise, mass, means, PositiveDefinite(covariances))
+    return moments if used is None else used.masked(moments)
 
 
 def _with_fixed_signs(y: Array, share: Array) -> tuple[Array, Array]:
@@ -193,7 +203,7 @@ def _with_fixed_signs(y: Array, share: Array) -> tuple[Array, Array]:
 
 
 def _cluster_moments(
-    y: Array, share: Array, labels: Array, n_clusters: int, count: Array, shards: Shards
+    y: Array, share: Array, labels: Array, n_clusters: int, n_sought: Array | int, count: Array, shards: Shards
 ) -> tuple[Array, Array, Array]:
     """Weights (K,), means (K, L) and covariances (K, L, L) of labelled rows, shrunk towards the pooled covariance."""
     lat_dim = y.shape[1]
@@ -203,7 +213,7 @@ def _cluster_moments(
     pooled = jnp.sum(within, axis=0) + ISOTROPIC_SHARE * jnp.eye(lat_dim, dtype=y.dtype)
     shrink = POOLED_SAMPLES / count
     covariances = (within + shrink * pooled[None]) / (mass + shrink)[:, None, None]
-    return (mass + 1 / count) / (1 + n_clusters / count), means, covariances
+    return (mass + 1 / count) / (1 + n_sought / count), means, covariances
 
 
 def _sorted_sums(y: Array, share: Array, labels: Array, n_clusters: int, shards: Shards) -> tuple[Array, Array, Array]:

@@ -25,7 +25,13 @@ TILE_ROWS = 256  # rows of one cluster that are summed at a time
 
 
 def k_means(
-    points: Array, share: Array, key: Array, n_clusters: int, known: Array | None = None, shards: Shards = None
+    points: Array,
+    share: Array,
+    key: Array,
+    n_clusters: int,
+    known: Array | None = None,
+    shards: Shards = None,
+    n_sought: Array | int | None = None,
 ) -> Array:
     """Labels (N,) of weighted k-means: greedy k-means++ seeds, then Lloyd steps; empty clusters keep their centre.
 
@@ -40,12 +46,14 @@ def k_means(
         n_clusters: K.
         known: clusters that are known (N,), -1 where not, or None: the first seeds are their means, and they stay.
         shards: shards of the rows.
+        n_sought: number of clusters that are sought, the others staying empty; None for all.
 
     Returns:
         Labels (N,).
 
     Source: Arthur and Vassilvitskii 2007, with the best of 2 + log K candidates at each seed.
     """
+    n_sought = n_clusters if n_sought is None else n_sought
     direction_key, key = jax.random.split(key)
     direction = jax.random.normal(direction_key, points.shape[1:], points.dtype)
     centers, is_known = jnp.zeros((n_clusters, points.shape[1]), points.dtype), jnp.zeros(n_clusters, bool)
@@ -59,11 +67,12 @@ def k_means(
         chosen = _spread_rows(points, share, direction, jax.random.fold_in(key, n_clusters), sample)
         few, equal = points[chosen], jnp.full(sample, 1 / sample, share.dtype)
         labels = None if known is None else known[chosen]
-        centers = _seeds(few, equal, direction, key, labels, centers, is_known)
-        centers, steps = _moved(few, equal, centers, labels, SAMPLE_STEPS, None), STEPS_AFTER_SAMPLE
+        centers = _seeds(few, equal, direction, key, labels, centers, is_known, n_sought)
+        centers, steps = _moved(few, equal, centers, labels, n_sought, SAMPLE_STEPS, None), STEPS_AFTER_SAMPLE
     else:
-        centers = _seeds(points, share, direction, key, known, centers, is_known)
-    return _labels(points, _moved(points, share, centers, known, steps, shards), known, shards)
+        centers = _seeds(points, share, direction, key, known, centers, is_known, n_sought)
+    centers = _moved(points, share, centers, known, n_sought, steps, shards)
+    return _labels(points, centers, known, n_sought, shards)
 
 
 def is_large(n_rows: int, n_clusters: int) -> bool:
@@ -84,11 +93,19 @@ def _spread_rows(points: Array, share: Array, direction: Array, key: Array, coun
 
 
 def _seeds(
-    points: Array, share: Array, direction: Array, key: Array, known: Array | None, centers: Array, is_known: Array
+    points: Array,
+    share: Array,
+    direction: Array,
+    key: Array,
+    known: Array | None,
+    centers: Array,
+    is_known: Array,
+    n_sought: Array | int,
 ) -> Array:
     """Centres (K, L): those that `is_known` (K,) stay, one after the other is added."""
     n_clusters = centers.shape[0]
     trials = 2 + int(math.log(n_clusters))
+    is_tried = jnp.arange(trials) < 2 + jnp.floor(jnp.log(jnp.asarray(n_sought, points.dtype)))
     order = jnp.argsort(matmul(points, direction))
 
     def draw(key: Array, mass: Array) -> Array:
@@ -107,7 +124,7 @@ def _seeds(
         place = jnp.sum(~is_known & (jnp.arange(n_clusters) < index))
         candidates = points[draw(jax.random.fold_in(key, place), mass)]
         shrunk = jnp.minimum(nearest[:, None], _distances(candidates, points))
-        best = jnp.argmin(matmul(share, shrunk))
+        best = jnp.argmin(jnp.where(is_tried, matmul(share, shrunk), jnp.inf))
         added = centers.at[index].set(candidates[best]), shrunk[:, best]
         kept = jax.tree.map(partial(jnp.where, is_known[index]), state, added)
         return cast(tuple[Array, Array], kept)
@@ -115,16 +132,18 @@ def _seeds(
     nearest = jnp.full(share.shape, jnp.inf, points.dtype)
     if known is not None:
         nearest = jnp.min(jnp.where(is_known[None], _distances(centers, points), jnp.inf), axis=-1)
-    return cast(Array, jax.lax.fori_loop(0, n_clusters, add_center, (centers, nearest))[0])
+    return cast(Array, jax.lax.fori_loop(0, n_sought, add_center, (centers, nearest))[0])
 
 
-def _moved(points: Array, share: Array, centers: Array, known: Array | None, steps: int, shards: Shards) -> Array:
+def _moved(
+    points: Array, share: Array, centers: Array, known: Array | None, n_sought: Array | int, steps: int, shards: Shards
+) -> Array:
     """Centres (K, L) after Lloyd steps."""
     n_clusters = centers.shape[0]
 
     def block_sums(centers: Array, block: Block, is_new: Array) -> tuple[Array, Array]:
         points, share, known = block
-        member = members(_nearest(centers, points, known), jnp.where(is_new, share, 0), n_clusters)
+        member = members(_nearest(centers, points, known, n_sought), jnp.where(is_new, share, 0), n_clusters)
         return jnp.sum(member, axis=0), matmul(member.T, points)
 
     def tile_sums(_: Tree, points: Array, share: Array) -> tuple[Array, Array]:
@@ -132,7 +151,7 @@ def _moved(points: Array, share: Array, centers: Array, known: Array | None, ste
 
     def lloyd(_: int, centers: Array) -> Array:
         if is_large(points.shape[0], n_clusters):
-            labels = _labels(points, centers, known, shards)
+            labels = _labels(points, centers, known, n_sought, shards)
             mass, total = cluster_sums(tile_sums, (), points, share, labels, n_clusters, shards)
         else:
             limit = block_rows(points.shape[1] + 3 * n_clusters)
@@ -143,20 +162,21 @@ def _moved(points: Array, share: Array, centers: Array, known: Array | None, ste
     return cast(Array, jax.lax.fori_loop(0, steps, lloyd, centers))
 
 
-def _labels(points: Array, centers: Array, known: Array | None, shards: Shards) -> Array:
+def _labels(points: Array, centers: Array, known: Array | None, n_sought: Array | int, shards: Shards) -> Array:
     """The number of the nearest centre of all points (N,), or of the one that is known."""
     limit = block_rows(points.shape[1] + 3 * centers.shape[0])
-    labels = map_rows(lambda centers, points: _nearest(centers, points, None), centers, points, limit, shards)
+    labels = map_rows(lambda centers, points: _nearest(centers, points, None, n_sought), centers, points, limit, shards)
     return labels if known is None else jnp.where(known >= 0, known, labels)
 
 
-def _nearest(centers: Array, points: Array, known: Array | None) -> Array:
+def _nearest(centers: Array, points: Array, known: Array | None, n_sought: Array | int) -> Array:
     """`_labels` of a block of points."""
     # half the squared distances, up to a number for each point, by one product: so that both looks at it see one value.
     # argmin takes several times as long
     ones, half = jnp.ones_like(points[:, :1]), jnp.sum(centers**2, axis=-1, keepdims=True) / 2
     far = matmul(jnp.concatenate([points, ones], axis=1), jnp.concatenate([-centers, half], axis=1).T)
     numbers = jnp.arange(centers.shape[0], dtype=jnp.int32)[None]
+    far = jnp.where(numbers < n_sought, far, jnp.inf)
     labels = jnp.min(jnp.where(far <= jnp.min(far, axis=-1, keepdims=True), numbers, centers.shape[0] - 1), axis=-1)
     return labels if known is None else jnp.where(known >= 0, known, labels)
 

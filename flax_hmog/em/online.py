@@ -18,10 +18,11 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from flax_hmog.data.rows import Shards, check_observations, check_samples, row_shards
-from flax_hmog.em.fit import EMResult, Fit
+from flax_hmog.em.fit import Fit
 from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.options import EMOptions, Regularizer, chosen_options
 from flax_hmog.em.progress import progress_bar
+from flax_hmog.em.result import EMResult
 from flax_hmog.em.statistics import accumulate, log_likelihood, residual_mean
 from flax_hmog.em.step import maximize, penalty
 from flax_hmog.model.checks import public

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from flax_hmog.model.checks import check_size, check_type, door, public
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, within_covariance
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, matmul, pytree
+from flax_hmog.model.typed import jit
 
 METHODS = ("pca", "fa")
 COLUMN_UNITS = ("auto", "own", "common")
@@ -88,15 +89,21 @@ class PseudoCounts:
 
     def regularizer(self, moments: Moments, n_samples: float = 0.0) -> Regularizer:
         """The pseudo-statistics of this strength for EM that starts from `moments`, on so many samples."""
-        dtype = moments.loadings.dtype
-        return Regularizer(
-            weights=jnp.asarray(self.weights, dtype),
-            components=jnp.asarray(self.components, dtype),
-            noise=jnp.asarray(max(self.noise, self.noise_share * n_samples), dtype),
-            component_mean=matmul(moments.weights, moments.means),
-            component_covariance=within_covariance(moments),
-            noise_covariance=moments.noise.floored(self.noise_floor),
-        )
+        noise = max(self.noise, self.noise_share * n_samples)
+        return _pseudo_statistics(moments, (self.weights, self.components, noise), self.noise_floor)
+
+
+@jit
+def _pseudo_statistics(moments: Moments, counts: tuple[float, float, float], noise_floor: float) -> Regularizer:
+    weights, components, noise = (jnp.asarray(count, moments.loadings.dtype) for count in counts)
+    return Regularizer(
+        weights=weights,
+        components=components,
+        noise=noise,
+        component_mean=matmul(moments.weights, moments.means),
+        component_covariance=within_covariance(moments),
+        noise_covariance=moments.noise.floored(noise_floor),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

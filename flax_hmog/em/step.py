@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from flax_hmog.data.rows import Shards, check_samples, row_shards
 from flax_hmog.em.options import Regularizer
+from flax_hmog.em.padding import InUse
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
 from flax_hmog.model.checks import check_type, is_concrete, public
 from flax_hmog.model.conversions import component_moments, moments_to_natural, regress_observed
@@ -112,19 +113,22 @@ def em_step(
 @jit(static_argnames=("shards", "projection_dtype"))
 def one_step(
     natural: Natural | Prepared, block: Block, regularizer: Regularizer | None, frame: Frame | None = None, *,
-    shards: Shards, projection_dtype: str | None = None,
+    shards: Shards, projection_dtype: str | None = None, used: InUse | None = None,
 ) -> tuple[Natural, EMInfo, Array, Array]:  # fmt: skip
     """`finish_step` after a pass over one block (x, weights, labels or None), all as one program."""
+    if used is not None:
+        natural = used.completed(check_natural(natural))
     # barriers: what compiles in one program rounds as the same functions do one by one, over several blocks
     factors = jax.lax.optimization_barrier(prepare(natural, projection_dtype))
     statistics = jax.lax.optimization_barrier(accumulate(factors, *block, shards=shards))
-    return finish_step(factors, statistics, regularizer, frame)
+    return finish_step(factors, statistics, regularizer, frame, used)
 
 
 @jit
 def finish_step(
-    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None
-) -> tuple[Natural, EMInfo, Array, Array]:
+    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None,
+    used: InUse | None = None,
+) -> tuple[Natural, EMInfo, Array, Array]:  # fmt: skip
     """The model after a pass with these statistics, `EMInfo` of the model before, True if the first exists (), and for
     the host to read at once the objective and the number of samples (2,).
 
@@ -133,27 +137,33 @@ def finish_step(
         statistics: of the pass.
         regularizer: pseudo-statistics or None.
         frame: of the parameters of both models.
+        used: the parts of the models that count; None for all.
     """
-    info = em_info(factors, statistics, regularizer, frame)
-    natural = moments_to_natural(next_moments(factors, statistics, regularizer))
+    info = em_info(factors, statistics, regularizer, frame, used)
+    natural = moments_to_natural(next_moments(factors, statistics, regularizer, used))
+    log_weights = natural.prior.log_weights
+    log_weights = log_weights if used is None else jnp.where(used.components, log_weights, 0)
     # Cholesky factors of what is not positive definite are NaN
-    signs = (natural.observable_precision.log_det(), natural.prior.precision.entries, natural.prior.log_weights)
+    signs = (natural.observable_precision.log_det(), natural.prior.precision.entries, log_weights)
     exists = jnp.all(jnp.stack([jnp.all(jnp.isfinite(values)) for values in signs]))
     return natural.in_frame(frame), info, exists, jnp.stack([info.objective, statistics.count])
 
 
 @jit
-def next_moments(factors: Prepared, statistics: Statistics, regularizer: Regularizer | None) -> Moments:
+def next_moments(
+    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, used: InUse | None = None
+) -> Moments:
     """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
     loadings = matmul(basis_loadings(factors), factors.basis)
     mean = residual_mean(factors, statistics)
-    moments = maximize(loadings, factors.bias, mean, statistics.count, regularizer)
+    moments = maximize(loadings, factors.bias, mean, statistics.count, regularizer, used)
     return whiten_moments(moments) if regularizer is None else moments
 
 
 def maximize(
-    loadings: Array, bias: Array, mean: ResidualMoments, count: Array | float, regularizer: Regularizer | None
-) -> Moments:
+    loadings: Array, bias: Array, mean: ResidualMoments, count: Array | float, regularizer: Regularizer | None,
+    used: InUse | None = None,
+) -> Moments:  # fmt: skip
     """The model with these average statistics of (x - b - W y, y, z), and with pseudo-samples.
 
     The regression of the residual on y is what W and b change by.
@@ -164,6 +174,7 @@ def maximize(
         mean: of `residual_mean`.
         count: number of samples that the averages stand for.
         regularizer: pseudo-statistics or None.
+        used: the parts of the models that count; None for all.
 
     Returns:
         `Moments`, in the latent basis of the statistics.
@@ -181,9 +192,11 @@ def maximize(
         first = first + share * r.component_mean[None]
         pseudo_square = r.component_covariance.entries + outer(r.component_mean, r.component_mean)
         second = second + share * pseudo_square[None]
-        weights = (weights + r.weights / count) / (1 + weights.shape[0] * r.weights / count)
+        n_components = weights.shape[0] if used is None else used.n_components
+        weights = (weights + r.weights / count) / (1 + n_components * r.weights / count)
     means, covariances = component_moments(mass, first, second)
-    return Moments(loadings + turn, bias + shift, noise, weights, means, covariances)
+    moments = Moments(loadings + turn, bias + shift, noise, weights, means, covariances)
+    return moments if used is None else used.masked(moments)
 
 
 @public
@@ -210,19 +223,26 @@ def penalty(natural: Natural | Prepared, regularizer: Regularizer) -> Float[Arra
     return _penalty(model, einsum("kij,kj->ki", covariances, model.prior.location), log_det, regularizer)
 
 
-def _penalty(natural: Natural, means: Array, log_det: Array, regularizer: Regularizer) -> Array:
+def _penalty(
+    natural: Natural, means: Array, log_det: Array, regularizer: Regularizer, used: InUse | None = None
+) -> Array:
     """`penalty` of a model whose prior has these means (K, L) and log|P_k| (K,)."""
     r, precision = regularizer, natural.observable_precision
-    obs_dim, lat_dim = natural.interaction.shape
+    obs_dim, log_weights = natural.interaction.shape[0], natural.prior.log_weights
+    lat_dim = natural.interaction.shape[1] if used is None else used.n_factors
     gap = means - r.component_mean[None]
     spread = r.component_covariance.entries[None] + outer(gap, gap)
+    if used is not None:
+        spread = jnp.where(outer(used.factors, used.factors)[None], spread, 0)
     log_2pi = math.log(2 * math.pi)
     # E[log N(y; m, S)] = -1/2 (L log 2 pi + log|S| + tr S^-1 E[(y - m)(y - m)'])
     component = lat_dim * log_2pi - log_det + jnp.sum(natural.prior.precision.entries * spread, axis=(-1, -2))
     noise = obs_dim * log_2pi - precision.log_det() + trace_product(precision, r.noise_covariance)
     if natural.frame is not None:
         noise = noise + 2 * natural.frame.log_volume
-    weights = r.weights * jnp.sum(natural.prior.log_weights)
+    if used is not None:
+        component, log_weights = (jnp.where(used.components, term, 0) for term in (component, log_weights))
+    weights = r.weights * jnp.sum(log_weights)
     return weights - (r.components * jnp.sum(component) + r.noise * noise) / 2
 
 
@@ -265,20 +285,25 @@ def _change_basis(
     return matmul(means - center[None], inverse.T), PositiveDefinite(symmetrize(spread))
 
 
-@jax.jit
-def em_info(factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None) -> EMInfo:
+@jit
+def em_info(
+    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None,
+    used: InUse | None = None,
+) -> EMInfo:  # fmt: skip
     """Diagnostics of a model in this frame, whose pass over the data gave these statistics."""
     natural = factors.natural
     objective = value = log_likelihood(factors, statistics)
     if regularizer is not None:
-        objective = value + _penalty(natural, factors.prior_means, factors.prior_log_det, regularizer)
+        objective = value + _penalty(natural, factors.prior_means, factors.prior_log_det, regularizer, used)
     noise = natural.observable_precision.inverse().diagonal()
     if frame is not None:
         noise = noise * frame.unit**2
+    precision = natural.prior.precision.diagonal()
+    precision = precision if used is None else jnp.where(used.factors[None], precision, 0)
     return EMInfo(
         log_likelihood=value / statistics.count,
         objective=objective / statistics.count,
         occupancy=statistics.responsibilities,
         smallest_noise=jnp.min(noise),
-        smallest_latent_variance=1 / jnp.max(natural.prior.precision.diagonal()),
+        smallest_latent_variance=1 / jnp.max(precision),
     )

@@ -127,7 +127,7 @@ def in_units_of_x(natural: Natural) -> Natural:
     natural = check_natural(natural)
     if natural.frame is None:
         return natural
-    plain = _in_units_of_x(with_prior(natural))
+    plain = own_in_units_of_x(with_prior(natural))
     if is_concrete(plain) and not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(plain)):
         raise ValueError(
             f"in_units_of_x: the parameters must be finite in {plain.interaction.dtype} in units of x; got units from "
@@ -138,7 +138,8 @@ def in_units_of_x(natural: Natural) -> Natural:
 
 
 @jit
-def _in_units_of_x(natural: Natural) -> Natural:
+def own_in_units_of_x(natural: Natural) -> Natural:
+    """`in_units_of_x` of a model with its prior and a frame, unchecked."""
     frame: Any = natural.frame
     precision = natural.observable_precision.scaled(1 / frame.unit)
     interaction = natural.interaction / frame.unit[:, None]

@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_hmog.em.cycles import Cycles
-from flax_hmog.em.fit import EMResult, EMState, fit_em
+from flax_hmog.em.fit import fit_em
 from flax_hmog.em.online import stepwise_start
+from flax_hmog.em.result import EMResult, EMState
 from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.heads.from_natural import warm_start
 from flax_hmog.inference.posterior import infer
