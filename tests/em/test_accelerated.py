@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from flax_hmog import AnalyticHMoG, EMOptions, fit_em, fit_online_em, mean_log_density, penalty
 from flax_hmog.em import accelerate, cycles
+from flax_hmog.em.fit import Fit
 
 DIGITS = load_digits().data / 16
 KEY = jax.random.key(0)
@@ -167,12 +168,13 @@ def test_small_problems_and_blocks_take_plain_steps():
 @pytest.mark.parametrize("option", [None, True, False])
 def test_it_is_chosen_by_size(float64, monkeypatch, option):
     """Left open, it takes long passes with many components; otherwise as was said."""
-    few = fit(n_components=99, max_steps=1, accelerate=option)
-    assert (few.sparse is not None) == bool(option)
-    monkeypatch.setattr(cycles, "LONG_PASS", 1000 * 5 * (100 * 5 + 4 * 12))
-    assert (fit(n_components=100, max_steps=1, accelerate=option).sparse is None) == (option is False)
-    monkeypatch.setattr(cycles, "LONG_PASS", cycles.LONG_PASS + 1)
-    assert (fit(n_components=100, max_steps=1, accelerate=option).sparse is not None) == bool(option)
+    products = len(BLOBS) * 5 * (100 * 5 + 4 * 12)
+    chosen = []
+    for n_components, least in ((99, 0), (100, products), (100, products + 1)):
+        monkeypatch.setattr(cycles, "LONG_PASS", least)
+        head = AnalyticHMoG(5, n_components, param_dtype="float64")
+        chosen.append(cycles._accelerates(Fit(head, BLOBS, KEY, None, None, EMOptions(accelerate=option))))
+    assert chosen == ([False, True, False] if option is None else [option] * 3)
 
 
 def test_other_dtypes_of_the_projection():
