@@ -1,36 +1,36 @@
 """Fewer passes for the same objective.
 
-Cycles of one pass that finds responsibilities and several that keep them, and squared extrapolation of the models
-between cycles (SQUAREM, Varadhan & Roland 2008).
+Cycles of one pass that finds the components that count for every row and several that look at these alone, and after
+each pass a model beyond that of its M-step. One that turns out worse is given up for the model of the M-step.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flax_hmog.data.rows import Shards
 from flax_hmog.em.options import Regularizer
-from flax_hmog.em.sparse import Assignments, SparseInfo, frozen_pass, sparse_pass
-from flax_hmog.em.step import finish_step
+from flax_hmog.em.sparse import Assignments, SparseInfo, kept_pass, sparse_pass
+from flax_hmog.em.step import em_info, finish_step, next_moments
 from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Moments, Natural
 from flax_hmog.model.kinds import Array, PositiveDefinite, diagonal, matmul, one_by_one, pytree, transpose
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.typed import jit
 
-LONGEST_STEP = 2.5  # of an extrapolation; 1 is none. With longer ones most are rejected
+MOMENTUM, RELAXATION = 0.75, 0.75  # of extrapolations: shares of the move between two updates, and of the last one
 
 
 @pytree
 class Found:
-    """One pass that finds responsibilities.
+    """One pass that finds the components that count.
 
     Attributes:
         natural: the model after its M-step.
-        assignments: the responsibilities.
+        assignments: the components that count.
         info: what was left out.
         objective: penalised log-likelihood per sample of the model before (), without the volume of the frame, and
             without what was left out: it is no higher than that of a dense pass.
@@ -70,61 +70,60 @@ def find(
 @jit(static_argnames=("passes", "shards", "projection_dtype"))
 def follow(
     found: Found,
+    natural: Natural,
+    last: Natural,
     regularizer: Regularizer | None,
     weights: Array,
     *,
     passes: int = 4,
     shards: Shards = None,
     projection_dtype: str | None = None,
-) -> tuple[Natural, Array]:
-    """More steps with the responsibilities of a pass.
+) -> tuple[Natural, Natural, Array]:
+    """More steps with the components that counted in a pass, each beyond the model of its M-step.
 
     Args:
         found: of `find`.
+        natural: the model of that pass.
+        last: the model of the M-step before, from which that one was extrapolated; or the same.
         regularizer: pseudo-statistics or None.
         weights: the weights of the rows (N,).
-        passes: frozen passes.
+        passes: kept passes.
         shards: shards of the rows.
         projection_dtype: of `prepare`.
 
     Returns:
-        The model after them, and the free energy per sample before the last of them (). It is no lower than the
-        objective of `found`, and no higher than that of the model.
+        The model to go on with; that of the last M-step, which takes its place if it is worse; and the highest free
+        energy per sample so far (). It is no lower than the objective of `found`, and no higher than that of the model
+        of the last M-step.
     """
+    frame = found.natural.frame
+    like, (first, here, start) = (
+        own_moments(found.natural),
+        (_to_free(own_moments(model)) for model in (last, natural, found.natural)),
+    )
 
-    def step(number: int, carry: tuple[Natural, Array]) -> tuple[Natural, Array]:
-        factors = prepare(carry[0], projection_dtype)
-        statistics = frozen_pass(factors, found.assignments, weights, shards=shards)
-        updated, info, _, _ = finish_step(factors, statistics, regularizer, factors.natural.frame)
-        return updated, info.objective
+    def model(free: dict[str, Any]) -> Natural:
+        return moments_to_natural(_from_free(like, free)).in_frame(frame)
 
-    start = found.natural, found.objective
-    return cast(tuple[Natural, Array], jax.lax.fori_loop(0, passes, step, start))
+    def step(number: int, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        here, last, reached, is_beyond = carry
+        factors = prepare(model(here), projection_dtype)
+        statistics = kept_pass(factors, found.assignments, weights, shards=shards)
+        energy = em_info(factors, statistics, regularizer, frame).objective
+        updated = _to_free(next_moments(factors, statistics, regularizer))
+        accepted = (energy >= reached) | ~is_beyond
+        new = extrapolate(last, here, updated), updated, energy, jnp.array(True)
+        old = last, last, reached, jnp.array(False)
+        return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
+
+    carry = extrapolate(first, here, start), start, found.objective, jnp.array(True)
+    here, last_free, reached, _ = jax.lax.fori_loop(0, passes, step, carry)
+    return model(here), model(last_free), reached
 
 
-@jit
-def beyond(first: Natural, second: Natural, third: Natural) -> Natural:
-    """`extrapolate` of three models with one frame."""
-    found = extrapolate(own_moments(first), own_moments(second), own_moments(third))
-    return moments_to_natural(found).in_frame(third.frame)
-
-
-@jit
-def extrapolate(first: Moments, second: Moments, third: Moments, longest: Array | float = LONGEST_STEP) -> Moments:
-    """The model that three successive ones point to.
-
-    With r = second - first and v = (third - second) - r in free coordinates it is first + 2 a r + a^2 v, where
-    a = |r| / |v| within [1, longest], one for each of W, b, noise, weights, means and covariances; a = 1 is the third.
-    """
-
-    def block(zero: Array, one: Array, two: Array) -> Array:
-        r, v = one - zero, two - 2 * one + zero
-        square = jnp.sum(v**2)
-        ratio = jnp.sqrt(jnp.sum(r**2) / jnp.where(square > 0, square, 1))
-        a = jnp.clip(jnp.where(square > 0, ratio, 1), 1, longest)
-        return zero + 2 * a * r + a**2 * v
-
-    return _from_free(third, jax.tree.map(block, _to_free(first), _to_free(second), _to_free(third)))
+def extrapolate(last: dict[str, Any], here: dict[str, Any], updated: dict[str, Any]) -> dict[str, Any]:
+    """A point beyond an update of this one, in free coordinates: by what updates moved, and by what this one did."""
+    return jax.tree.map(lambda a, b, c: c + MOMENTUM * (c - a) + RELAXATION * (c - b), last, here, updated)
 
 
 def _to_free(moments: Moments) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.sources import RowsOnDevice
-from flax_hmog.em.accelerate import Found, beyond, find, follow
+from flax_hmog.em.accelerate import Found, find, follow
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.step import EMInfo
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from flax_hmog.em.result import EMState
 
 FEWEST_COMPONENTS = 33  # with fewer, products with all of them cost less than the choice of a few
-FROZEN_PASSES = 4
+MANY_COMPONENTS, LONG_PASS = 100, 2e10  # components and products of a pass from which on it pays unasked
+KEPT_PASSES = 4
 FEWEST_SLOTS, MOST_SLOTS = 8, 64  # components per row at most; four times as many after a failure
 LEAST_RANK = 8  # directions of the screen; half of L where that is more
 TOLERANCE = 1e-6  # nats that a row may drop before it looks at all components, and that rows may drop on average
@@ -34,16 +35,14 @@ class Cycles:
     """State of an accelerated fit between two steps of a start, beside the model.
 
     Attributes:
-        anchor: the model before the last step, if the next extrapolation begins there; or None.
-        fallback: the model that stands in place of one that was extrapolated and is no better; or None.
-        reached: free energy that the fallback or, without one, the model has at least.
+        last: the model of the last M-step, if the present one was extrapolated from it; or None.
+        reached: free energy that the last model or, without one, the present one has at least.
         slots: components per row of sparse passes.
         retry: number of objectives in the history from which on sparse passes are tried.
         sparse: of the last sparse pass that counted, or None.
     """
 
-    anchor: Any = None
-    fallback: Any = None
+    last: Any = None
     reached: float = -math.inf
     slots: int = FEWEST_SLOTS
     retry: int = 0
@@ -75,7 +74,7 @@ class Step:
 
 
 def take_step(fit: Fit, state: EMState, *, is_last: bool = False) -> Step:
-    """A sparse pass, frozen ones and, after every second step, an extrapolation; or a step of plain EM.
+    """A sparse pass and kept ones, with an extrapolation after each; or a step of plain EM.
 
     Plain EM takes over where the last pass is due or a certificate fails: rows that drop too much, or an objective
     below the free energy that was reached, as a component that counted is no candidate any more. After a failure
@@ -89,20 +88,21 @@ def take_step(fit: Fit, state: EMState, *, is_last: bool = False) -> Step:
     is_sparse = not is_last and done >= cycles.retry
     slots = cycles.slots if is_sparse else None
     found, objective = _seen(fit, natural, regularizer, slots)
-    if cycles.fallback is not None and not objective >= cycles.reached:
+    last = natural if cycles.last is None else cycles.last
+    if cycles.last is not None and not objective >= cycles.reached:
         # the extrapolation is given up: it has cost its pass
-        natural = cycles.fallback
+        natural = last
         found, objective = _seen(fit, natural, regularizer, slots)
     if isinstance(found, Found):
         has_fallen = cycles.reached - objective > fit.rounding(objective)
         if not has_fallen and np.asarray(found.info.mean_dropped) <= TOLERANCE:
-            return _followed(fit, natural, found, objective, regularizer, cycles)
+            return _followed(fit, (last, natural), found, objective, regularizer, cycles)
         if cycles.slots < min(MOST_SLOTS, fit.head.n_components / 2):
             cycles = dataclasses.replace(cycles, slots=min(MOST_SLOTS, 4 * cycles.slots))
         else:
             cycles = dataclasses.replace(cycles, retry=2 * done + 2)
     updated, info, objective = found if isinstance(found, tuple) else fit.evaluate(natural, regularizer)
-    cycles = dataclasses.replace(cycles, anchor=None, fallback=None, reached=objective)
+    cycles = dataclasses.replace(cycles, last=None, reached=objective)
     return Step(natural, updated, info, objective, cycles)
 
 
@@ -122,26 +122,31 @@ def _seen(fit: Fit, natural: Natural, regularizer: Regularizer | None, slots: in
 
 
 def _followed(
-    fit: Fit, natural: Natural, found: Found, objective: float, regularizer: Regularizer | None, cycles: Cycles
-) -> Step:
-    """The step after a sparse pass that counts."""
-    _, weights, _ = block = fit.source.sample()
-    given: Any = {"shards": row_shards(block[0]), "projection_dtype": fit.dtype, "passes": FROZEN_PASSES}
-    updated, energy = follow(found, regularizer, weights, **given)
-    updated = updated.in_frame(fit.frame)
-    anchor: Natural | None = natural
-    fallback, following = None, updated
-    if cycles.anchor is not None:
-        anchor, fallback, following = None, updated, beyond(cycles.anchor, natural, updated)
+    fit: Fit, models: tuple[Natural, Natural], found: Found, objective: float, regularizer: Regularizer | None,
+    cycles: Cycles,
+) -> Step:  # fmt: skip
+    """The step after a sparse pass that counts, with the second of these models."""
+    x, weights, _ = fit.source.sample()
+    inner = (model.in_frame(fit.row_frame) for model in models)
+    following, last, energy = follow(
+        found, *reversed(tuple(inner)), regularizer, weights,
+        passes=KEPT_PASSES, shards=row_shards(x), projection_dtype=fit.dtype,
+    )  # fmt: skip
     reached, sparse = _of_x(fit, energy, regularizer), jax.tree.map(lambda leaf: np.asarray(leaf).item(), found.info)
-    cycles = dataclasses.replace(cycles, anchor=anchor, fallback=fallback, reached=reached, sparse=sparse)
-    return Step(natural, following, None, objective, cycles)
+    cycles = dataclasses.replace(cycles, last=last.in_frame(fit.frame), reached=reached, sparse=sparse)
+    return Step(models[1], following.in_frame(fit.frame), None, objective, cycles)
 
 
 def _accelerates(fit: Fit) -> bool:
-    """True if passes of this fit can be sparse: all rows on the device, and many components."""
-    is_asked, n_components = fit.options.accelerate, fit.head.n_components
-    return is_asked and n_components >= FEWEST_COMPONENTS and isinstance(fit.source, RowsOnDevice)
+    """True if passes of this fit can be sparse, with rows on the device, and it is asked for or pays."""
+    is_asked, n_components, source = fit.options.accelerate, fit.head.n_components, fit.source
+    if n_components < FEWEST_COMPONENTS or not isinstance(source, RowsOnDevice):
+        return False
+    if is_asked is not None:
+        return is_asked
+    lat_dim, n_rows = fit.head.lat_dim, len(source.sample()[0])
+    products = n_rows * lat_dim * (n_components * lat_dim + 4 * source.obs_dim)
+    return n_components >= MANY_COMPONENTS and products >= LONG_PASS and jax.default_backend() == "cpu"
 
 
 def _of_x(fit: Fit, objective: Array, regularizer: Regularizer | None) -> float:

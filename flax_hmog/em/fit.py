@@ -60,8 +60,9 @@ def fit_em(
 ) -> EMResult:
     """Fit a HMoG by exact EM.
 
-    Every step is a pass over the data in blocks, or several with `accelerate`; the penalised log-likelihood never
-    decreases (but for rounding in float32 and lower dtypes). Data are converted to `head.param_dtype`.
+    Every step is a pass over the data in blocks; the penalised log-likelihood never decreases (but for rounding in
+    float32 and lower dtypes). Data are converted to `head.param_dtype`. Steps of an accelerated fit take more and
+    cheaper passes: their objectives are lower bounds, the last one is exact.
 
     Args:
         head: unbound head with full component matrices (`AnalyticHMoG`); dimensions, `obs_rep` and `param_dtype` count.

@@ -125,7 +125,8 @@ class EMOptions:
         max_steps: for `fit_em`: steps per start at most.
         tolerance: for `fit_em`: a gain in nats per sample below which a start has converged.
         accelerate: for `fit_em`: reach the same objective in fewer and cheaper passes, of which all but the last look
-            at few components per row. It pays with many components and data in memory, on CPUs; with 32 components or
+            at few components per row; None does so where it pays, longer compilation included: on CPUs, with 100
+            components or more, data in memory, and passes that take about half a second or more. With 32 components or
             fewer, or data in blocks or batches, the fit is the one without it (docs/performance.md).
         batch_size: for `fit_online_em`: samples per step, where the data are no batches.
         passes: for `fit_online_em`: passes over the data.
@@ -153,7 +154,7 @@ class EMOptions:
     n_restarts: int = 1
     max_steps: int = 200
     tolerance: float = 1e-3
-    accelerate: bool = False
+    accelerate: bool | None = None
     batch_size: int = 512
     passes: int = 3
     average: bool = False
@@ -184,7 +185,7 @@ COUNTS = ("n_restarts", "max_steps", "batch_size", "passes")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init": (lambda init: not isinstance(init, str) or init in METHODS, f"a model or one of {METHODS}"),
     "column_units": (lambda units: units in COLUMN_UNITS, f"one of {COLUMN_UNITS}"),
-    "accelerate": (lambda accelerate: isinstance(accelerate, bool), "True or False"),
+    "accelerate": (lambda accelerate: isinstance(accelerate, bool | None), "True, False or None"),
     "max_distance": (lambda distance: distance > 1, "above 1"),
     "step_delay": (lambda delay: delay >= 1, "at least 1"),
     "step_decay": (lambda decay: 0 < decay <= 1, "above 0 and at most 1"),

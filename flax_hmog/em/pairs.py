@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from flax_hmog.model.coordinates import Prepared
 from flax_hmog.model.kinds import Array, matmul, pytree
+from flax_hmog.model.prepared import normalize_logits
 
 MIN_TILE, MAX_TILE = 32, 256
 
@@ -78,35 +79,47 @@ def pair_logits(matrices: Array, with_ones: Array, pairs: Pairs) -> Array:
         return jnp.sum(matmul(rows, matrix) * rows, axis=-1) / 2, ()
 
     logits, _ = _over_tiles(tile, matrices, with_ones, pairs, None)
-    return jnp.where(pairs.index < matrices.shape[0], logits[pairs.position], -jnp.inf)
+    return _in_slots(logits, pairs)
 
 
-def pair_sums(
-    matrices: Array, with_ones: Array, pairs: Pairs, responsibilities: Array, weights: Array
-) -> tuple[Any, ...]:
-    """Gain of the prior, g = sum_k gamma_k g_k (N, L), and the sums of v gamma (t, 1)(t, 1)' (K, L + 1, L + 1).
+def pair_sums(matrices: Array, with_ones: Array, pairs: Pairs, weights: Array) -> tuple[Array, ...]:
+    """The E-step over pairs.
 
     Args:
         matrices: of `component_matrices`.
         with_ones: (t, 1) of every row (N, L + 1).
         pairs: components of every row.
-        responsibilities: of the components in the slots (N, C); 0 in empty ones.
         weights: sample weights (N,).
+
+    Returns:
+        Log-sums of the logits of every row (N,); the gain of the prior, g = sum_k gamma_k g_k (N, L); and the sums of
+        v gamma (t, 1)(t, 1)' (K, L + 1, L + 1).
     """
-    lat_dim = with_ones.shape[1] - 1
-    gamma = (responsibilities * weights[:, None]).reshape(-1)
+    lat_dim, slots = with_ones.shape[1] - 1, pairs.index.shape[1]
 
-    def tile(matrix: Array, rows: Array, mass: Array) -> tuple[Array, Array]:
-        return matmul(rows, matrix[:, :lat_dim]), matmul((rows * mass[:, None]).T, rows)
+    def products(matrix: Array, rows: Array, _: Array) -> tuple[Array, tuple[Any, ...]]:
+        product = matmul(rows, matrix)
+        # beside the gain its logit, in the last column
+        return product.at[:, lat_dim].set(jnp.sum(product * rows, axis=-1) / 2), ()
 
-    gains, squares = _over_tiles(tile, matrices, with_ones, pairs, gamma)
+    def squares(_: Array, rows: Array, mass: Array) -> tuple[Array, Array]:
+        return jnp.zeros(len(rows), rows.dtype), matmul((rows * mass[:, None]).T, rows)
+
+    gains, _ = _over_tiles(products, matrices, with_ones, pairs, None)
+    evidence, _, responsibilities = normalize_logits(_in_slots(gains[:, lat_dim], pairs))
+    mass = (responsibilities * weights[:, None]).reshape(-1)
+    _, sums = _over_tiles(squares, matrices, with_ones, pairs, mass)
     gain = jnp.zeros((pairs.index.shape[0], lat_dim), gains.dtype)
-    for slot in range(pairs.index.shape[1]):
+    for slot in range(slots):
         # an empty slot points past the pairs that were computed
-        here = pairs.position[:, slot]
-        share = responsibilities[:, slot]
-        gain = gain + jnp.where(share > 0, share, 0)[:, None] * gains[here]
-    return gain, squares
+        gain = gain + responsibilities[:, slot, None] * gains[pairs.position[:, slot], :lat_dim]
+    return evidence, gain, sums
+
+
+def _in_slots(logits: Array, pairs: Pairs) -> Array:
+    """Logits in the order of the pairs as (N, C), -inf in empty slots."""
+    is_pair = pairs.position < pairs.starts[-1]
+    return jnp.where(is_pair, logits[pairs.position], -jnp.inf)
 
 
 def _over_tiles(

@@ -21,13 +21,14 @@ class EMResult:
 
     Attributes:
         natural: the fitted model, its prior whitened (y has mean 0 and covariance I).
-        objective_history: penalised log-likelihood per sample before the first step and after each (steps + 1,), nats.
+        objective_history: penalised log-likelihood per sample before the first step and after each (steps + 1,), nats;
+            of sparse passes without what they left out, which is no more than `sparse.mean_dropped` says.
         converged: True if the last gain was below the tolerance, and no fall beyond rounding.
         info: `EMInfo` of the fitted model.
         restart_objectives: final objective of every start (n_restarts,); the best one is returned.
         regularizer: the pseudo-statistics in the latent basis of `natural`, or None.
         classes: name of component k for k < len(classes), where `labels` were names; None otherwise.
-        sparse: `SparseInfo` of the last sparse pass of an accelerated fit; None if there was none.
+        sparse: `SparseInfo` of the last sparse pass; None if there was none.
 
     Example:
         >>> from flax_hmog.toy import head, natural, x

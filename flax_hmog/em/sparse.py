@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flax_hmog.data.rows import Shards, block_rows, map_rows, sum_rows
+from flax_hmog.data.rows import Shards, block_rows, map_rows
 from flax_hmog.em.pairs import Pairs, component_matrices, pair_logits, pair_sums, sorted_pairs
 from flax_hmog.em.screen import ROUNDING, Screen, make_screen, upper_bounds
 from flax_hmog.em.statistics import Statistics, basis_loadings
@@ -29,7 +29,6 @@ from flax_hmog.model.prepared import (
     floats_per_row,
     latent_features,
     project_rows,
-    quadratic_coefficients,
 )
 
 FAR = 40.0  # nats below the best bound of a row: a component this far is not looked at, but counted as dropped
@@ -65,15 +64,13 @@ class SparseInfo:
 
 @pytree
 class Assignments:
-    """Responsibilities of a pass with a model, and the rows about that model: the input of frozen passes.
+    """Components that count in a pass with a model, and the rows about that model: the input of kept passes.
 
     A later model explains x = e + W y + b, where e, W, y and b are of this one, by products with e alone. What moves
     between the models is small, so that nothing cancels.
 
     Attributes:
         pairs: the components that count (N, C).
-        responsibilities: theirs (N, C); 0 in empty slots.
-        entropy: weighted sum of -sum_k gamma log gamma, of every shard (shards,).
         residual: e = x - b - W y (N, D).
         latent: y = E[y | x] (N, L).
         loadings: W (D, L).
@@ -82,8 +79,6 @@ class Assignments:
     """
 
     pairs: Pairs
-    responsibilities: Array
-    entropy: Array
     residual: Array
     latent: Array
     loadings: Array
@@ -117,18 +112,16 @@ def sparse_pass(
         shards: shards of the rows.
 
     Returns:
-        `Statistics`, `SparseInfo`, and the responsibilities for `frozen_pass`.
+        `Statistics`, `SparseInfo`, and the `Assignments` for `kept_pass`.
     """
     slots = min(slots, factors.constant.shape[0])
     operands = factors, make_screen(factors, min(rank, factors.linear.shape[1]))
     local = partial(_sparse_rows, slots=slots, dense_rows=dense_rows, tolerance=tolerance)
     (statistics, info), largest, own = _on_shards(local, operands, (x, weights, labels), shards)
     mean = info.mean_dropped / statistics.count
-    pairs, responsibilities, entropy, residual, latent = own
+    pairs, residual, latent = own
     assignments = Assignments(
         pairs=pairs,
-        responsibilities=responsibilities,
-        entropy=entropy,
         residual=residual,
         latent=latent,
         loadings=matmul(basis_loadings(factors), factors.basis),
@@ -138,11 +131,11 @@ def sparse_pass(
     return statistics, dataclasses.replace(info, largest_dropped=largest, mean_dropped=mean), assignments
 
 
-def frozen_pass(factors: Prepared, assignments: Assignments, weights: Array, *, shards: Shards = None) -> Statistics:
-    """The E-step with given responsibilities: posteriors of y are those of the model.
+def kept_pass(factors: Prepared, assignments: Assignments, weights: Array, *, shards: Shards = None) -> Statistics:
+    """The E-step with the components that counted in a pass before.
 
-    `log_likelihood` of the result is the free energy, which no M-step lowers and which is at most the sum of
-    log-densities: sum_i v_i sum_k gamma_ik (log p(x_i, z = k) - log gamma_ik).
+    `log_likelihood` of the result is a free energy, which no M-step lowers and which is at most the sum of
+    log-densities: sum_i v_i log sum_k p(x_i, z = k) over the components of row i.
 
     Args:
         factors: of the model, with full component matrices.
@@ -154,9 +147,9 @@ def frozen_pass(factors: Prepared, assignments: Assignments, weights: Array, *, 
         `Statistics`.
     """
     a = assignments
-    rows = weights, a.pairs, a.responsibilities, a.entropy, a.residual, a.latent
+    rows = weights, a.pairs, a.residual, a.latent
     shift, turn = a.bias - factors.bias, a.loadings - matmul(basis_loadings(factors), factors.basis)
-    sums, _, _ = _on_shards(_frozen_rows, (factors, a.loadings, shift), rows, shards)
+    sums, _, _ = _on_shards(_kept_rows, (factors, a.loadings, shift), rows, shards)
     statistics: Statistics = sums[0]
     by_latent, square = sums[1:]
     # e' = e + M h with M = (b - b', W, W - W') and h = (1, y - y', y'), and sums of e h'
@@ -221,18 +214,10 @@ def _sparse_rows(
     # what does not count is dropped, and its logits are counted so
     kept = logits > jax.nn.logsumexp(logits, axis=-1, keepdims=True) + math.log(NEGLIGIBLE)
     rest = jnp.logaddexp(rest, jax.nn.logsumexp(jnp.where(kept, -jnp.inf, logits), axis=-1))
-    logits, index = jnp.where(kept, logits, -jnp.inf), jnp.where(kept, index, n_components)
-    evidence = jax.nn.logsumexp(logits, axis=-1)
-    log_responsibilities = logits - evidence[:, None]
-    responsibilities = jnp.exp(log_responsibilities)
-    pairs = sorted_pairs(index, n_components)
-    gain, squares = pair_sums(matrices, with_ones, pairs, responsibilities, weights)
-    residual = _residuals(factors, x, t + gain)
-    block = block_rows(3 * x.shape[1])
-    moments = partial(_residual_sums, type(factors.root))
-    by_latent, square = sum_rows(moments, (), (residual, t + gain, weights), block, None)
+    pairs = sorted_pairs(jnp.where(kept, index, n_components), n_components)
+    evidence, gain, squares = pair_sums(matrices, with_ones, pairs, weights)
+    residual, (by_latent, square) = _residuals(factors, x, t + gain, weights)
     dropped = jnp.where(weights > 0, _dropped(rest, evidence), 0)
-    entropy = -jnp.sum(weights[:, None] * responsibilities * jnp.where(kept, log_responsibilities, 0))
     counts = (jnp.sum(dropped > tolerance), n_dense, pairs.starts[-1])
     uncertain, looked, counted = (count.astype(jnp.int32) for count in counts)
     info = SparseInfo(jnp.zeros(()), jnp.sum(weights * dropped), looked, uncertain, counted)
@@ -243,29 +228,26 @@ def _sparse_rows(
         cross=by_latent[:-1].T,
         evidence=jnp.sum(weights * evidence),
     )
-    own = pairs, responsibilities, entropy[None], residual, matmul(t + gain, factors.inverse_basis.T)
+    own = pairs, residual, matmul(t + gain, factors.inverse_basis.T)
     return (statistics, info), jnp.max(dropped), own
 
 
-def _frozen_rows(operands: tuple[Any, ...], rows: tuple[Any, ...]) -> tuple[Any, ...]:
+def _kept_rows(operands: tuple[Any, ...], rows: tuple[Any, ...]) -> tuple[Any, ...]:
     """Over the rows of one shard: `Statistics` but for what needs e, sum of v e y'' (D, L) and of v h h'."""
     factors, loadings, shift = operands
-    weights, pairs, responsibilities, entropy, residual, old = rows
+    weights, pairs, residual, old = rows
     projector = factors.projector
     # t = (F U)'(x - b) with x - b = e + W y + (b_old - b)
     t = matmul(residual.astype(projector.dtype), projector, preferred_element_type=residual.dtype)
     exact = projector.astype(residual.dtype)
     t = t + matmul(old, matmul(loadings.T, exact)) + matmul(shift, exact)[None]
-    gain, squares = pair_sums(component_matrices(factors), _with_ones(t), pairs, responsibilities, weights)
+    evidence, gain, squares = pair_sums(component_matrices(factors), _with_ones(t), pairs, weights)
     latent = matmul(t + gain, factors.inverse_basis.T)
     both = jnp.concatenate([jnp.ones_like(t[:, :1]), old - latent, latent], axis=1)
     weighted = weights[:, None] * both
     by_latent = matmul(residual.T, weighted[:, 1 + t.shape[1] :])
     sums = _latent_statistics(t, gain, squares, weights)
-    # sum of gamma logit_k, from the sums of gamma, gamma t and gamma t t'
-    evidence = jnp.sum(sums.responsibilities * factors.constant) + jnp.sum(sums.latent * factors.linear)
-    evidence = evidence - jnp.sum(sums.latent_square * quadratic_coefficients(factors.curvature)) / 2
-    sums = dataclasses.replace(sums, evidence=evidence + entropy[0])
+    sums = dataclasses.replace(sums, evidence=jnp.sum(weights * evidence))
     return (sums, by_latent, matmul(weighted.T, both)), (), ()
 
 
@@ -287,26 +269,29 @@ def _latent_statistics(t: Array, gain: Array, squares: Array, weights: Array) ->
     )
 
 
-def _residuals(factors: Prepared, x: Array, mean: Array) -> Array:
-    """The residuals x - b - W E[y | x] (N, D), block by block."""
-    loadings, count = basis_loadings(factors), x.shape[0]
+def _residuals(factors: Prepared, x: Array, mean: Array, weights: Array) -> tuple[Array, Any]:
+    """The residuals e = x - b - W E[y | x] (N, D), and sums of v (u^, 1) e' (L + 1, D) and of v e e'."""
+    loadings, count, kind = basis_loadings(factors), x.shape[0], type(factors.root)
     size = min(count, block_rows(3 * x.shape[1]))
 
-    def one_block(number: Array, out: Array) -> Array:
+    def at(number: Array) -> tuple[Array, Array, Any]:
         start = jnp.minimum(number * size, count - size)
-        rows, inner = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (x, mean))
+        rows, inner, mass = (jax.lax.dynamic_slice_in_dim(a, start, size) for a in (x, mean, weights))
+        # the last block overlaps the one before it
+        mass = jnp.where(jnp.arange(size) + start >= number * size, mass, 0)
         residual = center_rows(factors, rows) - matmul(inner, loadings.T)
-        return jax.lax.dynamic_update_slice_in_dim(out, residual, start, 0)
+        by_latent = matmul((_with_ones(inner) * mass[:, None]).T, residual)
+        return start, residual, (by_latent, kind.second_moment(residual, mass))
 
+    def one_block(number: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        start, residual, sums = at(number)
+        out = jax.lax.dynamic_update_slice_in_dim(carry[0], residual, start, 0)
+        return out, jax.tree.map(jnp.add, carry[1], sums)
+
+    shapes = jax.eval_shape(lambda: at(jnp.int32(0))[2])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     out = jnp.zeros(x.shape, loadings.dtype)
-    return cast(Array, jax.lax.fori_loop(0, -(-count // size), one_block, out))
-
-
-def _residual_sums(kind: Any, _: Any, block: Any, is_new: Array) -> tuple[Any, ...]:
-    """The sums over a block of v (u^, 1) e' (L + 1, D) and v e e'."""
-    residual, mean, weights = block
-    weights = jnp.where(is_new, weights, 0)
-    return matmul((_with_ones(mean) * weights[:, None]).T, residual), kind.second_moment(residual, weights)
+    return cast(tuple[Array, Any], jax.lax.fori_loop(0, -(-count // size), one_block, (out, zeros)))
 
 
 def _projected(factors: Prepared, x: Array) -> Array:

@@ -15,7 +15,8 @@ from em_problems import assert_never_decreases
 from sklearn.datasets import load_digits
 
 from flax_hmog import AnalyticHMoG, EMOptions, fit_em, fit_online_em, mean_log_density, penalty
-from flax_hmog.em import cycles
+from flax_hmog.em import accelerate, cycles
+from flax_hmog.em.fit import Fit
 
 DIGITS = load_digits().data / 16
 KEY = jax.random.key(0)
@@ -69,10 +70,9 @@ def test_what_is_certified_holds(float64):
     for state, later in itertools.pairwise(states):
         if later.natural is None or later.cycles.sparse is None:
             continue
-        kept = later.cycles.anchor  # the model whose pass this was, where none was extrapolated from it
-        if kept is not None:
-            plain = fit(init=kept, regularizer=None, max_steps=1)
-            dense = float(plain.objective_history[0] + penalty(kept, state.regularizer) / len(BLOBS))
+        plain = fit(init=state.natural, regularizer=None, max_steps=1)
+        dense = float(plain.objective_history[0] + penalty(state.natural, state.regularizer) / len(BLOBS))
+        if state.cycles is None or dense >= state.cycles.reached:  # it was not given up
             assert -1e-10 <= dense - later.history[-1] <= later.cycles.sparse.mean_dropped + 1e-10
             checked += 1
     assert checked >= 2
@@ -106,19 +106,33 @@ def test_maximum_likelihood(float64, options):
 
 
 def test_a_rejected_extrapolation_costs_a_pass(float64, monkeypatch):
-    """It gives the fit without extrapolation."""
-    passes = []
-    find = cycles.find
+    """Where the model to go on with is bad, the fit goes on with that of the last M-step."""
+    passes, start = [], fit(max_steps=1).natural
+    find, follow = cycles.find, cycles.follow
     monkeypatch.setattr(cycles, "find", lambda *args, **options: passes.append(0) or find(*args, **options))
-    monkeypatch.setattr(cycles, "beyond", lambda first, second, third: third)
-    want = fit(accelerate=True, max_steps=6)
-    without = len(passes)
-    passes.clear()
-    for worse in (lambda first, *_: first, lambda first, *_: jax.tree.map(lambda a: a * jnp.nan, first)):
-        monkeypatch.setattr(cycles, "beyond", worse)
-        same(fit(accelerate=True, max_steps=6), want)
-        assert len(passes) == without + 2  # the third is due at the last pass, which is dense
+    for worse in (lambda model: jax.tree.map(lambda a: a * jnp.nan, model), lambda _: start):
+
+        def to_bad(*args, worse=worse, **options):
+            _, last, reached = follow(*args, **options)
+            return worse(last), last, reached
+
+        monkeypatch.setattr(cycles, "follow", to_bad)
+        result = fit(accelerate=True, init=start, max_steps=4)
+        assert len(passes) == 4 + 3  # the fourth is due at the last pass, which is dense
+        assert_never_decreases(result.objective_history)
+        assert result.objective_history[-1] > fit(init=start, max_steps=4).objective_history[-1]
         passes.clear()
+
+
+def test_extrapolations_within_a_step_are_given_up(float64, monkeypatch):
+    """With too long ones, kept passes take the models of the M-steps, and no energy falls."""
+    want = fit(accelerate=True, max_steps=4)
+    monkeypatch.setattr(accelerate, "MOMENTUM", 50.0)
+    accelerate.follow.clear_cache()
+    got = fit(accelerate=True, max_steps=4)
+    accelerate.follow.clear_cache()
+    assert_never_decreases(got.objective_history)
+    assert got.objective_history[0] < got.objective_history[-1] < want.objective_history[-1]
 
 
 @pytest.mark.parametrize("why", ["dropped", "fallen"])
@@ -151,6 +165,18 @@ def test_small_problems_and_blocks_take_plain_steps():
     same(fit(batches, accelerate=True, **sizes), fit(batches, **sizes))
 
 
+@pytest.mark.parametrize("option", [None, True, False])
+def test_it_is_chosen_by_size(float64, monkeypatch, option):
+    """Left open, it takes long passes with many components; otherwise as was said."""
+    products = len(BLOBS) * 5 * (100 * 5 + 4 * 12)
+    chosen = []
+    for n_components, least in ((99, 0), (100, products), (100, products + 1)):
+        monkeypatch.setattr(cycles, "LONG_PASS", least)
+        head = AnalyticHMoG(5, n_components, param_dtype="float64")
+        chosen.append(cycles._accelerates(Fit(head, BLOBS, KEY, None, None, EMOptions(accelerate=option))))
+    assert chosen == ([False, True, False] if option is None else [option] * 3)
+
+
 def test_other_dtypes_of_the_projection():
     head = AnalyticHMoG(5, 40, projection_dtype="bfloat16")
     result = fit_em(head, BLOBS, KEY, max_steps=4, accelerate=True)
@@ -159,7 +185,7 @@ def test_other_dtypes_of_the_projection():
 
 
 def test_it_is_an_option_of_exact_em_alone():
-    with pytest.raises(ValueError, match="EMOptions: `accelerate` must be True or False; got 1"):
+    with pytest.raises(ValueError, match="EMOptions: `accelerate` must be True, False or None; got 1"):
         EMOptions(accelerate=1)
     with pytest.raises(TypeError, match="`accelerate` must be an option of fit_online_em; got one of fit_em"):
         fit_online_em(AnalyticHMoG(2, 40), BLOBS, KEY, options=EMOptions(accelerate=True))
