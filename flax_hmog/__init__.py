@@ -44,6 +44,7 @@ from flax_hmog.model.information import kl_divergence, log_partition, negative_e
 from flax_hmog.model.kinds import Diagonal, Kind, PositiveDefinite, Scale, register_kind
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.structure import SharedBase, Structure
+from flax_hmog.model_file import SavedModel, load, save
 
 __version__ = _version("flax-hmog")
 
@@ -72,6 +73,7 @@ __all__ = [
     "PseudoCounts",
     "Regularizer",
     "ResidualMoments",
+    "SavedModel",
     "Scale",
     "SharedBase",
     "SparseInfo",
@@ -94,6 +96,7 @@ __all__ = [
     "join_conjugated",
     "kl_divergence",
     "latent_mean",
+    "load",
     "log_observable_density",
     "log_partition",
     "mean_log_density",
@@ -113,6 +116,7 @@ __all__ = [
     "ravel_natural",
     "register_kind",
     "sample",
+    "save",
     "split_conjugated",
     "symmetric_hmog",
     "unravel_mean",
