@@ -45,6 +45,7 @@ from flax_hmog.model.information import kl_divergence, log_partition, negative_e
 from flax_hmog.model.kinds import Diagonal, Kind, PositiveDefinite, Scale, register_kind
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.structure import SharedBase, Structure
+from flax_hmog.model_file import SavedModel, load, save
 
 __version__ = _version("flax-hmog")
 
@@ -73,6 +74,7 @@ __all__ = [
     "PseudoCounts",
     "Regularizer",
     "ResidualMoments",
+    "SavedModel",
     "Scale",
     "SharedBase",
     "SparseInfo",
@@ -95,6 +97,7 @@ __all__ = [
     "join_conjugated",
     "kl_divergence",
     "latent_mean",
+    "load",
     "log_observable_density",
     "log_partition",
     "mean_log_density",
@@ -114,6 +117,7 @@ __all__ = [
     "ravel_natural",
     "register_kind",
     "sample",
+    "save",
     "split_conjugated",
     "symmetric_hmog",
     "unravel_mean",

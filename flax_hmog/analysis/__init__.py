@@ -14,6 +14,7 @@ from flax_hmog.analysis.clusters import (
     merge_clusters,
     merged_responsibilities,
 )
+from flax_hmog.analysis.criteria import InformationCriteria, information_criteria, n_parameters
 from flax_hmog.analysis.loadings import CanonicalLoadings, LatentAxes, canonical_loadings, discriminant_axes
 from flax_hmog.analysis.merging import component_affinity, information_hierarchy, merge_components, refine_information
 from flax_hmog.analysis.metrics import clustering_metrics, contingency_table
@@ -24,6 +25,7 @@ from flax_hmog.analysis.report import Picture, Section, Table, format_cell, mean
 __all__ = [
     "CanonicalLoadings",
     "ComponentSummary",
+    "InformationCriteria",
     "LatentAxes",
     "Picture",
     "Section",
@@ -39,11 +41,13 @@ __all__ = [
     "contingency_table",
     "discriminant_axes",
     "format_cell",
+    "information_criteria",
     "information_hierarchy",
     "mean_and_sd",
     "merge_clusters",
     "merge_components",
     "merged_responsibilities",
+    "n_parameters",
     "plot_co_assignment",
     "plot_contingency",
     "plot_dendrogram",

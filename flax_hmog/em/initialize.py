@@ -23,7 +23,7 @@ from flax_hmog.data.rows import (
     row_shards,
     sum_rows,
 )
-from flax_hmog.em.directions import Directions, latent_directions, project
+from flax_hmog.em.directions import LEAST_SPREAD, Directions, latent_directions, project
 from flax_hmog.em.k_means import cluster_sums, is_large, k_means, members
 from flax_hmog.em.options import METHODS, check_options
 from flax_hmog.em.padding import InUse
@@ -186,7 +186,9 @@ def _clustered(
     loadings = loadings * signs[None]
     # distances in the latent space count as they do in the data: y scaled by the norms of the loadings
     spread = jnp.sqrt(matmul(share, y**2))
-    scale = jnp.where(is_whitened, 1 / jnp.where(spread > 0, spread, 1), jnp.linalg.norm(loadings, axis=0))
+    # where fewer axes than L vary, the others hold rounding, which unit variance would make clusters of
+    unit = 1 / jnp.where(spread > LEAST_SPREAD * jnp.max(spread), spread, jnp.inf)
+    scale = jnp.where(is_whitened, unit, jnp.linalg.norm(loadings, axis=0))
     count = n_components if used is None else used.n_components
     labels = k_means(y * scale[None], share, key, n_components, known, shards, count)
 

@@ -174,7 +174,7 @@ def check_finite(
 @jit
 def _all_finite(x: Array) -> Array:
     # 0 x is NaN for what is not finite; a sum runs at the speed of memory, a logical reduction at a third of it
-    return jnp.all(jnp.isfinite(jnp.sum(0 * x, axis=-1)))
+    return jnp.all(jnp.isfinite(jnp.sum(0 * jnp.atleast_1d(x), axis=-1)))
 
 
 ASYMMETRY = 1e-3  # of the largest entry, which rounding does not explain

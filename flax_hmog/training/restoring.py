@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from flax_hmog.data.containers import dense, is_in_blocks
 from flax_hmog.data.sources import as_source
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
+from flax_hmog.inference.padded import in_few_sizes
 from flax_hmog.inference.posterior import HMoGOutput, infer, merge_output
 from flax_hmog.model.checks import check_type, public
 from flax_hmog.model.coordinates import Natural, Prepared
@@ -44,7 +45,6 @@ from flax_hmog.training.mesh import place as place_on
 from flax_hmog.training.preprocessing import Preprocessing, rebuild_preprocessing
 
 CALLS = (HMoGHead.__call__, AnalyticHMoG.__call__)  # of heads that return what `infer` does
-MOST_ROWS = 4096  # that a call computes at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,20 +168,7 @@ class Restored:
         is_split = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and len(x.sharding.device_set) > 1)
         if is_split or x.ndim != 2 or not x.size:
             return self._inferred(x)
-        x = np.asarray(x)
-        parts = [self._padded(x[start : start + MOST_ROWS]) for start in range(0, len(x), MOST_ROWS)]
-        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-    def _padded(self, x: np.ndarray) -> HMoGOutput:
-        """The output for rows (B, D), computed with copies of the first up to a power of two, as few sizes compile."""
-        missing = (1 << (len(x) - 1).bit_length()) - len(x)
-        if not missing:
-            return self._inferred(x)
-        try:
-            output = self._inferred(np.concatenate([x, np.broadcast_to(x[:1], (missing, *x.shape[1:]))]))
-        except ValueError:
-            return self._inferred(x)  # what is wrong is said of these rows alone
-        return cast(HMoGOutput, jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[: len(x)]), output))
+        return cast(HMoGOutput, jax.tree.map(jnp.asarray, in_few_sizes(self._inferred, np.asarray(x))))
 
     def _inferred(self, x: Samples) -> HMoGOutput:
         """The output for inputs of the module (..., D)."""

@@ -1,0 +1,41 @@
+"""Rows in few sizes: functions of batches of any size, compiled for powers of two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+R = TypeVar("R")
+MOST_ROWS = 4096  # at once
+
+
+def in_few_sizes(function: Callable[[np.ndarray], R], x: np.ndarray, least: int = 1) -> R:
+    """`function` of rows, at most so many at once and filled up to a power of two, so that few sizes are compiled.
+
+    Args:
+        function: of rows (B, D); leaves of what it returns have B as their first dimension.
+        x: rows (N, D), N at least 1.
+        least: power of two up to which rows are filled up at least. With 1 a row may round otherwise by itself than
+            among others, as products of one row are computed by another algorithm.
+
+    Returns:
+        What the function returns of all rows: leaves as they are, or numpy where sizes were joined or cut.
+    """
+    parts = [_filled(function, x[start : start + MOST_ROWS], least) for start in range(0, len(x), MOST_ROWS)]
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
+
+
+def _filled(function: Callable[[np.ndarray], Any], x: np.ndarray, least: int) -> Any:
+    missing = max(least, 1 << (len(x) - 1).bit_length()) - len(x)
+    if not missing:
+        return function(x)
+    try:
+        output = function(np.concatenate([x, np.broadcast_to(x[:1], (missing, *x.shape[1:]))]))
+    except ValueError:
+        return function(x)  # what is wrong is said of these rows alone
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(x)], output)

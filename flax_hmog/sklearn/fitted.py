@@ -1,0 +1,321 @@
+"""What a fitted estimator answers: clusters, densities, latent means, draws and criteria."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from flax_hmog.analysis.clusters import cluster_prototypes, merged_responsibilities
+from flax_hmog.analysis.criteria import InformationCriteria, information_criteria
+from flax_hmog.inference.padded import in_few_sizes
+from flax_hmog.inference.posterior import HMoGOutput, infer, sample
+from flax_hmog.model.checks import check_size
+from flax_hmog.model.conversions import natural_to_moments
+from flax_hmog.model.coordinates import Moments, Natural
+from flax_hmog.model.prepared import prepare
+
+LEAST_ROWS = 64  # that are computed at once, so that a row does not round otherwise by itself than among others
+DRAWS = 10_000  # of the model, whose log-densities say how unlikely a row is
+
+
+def precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
+    """Computation in float64, for rows in float64; as it is otherwise."""
+    return jax.enable_x64(True) if np.dtype(dtype) == np.float64 else contextlib.nullcontext()
+
+
+class FittedMixture(BaseEstimator):  # type: ignore[misc]
+    """The methods of a fitted `HMoG`, from its model `natural_` and the cluster of each component."""
+
+    natural_: Natural
+    cluster_of_component_: np.ndarray | None
+    _cache: dict[str, Any]  # what follows from the model and is computed once; no part of a pickle
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if "natural_" not in state:
+            return state
+        # arrays of numpy keep float64 wherever they are read
+        return state | {"_cache": {}, "natural_": jax.tree.map(np.asarray, state["natural_"])}
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most probable cluster of every row.
+
+        Args:
+            X: rows (N, D).
+
+        Returns:
+            Clusters (N,), int.
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.predict(x).tolist()
+            [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+        """
+        return self.predict_proba(X).argmax(axis=1)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The probability of every cluster for every row.
+
+        Args:
+            X: rows (N, D).
+
+        Returns:
+            Probabilities (N, clusters).
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.predict_proba(x).shape
+            (12, 3)
+        """
+        X = self._rows(X)
+        responsibilities = np.exp(self._inferred(X).log_responsibilities.astype(np.float64))
+        if self.cluster_of_component_ is not None:
+            responsibilities = merged_responsibilities(responsibilities, self.cluster_of_component_)
+        return (responsibilities / responsibilities.sum(axis=1, keepdims=True)).astype(X.dtype, copy=False)
+
+    def transform(self, X: Any) -> np.ndarray:
+        """The posterior mean of the factors, E[y | x].
+
+        Args:
+            X: rows (N, D).
+
+        Returns:
+            Latent means (N, lat_dim).
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.transform(x).shape
+            (12, 2)
+        """
+        X = self._rows(X)
+        return self._inferred(X).latent_mean.astype(X.dtype, copy=False)
+
+    def inverse_transform(self, X: Any) -> np.ndarray:
+        """The rows that are expected for given factors, W y + b.
+
+        Args:
+            X: factors (N, lat_dim).
+
+        Returns:
+            Rows (N, D), in units of the data.
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.inverse_transform(model.transform(x)).shape
+            (12, 4)
+        """
+        check_is_fitted(self)
+        latent, moments = np.asarray(X), self._moments
+        if latent.ndim != 2 or latent.shape[1] != self._n_features_out:
+            raise ValueError(
+                f"inverse_transform: `X` must have shape (N, {self._n_features_out}); got {latent.shape}. Give what "
+                "transform returns."
+            )
+        return latent @ np.asarray(moments.loadings).T + np.asarray(moments.bias)
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """The log-density of every row, in nats.
+
+        Args:
+            X: rows (N, D).
+
+        Returns:
+            Log-densities (N,).
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.score_samples(x).shape
+            (12,)
+        """
+        X = self._rows(X)
+        return self._inferred(X).log_density.astype(X.dtype, copy=False)
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """The mean log-density of rows, in nats: higher is better.
+
+        Args:
+            X: rows (N, D).
+            y: ignored.
+            sample_weight: weights (N,).
+
+        Returns:
+            The mean.
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.score(x) == model.score_samples(x).astype(float).mean()
+            True
+        """
+        return float(np.average(self.score_samples(X).astype(np.float64), weights=sample_weight))
+
+    def outlier_scores(self, X: Any) -> np.ndarray:
+        """The share of the model's own draws that are at most as likely as each row: near 0 for outliers.
+
+        Draws of the model have scores that are uniform between 0 and 1, so that a threshold is the share of good rows
+        that it rejects. Among 10,000 draws, which are the same for every call, the lowest score is 1e-4.
+
+        Args:
+            X: rows (N, D).
+
+        Returns:
+            Scores (N,), in (0, 1].
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.outlier_scores(x + 100.0).max() < 1e-3  # far from all that the model expects
+            True
+        """
+        levels = self.score_samples(X).astype(np.float64)
+        if "levels" not in self._cache:
+            drawn, _ = self._sampled(DRAWS, 0)
+            self._cache["levels"] = np.sort(self._inferred(drawn).log_density.astype(np.float64))
+        return (1 + np.searchsorted(self._cache["levels"], levels, side="right")) / (1 + DRAWS)
+
+    def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Rows drawn from the model.
+
+        Args:
+            n_samples: number of rows.
+
+        Returns:
+            Rows (n_samples, D), and the cluster of each (n_samples,).
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model
+            >>> rows, clusters = model.sample(5)
+            >>> rows.shape, clusters.shape
+            ((5, 4), (5,))
+        """
+        check_is_fitted(self)
+        check_size("n_samples", n_samples)
+        rows, components = self._sampled(n_samples, seed_of(self.random_state))
+        merged = self.cluster_of_component_
+        return rows, components if merged is None else merged[components]
+
+    def aic(self, X: Any, *, sample_weight: Any = None) -> float:
+        """Akaike's criterion of this model on rows: lower is better.
+
+        Args:
+            X: rows (N, D), those of the fit.
+            sample_weight: weights (N,), as numbers of rows.
+
+        Returns:
+            The criterion.
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.aic(x) < model.bic(x) <= model.icl(x)
+            True
+        """
+        return self._criteria(X, sample_weight).aic
+
+    def bic(self, X: Any, *, sample_weight: Any = None) -> float:
+        """The Bayesian information criterion of this model on rows: lower is better.
+
+        Args:
+            X: rows (N, D), those of the fit.
+            sample_weight: weights (N,), as numbers of rows.
+
+        Returns:
+            The criterion.
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.aic(x) < model.bic(x) <= model.icl(x)
+            True
+        """
+        return self._criteria(X, sample_weight).bic
+
+    def icl(self, X: Any, *, sample_weight: Any = None) -> float:
+        """The integrated completed likelihood, BIC with the entropy of the assignments: lower is better.
+
+        Args:
+            X: rows (N, D), those of the fit.
+            sample_weight: weights (N,), as numbers of rows.
+
+        Returns:
+            The criterion.
+
+        Example:
+            >>> from flax_hmog.sklearn.examples import model, x
+            >>> model.aic(x) < model.bic(x) <= model.icl(x)
+            True
+        """
+        return self._criteria(X, sample_weight).icl
+
+    @property
+    def weights_(self) -> np.ndarray:
+        """Weights of the components (n_components,)."""
+        return np.asarray(self._moments.weights)
+
+    @property
+    def means_(self) -> np.ndarray:
+        """Means of the components (n_components, D), in units of the data."""
+        return cluster_prototypes(self.natural_)
+
+    @property
+    def covariances_(self) -> np.ndarray:
+        """Covariances of the components (n_components, D, D), in units of the data."""
+        moments = self._moments
+        loadings = np.asarray(moments.loadings)
+        return loadings @ np.asarray(moments.covariances.entries) @ loadings.T + np.asarray(moments.noise.dense())
+
+    @property
+    def loadings_(self) -> np.ndarray:
+        """Loadings W (D, lat_dim): the columns of `inverse_transform`."""
+        return np.asarray(self._moments.loadings)
+
+    @property
+    def noise_variance_(self) -> np.ndarray:
+        """Variances of what the factors do not explain (D,)."""
+        return np.asarray(self._moments.noise.diagonal())
+
+    @property
+    def cluster_centers_(self) -> np.ndarray:
+        """Means of the clusters (clusters, D), in units of the data."""
+        return cluster_prototypes(self.natural_, labels=self.cluster_of_component_)
+
+    @property
+    def _n_features_out(self) -> int:
+        return int(self.natural_.interaction.shape[1])
+
+    @property
+    def _moments(self) -> Moments:
+        check_is_fitted(self)
+        with precision(self.natural_.interaction.dtype):
+            return natural_to_moments(self.natural_)
+
+    def _rows(self, X: Any) -> np.ndarray:
+        """Checked rows (N, D) for a fitted model."""
+        check_is_fitted(self)
+        return validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+
+    def _inferred(self, X: np.ndarray) -> HMoGOutput:
+        """`HMoGOutput` of numpy arrays, in the precision of the fit."""
+        with precision(self.natural_.interaction.dtype):
+            if "prepared" not in self._cache:
+                self._cache["prepared"] = prepare(self.natural_)
+            model = self._cache["prepared"]
+            return jax.tree.map(np.asarray, in_few_sizes(lambda rows: infer(model, rows), X, LEAST_ROWS))
+
+    def _sampled(self, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and their components."""
+        with precision(self.natural_.interaction.dtype):
+            x, _, z = sample(self.natural_, jax.random.key(seed), n)
+            return np.asarray(x), np.asarray(z)
+
+    def _criteria(self, X: Any, sample_weight: Any) -> InformationCriteria:
+        X = self._rows(X)
+        with precision(self.natural_.interaction.dtype):
+            return information_criteria(self.natural_, X, weights=sample_weight)
+
+
+def seed_of(random_state: Any) -> int:
+    """A seed of jax for any `random_state` of scikit-learn."""
+    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
