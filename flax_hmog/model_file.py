@@ -6,14 +6,14 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from flax import serialization, traverse_util
 
 import flax_hmog.serialization  # noqa: F401  makes the classes known to flax
-from flax_hmog.em.fit import EMResult
+from flax_hmog.em.result import EMResult
 from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import moments_to_natural, natural_to_moments
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, check_natural
@@ -151,8 +151,8 @@ def load(path: str | Path) -> SavedModel:
     return SavedModel(natural, arrays.get("clusters"), None if columns is None else tuple(columns), header["notes"])
 
 
-def _of_length(argument: str, values: Any, length: int) -> list[Any]:
-    values = list(values)
+def _of_length(argument: str, given: Any, length: int) -> list[Any]:
+    values: list[Any] = list(given)
     if len(values) != length:
         raise ValueError(f"save: `{argument}` must have {length} entries; got {len(values)}. Give one for each.")
     return values
@@ -178,12 +178,13 @@ def _natural(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Natural:
     if header["format"] != FORMAT:
         raise ValueError(f"format {header['format']}, and this version knows {FORMAT}")
     (obs_dim, lat_dim), n_components = arrays["loadings"].shape, len(arrays["weights"])
+    zeros: Any = np.zeros
     like = Moments(
-        loadings=np.zeros((obs_dim, lat_dim)),
-        bias=np.zeros(obs_dim),
+        loadings=zeros((obs_dim, lat_dim)),
+        bias=zeros(obs_dim),
         noise=as_rep(header["noise"]).from_diagonal(np.ones(obs_dim)),
-        weights=np.full(n_components, 1 / n_components),
-        means=np.zeros((n_components, lat_dim)),
+        weights=1 / n_components + zeros(n_components),
+        means=zeros((n_components, lat_dim)),
         covariances=PositiveDefinite(np.broadcast_to(np.eye(lat_dim), (n_components, lat_dim, lat_dim))),
     )
     target = moments_to_natural(like, header["components"], shared_base=header["has_base"])
@@ -193,4 +194,4 @@ def _natural(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Natural:
     state = traverse_util.unflatten_dict(state, sep="/")
     if not header["has_frame"]:
         state["frame"] = None
-    return serialization.from_state_dict(target, state)
+    return cast(Natural, serialization.from_state_dict(target, state))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -26,8 +26,8 @@ def in_few_sizes(function: Callable[[np.ndarray], R], x: np.ndarray, least: int 
     """
     parts = [_filled(function, x[start : start + MOST_ROWS], least) for start in range(0, len(x), MOST_ROWS)]
     if len(parts) == 1:
-        return parts[0]
-    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts)
+        return cast(R, parts[0])
+    return cast(R, jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts))
 
 
 def _filled(function: Callable[[np.ndarray], Any], x: np.ndarray, least: int) -> Any:

@@ -10,8 +10,9 @@ from sklearn.base import ClassNamePrefixFeaturesOutMixin, ClusterMixin, Transfor
 from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from flax_hmog.analysis.merging import merge_components
-from flax_hmog.em.fit import EMResult, fit_em
+from flax_hmog.em.fit import fit_em
 from flax_hmog.em.options import PseudoCounts, Regularizer
+from flax_hmog.em.result import EMResult
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.model.checks import check_size
 from flax_hmog.model.coordinates import Natural
@@ -166,8 +167,8 @@ class HMoG(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Fitt
 
 def default_factors(X: np.ndarray, weights: np.ndarray | None) -> int:
     """The number of factors of rows (N, D) where none is said."""
-    wanted = min(MOST_FACTORS, (X.shape[1] + 1) // 2)
+    wanted: int = min(MOST_FACTORS, (X.shape[1] + 1) // 2)
     rows = X if weights is None else X[weights > 0]
     # distinct ones are counted, as a weight stands for copies; in the first few, as that is enough of them
-    distinct = len(np.unique(rows[: 100 * MOST_FACTORS], axis=0))
+    distinct: int = len(np.unique(rows[: 100 * MOST_FACTORS], axis=0))
     return max(1, min(wanted, distinct // ROWS_PER_FACTOR))

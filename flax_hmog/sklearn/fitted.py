@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -57,7 +57,8 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             >>> model.predict(x).tolist()
             [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
         """
-        return self.predict_proba(X).argmax(axis=1)
+        clusters: np.ndarray = self.predict_proba(X).argmax(axis=1)
+        return clusters
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """The probability of every cluster for every row.
@@ -77,7 +78,8 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
         responsibilities = np.exp(self._inferred(X).log_responsibilities.astype(np.float64))
         if self.cluster_of_component_ is not None:
             responsibilities = merged_responsibilities(responsibilities, self.cluster_of_component_)
-        return (responsibilities / responsibilities.sum(axis=1, keepdims=True)).astype(X.dtype, copy=False)
+        probabilities: np.ndarray = responsibilities / responsibilities.sum(axis=1, keepdims=True)
+        return probabilities.astype(X.dtype, copy=False)
 
     def transform(self, X: Any) -> np.ndarray:
         """The posterior mean of the factors, E[y | x].
@@ -94,7 +96,7 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             (12, 2)
         """
         X = self._rows(X)
-        return self._inferred(X).latent_mean.astype(X.dtype, copy=False)
+        return np.asarray(self._inferred(X).latent_mean, X.dtype)
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """The rows that are expected for given factors, W y + b.
@@ -117,7 +119,8 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
                 f"inverse_transform: `X` must have shape (N, {self._n_features_out}); got {latent.shape}. Give what "
                 "transform returns."
             )
-        return latent @ np.asarray(moments.loadings).T + np.asarray(moments.bias)
+        rows: np.ndarray = latent @ np.asarray(moments.loadings).T + np.asarray(moments.bias)
+        return rows
 
     def score_samples(self, X: Any) -> np.ndarray:
         """The log-density of every row, in nats.
@@ -134,7 +137,7 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             (12,)
         """
         X = self._rows(X)
-        return self._inferred(X).log_density.astype(X.dtype, copy=False)
+        return np.asarray(self._inferred(X).log_density, X.dtype)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """The mean log-density of rows, in nats: higher is better.
@@ -264,7 +267,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
         """Covariances of the components (n_components, D, D), in units of the data."""
         moments = self._moments
         loadings = np.asarray(moments.loadings)
-        return loadings @ np.asarray(moments.covariances.entries) @ loadings.T + np.asarray(moments.noise.dense())
+        spread: np.ndarray = loadings @ np.asarray(moments.covariances.entries) @ loadings.T
+        spread += np.asarray(moments.noise.dense())
+        return spread
 
     @property
     def loadings_(self) -> np.ndarray:
@@ -294,7 +299,7 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
     def _rows(self, X: Any) -> np.ndarray:
         """Checked rows (N, D) for a fitted model."""
         check_is_fitted(self)
-        return validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        return cast(np.ndarray, validate_data(self, X, dtype=[np.float64, np.float32], reset=False))
 
     def _inferred(self, X: np.ndarray) -> HMoGOutput:
         """`HMoGOutput` of numpy arrays, in the precision of the fit."""
@@ -302,7 +307,8 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             if "prepared" not in self._cache:
                 self._cache["prepared"] = prepare(self.natural_)
             model = self._cache["prepared"]
-            return jax.tree.map(np.asarray, in_few_sizes(lambda rows: infer(model, rows), X, LEAST_ROWS))
+            output = in_few_sizes(lambda rows: infer(model, rows), X, LEAST_ROWS)
+            return cast(HMoGOutput, jax.tree.map(np.asarray, output))
 
     def _sampled(self, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows and their components."""
