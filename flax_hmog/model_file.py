@@ -28,7 +28,7 @@ EXACT = "natural/"  # names of the arrays of `Natural`, which make the same mode
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """What a file of `save` holds.
+    """The contents of a file of `save`.
 
     Attributes:
         natural: the model, of numpy arrays in the precision that it was saved in.

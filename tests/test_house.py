@@ -230,7 +230,8 @@ def test_modules_import_without_optional_packages():
     names = {re.match(r"[\w-]+", name)[0] for name in extras} - {"flax-hmog", "scipy"}
     optional = {{"scikit-learn": "sklearn", "pillow": "PIL"}.get(name, name.replace("-", "_")) for name in names}
     assert optional > {"matplotlib", "sklearn", "tyro", "pandas"}
-    modules = [".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES]
+    of_all = [path for path in FILES if part(path) != "sklearn"]  # an estimator is a class of scikit-learn's
+    modules = [".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)) for path in of_all]
     command = [sys.executable, "-c", IMPORT_ALL, " ".join(optional), " ".join(modules)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -54,7 +54,7 @@ def checked_products(fit: Fit, natural: Natural) -> AbstractContextManager[objec
 
 
 def _change(fit: Fit, natural: Natural) -> tuple[float, float]:
-    """What split products change in the mean log-density, and what they may: in nats, no less than rounding does."""
+    """The change of the mean log-density by split products, and that which is allowed, at least rounding: in nats."""
     x, inner = fit.source.sample()[0], natural.in_frame(fit.row_frame)
     split = np.asarray(_densities(inner, x, fit.dtype), np.float64)
     with jax.default_matmul_precision("highest"):

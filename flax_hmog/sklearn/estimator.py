@@ -62,7 +62,7 @@ class HMoG(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Fitt
         feature_names_in_: their names (D,), where X had names.
 
     Example:
-        >>> from flax_hmog.sklearn.examples import x
+        >>> from flax_hmog.toy import x
         >>> HMoG(n_components=3, lat_dim=2, random_state=0).fit_predict(x).shape
         (12,)
     """
@@ -115,7 +115,7 @@ class HMoG(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Fitt
             ValueError: for unusable rows or arguments.
 
         Example:
-            >>> from flax_hmog.sklearn.examples import x
+            >>> from flax_hmog.toy import x
             >>> HMoG(n_components=3, lat_dim=2, random_state=0).fit(x).converged_
             True
         """

@@ -1,4 +1,4 @@
-"""What a fitted estimator answers: clusters, densities, latent means, draws and criteria."""
+"""Answers of a fitted estimator: clusters, densities, latent means, draws and criteria."""
 
 from __future__ import annotations
 
@@ -53,9 +53,11 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             Clusters (N,), int.
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
-            >>> model.predict(x).tolist()
-            [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
+            >>> (model.predict(x) == model.labels_).all().item()
+            True
         """
         clusters: np.ndarray = self.predict_proba(X).argmax(axis=1)
         return clusters
@@ -70,7 +72,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             Probabilities (N, clusters).
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
             >>> model.predict_proba(x).shape
             (12, 3)
         """
@@ -91,7 +95,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             Latent means (N, lat_dim).
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
             >>> model.transform(x).shape
             (12, 2)
         """
@@ -108,7 +114,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             Rows (N, D), in units of the data.
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
             >>> model.inverse_transform(model.transform(x)).shape
             (12, 4)
         """
@@ -132,7 +140,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             Log-densities (N,).
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
             >>> model.score_samples(x).shape
             (12,)
         """
@@ -151,8 +161,10 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             The mean.
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
-            >>> model.score(x) == model.score_samples(x).astype(float).mean()
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
+            >>> bool(model.score(x) == model.score_samples(x).astype(float).mean())
             True
         """
         return float(np.average(self.score_samples(X).astype(np.float64), weights=sample_weight))
@@ -170,8 +182,10 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             Scores (N,), in (0, 1].
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
-            >>> model.outlier_scores(x + 100.0).max() < 1e-3  # far from all that the model expects
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
+            >>> bool(model.outlier_scores(x + 100.0).max() < 1e-3)  # far from all that the model expects
             True
         """
         levels = self.score_samples(X).astype(np.float64)
@@ -190,7 +204,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             Rows (n_samples, D), and the cluster of each (n_samples,).
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
             >>> rows, clusters = model.sample(5)
             >>> rows.shape, clusters.shape
             ((5, 4), (5,))
@@ -212,7 +228,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             The criterion.
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
             >>> model.aic(x) < model.bic(x) <= model.icl(x)
             True
         """
@@ -229,7 +247,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             The criterion.
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
             >>> model.aic(x) < model.bic(x) <= model.icl(x)
             True
         """
@@ -246,7 +266,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             The criterion.
 
         Example:
-            >>> from flax_hmog.sklearn.examples import model, x
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
             >>> model.aic(x) < model.bic(x) <= model.icl(x)
             True
         """
