@@ -6,7 +6,7 @@ each pass a model beyond that of its M-step. One that turns out worse is given u
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -97,10 +97,8 @@ def follow(
         of the last M-step.
     """
     frame = found.natural.frame
-    like, (first, here, start) = (
-        own_moments(found.natural),
-        (_to_free(own_moments(model)) for model in (last, natural, found.natural)),
-    )
+    like = own_moments(found.natural)
+    first, start, moved = (_to_free(own_moments(model)) for model in (last, natural, found.natural))
 
     def model(free: dict[str, Any]) -> Natural:
         return moments_to_natural(_from_free(like, free)).in_frame(frame)
@@ -114,16 +112,17 @@ def follow(
         accepted = (energy >= reached) | ~is_beyond
         new = extrapolate(last, here, updated), updated, energy, jnp.array(True)
         old = last, last, reached, jnp.array(False)
-        return jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old)
+        return cast(tuple[Any, ...], jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old))
 
-    carry = extrapolate(first, here, start), start, found.objective, jnp.array(True)
-    here, last_free, reached, _ = jax.lax.fori_loop(0, passes, step, carry)
-    return model(here), model(last_free), reached
+    carry = extrapolate(first, start, moved), moved, found.objective, jnp.array(True)
+    following, updated, reached, _ = jax.lax.fori_loop(0, passes, step, carry)
+    return model(following), model(updated), reached
 
 
 def extrapolate(last: dict[str, Any], here: dict[str, Any], updated: dict[str, Any]) -> dict[str, Any]:
     """A point beyond an update of this one, in free coordinates: by what updates moved, and by what this one did."""
-    return jax.tree.map(lambda a, b, c: c + MOMENTUM * (c - a) + RELAXATION * (c - b), last, here, updated)
+    beyond = lambda a, b, c: c + MOMENTUM * (c - a) + RELAXATION * (c - b)  # noqa: E731
+    return cast(dict[str, Any], jax.tree.map(beyond, last, here, updated))
 
 
 def _to_free(moments: Moments) -> dict[str, Any]:

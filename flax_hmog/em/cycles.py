@@ -127,9 +127,9 @@ def _followed(
 ) -> Step:  # fmt: skip
     """The step after a sparse pass that counts, with the second of these models."""
     x, weights, _ = fit.source.sample()
-    inner = (model.in_frame(fit.row_frame) for model in models)
+    last, natural = (model.in_frame(fit.row_frame) for model in models)
     following, last, energy = follow(
-        found, *reversed(tuple(inner)), regularizer, weights,
+        found, natural, last, regularizer, weights,
         passes=KEPT_PASSES, shards=row_shards(x), projection_dtype=fit.dtype,
     )  # fmt: skip
     reached, sparse = _of_x(fit, energy, regularizer), jax.tree.map(lambda leaf: np.asarray(leaf).item(), found.info)
