@@ -17,6 +17,7 @@ from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.step import EMInfo
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import Array
+from flax_hmog.model.typed import Block
 
 if TYPE_CHECKING:
     from flax_hmog.em.fit import Fit
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FEWEST_COMPONENTS = 33  # with fewer, products with all of them cost less than the choice of a few
 MANY_COMPONENTS, LONG_PASS = 100, 2e10  # components and products of a pass from which on it pays unasked
 KEPT_PASSES = 4
+FOLLOWED_STEPS = 2  # of plain EM, after which starts are compared
 FEWEST_SLOTS, MOST_SLOTS = 8, 64  # components per row at most; four times as many after a failure
 LEAST_RANK = 8  # directions of the screen; half of L where that is more
 TOLERANCE = 1e-6  # nats that a row may drop before it looks at all components, and that rows may drop on average
@@ -104,6 +106,22 @@ def take_step(fit: Fit, state: EMState, *, is_last: bool = False) -> Step:
     updated, info, objective = found if isinstance(found, tuple) else fit.evaluate(natural, regularizer)
     cycles = dataclasses.replace(cycles, last=None, reached=objective)
     return Step(natural, updated, info, objective, cycles)
+
+
+def follow_start(fit: Fit, state: EMState, block: Block) -> tuple[Natural, float]:
+    """The model of a start after some steps on a block of rows, and an objective that it has at least.
+
+    In an accelerated fit these are the first step's, which needs no other programs than all steps after it, or as many
+    of plain EM where its sparse pass fails.
+    """
+    natural, regularizer, steps = state.natural, state.regularizer, FOLLOWED_STEPS
+    if _accelerates(fit):
+        step, steps = take_step(fit, state), KEPT_PASSES
+        if step.info is None and step.cycles is not None:
+            return step.updated, step.cycles.reached
+    for _ in range(steps):
+        natural, _, _ = fit.evaluate(natural, regularizer, block)
+    return natural, fit.evaluate(natural, regularizer, block)[-1]
 
 
 def _seen(fit: Fit, natural: Natural, regularizer: Regularizer | None, slots: int | None) -> tuple[Any, float]:

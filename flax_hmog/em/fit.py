@@ -15,7 +15,7 @@ import numpy as np
 from flax_hmog.data.framing import Framing
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.sources import RowsOnDevice, Stream, as_source
-from flax_hmog.em.cycles import take_step
+from flax_hmog.em.cycles import follow_start, take_step
 from flax_hmog.em.initialize import check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
 from flax_hmog.em.padding import InUse, Sizes, padded_sizes
@@ -40,7 +40,6 @@ from flax_hmog.model.prepared import prepare
 from flax_hmog.model.prior import with_prior
 from flax_hmog.model.typed import Block, Data, Samples, jit
 
-FOLLOWED_STEPS = 2  # of EM, after which starts are compared
 ROUNDING = 100  # units in the last place of objective and dimension that objectives of one model may differ by
 
 
@@ -181,9 +180,7 @@ class Fit:
         given: Any = {"method": init, "used": self.used}
         for moments in starts(self.head, x, weights, labels, framing.frame, framing.by_column, key, **given):
             natural, regularizer = self._whitened(moments, None)
-            for step in range(FOLLOWED_STEPS + 1):
-                updated, _, objective = self.evaluate(natural, regularizer, block)
-                natural = natural if step == FOLLOWED_STEPS else updated
+            natural, objective = follow_start(self, EMState(natural, regularizer=regularizer), block)
             # starts that end at one optimum differ by rounding, which must not choose how components are numbered
             least = 0.0 if best is None else best[0] + self.rounding(best[0])
             if math.isfinite(objective) and (best is None or objective > least):

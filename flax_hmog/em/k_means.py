@@ -16,11 +16,11 @@ from flax_hmog.em.pairs import sorted_pairs
 from flax_hmog.model.kinds import Array, matmul
 from flax_hmog.model.typed import Block, Tree
 
-LLOYD_STEPS = 20  # after seeding
+LLOYD_STEPS = 20  # with all rows, after seeding
 FEWEST_CLUSTERS = 33  # with fewer, or fewer rows than in a sample, sums over clusters are products with all of them
 # with more, seeds are sought among so many rows, and moved with these before they are with all
 SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER = 8192, 16
-SAMPLE_STEPS, STEPS_AFTER_SAMPLE = 5, 10
+SAMPLE_STEPS = 5
 TILE_ROWS = 256  # rows of one cluster that are summed at a time
 
 
@@ -61,17 +61,16 @@ def k_means(
         member = members(known, share, n_clusters)  # one_hot of -1 is 0
         mass = jnp.sum(member, axis=0)[:, None]
         centers, is_known = matmul(member.T, points) / jnp.where(mass > 0, mass, 1), mass[:, 0] > 0
-    steps = LLOYD_STEPS
     if is_large(points.shape[0], n_clusters):
         sample = _sample_rows(n_clusters)
         chosen = _spread_rows(points, share, direction, jax.random.fold_in(key, n_clusters), sample)
         few, equal = points[chosen], jnp.full(sample, 1 / sample, share.dtype)
         labels = None if known is None else known[chosen]
         centers = _seeds(few, equal, direction, key, labels, centers, is_known, n_sought)
-        centers, steps = _moved(few, equal, centers, labels, n_sought, SAMPLE_STEPS, None), STEPS_AFTER_SAMPLE
+        centers = _moved(few, equal, centers, labels, n_sought, SAMPLE_STEPS, None)
     else:
         centers = _seeds(points, share, direction, key, known, centers, is_known, n_sought)
-    centers = _moved(points, share, centers, known, n_sought, steps, shards)
+    centers = _moved(points, share, centers, known, n_sought, LLOYD_STEPS, shards)
     return _labels(points, centers, known, n_sought, shards)
 
 
