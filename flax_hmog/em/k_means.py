@@ -12,17 +12,13 @@ from flax_hmog.model.kinds import Array, matmul
 from flax_hmog.model.typed import Block
 
 LLOYD_STEPS = 20  # after seeding
+FAR = 1e15  # from all points, whose square float32 holds
 
 
 def k_means(
-    points: Array,
-    share: Array,
-    key: Array,
-    n_clusters: int,
-    known: Array | None = None,
-    shards: Shards = None,
+    points: Array, share: Array, key: Array, n_clusters: int, known: Array | None = None, shards: Shards = None,
     n_sought: Array | int | None = None,
-) -> Array:
+) -> Array:  # fmt: skip
     """Labels (N,) of weighted k-means: greedy k-means++ seeds, then Lloyd steps; empty clusters keep their centre.
 
     Seeds are drawn along a random direction of space, where a row lies wherever it stands among the others: neither
@@ -43,7 +39,6 @@ def k_means(
     Source: Arthur and Vassilvitskii 2007, with the best of 2 + log K candidates at each seed.
     """
     trials, n_sought = 2 + int(math.log(n_clusters)), n_clusters if n_sought is None else n_sought
-    is_sought = jnp.arange(n_clusters) < n_sought
     is_tried = jnp.arange(trials) < 2 + jnp.floor(jnp.log(jnp.asarray(n_sought, points.dtype)))
     direction_key, key = jax.random.split(key)
     order = jnp.argsort(matmul(points, jax.random.normal(direction_key, points.shape[1:], points.dtype)))
@@ -72,14 +67,10 @@ def k_means(
         )
         return centers, nearest, is_known
 
-    def nearest_center(centers: Array, points: Array, known: Array | None) -> Array:
-        labels = jnp.argmin(jnp.where(is_sought[None], _distances(centers, points), jnp.inf), axis=-1)
-        return labels if known is None else jnp.where(known >= 0, known, labels)
-
     def cluster_sums(centers: Array, block: Block, is_new: Array) -> tuple[Array, Array]:
         """Weight and weighted sum of the points of a block that are nearest to each centre."""
         points, share, known = block
-        member = members(nearest_center(centers, points, known), jnp.where(is_new, share, 0), n_clusters)
+        member = members(_nearest_center(centers, points, known), jnp.where(is_new, share, 0), n_clusters)
         return jnp.sum(member, axis=0), matmul(member.T, points)
 
     def lloyd(_: int, centers: Array) -> Array:
@@ -94,9 +85,16 @@ def k_means(
         mass = jnp.sum(member, axis=0)[:, None]
         centers, is_known = matmul(member.T, points) / jnp.where(mass > 0, mass, 1), mass[:, 0] > 0
         nearest = jnp.min(jnp.where(is_known[None], _distances(centers, points), jnp.inf), axis=-1)
+    # those that are not sought lie where no point is near
+    centers = jnp.where(jnp.arange(n_clusters)[:, None] < n_sought, centers, FAR)
     centers, *_ = jax.lax.fori_loop(0, n_sought, add_center, (centers, nearest, is_known))
     centers = jax.lax.fori_loop(0, LLOYD_STEPS, lloyd, centers)
-    labels = map_rows(lambda centers, points: nearest_center(centers, points, None), centers, points, limit, shards)
+    labels = map_rows(lambda centers, points: _nearest_center(centers, points, None), centers, points, limit, shards)
+    return labels if known is None else jnp.where(known >= 0, known, labels)
+
+
+def _nearest_center(centers: Array, points: Array, known: Array | None) -> Array:
+    labels = jnp.argmin(_distances(centers, points), axis=-1)
     return labels if known is None else jnp.where(known >= 0, known, labels)
 
 
