@@ -21,6 +21,7 @@ FEWEST_CLUSTERS = 33  # with fewer, or fewer rows than in a sample, sums over cl
 # with more, seeds are sought among so many rows, and moved with these before they are with all
 SAMPLE_ROWS, SAMPLE_ROWS_PER_CLUSTER = 8192, 16
 SAMPLE_STEPS = 5
+FAR = 1e15  # from all points, whose square float32 holds
 TILE_ROWS = 256  # rows of one cluster that are summed at a time
 
 
@@ -61,17 +62,17 @@ def k_means(
         member = members(known, share, n_clusters)  # one_hot of -1 is 0
         mass = jnp.sum(member, axis=0)[:, None]
         centers, is_known = matmul(member.T, points) / jnp.where(mass > 0, mass, 1), mass[:, 0] > 0
+    centers = jnp.where((jnp.arange(n_clusters) < n_sought)[:, None], centers, FAR)
     if is_large(points.shape[0], n_clusters):
         sample = _sample_rows(n_clusters)
         chosen = _spread_rows(points, share, direction, jax.random.fold_in(key, n_clusters), sample)
         few, equal = points[chosen], jnp.full(sample, 1 / sample, share.dtype)
         labels = None if known is None else known[chosen]
         centers = _seeds(few, equal, direction, key, labels, centers, is_known, n_sought)
-        centers = _moved(few, equal, centers, labels, n_sought, SAMPLE_STEPS, None)
+        centers = _moved(few, equal, centers, labels, SAMPLE_STEPS, None)
     else:
         centers = _seeds(points, share, direction, key, known, centers, is_known, n_sought)
-    centers = _moved(points, share, centers, known, n_sought, LLOYD_STEPS, shards)
-    return _labels(points, centers, known, n_sought, shards)
+    return _labels(points, _moved(points, share, centers, known, LLOYD_STEPS, shards), known, shards)
 
 
 def is_large(n_rows: int, n_clusters: int) -> bool:
@@ -134,15 +135,13 @@ def _seeds(
     return cast(Array, jax.lax.fori_loop(0, n_sought, add_center, (centers, nearest))[0])
 
 
-def _moved(
-    points: Array, share: Array, centers: Array, known: Array | None, n_sought: Array | int, steps: int, shards: Shards
-) -> Array:
+def _moved(points: Array, share: Array, centers: Array, known: Array | None, steps: int, shards: Shards) -> Array:
     """Centres (K, L) after Lloyd steps."""
     n_clusters = centers.shape[0]
 
     def block_sums(centers: Array, block: Block, is_new: Array) -> tuple[Array, Array]:
         points, share, known = block
-        member = members(_nearest(centers, points, known, n_sought), jnp.where(is_new, share, 0), n_clusters)
+        member = members(_nearest(centers, points, known), jnp.where(is_new, share, 0), n_clusters)
         return jnp.sum(member, axis=0), matmul(member.T, points)
 
     def tile_sums(_: Tree, points: Array, share: Array) -> tuple[Array, Array]:
@@ -150,7 +149,7 @@ def _moved(
 
     def lloyd(_: int, centers: Array) -> Array:
         if is_large(points.shape[0], n_clusters):
-            labels = _labels(points, centers, known, n_sought, shards)
+            labels = _labels(points, centers, known, shards)
             mass, total = cluster_sums(tile_sums, (), points, share, labels, n_clusters, shards)
         else:
             limit = block_rows(points.shape[1] + 3 * n_clusters)
@@ -161,21 +160,20 @@ def _moved(
     return cast(Array, jax.lax.fori_loop(0, steps, lloyd, centers))
 
 
-def _labels(points: Array, centers: Array, known: Array | None, n_sought: Array | int, shards: Shards) -> Array:
+def _labels(points: Array, centers: Array, known: Array | None, shards: Shards) -> Array:
     """The number of the nearest centre of all points (N,), or of the one that is known."""
     limit = block_rows(points.shape[1] + 3 * centers.shape[0])
-    labels = map_rows(lambda centers, points: _nearest(centers, points, None, n_sought), centers, points, limit, shards)
+    labels = map_rows(lambda centers, points: _nearest(centers, points, None), centers, points, limit, shards)
     return labels if known is None else jnp.where(known >= 0, known, labels)
 
 
-def _nearest(centers: Array, points: Array, known: Array | None, n_sought: Array | int) -> Array:
+def _nearest(centers: Array, points: Array, known: Array | None) -> Array:
     """`_labels` of a block of points."""
     # half the squared distances, up to a number for each point, by one product: so that both looks at it see one value.
     # argmin takes several times as long
     ones, half = jnp.ones_like(points[:, :1]), jnp.sum(centers**2, axis=-1, keepdims=True) / 2
     far = matmul(jnp.concatenate([points, ones], axis=1), jnp.concatenate([-centers, half], axis=1).T)
     numbers = jnp.arange(centers.shape[0], dtype=jnp.int32)[None]
-    far = jnp.where(numbers < n_sought, far, jnp.inf)
     labels = jnp.min(jnp.where(far <= jnp.min(far, axis=-1, keepdims=True), numbers, centers.shape[0] - 1), axis=-1)
     return labels if known is None else jnp.where(known >= 0, known, labels)
 

@@ -266,8 +266,7 @@ def _natural_to_mean(natural: Natural) -> Mean:
     observable_mean = matmul(moments.loadings, latent_mean) + moments.bias
     # Cov(x) = W Cov(y) W' + Psi,  E[x x'] = Cov(x) + E[x] E[x]'
     spread = matmul(moments.loadings, pooled - outer(latent_mean, latent_mean))
-    kind = type(moments.noise)
-    signal = kind.project_product(
+    signal = type(moments.noise).project_product(
         jnp.concatenate([spread, observable_mean[:, None]], axis=-1),
         jnp.concatenate([moments.loadings, observable_mean[:, None]], axis=-1),
     )
