@@ -64,7 +64,9 @@ def measured(x: np.ndarray, lat_dim: int, n_components: int, n_clusters: int) ->
     y, share = jnp.asarray(centred @ axes), jnp.full(len(x), 1 / len(x), jnp.float32)
     find = jax.jit(lambda y, share: k_means(y, share, jax.random.key(0), n_components))
     labels, of_clusters = timed(lambda: find(y, share))
-    sums = jax.jit(lambda y, share, labels: _cluster_moments(y, share, labels, n_components, jnp.sum(share), None))
+    sums = jax.jit(
+        lambda y, share, labels: _cluster_moments(y, share, labels, n_components, n_components, jnp.sum(share), None)
+    )
     (_, means, _), of_moments = timed(lambda: sums(y, share, labels))
     distortion = float(jnp.mean(jnp.sum((y - means[labels]) ** 2, axis=1)))
     logits = 2 * y @ means.T - jnp.sum(means**2, axis=1)[None]

@@ -118,7 +118,7 @@ def follow_start(fit: Fit, state: EMState, block: Block) -> tuple[Natural, float
     if _accelerates(fit):
         step, steps = take_step(fit, state), KEPT_PASSES
         if step.info is None and step.cycles is not None:
-            return step.updated, step.cycles.reached
+            return step.cycles.last, step.cycles.reached
     for _ in range(steps):
         natural, _, _ = fit.evaluate(natural, regularizer, block)
     return natural, fit.evaluate(natural, regularizer, block)[-1]
