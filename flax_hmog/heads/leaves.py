@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_hmog.model.algebra import orthonormalize
 from flax_hmog.model.coordinates import Natural, Prior, natural_bias
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, diagonal, einsum, matmul
 from flax_hmog.model.structure import SharedBase, Structure
@@ -130,7 +131,7 @@ def _restricted_components(leaves: dict[str, Array], rep: Rep, bounds: Bounds) -
     """
     lat_dim = leaves["means"].shape[-1]
     loadings = bounded_columns(leaves["loadings"], bounds.signal)
-    orthonormal, t = jnp.linalg.qr(jnp.concatenate([jnp.eye(lat_dim, dtype=loadings.dtype), loadings]))
+    orthonormal, t = orthonormalize(jnp.concatenate([jnp.eye(lat_dim, dtype=loadings.dtype), loadings]))
     signs = jnp.where(diagonal(t) < 0, -1, 1).astype(t.dtype)
     orthonormal, t = orthonormal * signs[None], t * signs[:, None]
     root, whitened = orthonormal[:lat_dim], orthonormal[lat_dim:]

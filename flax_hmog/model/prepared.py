@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from flax_hmog.model.algebra import orthonormalize
 from flax_hmog.model.checks import check_float_dtype, public
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural, observable_bias
 from flax_hmog.model.kinds import (
@@ -107,7 +108,7 @@ def _prepare(natural: Natural) -> Prepared:
 def _full_basis(natural: Natural, whitened: Array, pooled_root: Array) -> tuple[Any, ...]:
     """T from the QR factors of [R^1/2; A], so that the small prior is not lost beside A'A; C_k = Q~_k^-1 in full."""
     precisions, lat_dim = natural.prior.precision.entries, pooled_root.shape[0]
-    orthonormal, t = jnp.linalg.qr(jnp.concatenate([pooled_root, whitened]))
+    orthonormal, t = orthonormalize(jnp.concatenate([pooled_root, whitened]))
     prior_root, projection = orthonormal[:lat_dim], orthonormal[lat_dim:]
     t_inverse = inverse_lower(t.T).T
     prior = matmul(matmul(t_inverse.T[None], precisions), t_inverse[None])

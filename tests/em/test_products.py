@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import FEW
 
 from flax_hmog import AnalyticHMoG, fit_em, infer, mean_log_density
 from flax_hmog.inference.posterior import infer_rows
@@ -137,3 +138,30 @@ def test_a_fit_without_them_checks_nothing(rows):
     with warnings.catch_warnings(), jax.default_matmul_precision("highest"):
         warnings.simplefilter("error")
         assert np.isfinite(fit(rows)).all()
+
+
+@pytest.mark.parametrize("name", ["F32_F32_F32", "BF16_BF16_F32"])
+def test_models_in_float64_keep_their_digits(name):
+    """XLA converts operands in float64 too where a preset names the arithmetic, unless a product asks for all digits."""
+    rows = np.asarray(x, np.float64)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), natural)
+        start = fit_em(AnalyticHMoG(2, 3, param_dtype=np.float64), rows, jax.random.key(0), max_steps=3)
+        expected, gradient = infer(wide, rows), jax.grad(mean_log_density)(wide, rows)
+        with jax.default_matmul_precision(name):
+            got, again = infer(wide, rows), jax.grad(mean_log_density)(wide, rows)
+            fitted = fit_em(AnalyticHMoG(2, 3, param_dtype=np.float64), rows, jax.random.key(0), max_steps=3)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)  # noqa: E731
+    jax.tree.map(close, (got, again), (expected, gradient))
+    close(fitted.objective_history, start.objective_history)
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_gradients_multiply_in_full_precision_on_every_device(case):
+    """Derivatives of jax's own functions need not ask for it, as that of QR."""
+    head, rows = case.head("float32"), jnp.asarray(case.x(), jnp.float32)
+    variables = case.variables("float32")
+    loss = lambda variables: -jnp.mean(head.apply(variables, rows).log_density)  # noqa: E731
+    found = dots(jax.grad(loss, allow_int=True), variables)
+    assert found
+    assert not [line for line in found if line.count("HIGHEST") != 2]
