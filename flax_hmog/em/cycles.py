@@ -139,7 +139,7 @@ def _followed(
 
 def _accelerates(fit: Fit) -> bool:
     """True if passes of this fit can be sparse: all rows on the device, and many components."""
-    is_asked, n_components = fit.options.accelerate, fit.head.n_components
+    is_asked, n_components = fit.options.accelerate and not fit.missing, fit.head.n_components
     return is_asked and n_components >= FEWEST_COMPONENTS and isinstance(fit.source, RowsOnDevice)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,13 @@ from flax_hmog.data.framing import Framing
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.sources import RowsOnDevice, Stream, as_source
 from flax_hmog.em.cycles import Cycles, take_step
-from flax_hmog.em.initialize import check_counts, frame_of, starts
+from flax_hmog.em.initialize import check_columns, check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
 from flax_hmog.em.progress import progress_bar
 from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.statistics import accumulate
 from flax_hmog.em.step import EMInfo, finish_step, one_step, whiten_moments, whiten_regularizer
-from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, named, public
+from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, may_miss, named, public
 from flax_hmog.model.conversions import fits_units_of_x, in_units_of_x, moments_to_natural, own_moments, reframe
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, check_full, check_natural
 from flax_hmog.model.frames import Frame, has_more_digits
@@ -110,6 +110,7 @@ def fit_em(
     progress: bool = False,
     state: EMState | None = None,
     on_step: Callable[[EMState], None] | None = None,
+    missing: str = "refuse",
     **changes: object,
 ) -> EMResult:
     """Fit a HMoG by exact EM.
@@ -132,6 +133,7 @@ def fit_em(
         progress: show a progress bar.
         state: value given to `on_step`: goes on from there, with all other arguments as before, to the same result.
         on_step: called after every step, for example to save its `EMState`.
+        missing: "nan" takes NaN, None, NA and masked entries for missing ones, exactly; not with full noise.
         changes: single options by name, in place of those of `options`: init, regularizer, n_restarts, max_steps,
             tolerance, accelerate, column_units, max_distance.
 
@@ -156,8 +158,7 @@ def fit_em(
         raise ValueError(
             f"fit_em: `n_restarts` must be 1 for a given `init`; got {n_starts}. All starts would be the same."
         )
-    state = EMState() if state is None else state
-    keys = jax.random.split(key, n_starts)
+    state, keys = state or EMState(), jax.random.split(key, n_starts)
     with progress_bar("EM", progress, n_starts * passes) as report:
         while (start := len(state.finals)) < n_starts:
             if state.natural is None:
@@ -220,6 +221,8 @@ class Fit:
         if source.count is not None:
             check_counts((source.count, source.obs_dim), head)
         rows, row_weights = source.host_sample()
+        check_columns(head, rows, row_weights)
+        self.missing = may_miss() and not (isinstance(source, RowsOnDevice) and np.isfinite(rows).all())
         self.frame, by_column = frame_of(head, rows, row_weights, options.column_units)
         exact = has_more_digits(rows, head.param_dtype)
         # from now on the source gives rows that go with the frame
@@ -240,8 +243,7 @@ class Fit:
             natural = self._checked_model(init)
             return self._whitened(reframe(own_moments(natural), natural.frame, self.frame), natural.frame)
         x, weights, labels = block = self.source.sample()
-        best: Any = None
-        framing = self.source.framing
+        best, framing = cast(Any, None), self.source.framing
         for moments in starts(self.head, x, weights, labels, framing.frame, framing.by_column, key, method=init):
             natural, regularizer = self._whitened(moments, None)
             for step in range(FOLLOWED_STEPS + 1):
@@ -252,10 +254,9 @@ class Fit:
             if math.isfinite(objective) and (best is None or objective > least):
                 best = objective, natural, regularizer
         if best is None:
-            raise ValueError(
-                f"{door()}: `regularizer` must keep the likelihood bounded on these data; got no start whose "
-                "objective is finite. Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
-            )
+            wrong = "keep the likelihood bounded on these data; got no start whose objective is finite"
+            remedy = "Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
+            raise ValueError(f"{door()}: `regularizer` must {wrong}. {remedy}")
         return best[1], best[2]
 
     def _checked_model(self, init: Moments | Natural | Prepared) -> Natural:
@@ -300,13 +301,12 @@ class Fit:
         if isinstance(self.source, RowsOnDevice):
             block = self.source.sample()  # which is all
         if block is not None:
-            given = {"shards": row_shards(block[0]), "projection_dtype": self.dtype}
+            given: Any = {"shards": row_shards(block[0]), "projection_dtype": self.dtype, "missing": self.missing}
             updated, info, _, read = one_step(inner, block, regularizer, self.frame, **given)
         else:
-            factors = prepare(inner, self.dtype)
-            statistics: Any = None
-            for x, weights, labels in self.source.blocks():
-                part = accumulate(factors, x, weights, labels, shards=row_shards(x))
+            factors, statistics = prepare(inner, self.dtype), cast(Any, None)
+            for rows in self.source.blocks():
+                part = accumulate(factors, *rows, shards=row_shards(rows[0]), missing=self.missing)
                 statistics = part if statistics is None else jax.tree.map(jnp.add, statistics, part)
             updated, info, _, read = finish_step(factors, statistics, regularizer, self.frame)
         # the only values of a step that are read
