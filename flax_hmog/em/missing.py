@@ -122,13 +122,16 @@ def mixed_posterior(
     point = posterior.point
     zeros = jnp.zeros_like(point), jnp.zeros_like(posterior.covariance[0])
 
-    def add(totals: tuple[Array, Array], component: tuple[Array, Array, Array]) -> tuple[Any, Any]:
-        covariance, gain, share = component
+    def add(totals: tuple[Array, Array], component: tuple[Array, ...]) -> tuple[Any, Any]:
+        covariance, gain, share, weighted = component
         total_gain, total_square = totals
-        square = total_square + share[None, None] * (covariance + gain[:, None] * gain[None])
+        # products of two factors each, which the compiler makes long vectors of
+        square = total_square + share[None, None] * covariance + weighted[:, None] * gain[None]
         mean, counted = point + gain, share * weights
         second = matmul(covariance, counted) + matmul(mean * counted[None], mean.T)
-        return (total_gain + share[None] * gain, square), (matmul(mean, counted), second)
+        return (total_gain + weighted, square), (matmul(mean, counted), second)
 
-    (gain, square), sums = jax.lax.scan(add, zeros, (posterior.covariance, posterior.gain, responsibilities))
+    weighted = responsibilities[:, None] * posterior.gain
+    components = posterior.covariance, posterior.gain, responsibilities, weighted
+    (gain, square), sums = jax.lax.scan(add, zeros, components)
     return point + gain, square - gain[:, None] * gain[None], sums

@@ -134,7 +134,7 @@ def condition(conditioner: Conditioner, shown: Shown) -> Conditioned:
     factors, loadings, prior = conditioner.factors, conditioner.loadings, conditioner.prior
     projector = factors.root.times(factors.projection)
     # U_o'U_o (L, L, B), a sum over the columns that a row shows
-    gram = matmul(conditioner.pairs.T, shown.mask.T)[entry_index(loadings.shape[1])]
+    gram = matmul(shown.mask, conditioner.pairs).T[entry_index(loadings.shape[1])]
 
     def invert(total: Array, precision: Array) -> tuple[Array, tuple[Array, Array]]:
         covariance, log_det = inverses_along_last(gram + precision[:, :, None])
@@ -147,22 +147,21 @@ def condition(conditioner: Conditioner, shown: Shown) -> Conditioned:
     slope_of_rows = matmul(projector.T, residual.T)
     square = jnp.sum(factors.precision.rows_times(residual**2), axis=-1)
 
-    def expand(component: tuple[Array, ...]) -> tuple[Array, Array]:
-        """Log p(x_o, y^, k) + s'C s / 2 - log|Q| / 2 without what components share, s the slope at y^; and C s."""
-        covariance, log_det, precision, mean, constant = component
-        gap = point - mean[:, None]
-        pull = matmul(precision, gap)
-        slope = slope_of_rows - pull
-        gain = matrix_product(covariance, slope)
-        quadratic = jnp.sum(slope * gain, axis=0) - jnp.sum(gap * pull, axis=0) - log_det
-        return constant + quadratic / 2, gain
-
-    of_components = covariances, log_dets, prior, conditioner.means, conditioner.constant
-    log_joint, gain = jax.lax.map(expand, of_components)
-    return Conditioned(log_joint + (shown.offset - square / 2)[None], point, gain, covariances)
+    # log p(x_o, y^, k) + s'C s / 2 - log|Q| / 2 without what components share, s the slope at y^
+    gap = point[None] - conditioner.means[:, :, None]
+    pull = matmul(prior, gap)
+    slope = slope_of_rows[None] - pull
+    gain = matrix_product(covariances, slope)
+    quadratic = jnp.sum(slope * gain, axis=1) - jnp.sum(gap * pull, axis=1) - log_dets
+    log_joint = conditioner.constant[:, None] + quadratic / 2 + (shown.offset - square / 2)[None]
+    return Conditioned(log_joint, point, gain, covariances)
 
 
 def matrix_product(matrices: Array, vectors: Array) -> Array:
-    """M v (L, B) of matrices (L, L, B) and vectors (L, B), column by column."""
-    add = lambda column, total: total + matrices[column] * vectors[column][None]  # noqa: E731
-    return cast(Array, jax.lax.fori_loop(0, vectors.shape[0], add, jnp.zeros_like(vectors)))
+    """M v (..., L, B) of symmetric matrices (..., L, L, B) and vectors (..., L, B), column by column."""
+
+    def add(column: Array, total: Array) -> Array:
+        row = jax.lax.dynamic_index_in_dim(matrices, column, -3, keepdims=False)
+        return cast(Array, total + row * jax.lax.dynamic_index_in_dim(vectors, column, -2))
+
+    return cast(Array, jax.lax.fori_loop(0, vectors.shape[-2], add, jnp.zeros_like(vectors)))
