@@ -1,4 +1,4 @@
-"""What inference returns for rows."""
+"""Outputs of inference for rows."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Shown:
 
 @pytree
 class Conditioner:
-    """What conditioning on a part of the columns needs of a model, computed once for all rows.
+    """A model prepared for conditioning on a part of the columns, once for all rows.
 
     Attributes:
         factors: of `prepare`.
@@ -117,7 +117,7 @@ def incomplete_block_rows(factors: Prepared) -> int:
 
 
 def split_rows(factors: Prepared, x: Array) -> Shown:
-    """What rows x (B, D) show; derivatives do not see what is missing."""
+    """Rows x (B, D) split into what is there and where; derivatives do not see what is missing."""
     is_there = ~jnp.isnan(x)
     mask = is_there.astype(x.dtype)
     centered = jnp.where(is_there, center_rows(factors, jnp.where(is_there, x, 0)), 0)
