@@ -18,6 +18,7 @@ class Posterior:
         bias: harmonium categorical bias (K-1,), against component 0.
 
     Example:
+        >>> from flax_hmog import posterior_at
         >>> from flax_hmog.toy import natural, x
         >>> posterior = posterior_at(natural, x)
         >>> posterior.location.shape, posterior.precision.entries.shape, posterior.bias.shape
