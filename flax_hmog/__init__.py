@@ -15,6 +15,7 @@ from flax_hmog.heads.from_natural import WarmStartInfo, WarmStartWarning, warm_s
 from flax_hmog.heads.goal import analytic_hmog, differentiable_hmog, symmetric_hmog
 from flax_hmog.heads.modules import AnalyticHMoG, DifferentiableHMoG, SymmetricHMoG
 from flax_hmog.inference.likelihood import mean_log_density
+from flax_hmog.inference.missing import Imputed, impute
 from flax_hmog.inference.posterior import (
     HMoGOutput,
     Posterior,
@@ -61,6 +62,7 @@ __all__ = [
     "Frame",
     "HMoGOutput",
     "Head",
+    "Imputed",
     "Kind",
     "LinearGaussian",
     "Mean",
@@ -90,6 +92,7 @@ __all__ = [
     "expected_statistics",
     "fit_em",
     "fit_online_em",
+    "impute",
     "in_units_of_x",
     "infer",
     "infer_blocks",

@@ -81,7 +81,7 @@ def fit(data=X, **options):
 OBSERVATIONS = {
     "wrong last dimension": (lambda: log_observable_density(NATURAL, X[:, :3]), ValueError, r"`x` must have shape \(..., 4\); got \(8, 3\)"),
     "no dimension": (lambda: log_observable_density(NATURAL, 3.0), ValueError, r"`x` must have shape \(..., 4\); got \(\)"),
-    "missing values": (lambda: latent_mean(NATURAL, changed(X, ([3, 3, 6], [0, 1, 2]), np.nan)), ValueError, "got 3 entries that are not, the first in row 3. Missing values are not supported"),
+    "missing values": (lambda: latent_mean(NATURAL, changed(X, ([3, 3, 6], [0, 1, 2]), np.nan)), ValueError, "got 3 entries that are not, the first in row 3. Give missing=\"nan\" to fits and inference"),
     "infinite": (lambda: expected_statistics(NATURAL, changed(X, (5, 1), -np.inf)), ValueError, "got 1 entries that are not, the first in row 5"),
     "overflow of float32": (lambda: infer(NATURAL, changed(X, (2, 0), 1e39)), ValueError, "finite in float32; got 1 entries that are not, the first in row 2"),
     "strings": (lambda: posterior_at(NATURAL, [["a"] * 4]), TypeError, "`x` must hold real numbers; got dtype <U1"),

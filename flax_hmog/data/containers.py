@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.model.checks import MISSING_VALUES, door
+from flax_hmog.model.checks import MISSING_VALUES, door, may_miss
 
 BY_BLOCKS = (
     "Use infer_blocks(natural, data), fit_em or fit_online_em, which read it block by block; or give an array of it, "
@@ -119,6 +119,8 @@ def _dense(block: Any) -> np.ndarray:
 def in_memory(argument: str, value: object) -> Any:
     """Numbers as a numpy or jax array, in their own dtype; nothing that is missing passes for a number.
 
+    Where entries may be missing (`may_miss`), those that are become NaN.
+
     Args:
         argument: name of the argument, for messages.
         value: array, masked array, list, table, AnnData, or what has `__array__` or `__dlpack__`.
@@ -190,6 +192,8 @@ def _as_array(argument: str, value: object) -> Any:
 
 def _unmasked(argument: str, value: np.ma.MaskedArray) -> np.ndarray:
     mask = np.ma.getmaskarray(value)
+    if mask.any() and may_miss():
+        return np.where(mask, np.nan, value.data)
     if mask.any():
         _refuse_missing(argument, mask, "masked entries")
     return value.data
@@ -208,7 +212,9 @@ def _numbers(argument: str, array: np.ndarray) -> np.ndarray:
     if array.ndim == 0 or not array.size:
         return array
     missing = np.frompyfunc(is_missing, 1, 1)(array).astype(bool)
-    if missing.any():
+    if missing.any() and may_miss():
+        array = np.where(missing, np.nan, array)
+    elif missing.any():
         _refuse_missing(argument, missing, "that are (None, NaN or NA)")
     first = array.flat[0]
     if array.ndim == 1 and hasattr(first, "__len__") and not isinstance(first, str | bytes):  # a column of lists
@@ -237,7 +243,7 @@ def _from_table(argument: str, table: Any) -> np.ndarray:
                 f"{door()}: `{argument}` must hold real numbers in every column; got {values.dtype} in column "
                 f"{name!r}. Leave this column out, or encode it as numbers."
             )
-        if values.dtype.kind == "f" and np.isnan(values).any():
+        if values.dtype.kind == "f" and np.isnan(values).any() and not may_miss():
             _refuse_missing(f"{argument}[{str(name)!r}]", np.isnan(values), "that are (NaN or null)")
         arrays.append(values)
     return np.column_stack(arrays) if arrays else np.empty(table.shape)

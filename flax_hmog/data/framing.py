@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from flax_hmog.data.rows import on_host
+from flax_hmog.model.checks import may_miss
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import Array
 from flax_hmog.model.typed import Floats, Rows, jit
@@ -37,7 +38,8 @@ def share_bounds(x: np.ndarray) -> bool:
     Args:
         x: rows (N, D), on the host.
     """
-    lower, upper = x.min(axis=0), x.max(axis=0)
+    least, largest = (np.nanmin, np.nanmax) if may_miss() else (np.min, np.max)
+    lower, upper = least(x, axis=0), largest(x, axis=0)
     varies = lower < upper
     if varies.sum() < 2:
         return False
@@ -56,14 +58,23 @@ def robust_frame(x: np.ndarray, weights: np.ndarray, by_column: bool, dtype: DTy
         dtype: of the frame.
 
     Returns:
-        `Frame`. The unit of a column that does not vary is the typical one of the others, or 1.
+        `Frame`. The unit of a column that does not vary is the typical one of the others, or 1. Missing entries do not
+        count.
     """
     kept = weights > 0
     rows, share = (x, weights) if kept.all() else (x[kept], weights[kept])
     share = np.asarray(share, np.float64)
     uniform = share.size == 0 or bool((share == share[0]).all())
     origin, unit = np.empty(x.shape[1]), np.empty(x.shape[1])
-    if by_column:
+    is_missing = np.isnan(rows) if may_miss() else np.zeros((0, x.shape[1]), bool)
+    if is_missing.any():
+        rows, seen = np.where(is_missing, np.nan_to_num(np.nanmedian(rows, axis=0)), rows), ~is_missing
+    if by_column and is_missing.any():
+        for column in range(x.shape[1]):
+            entries, part = rows[seen[:, column], column][None].astype(np.float64), share[seen[:, column]]
+            origin[column] = _quantiles(entries, part, uniform, 0.5)[0]
+            unit[column] = _typical(np.abs(entries - origin[column]), part, uniform)[0]
+    elif by_column:
         for start in range(0, x.shape[1], COLUMNS_AT_ONCE):
             part = slice(start, start + COLUMNS_AT_ONCE)
             columns = np.ascontiguousarray(rows[:, part].T, np.float64)
@@ -71,6 +82,8 @@ def robust_frame(x: np.ndarray, weights: np.ndarray, by_column: bool, dtype: DTy
             unit[part] = _typical(np.abs(columns - origin[part, None]), share, uniform)
     else:
         origin, distance = _geometric_median(rows, share)
+        if is_missing.any():  # entries that are filled in lie at no distance
+            distance = distance * np.sqrt(x.shape[1] / np.maximum(seen.sum(axis=1), 1))
         unit[:] = _typical(distance[None] / np.sqrt(x.shape[1]), share, uniform)
     varies = unit > 0
     unit[~varies] = np.exp(np.log(unit[varies]).mean()) if varies.any() else 1
@@ -144,8 +157,8 @@ class Framing:
     """
 
     def __init__(self, frame: Frame, dtype: DTypeLike, max_distance: float, by_column: bool, exact: bool) -> None:
-        self.full, self.exact = frame, exact
-        self.frame = frame.applied() if exact else frame
+        self.full, self.exact, self.to_units = frame, exact, not may_miss()
+        self.frame = frame.applied(to_units=self.to_units) if exact else frame
         self.dtype, self.max_distance, self.by_column = dtype, max_distance, by_column
         self.wild: set[int] = set()
 
@@ -159,7 +172,7 @@ class Framing:
             numbers: their numbers among all rows (B,).
         """
         if self.exact:
-            x = jnp.asarray(self.full.inward_on_host(raw), self.dtype)
+            x = jnp.asarray(self.full.inward_on_host(raw, to_units=self.to_units), self.dtype)
         wild = _wild_rows(self.frame, x, weights, self.max_distance, self.by_column)
         if bool(jnp.any(wild)):
             self.wild.update(numbers[on_host(wild)].tolist())
@@ -170,11 +183,13 @@ class Framing:
 @jit(static_argnames="by_column")
 def _wild_rows(frame: Frame, x: Array, weights: Array, max_distance: Array | float, by_column: bool) -> Array:
     """True for rows (B, D) that count and have an entry (with one unit, are as a whole) too far from the origin."""
-    rows = jnp.abs(frame.inward(x))
+    is_missing = jnp.isnan(x)
+    rows = jnp.where(is_missing, 0, jnp.abs(frame.inward(x)))
     distance = jnp.max(rows, axis=-1)
     if not by_column:
         top = jnp.maximum(distance, 1)
-        distance = top * jnp.sqrt(jnp.mean((rows / top[:, None]) ** 2, axis=-1))
+        count = jnp.maximum(x.shape[1] - jnp.sum(is_missing, axis=-1), 1)
+        distance = top * jnp.sqrt(jnp.sum((rows / top[:, None]) ** 2, axis=-1) / count)
     return (distance > max_distance) & (weights > 0)
 
 

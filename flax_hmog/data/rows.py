@@ -18,9 +18,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.typing import DTypeLike
 
 from flax_hmog.data.containers import in_memory
-from flax_hmog.model.checks import check_finite, check_shape, door, is_concrete
+from flax_hmog.model.checks import check_finite, check_shape, door, is_concrete, may_miss
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.frames import has_more_digits
+from flax_hmog.model.incomplete import check_noise
 from flax_hmog.model.kinds import (
     Array,
 )
@@ -236,12 +237,15 @@ def enter(
     """
     model: Any = natural if isinstance(natural, Prepared) else with_prior(check_natural(natural))
     parameters = check_natural(model)
+    if may_miss():
+        check_noise(parameters.observable_precision)
     interaction, frame = parameters.interaction, parameters.frame
     given = check_given(x, interaction.shape[0], argument=argument)
     rows = as_rows(given, interaction.dtype, argument=argument, row_numbers=row_numbers)
     if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
-        rows = jnp.asarray(frame.inward_on_host(given), interaction.dtype)
-        applied = parameters.in_frame(frame.applied())
+        to_units = not may_miss()
+        rows = jnp.asarray(frame.inward_on_host(given, to_units=to_units), interaction.dtype)
+        applied = parameters.in_frame(frame.applied(to_units=to_units))
         model = dataclasses.replace(model, natural=applied) if isinstance(model, Prepared) else applied
     return model, rows, row_shards(rows)
 
@@ -283,7 +287,8 @@ def as_rows(
 ) -> Array:
     """Observations of `check_given` in the working dtype: the one place where they are converted.
 
-    Those that were seen to be finite before are not looked at again (`is_finite`).
+    Those that were seen to be finite before are not looked at again (`is_finite`). NaN is a missing entry where there
+    may be such (`may_miss`).
 
     Raises:
         ValueError: for entries that are not finite in this dtype.
@@ -299,5 +304,5 @@ def as_rows(
         mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
         rows = jax.device_put(rows, NamedSharding(mesh, sharding.spec))
     if not is_finite:
-        check_finite(argument, rows, row_numbers=row_numbers)
+        check_finite(argument, rows, row_numbers=row_numbers, or_nan=may_miss())
     return rows

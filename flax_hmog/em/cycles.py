@@ -158,7 +158,7 @@ def _followed(
 def _accelerates(fit: Fit) -> bool:
     """True if passes of this fit can be sparse, with rows on the device, and it is asked for or pays."""
     is_asked, n_components, source = fit.options.accelerate, fit.head.n_components, fit.source
-    if n_components < FEWEST_COMPONENTS or not isinstance(source, RowsOnDevice):
+    if fit.missing or n_components < FEWEST_COMPONENTS or not isinstance(source, RowsOnDevice):
         return False
     if is_asked is not None:
         return is_asked

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax_hmog.data.framing import Framing
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.sources import RowsOnDevice, Stream, as_source
 from flax_hmog.em.cycles import follow_start, take_step
-from flax_hmog.em.initialize import check_counts, frame_of, starts
+from flax_hmog.em.initialize import check_columns, check_counts, frame_of, starts
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_options
 from flax_hmog.em.padding import InUse, Sizes, padded_sizes
 from flax_hmog.em.products import checked_products
@@ -24,7 +24,7 @@ from flax_hmog.em.progress import progress_bar
 from flax_hmog.em.result import ConvergenceWarning, EMResult, EMState, WildRowsWarning
 from flax_hmog.em.statistics import accumulate
 from flax_hmog.em.step import EMInfo, finish_step, one_step, whiten_moments, whiten_regularizer
-from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, named, public
+from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, may_miss, named, public
 from flax_hmog.model.conversions import (
     fits_units_of_x,
     moments_to_natural,
@@ -55,6 +55,7 @@ def fit_em(
     progress: bool = False,
     state: EMState | None = None,
     on_step: Callable[[EMState], None] | None = None,
+    missing: str = "refuse",
     **changes: object,
 ) -> EMResult:
     """Fit a HMoG by exact EM.
@@ -76,6 +77,7 @@ def fit_em(
         progress: show a progress bar.
         state: value given to `on_step`: goes on from there, with all other arguments as before, to the same result.
         on_step: called after every step, for example to save its `EMState`.
+        missing: "nan" takes NaN, None, NA and masked entries for missing ones, exactly; not with full noise.
         changes: single options by name, in place of those of `options`: init, regularizer, n_restarts, max_steps,
             tolerance, accelerate, column_units, max_distance.
 
@@ -145,6 +147,8 @@ class Fit:
         if source.count is not None:
             check_counts((source.count, source.obs_dim), head)
         rows, row_weights = source.host_sample()
+        check_columns(head, rows, row_weights)
+        self.missing = may_miss() and not (isinstance(source, RowsOnDevice) and np.isfinite(rows).all())
         self.frame, by_column = frame_of(head, rows, row_weights, options.column_units)
         exact = has_more_digits(rows, head.param_dtype)
         # from now on the source gives rows that go with the frame
@@ -158,7 +162,7 @@ class Fit:
         self.used: InUse | None = None
         if isinstance(source, RowsOnDevice):
             self.block = source.sample()  # which is all
-            if pad and len(source.x.sharding.device_set) == 1:
+            if pad and not self.missing and len(source.x.sharding.device_set) == 1:
                 self.sizes = padded_sizes(source.count, source.obs_dim, head.lat_dim, head.n_components)
             if self.sizes is not None:
                 self.used, self.block = self.sizes.in_use(), self.sizes.filled(self.block, source.framing.frame)
@@ -175,8 +179,7 @@ class Fit:
             natural = natural if self.sizes is None else self.sizes.pad(natural)
             return self._whitened(reframe(own_moments(natural), natural.frame, self.frame), natural.frame)
         x, weights, labels = block = self.block or self.source.sample()
-        best: Any = None
-        framing = self.source.framing
+        best, framing = cast(Any, None), self.source.framing
         given: Any = {"method": init, "used": self.used}
         for moments in starts(self.head, x, weights, labels, framing.frame, framing.by_column, key, **given):
             natural, regularizer = self._whitened(moments, None)
@@ -186,10 +189,9 @@ class Fit:
             if math.isfinite(objective) and (best is None or objective > least):
                 best = objective, natural, regularizer
         if best is None:
-            raise ValueError(
-                f"{door()}: `regularizer` must keep the likelihood bounded on these data; got no start whose "
-                "objective is finite. Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
-            )
+            wrong = "keep the likelihood bounded on these data; got no start whose objective is finite"
+            remedy = "Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
+            raise ValueError(f"{door()}: `regularizer` must {wrong}. {remedy}")
         return best[1], best[2]
 
     def _checked_model(self, init: Moments | Natural | Prepared) -> Natural:
@@ -234,13 +236,12 @@ class Fit:
         """
         inner, block = natural.in_frame(self.row_frame), block or self.block
         if block is not None:
-            given: Any = {"shards": row_shards(block[0]), "projection_dtype": self.dtype, "used": self.used}
-            updated, info, _, read = one_step(inner, block, regularizer, self.frame, **given)
+            given: Any = {"shards": row_shards(block[0]), "projection_dtype": self.dtype, "missing": self.missing}
+            updated, info, _, read = one_step(inner, block, regularizer, self.frame, **given, used=self.used)
         else:
-            factors = prepare(inner, self.dtype)
-            statistics: Any = None
-            for x, weights, labels in self.source.blocks():
-                part = accumulate(factors, x, weights, labels, shards=row_shards(x))
+            factors, statistics = prepare(inner, self.dtype), cast(Any, None)
+            for rows in self.source.blocks():
+                part = accumulate(factors, *rows, shards=row_shards(rows[0]), missing=self.missing)
                 statistics = part if statistics is None else jax.tree.map(jnp.add, statistics, part)
             updated, info, _, read = finish_step(factors, statistics, regularizer, self.frame)
         # the only values of a step that are read

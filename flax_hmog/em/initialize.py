@@ -24,14 +24,16 @@ from flax_hmog.data.rows import (
     sum_rows,
 )
 from flax_hmog.em.directions import LEAST_SPREAD, Directions, latent_directions, project
+from flax_hmog.em.fill import filled_rows
 from flax_hmog.em.k_means import cluster_sums, is_large, k_means, members
 from flax_hmog.em.options import METHODS, check_options
 from flax_hmog.em.padding import InUse
-from flax_hmog.model.checks import check_precision, door, public
+from flax_hmog.model.checks import check_precision, door, may_miss, public
 from flax_hmog.model.conversions import reframe
 from flax_hmog.model.coordinates import Moments
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.head import Head, check_head_and_key
+from flax_hmog.model.incomplete import check_noise
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, matmul, symmetrize
 from flax_hmog.model.prepared import latent_features, symmetric_matrices
 from flax_hmog.model.typed import Data, Samples, Tree, jit
@@ -49,6 +51,7 @@ def initialize_moments(
     weights: Samples | None = None,
     method: str = "pca",
     column_units: str = "auto",
+    missing: str = "refuse",
 ) -> Moments:
     """A model to start EM from.
 
@@ -63,6 +66,7 @@ def initialize_moments(
         weights: sample weights (N,); a common factor changes nothing.
         method: "pca" or "fa".
         column_units: as in `fit_em`.
+        missing: as in `fit_em`.
 
     Returns:
         `Moments`, in units of the data.
@@ -83,7 +87,9 @@ def initialize_moments(
     x = check_observations(data, head.obs_dim, head.param_dtype, argument="data")
     check_counts(x.shape, head)
     weights = effective_weights(check_weights(weights, x.shape[:-1], x.dtype))
-    frame, by_column = frame_of(head, on_host(x), on_host(weights), column_units)
+    rows, row_weights = on_host(x), on_host(weights)
+    check_columns(head, rows, row_weights)
+    frame, by_column = frame_of(head, rows, row_weights, column_units)
     first = next(starts(head, x, weights, None, frame, by_column, key, method=method))
     return reframe(first, frame, None)
 
@@ -94,6 +100,19 @@ def frame_of(head: Head, rows: np.ndarray, weights: np.ndarray, column_units: st
     has_units = rep.is_diagonal and not rep.is_isotropic
     by_column = has_units and (column_units == "own" or (column_units == "auto" and not share_bounds(rows)))
     return robust_frame(rows, weights, by_column, head.param_dtype), by_column
+
+
+def check_columns(head: Head, rows: np.ndarray, weights: np.ndarray) -> None:
+    """ValueError where entries may be missing, for full noise and for a column of rows (N, D) without any entry."""
+    if not may_miss():
+        return
+    check_noise(as_rep(head.obs_rep, argument="head.obs_rep"))
+    is_empty = np.isnan(rows[weights > 0]).all(axis=0)
+    if is_empty.any():
+        raise ValueError(
+            f"{door()}: `data` must have an entry in every column; got none in column {int(is_empty.argmax())}. "
+            "Leave out columns without entries."
+        )
 
 
 def starts(
@@ -116,7 +135,7 @@ def starts(
 
     Args:
         head: unbound head.
-        x: rows (N, D).
+        x: rows (N, D); what is missing is filled in first.
         weights: sample weights (N,), that sum to the number of samples.
         labels: known components (N,), -1 where unknown, or None.
         frame: map from the rows to those of the model.
@@ -132,11 +151,13 @@ def starts(
     if used is not None:
         n_components, lat_dim = used.components.shape[0], used.factors.shape[0]
     obs_rep, shards = as_rep(head.obs_rep, argument="head.obs_rep"), row_shards(x)
+    given: Any = {"lat_dim": lat_dim, "by_column": by_column, "obs_rep": obs_rep, "shards": shards}
+    first_key = jax.random.fold_in(key, 1)
+    if may_miss() and bool(jnp.isnan(x).any()):
+        x = filled_rows(x, weights, frame, first_key, **given)
     find = partial(
-        latent_directions, x, weights, frame, jax.random.fold_in(key, 1),
-        lat_dim=lat_dim, by_column=by_column, obs_rep=obs_rep, shards=shards,
-        used=None if used is None else used.factors,
-    )  # fmt: skip
+        latent_directions, x, weights, frame, first_key, **given, used=None if used is None else used.factors
+    )
     sizes: dict[str, Any] = {"n_components": n_components, "by_column": by_column, "shards": shards, "used": used}
     directions = find(method=method)
     for is_whitened in (False, True):

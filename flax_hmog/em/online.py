@@ -101,6 +101,7 @@ def fit_online_em(
     labels: Samples | None = None,
     options: EMOptions = EMOptions(),
     progress: bool = False,
+    missing: str = "refuse",
     **changes: object,
 ) -> EMResult:
     """Fit a HMoG by online (stepwise) EM: an M-step after every batch.
@@ -117,6 +118,7 @@ def fit_online_em(
         options: start, regulariser, batches, rates and units: see `EMOptions`. The counts of the regulariser are
             relative to the samples of one pass (over a collection of batches, in the first pass, to those seen so far).
         progress: show a progress bar.
+        missing: as in `fit_em`.
         changes: single options by name, in place of those of `options`: init, regularizer, batch_size, passes, average,
             step_delay, step_decay, min_rate, column_units, max_distance.
 
@@ -177,7 +179,7 @@ def _passes(
             total = max(total, seen)  # grows in the first pass over a stream only
             mean_weight = 1 if source.count is None else total / source.count
             rates = options.rate(steps + step) / (x.shape[0] * mean_weight), 1 / (step + 1)
-            given = {"shards": row_shards(x), "projection_dtype": fit.dtype}
+            given: Any = {"shards": row_shards(x), "projection_dtype": fit.dtype, "missing": fit.missing}
             state, value = _step(state, block, rates, total, regularizer, source.framing.frame, **given)
             values.append(value)
         steps += len(values)
@@ -196,10 +198,10 @@ def _check_objective(value: ArrayLike, number: int) -> None:
         )
 
 
-@jit(static_argnames=("shards", "projection_dtype"))
+@jit(static_argnames=("shards", "projection_dtype", "missing"))
 def _step(
     state: OnlineState, block: Block, rates: tuple[float, float], total: Array | float, regularizer: Regularizer | None,
-    frame: Frame, *, shards: Shards, projection_dtype: str | None,
+    frame: Frame, *, shards: Shards, projection_dtype: str | None, missing: bool,
 ) -> tuple[OnlineState, Array]:  # fmt: skip
     """The state after a batch; and before it the batch's log-likelihood, and the penalty times its samples (2,).
 
@@ -208,7 +210,7 @@ def _step(
     """
     x, weights, labels = block
     factors = prepare(moments_to_natural(state.moments).in_frame(frame), projection_dtype)
-    statistics = accumulate(factors, x, weights, labels, shards=shards)
+    statistics = accumulate(factors, x, weights, labels, shards=shards, missing=missing)
     value = log_likelihood(factors, statistics)
     penalties = jnp.zeros_like(value) if regularizer is None else penalty(factors, regularizer) * statistics.count
     rate = jnp.minimum(rates[0] * statistics.count, 1)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from flax_hmog.data.rows import Shards, block_rows, check_samples, row_shards, sum_rows
+from flax_hmog.em.missing import IncompleteStatistics, accumulate_incomplete
 from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import in_units_of_x
 from flax_hmog.model.coordinates import Mean, Natural, Prepared, ResidualMoments, check_mean, check_natural, outer
@@ -105,10 +106,16 @@ def expected_statistics(natural: Natural | Prepared, x: Samples, weights: Sample
     return _statistics_to_mean(factors.natural, factors, accumulate(factors, x, weights, shards=row_shards(x)))
 
 
-@jit(static_argnames="shards")
+@jit(static_argnames=("shards", "missing"))
 def accumulate(
-    factors: Prepared, x: Array, weights: Array, labels: Array | None = None, *, shards: Shards = None
-) -> Statistics:
+    factors: Prepared,
+    x: Array,
+    weights: Array,
+    labels: Array | None = None,
+    *,
+    shards: Shards = None,
+    missing: bool = False,
+) -> Any:
     """The E-step: one pass over the rows.
 
     Args:
@@ -118,10 +125,13 @@ def accumulate(
         labels: known components (N,), -1 where unknown; their responsibilities are clamped and the density of such a
             row is log p(x, z = label).
         shards: shards of the rows.
+        missing: True if entries may be missing, as NaN.
 
     Returns:
-        `Statistics`.
+        `Statistics`, or `IncompleteStatistics` where entries may be missing.
     """
+    if missing:
+        return accumulate_incomplete(factors, x, weights, labels, shards=shards)
     limit = block_rows(floats_per_row(factors))
     return sum_rows(_block_sums, (factors, basis_loadings(factors)), (x, weights, labels), limit, shards)
 
@@ -166,11 +176,13 @@ def _block_sums(operands: Tree, block: Block, is_new: Array) -> Statistics:
     )
 
 
-def log_likelihood(factors: Prepared, statistics: Statistics) -> Array:
+def log_likelihood(factors: Prepared, statistics: Statistics | IncompleteStatistics) -> Array:
     """sum_i v_i log p(x_i) () from the sums of a pass with the same model.
 
     With t = U'r, u^ = t + g and V'V = I - U'U:  |r - U t|^2 + |V t|^2 = |r - U u^|^2 + |V u^|^2 - |g|^2.
     """
+    if isinstance(statistics, IncompleteStatistics):
+        return statistics.log_likelihood
     tt, tg, gg = statistics.pooled()
     latent = tt + tg + tg.T + gg
     square = trace_product(factors.precision, statistics.residual_square)
@@ -202,8 +214,10 @@ def component_sums(factors: Prepared, statistics: Statistics) -> tuple[Array, Ar
     return total + n[:, None] * linear - pull, spread, spread + mixed + square
 
 
-def residual_mean(factors: Prepared, statistics: Statistics) -> ResidualMoments:
+def residual_mean(factors: Prepared, statistics: Statistics | IncompleteStatistics) -> ResidualMoments:
     """Average statistics of (q, y, z) with q = x - b - W y, for the M-step. Full component matrices only."""
+    if isinstance(statistics, IncompleteStatistics):
+        return statistics.residual_mean(factors)
     count, t_inverse = statistics.count, factors.inverse_basis
     loadings = basis_loadings(factors)
     first, spread, second = component_sums(factors, statistics)

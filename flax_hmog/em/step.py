@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from flax_hmog.data.rows import Shards, check_samples, row_shards
+from flax_hmog.em.missing import IncompleteStatistics
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.padding import InUse
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
-from flax_hmog.model.checks import check_type, is_concrete, public
+from flax_hmog.model.checks import check_type, is_concrete, may_miss, public
 from flax_hmog.model.conversions import component_moments, moments_to_natural, regress_observed
 from flax_hmog.model.coordinates import (
     Moments,
@@ -40,6 +42,9 @@ from flax_hmog.model.kinds import (
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.prior import with_prior
 from flax_hmog.model.typed import Block, Samples, jit
+
+Sums: TypeAlias = Statistics | IncompleteStatistics
+"""What a pass over rows gives."""
 
 
 @pytree
@@ -69,7 +74,12 @@ class EMInfo:
 
 @public
 def em_step(
-    natural: Natural | Prepared, x: Samples, weights: Samples | None = None, regularizer: Regularizer | None = None
+    natural: Natural | Prepared,
+    x: Samples,
+    weights: Samples | None = None,
+    regularizer: Regularizer | None = None,
+    *,
+    missing: str = "refuse",
 ) -> tuple[Natural, EMInfo]:
     """One step of exact EM: expected statistics of the data, then the model that maximises with them.
 
@@ -81,6 +91,7 @@ def em_step(
         x: observations (N, D).
         weights: sample weights (N,), as numbers of samples: beside a regularizer their scale matters.
         regularizer: pseudo-statistics, for example `PseudoCounts().regularizer(moments)`.
+        missing: "nan" takes NaN for missing entries; "refuse" refuses them.
 
     Returns:
         The new model and `EMInfo` of the old.
@@ -102,31 +113,32 @@ def em_step(
         check_type("regularizer", regularizer, Regularizer, remedy)
     entered, x, weights = check_samples(natural, x, weights)
     block, shards = (x, weights, None), row_shards(x)
-    updated, info, exists, _ = one_step(entered, block, regularizer, parameters.frame, shards=shards)
+    given: Any = {"shards": shards, "missing": may_miss()}
+    updated, info, exists, _ = one_step(entered, block, regularizer, parameters.frame, **given)
     if is_concrete(exists) and not exists:
         factors = prepare(entered)
-        statistics = accumulate(factors, *block, shards=shards)
+        statistics = accumulate(factors, *block, **given)
         moments_to_natural(next_moments(factors, statistics, regularizer))  # says what is wrong
     return updated, info
 
 
-@jit(static_argnames=("shards", "projection_dtype"))
+@jit(static_argnames=("shards", "projection_dtype", "missing"))
 def one_step(
     natural: Natural | Prepared, block: Block, regularizer: Regularizer | None, frame: Frame | None = None, *,
-    shards: Shards, projection_dtype: str | None = None, used: InUse | None = None,
+    shards: Shards, projection_dtype: str | None = None, missing: bool = False, used: InUse | None = None,
 ) -> tuple[Natural, EMInfo, Array, Array]:  # fmt: skip
     """`finish_step` after a pass over one block (x, weights, labels or None), all as one program."""
     if used is not None:
         natural = used.completed(check_natural(natural))
     # barriers: what compiles in one program rounds as the same functions do one by one, over several blocks
     factors = jax.lax.optimization_barrier(prepare(natural, projection_dtype))
-    statistics = jax.lax.optimization_barrier(accumulate(factors, *block, shards=shards))
+    statistics = jax.lax.optimization_barrier(accumulate(factors, *block, shards=shards, missing=missing))
     return finish_step(factors, statistics, regularizer, frame, used)
 
 
 @jit
 def finish_step(
-    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None,
+    factors: Prepared, statistics: Sums, regularizer: Regularizer | None, frame: Frame | None,
     used: InUse | None = None,
 ) -> tuple[Natural, EMInfo, Array, Array]:  # fmt: skip
     """The model after a pass with these statistics, `EMInfo` of the model before, True if the first exists (), and for
@@ -151,7 +163,7 @@ def finish_step(
 
 @jit
 def next_moments(
-    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, used: InUse | None = None
+    factors: Prepared, statistics: Sums, regularizer: Regularizer | None, used: InUse | None = None
 ) -> Moments:
     """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
     loadings = matmul(basis_loadings(factors), factors.basis)
@@ -287,7 +299,7 @@ def _change_basis(
 
 @jit
 def em_info(
-    factors: Prepared, statistics: Statistics, regularizer: Regularizer | None, frame: Frame | None,
+    factors: Prepared, statistics: Sums, regularizer: Regularizer | None, frame: Frame | None,
     used: InUse | None = None,
 ) -> EMInfo:  # fmt: skip
     """Diagnostics of a model in this frame, whose pass over the data gave these statistics."""

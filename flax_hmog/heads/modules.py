@@ -41,7 +41,7 @@ class HMoGHead(nn.Module):
     """Base of the three heads: inference on the model that `natural()` returns. Abstract.
 
     All methods take observations with any leading dimensions and are called through
-    `head.apply(variables, x, method=...)`. See the functions of the same names for shapes and errors.
+    `head.apply(variables, x, method=...)`. See the functions of the same names for shapes, errors and `missing`.
 
     Attributes:
         lat_dim: latent dimension L, at most D.
@@ -95,9 +95,9 @@ class HMoGHead(nn.Module):
         natural, dtype = self._model(known, x), self.projection_dtype
         return natural if x is None or dtype is None else prepare(natural, dtype)
 
-    def __call__(self, x: Float[Array, "... D"]) -> HMoGOutput:
+    def __call__(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D)."""
-        return inference.infer(self._natural(x), x)
+        return inference.infer(self._natural(x), x, missing=missing)
 
     def natural(self) -> Natural:
         """The model in natural coordinates."""
@@ -115,39 +115,39 @@ class HMoGHead(nn.Module):
         """The model's expected statistics."""
         return natural_to_mean(self.natural())
 
-    def log_observable_density(self, x: Float[Array, "... D"]) -> Float[Array, " ..."]:
+    def log_observable_density(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, " ..."]:
         """Log p(x) (...)."""
-        return inference.log_observable_density(self._natural(x), x)
+        return inference.log_observable_density(self._natural(x), x, missing=missing)
 
     def mean_log_density(
-        self, x: Float[Array, "... D"], weights: Float[Array, " ..."] | None = None
+        self, x: Float[Array, "... D"], weights: Float[Array, " ..."] | None = None, *, missing: str = "refuse"
     ) -> Float[Array, ""]:
         """Weighted average of log p(x) over x (..., D) (): minus the loss of a fit, value and gradient in one pass."""
-        return mean_log_density(self._natural(x), x, weights)
+        return mean_log_density(self._natural(x), x, weights, missing=missing)
 
-    def posterior_at(self, x: Float[Array, "... D"]) -> Posterior:
+    def posterior_at(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Posterior:
         """Natural parameters of p(y, z | x)."""
-        return inference.posterior_at(self._natural(x), x)
+        return inference.posterior_at(self._natural(x), x, missing=missing)
 
-    def posterior_categorical(self, x: Float[Array, "... D"]) -> Float[Array, "... K-1"]:
+    def posterior_categorical(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, "... K-1"]:
         """Log-odds of components against component 0 (..., K-1)."""
-        return inference.posterior_categorical(self._natural(x), x)
+        return inference.posterior_categorical(self._natural(x), x, missing=missing)
 
-    def posterior_soft_assignments(self, x: Float[Array, "... D"]) -> Float[Array, "... K"]:
+    def posterior_soft_assignments(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, "... K"]:
         """Responsibilities (..., K)."""
-        return inference.posterior_soft_assignments(self._natural(x), x)
+        return inference.posterior_soft_assignments(self._natural(x), x, missing=missing)
 
-    def posterior_assignments(self, x: Float[Array, "... D"]) -> Float[Array, "... K"]:
+    def posterior_assignments(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, "... K"]:
         """Responsibilities (..., K); the same as `posterior_soft_assignments`."""
-        return self.posterior_soft_assignments(x)
+        return self.posterior_soft_assignments(x, missing=missing)
 
-    def posterior_hard_assignment(self, x: Float[Array, "... D"]) -> Int[Array, " ..."]:
+    def posterior_hard_assignment(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Int[Array, " ..."]:
         """Most probable component (...)."""
-        return inference.posterior_hard_assignment(self._natural(x), x)
+        return inference.posterior_hard_assignment(self._natural(x), x, missing=missing)
 
-    def latent_mean(self, x: Float[Array, "... D"]) -> Float[Array, "... L"]:
+    def latent_mean(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, "... L"]:
         """E[y | x] (..., L)."""
-        return inference.latent_mean(self._natural(x), x)
+        return inference.latent_mean(self._natural(x), x, missing=missing)
 
     def sample(self, n: int) -> tuple[Float[Array, "n D"], Float[Array, "n L"], Int[Array, " n"]]:
         """X (n, D), y (n, L), z (n,) from the joint, with the rng stream "sample"."""
@@ -331,15 +331,19 @@ class AnalyticHMoG(HMoGHead):
         self.variable("em", "step", lambda: jnp.zeros((), jnp.int32))
         return moments_to_natural(moments.value)
 
-    def __call__(self, x: Array, train: bool = False) -> HMoGOutput:
+    def __call__(self, x: Array, train: bool = False, *, missing: str = "refuse") -> HMoGOutput:
         """Log-density, log-responsibilities and latent mean of x (..., D); with `train` also a step of stepwise EM."""
+        if train and missing != "refuse":
+            raise ValueError(
+                f'{door()}: `missing` must be "refuse" for steps of EM in a network; got {missing!r}. Use fit_em.'
+            )
         natural = self._natural(x)
         if train and not self.is_initializing():
             x = in_memory("x", x)
             em: Any = {name: self.get_variable("em", name) for name in ("moments", "running", "step")}
             for name, value in accepted_update(em, x, self.options, self.axis_name).items():
                 self.put_variable("em", name, value)
-        return inference.infer(natural, x)
+        return inference.infer(natural, x, missing=missing)
 
     def moments(self) -> Moments:
         """The model in standard form, as the collection `em` holds it."""
@@ -347,10 +351,15 @@ class AnalyticHMoG(HMoGHead):
         return self.get_variable("em", "moments")
 
     def expectation_maximization(
-        self, x: Float[Array, "N D"], weights: Array | None = None, regularizer: Regularizer | None = None
+        self,
+        x: Float[Array, "N D"],
+        weights: Array | None = None,
+        regularizer: Regularizer | None = None,
+        *,
+        missing: str = "refuse",
     ) -> tuple[Natural, EMInfo]:
         """One step of exact EM on x (N, D): the new model and diagnostics; the collection `em` is not changed."""
-        return em_step(self._natural(x), x, weights, regularizer)
+        return em_step(self._natural(x), x, weights, regularizer, missing=missing)
 
 
 def _check_head(head: Any) -> None:

@@ -15,8 +15,10 @@ from flax_hmog.data.containers import is_in_blocks
 from flax_hmog.data.rows import Shards, block_rows, check_samples, map_rows, row_shards
 from flax_hmog.data.sources import entered
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
-from flax_hmog.model.checks import is_concrete, public
+from flax_hmog.inference.missing import infer_incomplete
+from flax_hmog.model.checks import is_concrete, may_miss, public
 from flax_hmog.model.coordinates import Natural, Prepared
+from flax_hmog.model.incomplete import Conditioner, incomplete_block_rows
 from flax_hmog.model.kinds import Array, matmul, trace_product
 from flax_hmog.model.prepared import (
     center_rows,
@@ -34,7 +36,9 @@ from flax_hmog.model.typed import Data, Samples, Tree, jit
 
 
 @public
-def mean_log_density(natural: Natural | Prepared, x: Data, weights: Samples | None = None) -> Float[Array, ""]:
+def mean_log_density(
+    natural: Natural | Prepared, x: Data, weights: Samples | None = None, *, missing: str = "refuse"
+) -> Float[Array, ""]:
     """Weighted average of log p(x) over observations, in nats: minus the loss that fits a model to data.
 
     Its gradient is that of the average of `log_observable_density`, but it comes from the statistics of the same pass
@@ -44,6 +48,7 @@ def mean_log_density(natural: Natural | Prepared, x: Data, weights: Samples | No
         natural: the model.
         x: observations (N, D) of any kind that holds rows, sharded or not; any leading dimensions are samples.
         weights: sample weights, the leading shape of `x`; None counts every sample once.
+        missing: as in `infer`. Derivatives with respect to missing entries are 0.
 
     Returns:
         The average (), in nats.
@@ -59,21 +64,25 @@ def mean_log_density(natural: Natural | Prepared, x: Data, weights: Samples | No
     """
     if not is_in_blocks(x) or not is_concrete(natural):
         natural, x, weights = check_samples(natural, x, weights)
-        return _mean_log_density(natural, x, weights, row_shards(x))
+        return _mean_log_density(natural, x, weights, row_shards(x), may_miss())
     total = count = jnp.zeros(())
     for model, rows, shards, share, _ in entered(natural, x, weights):
-        total, count = total + _summed(model, rows, jnp.asarray(share), shards), count + jnp.sum(share)
+        total, count = total + _summed(model, rows, jnp.asarray(share), shards, may_miss()), count + jnp.sum(share)
     return total / count
 
 
-@jit(static_argnames="shards")
-def _mean_log_density(natural: Natural | Prepared, x: Array, weights: Array, shards: Shards) -> Array:
-    return summed_log_density(prepare(natural), x, weights, shards) / jnp.sum(weights)
+@jit(static_argnames=("shards", "missing"))
+def _mean_log_density(natural: Natural | Prepared, x: Array, weights: Array, shards: Shards, missing: bool) -> Array:
+    return _summed(prepare(natural), x, weights, shards, missing) / jnp.sum(weights)
 
 
-@jit(static_argnames="shards")
-def _summed(natural: Prepared, x: Array, weights: Array, shards: Shards) -> Array:
-    return summed_log_density(natural, x, weights, shards)
+@jit(static_argnames=("shards", "missing"))
+def _summed(factors: Prepared, x: Array, weights: Array, shards: Shards, missing: bool) -> Array:
+    if not missing:
+        return summed_log_density(factors, x, weights, shards)
+    density: Callable[..., Array] = lambda conditioner, block: infer_incomplete(conditioner, block).log_density  # noqa: E731
+    rows = incomplete_block_rows(factors)
+    return jnp.sum(weights * map_rows(density, Conditioner.of(factors), x, rows, shards))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -17,10 +17,14 @@ from jaxtyping import Float, Int
 from flax_hmog.data.containers import is_in_blocks
 from flax_hmog.data.rows import Shards, block_rows, enter, map_rows
 from flax_hmog.data.sources import entered
-from flax_hmog.model.checks import check_shape, check_size, door, is_concrete, public
+from flax_hmog.inference.missing import infer_incomplete, posterior_precisions
+from flax_hmog.inference.outputs import HMoGOutput as HMoGOutput
+from flax_hmog.inference.outputs import Posterior as Posterior
+from flax_hmog.model.checks import check_shape, check_size, door, is_concrete, may_miss, public
 from flax_hmog.model.conversions import in_units_of_x, own_moments
-from flax_hmog.model.coordinates import Natural, Prepared, check_natural
-from flax_hmog.model.kinds import Array, matmul, pytree
+from flax_hmog.model.coordinates import Natural, Prepared, check_natural, observable_bias
+from flax_hmog.model.incomplete import Conditioner, incomplete_block_rows
+from flax_hmog.model.kinds import Array, PositiveDefinite, matmul
 from flax_hmog.model.prepared import (
     center_rows,
     component_logits,
@@ -33,59 +37,19 @@ from flax_hmog.model.prepared import (
     shared_log_density,
 )
 from flax_hmog.model.prior import with_prior
-from flax_hmog.model.structure import Precision
 from flax_hmog.model.typed import Data, Samples, jit
 
 
-@pytree
-class Posterior:
-    """Natural parameters of p(y, z | x).
-
-    Attributes:
-        location: eta_k + Theta' x (..., K, L).
-        precision: Q_k, batch (K,), the same for every x.
-        bias: harmonium categorical bias (K-1,), against component 0.
-
-    Example:
-        >>> from flax_hmog.toy import natural, x
-        >>> posterior = posterior_at(natural, x)
-        >>> posterior.location.shape, posterior.precision.entries.shape, posterior.bias.shape
-        ((12, 3, 2), (3, 2, 2), (2,))
-    """
-
-    location: Float[Array, "... K L"]
-    precision: Precision
-    bias: Float[Array, " K-1"]
-
-
-@pytree
-class HMoGOutput:
-    """Output of a head for observations x (..., D).
-
-    Attributes:
-        log_density: log p(x) in nats (...).
-        log_responsibilities: log p(z = k | x) (..., K).
-        latent_mean: E[y | x] (..., L).
-
-    Example:
-        >>> from flax_hmog.toy import output
-        >>> output.log_responsibilities.argmax(axis=-1).tolist()
-        [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
-    """
-
-    log_density: Float[Array, " ..."]
-    log_responsibilities: Float[Array, "... K"]
-    latent_mean: Float[Array, "... L"]
-
-
 @public
-def infer(natural: Natural | Prepared, x: Data) -> HMoGOutput:
+def infer(natural: Natural | Prepared, x: Data, *, missing: str = "refuse") -> HMoGOutput:
     """Log-density, log-responsibilities and latent mean of observations in one pass.
 
     Args:
         natural: the model.
         x: observations (..., D), of any kind that holds rows; integers and float64 are converted to the dtype of
             `natural`, and what is no array is brought to the device block by block.
+        missing: "nan" takes NaN, None, NA and masked entries for missing ones, exactly,
+            with scale or diagonal noise; "refuse" refuses them.
 
     Returns:
         `HMoGOutput`.
@@ -104,12 +68,13 @@ def infer(natural: Natural | Prepared, x: Data) -> HMoGOutput:
 
 
 @public
-def infer_blocks(natural: Natural | Prepared, data: Data) -> HMoGOutput:
+def infer_blocks(natural: Natural | Prepared, data: Data, *, missing: str = "refuse") -> HMoGOutput:
     """`infer` for data larger than memory, or sparse: rows are brought to the device block by block.
 
     Args:
         natural: the model.
         data: observations (N, D), as `fit_em` takes them.
+        missing: as in `infer`.
 
     Returns:
         `HMoGOutput` of numpy arrays.
@@ -124,17 +89,19 @@ def infer_blocks(natural: Natural | Prepared, data: Data) -> HMoGOutput:
     """
     parts = []
     for model, rows, shards, _, count in entered(natural, data, argument="data", on_device=False):
-        parts.append((jax.tree.map(np.asarray, _by_blocks(infer_rows, model, rows, shards)), count))
+        output = _by_blocks(infer_rows, model, rows, shards, missing=_has_missing(rows))
+        parts.append((jax.tree.map(np.asarray, output), count))
     return cast(HMoGOutput, _joined(parts))
 
 
 @public
-def log_observable_density(natural: Natural | Prepared, x: Data) -> Float[Array, " ..."]:
+def log_observable_density(natural: Natural | Prepared, x: Data, *, missing: str = "refuse") -> Float[Array, " ..."]:
     """Log p(x) = log sum_k w_k N(x; W m_k + b, W S_k W' + Psi), in nats.
 
     Args:
         natural: the model.
         x: observations (..., D).
+        missing: as in `infer`.
 
     Returns:
         Log-densities (...). Raises as `infer`.
@@ -148,12 +115,15 @@ def log_observable_density(natural: Natural | Prepared, x: Data) -> Float[Array,
 
 
 @public
-def posterior_soft_assignments(natural: Natural | Prepared, x: Data) -> Float[Array, "... K"]:
+def posterior_soft_assignments(
+    natural: Natural | Prepared, x: Data, *, missing: str = "refuse"
+) -> Float[Array, "... K"]:
     """Responsibilities p(z = k | x). Rows sum to 1.
 
     Args:
         natural: the model.
         x: observations (..., D).
+        missing: as in `infer`.
 
     Returns:
         Probabilities (..., K). Raises as `infer`.
@@ -170,12 +140,13 @@ posterior_assignments = posterior_soft_assignments
 
 
 @public
-def posterior_categorical(natural: Natural | Prepared, x: Data) -> Float[Array, "... K-1"]:
+def posterior_categorical(natural: Natural | Prepared, x: Data, *, missing: str = "refuse") -> Float[Array, "... K-1"]:
     """Natural parameters of p(z | x): log-odds of components 1..K-1 against component 0.
 
     Args:
         natural: the model.
         x: observations (..., D).
+        missing: as in `infer`.
 
     Returns:
         Log-odds (..., K-1). Raises as `infer`.
@@ -190,12 +161,13 @@ def posterior_categorical(natural: Natural | Prepared, x: Data) -> Float[Array, 
 
 
 @public
-def posterior_hard_assignment(natural: Natural | Prepared, x: Data) -> Int[Array, " ..."]:
+def posterior_hard_assignment(natural: Natural | Prepared, x: Data, *, missing: str = "refuse") -> Int[Array, " ..."]:
     """The most probable component of each observation.
 
     Args:
         natural: the model.
         x: observations (..., D).
+        missing: as in `infer`.
 
     Returns:
         Component numbers (...), int32. Raises as `infer`.
@@ -210,12 +182,13 @@ def posterior_hard_assignment(natural: Natural | Prepared, x: Data) -> Int[Array
 
 
 @public
-def latent_mean(natural: Natural | Prepared, x: Data) -> Float[Array, "... L"]:
+def latent_mean(natural: Natural | Prepared, x: Data, *, missing: str = "refuse") -> Float[Array, "... L"]:
     """E[y | x] = sum_k p(z = k | x) Q_k^-1 (eta_k + Theta' x).
 
     Args:
         natural: the model.
         x: observations (..., D).
+        missing: as in `infer`.
 
     Returns:
         Latent means (..., L). Raises as `infer`.
@@ -229,12 +202,13 @@ def latent_mean(natural: Natural | Prepared, x: Data) -> Float[Array, "... L"]:
 
 
 @public
-def posterior_at(natural: Natural | Prepared, x: Data) -> Posterior:
+def posterior_at(natural: Natural | Prepared, x: Data, *, missing: str = "refuse") -> Posterior:
     """Natural parameters of p(y, z | x): locations eta_k + Theta' x, precisions Q_k, categorical bias.
 
     Args:
         natural: the model.
         x: observations (..., D).
+        missing: as in `infer`.
 
     Returns:
         `Posterior` with locations (..., K, L). Raises as `infer`.
@@ -244,13 +218,17 @@ def posterior_at(natural: Natural | Prepared, x: Data) -> Posterior:
         >>> posterior_at(natural, x[0]).location.shape
         (3, 2)
     """
-    model = in_units_of_x(check_natural(natural))
-    eta = model.posterior_location
+    model = with_prior(in_units_of_x(check_natural(natural)))
+    eta, bias = model.posterior_location, observable_bias(model)
     parts = []
     for _, rows, _, _, count in entered(model, x):
-        shift = matmul(rows, model.interaction)[..., None, :]
-        parts.append((shift + eta.reshape(*(1,) * (rows.ndim - 1), *eta.shape), count))
-    return Posterior(_joined(parts), model.posterior_precision, model.categorical_bias)
+        # W_o'Psi_o^-1 (x_o - b_o): what is missing lies at b
+        shift = matmul(jnp.where(jnp.isnan(rows), bias, rows), model.interaction)[..., None, :]
+        location = shift + eta.reshape(*(1,) * (rows.ndim - 1), *eta.shape)
+        precision: Any = PositiveDefinite(posterior_precisions(model, rows)) if may_miss() else ()
+        parts.append(((location, precision), count))
+    location, precision = _joined(parts)
+    return Posterior(location, precision or model.posterior_precision, model.categorical_bias)
 
 
 @public
@@ -316,13 +294,23 @@ def sample(
 
 
 def _each(
-    of_rows: Callable[[Prepared, Array], HMoGOutput], natural: Natural | Prepared, x: Data, field: str | None = None
+    of_rows: Callable[[Any, Array], HMoGOutput], natural: Natural | Prepared, x: Data, field: str | None = None
 ) -> Any:
     """`of_rows` of rows of any kind: its whole output, or one field of it and only what that takes."""
     if type(x) is np.ndarray or isinstance(x, jax.Array) or not is_in_blocks(x):
-        return _by_blocks(of_rows, *enter(natural, x), field)
+        model, rows, shards = enter(natural, x)
+        return _by_blocks(of_rows, model, rows, shards, field, missing=_has_missing(rows))
     blocks = entered(natural, x)
-    return _joined([(_by_blocks(of_rows, model, rows, shards, field), n) for model, rows, shards, _, n in blocks])
+    parts = [
+        (_by_blocks(of_rows, model, rows, shards, field, missing=_has_missing(rows)), n)
+        for model, rows, shards, _, n in blocks
+    ]
+    return _joined(parts)
+
+
+def _has_missing(rows: Array) -> bool:
+    """True unless rows are seen to be complete."""
+    return may_miss() and not (is_concrete(rows) and not bool(jnp.isnan(rows).any()))
 
 
 def _joined(parts: list[tuple[Any, int | None]]) -> Any:
@@ -334,18 +322,22 @@ def _joined(parts: list[tuple[Any, int | None]]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(parts[0][0]), [join(leaves) for leaves in zip(*cut, strict=True)])
 
 
-@jit(static_argnames=("of_rows", "shards", "field"))
+@jit(static_argnames=("of_rows", "shards", "field", "missing"))
 def _by_blocks(
-    of_rows: Callable[[Prepared, Array], HMoGOutput],
+    of_rows: Callable[[Any, Array], HMoGOutput],
     natural: Natural | Prepared,
     x: Array,
     shards: Shards,
     field: str | None = None,
+    *,
+    missing: bool = False,
 ) -> Any:
-    """`of_rows` of an array, in blocks that fit the cache."""
-    factors = prepare(natural)
-    only: Callable[[HMoGOutput], Any] = lambda output: output if field is None else getattr(output, field)  # noqa: E731
+    """`of_rows` of an array, in blocks that fit the cache; that of incomplete rows where entries are missing."""
+    factors: Any = prepare(natural)
     limit = block_rows(floats_per_row(factors))
+    if missing:
+        of_rows, factors, limit = infer_incomplete, Conditioner.of(factors), incomplete_block_rows(factors)
+    only: Callable[[HMoGOutput], Any] = lambda output: output if field is None else getattr(output, field)  # noqa: E731
     return map_rows(lambda factors, block: only(of_rows(factors, block)), factors, x, limit, shards)
 
 

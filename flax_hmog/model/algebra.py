@@ -137,3 +137,40 @@ def _inverse_and_log_det_jvp(primals: tuple[Array], tangents: tuple[Array]) -> A
     tangent = symmetrize(tangents[0])  # as the factorisation reads its argument
     slope = -matmul(matmul(inverse, tangent), inverse)
     return (inverse, log_det), (slope, jnp.sum(inverse * tangent, axis=(-2, -1)))
+
+
+@jax.custom_jvp
+def inverses_along_last(matrices: Array) -> tuple[Array, Array]:
+    """Inverses (n, n, B) and log-determinants (B,) of many small symmetric positive definite matrices (n, n, B).
+
+    Matrices lie along the last axis, so that every operation of one elimination is a long vector; NaN for others.
+    """
+    size = matrices.shape[0]
+    index = jnp.arange(size)
+    unit = jax.lax.rsqrt(jnp.diagonal(matrices).T)
+    # of unit diagonal: pivots are at most 1
+    correlations = matrices * unit[:, None] * unit[None]
+
+    def pivot(rest: Array, number: Array | int) -> tuple[Array, Array]:
+        column = jax.lax.dynamic_index_in_dim(rest, number, 0, keepdims=False)
+        square = jax.lax.dynamic_index_in_dim(column, number, 0, keepdims=False)
+        return (column - (index == number)[:, None]) * jax.lax.rsqrt(square)[None], square
+
+    def eliminate(number: Array, state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        """A sweep is an update of rank 1: A - v v' / d with v = column - e and d its pivot, but for 2 at the pivot."""
+        rest, column, square, log_det = state
+        rest = rest - column[:, None] * column[None]
+        return rest, *pivot(rest, jnp.minimum(number + 1, size - 1)), log_det + jnp.log(square)
+
+    start = correlations, *pivot(correlations, 0), jnp.zeros_like(matrices[0, 0])
+    rest, _, _, log_det = jax.lax.fori_loop(0, size, eliminate, start)
+    inverses = (2 * jnp.eye(size, dtype=rest.dtype)[:, :, None] - rest) * unit[:, None] * unit[None]
+    return inverses, log_det - 2 * jnp.sum(jnp.log(unit), axis=0)
+
+
+@inverses_along_last.defjvp
+def _inverses_along_last_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    inverses, log_det = inverses_along_last(*primals)
+    tangent = (tangents[0] + jnp.swapaxes(tangents[0], 0, 1)) / 2
+    slope = -einsum("ijb,jkb,klb->ilb", inverses, tangent, inverses)
+    return (inverses, log_det), (slope, jnp.sum(inverses * tangent, axis=(0, 1)))

@@ -18,9 +18,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_hmog.model.typed import jit
 
+MISSING = ("refuse", "nan")
 MISSING_VALUES = (
-    "Missing values are not supported by any function here: drop or impute these rows, and rescale entries too large "
-    "for the dtype."
+    'Give missing="nan" to fits and inference for missing values, or drop these rows; rescale entries too large for '
+    "the dtype."
 )
 
 P = ParamSpec("P")
@@ -28,6 +29,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 OUTSIDE = "flax_hmog"
 _DOOR = ContextVar("door", default=OUTSIDE)
+_MAY_MISS = ContextVar("may_miss", default=False)
 
 
 def door() -> str:
@@ -35,13 +37,31 @@ def door() -> str:
     return _DOOR.get()
 
 
+def may_miss() -> bool:
+    """True within a function that was told `missing="nan"`: NaN is a missing entry there."""
+    return _MAY_MISS.get()
+
+
 @contextmanager
-def named(name: str) -> Iterator[None]:
-    """Errors carry this name here; with `OUTSIDE` that of the next public function, as in what a user hands in."""
-    token = _DOOR.set(name)
+def allowing(missing: str) -> Iterator[None]:
+    """Rows are taken with missing entries here, or not, as the argument `missing` of a public function says."""
+    if missing not in MISSING:
+        raise ValueError(f'{door()}: `missing` must be one of {MISSING}; got {missing!r}. Use "nan" to take NaN.')
+    token = _MAY_MISS.set(missing == "nan")
     try:
         yield
     finally:
+        _MAY_MISS.reset(token)
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Errors carry this name here; with `OUTSIDE` that of the next public function, as in what a user hands in."""
+    token, before = _DOOR.set(name), _MAY_MISS.set(_MAY_MISS.get() and name != OUTSIDE)
+    try:
+        yield
+    finally:
+        _MAY_MISS.reset(before)
         _DOOR.reset(token)
 
 
@@ -49,7 +69,8 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
     """Mark a function that users call: the first one entered gives errors its name.
 
     A method's name has that of its class before it; a call and a constructor have the name of the class. Errors of a
-    constructor name the class in any case, since arguments are those of the class. Not for generators.
+    constructor name the class in any case, since arguments are those of the class. Not for generators. The argument
+    `missing` holds for all that the function calls.
     """
     name, owner = function.__name__, function.__qualname__.rpartition(".")[0]
     is_method, is_constructor = owner and not owner.endswith("<locals>"), name in ("__init__", "__post_init__")
@@ -57,15 +78,19 @@ def public(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def entered(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _DOOR.get() is not OUTSIDE and not is_constructor:
-            return function(*args, **kwargs)
-        cls = args[0] if is_method else None
-        cls = cls if isinstance(cls, type) else type(cls)
-        token = _DOOR.set(f"{cls.__name__}{suffix}" if is_method else name)
+        token = None
+        if _DOOR.get() is OUTSIDE or is_constructor:
+            cls = args[0] if is_method else None
+            cls = cls if isinstance(cls, type) else type(cls)
+            token = _DOOR.set(f"{cls.__name__}{suffix}" if is_method else name)
         try:
-            return function(*args, **kwargs)
+            if "missing" not in kwargs:
+                return function(*args, **kwargs)
+            with allowing(str(kwargs["missing"])):
+                return function(*args, **kwargs)
         finally:
-            _DOOR.reset(token)
+            if token is not None:
+                _DOOR.reset(token)
 
     return entered
 
@@ -154,12 +179,18 @@ def check_shape(argument: str, value: Any, shape: tuple[int | str, ...]) -> None
 
 
 def check_finite(
-    argument: str, x: Array, remedy: str = MISSING_VALUES, *, row_numbers: np.ndarray | None = None
+    argument: str,
+    x: Array,
+    remedy: str = MISSING_VALUES,
+    *,
+    row_numbers: np.ndarray | None = None,
+    or_nan: bool = False,
 ) -> None:
-    """ValueError if any entry is not finite, with the count and the first row."""
+    """ValueError if any entry is not finite (or NaN, where that is allowed), with the count and the first row."""
     if not is_concrete(x):
         return
     with jax.ensure_compile_time_eval():
+        x = jnp.where(jnp.isnan(x), 0, x) if or_nan else x
         if bool(_all_finite(x)):
             return
         # on the devices, since the rows may be spread over processes, all of which must raise

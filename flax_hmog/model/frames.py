@@ -63,15 +63,19 @@ class Frame:
         origin, rest, unit = (np.asarray(part, np.float64) for part in (self.origin, self.rest, self.unit))
         return origin + rest, unit
 
-    def applied(self) -> Frame:
-        """The frame for rows that are x' already: their density is still one of x."""
+    def applied(self, *, to_units: bool = True) -> Frame:
+        """The frame for rows that are x' already, or x - origin: their density is still one of x."""
         zero = jnp.zeros_like(self.origin)
-        return Frame(zero, zero, jnp.ones_like(self.unit), self.log_volume)
+        return Frame(zero, zero, jnp.ones_like(self.unit) if to_units else self.unit, self.log_volume)
 
-    def inward_on_host(self, x: Rows) -> np.ndarray:
-        """Rows x' (B, D) float64 of rows x (B, D): digits that x has beyond the working precision are not lost."""
+    def inward_on_host(self, x: Rows, *, to_units: bool = True) -> np.ndarray:
+        """Rows x' (B, D) float64 of rows x (B, D), or x - origin: digits beyond the working precision are not lost.
+
+        Where entries are missing the units stay in the frame, since each column has its part of the volume.
+        """
         origin, unit = self.exact()
-        return cast(np.ndarray, (np.asarray(x, np.float64) - origin) / unit)
+        moved = np.asarray(x, np.float64) - origin
+        return cast(np.ndarray, moved / unit if to_units else moved)
 
 
 def has_more_digits(x: object, dtype: DTypeLike) -> bool:

@@ -167,10 +167,10 @@ def quadratic_coefficients(matrices: Array) -> Array:
 
 def symmetric_matrices(entries: Array) -> Array:
     """Symmetric matrices (B, L, L) from their distinct entries (B, L(L+1)/2)."""
-    return entries[:, _entry_index(math.isqrt(2 * entries.shape[-1]))]
+    return entries[:, entry_index(math.isqrt(2 * entries.shape[-1]))]
 
 
-def _entry_index(dim: int) -> np.ndarray:
+def entry_index(dim: int) -> np.ndarray:
     """Indices of the entries of a symmetric matrix among its distinct ones (n, n)."""
     i, j = np.triu_indices(dim)
     index = np.zeros((dim, dim), np.int32)
@@ -232,7 +232,7 @@ def posterior_gain(factors: Prepared, responsibilities: Array, t: Array) -> Arra
         return mixed[:, :lat_dim] - mixed[:, lat_dim:] * t
     # column by column of the mixed matrices, rows along the last axis: no (B, L, L), and long vectors
     mixed = matmul(factors.coefficients.T, responsibilities.T)
-    index, columns = jnp.asarray(_entry_index(lat_dim)), t.T
+    index, columns = jnp.asarray(entry_index(lat_dim)), t.T
 
     def less_column(column: Array, gain: Array) -> Array:
         return gain - mixed[lat_dim + index[column]] * columns[column][None]

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from flax_hmog.data.containers import dense
-from flax_hmog.model.checks import check_positive, check_size, public
+from flax_hmog.model.checks import check_positive, check_size, door, may_miss, public
 from flax_hmog.model.kinds import matmul
 from flax_hmog.model.typed import Data, Rows
 
@@ -217,6 +217,12 @@ class Preprocessing:
             ValueError: for another number of columns.
         """
         given = dense("raw", raw)
+        mixing = [step.name for step in self.steps if isinstance(step, SizeFactor | Whiten)]
+        if may_miss() and mixing:
+            raise ValueError(
+                f'{door()}: `missing` must be "refuse" after preprocessing by {mixing[0]}, which mixes columns; got '
+                '"nan". Fit a model to the columns themselves.'
+            )
         if np.ndim(given) == 0 or np.shape(given)[-1] != self.obs_dim:
             raise ValueError(
                 f"Preprocessing: `raw` must have shape (..., {self.obs_dim}); got {np.shape(given)}. "

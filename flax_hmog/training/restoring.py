@@ -20,7 +20,7 @@ from flax_hmog.data.sources import as_source
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
 from flax_hmog.inference.padded import in_few_sizes
 from flax_hmog.inference.posterior import HMoGOutput, infer, merge_output
-from flax_hmog.model.checks import check_type, public
+from flax_hmog.model.checks import check_type, door, may_miss, public
 from flax_hmog.model.coordinates import Natural, Prepared
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import Array
@@ -144,19 +144,25 @@ class Restored:
         return cast(Natural, self.head.apply(self.variables, method="natural"))
 
     @public
-    def __call__(self, raw: Data) -> Any:
+    def __call__(self, raw: Data, *, missing: str = "refuse") -> Any:
         """The module's output for raw data (..., D) of any kind: preprocessing, module, merge of components.
 
         Rows of a head or a `Clusterer` are filled up to a power of two, so that few sizes are compiled, unless they are
         spread over devices.
 
         Of a head, or a `Clusterer`, this is `HMoGOutput`; other modules return what they return, in which components
-        are merged if it is a `HMoGOutput` itself. Other methods: `restored.module.apply(restored.module_variables, x,
-        method="name")`. For components that are not merged, `dataclasses.replace(restored, clusters=None)`.
+        are merged if it is a `HMoGOutput` itself. With `missing="nan"` a head takes NaN for missing entries. Other
+        methods: `restored.module.apply(restored.module_variables, x, method="name")`. For components that are not
+        merged, `dataclasses.replace(restored, clusters=None)`.
 
         Raises:
             ValueError: for another number of columns, or a module that was not imported.
         """
+        if may_miss() and (self.place or not self.infers):
+            raise ValueError(
+                f'{door()}: `missing` must be "refuse" for a model with an encoder; got {missing!r}. Impute first: '
+                "encoders take whole rows."
+            )
         if not self.infers:
             output = self._apply(self.module_variables, self.preprocessed(raw))
             return self.merged(output) if isinstance(output, HMoGOutput) else output
@@ -173,7 +179,7 @@ class Restored:
     def _inferred(self, x: Samples) -> HMoGOutput:
         """The output for inputs of the module (..., D)."""
         rows = self._apply(self.module_variables, x, "features") if self.place else x
-        return self.merged(infer(self.prepared, rows))
+        return self.merged(infer(self.prepared, rows, missing="nan" if may_miss() else "refuse"))
 
     def merged(self, output: HMoGOutput) -> HMoGOutput:
         """The head's output with its components merged to clusters, where they are."""

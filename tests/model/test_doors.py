@@ -69,7 +69,7 @@ def test_threads_have_names_of_their_own():
 
 def test_a_marked_function_is_what_it_was():
     infer = flax_hmog.infer
-    assert list(inspect.signature(infer).parameters) == ["natural", "x"]
+    assert list(inspect.signature(infer).parameters) == ["natural", "x", "missing"]
     assert pickle.loads(pickle.dumps(infer)) is infer
     assert "def infer(" in inspect.getsource(infer)
     np.testing.assert_array_equal(jax.jit(infer)(natural, x).latent_mean, infer(natural, x).latent_mean)
