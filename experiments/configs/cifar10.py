@@ -12,6 +12,6 @@ CONFIG = Experiment(
     workdir="runs/cifar10",
     data=Data("cifar10", scale="range"),
     model=Model(lat_dim=60, n_components=50),
-    em=EM(max_steps=30, tolerance=0.05, regularizer=PseudoCounts(noise_share=0.01)),
+    em=EM(max_steps=30, tolerance=0.05, regularizer=PseudoCounts(noise_share=0.01), accelerate=False),
     gradient=Gradient(epochs=5, batch_size=1000, learning_rate=1e-3),
 )

@@ -12,6 +12,6 @@ CONFIG = Experiment(
     workdir="runs/fashion_mnist",
     data=Data("fashion_mnist", scale="range"),
     model=Model(lat_dim=50, n_components=200, n_clusters=10),
-    em=EM(max_steps=30, tolerance=0.05, regularizer=PseudoCounts(noise_share=0.01)),
+    em=EM(max_steps=30, tolerance=0.05, regularizer=PseudoCounts(noise_share=0.01), accelerate=False),
     gradient=Gradient(epochs=5, batch_size=1024, learning_rate=1e-3),
 )

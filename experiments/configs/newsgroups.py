@@ -12,6 +12,6 @@ CONFIG = Experiment(
     workdir="runs/newsgroups",
     data=Data("file", path="tfidf2000.npz", title="20 Newsgroups", scale="standard"),
     model=Model(lat_dim=50, n_components=40),
-    em=EM(max_steps=40, tolerance=0.05),
+    em=EM(max_steps=40, tolerance=0.05, accelerate=False),
     gradient=Gradient(epochs=5, batch_size=512),
 )
