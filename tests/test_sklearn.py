@@ -305,7 +305,7 @@ def test_batches_with_weights_labels_and_clusters():
 def test_a_batch_that_repeats_the_first_makes_pseudo_samples_count_half():
     x, _ = table()
     twice = small(tol=1e-6).partial_fit(x).partial_fit(x)
-    assert twice.score(x) == pytest.approx(small(tol=1e-6).fit(pd.concat([x, x])).score(x), abs=5e-3)
+    assert twice.score(x) == pytest.approx(small(tol=1e-6).fit(pd.concat([x, x])).score(x), abs=1e-2)
     assert twice.score(x) > small(tol=1e-6).fit(x).score(x) + 0.02
 
 
