@@ -257,10 +257,16 @@ def test_wild_rows_are_the_lowest(fitted):
     x.iloc[wild] *= 1e4 * np.random.default_rng(0).normal(size=(20, 5))
     with pytest.warns(WildRowsWarning, match="20 rows are left out"):
         model = small().fit(x)
+    assert set(model.left_out_) == set(wild)
+    assert model.criteria_.bic == pytest.approx(model.bic(x.drop(wild)))
+    assert "280 rows (20 wild ones left out)" in str(model)
     scores = model.score_samples(x)
     assert set(np.argsort(scores)[:20]) == set(wild)
     assert (model.outlier_scores(x)[wild] < 1e-3).all()
     assert adjusted_rand_score(np.delete(z, wild), np.delete(model.labels_, wild)) > 0.98
+    good = clone(model).partial_fit(x.drop(wild))
+    with pytest.warns(WildRowsWarning, match="partial_fit: 20 rows are left out"):
+        assert good.partial_fit(x).criteria_.n_samples == 280
 
 
 def test_outlier_scores_are_uniform_on_draws(fitted):

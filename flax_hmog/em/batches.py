@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from flax_hmog.data.framing import Framing
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.sources import as_source
-from flax_hmog.em.fit import Fit
+from flax_hmog.em.fit import Fit, wild_rows
 from flax_hmog.em.online import OnlineState, one_batch
 from flax_hmog.em.options import EMOptions, Regularizer
 from flax_hmog.em.result import EMResult
@@ -91,7 +92,7 @@ def learnt_from(
 
 def next_batch(
     learnt: Learnt, data: Data, weights: Samples | None = None, labels: Samples | None = None
-) -> tuple[Learnt, float]:
+) -> tuple[Learnt, float, tuple[int, ...]]:
     """A step of online EM.
 
     The first batch replaces the statistics that the model expects. A later one counts by its share of samples in the
@@ -104,7 +105,8 @@ def next_batch(
         labels: known components (B,), -1 where unknown.
 
     Returns:
-        The model after; and the penalised log-likelihood per sample of the batch under the model before.
+        The model after; the penalised log-likelihood per sample of the batch under the model before; and the numbers of
+        wild rows, which took no part.
     """
     head, options = learnt.head, EMOptions()
     source: Any = as_source(data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
@@ -119,4 +121,5 @@ def next_batch(
     online, values = one_batch(learnt.online, block, *arguments, **given)
     value, penalty = np.asarray(values, np.float64).tolist()
     learnt = dataclasses.replace(learnt, online=online, samples=samples, batches=batches)
-    return learnt, (value + penalty / samples) / max(count, 1e-300)
+    left_out = wild_rows(source.framing, stacklevel=4) if batches > 1 else ()  # of the first batch `fit_em` has warned
+    return learnt, (value + penalty / samples) / count if count else math.nan, left_out

@@ -18,7 +18,7 @@ from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.em.result import EMResult
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.posterior import HMoGOutput
-from flax_hmog.model.checks import check_size
+from flax_hmog.model.checks import check_size, named
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model_file import save
 from flax_hmog.sklearn.fitted import DRAWS, FittedMixture, precision, seed_of
@@ -60,6 +60,8 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         labels_: clusters of the rows of the fit (N,).
         cluster_sizes_: sum of the weights of the rows of each cluster.
         cluster_certainties_: mean probability of the cluster over its rows, NaN for one without rows.
+        left_out_: numbers of the wild rows, which took no part in the fit; sizes, certainties and criteria are without
+            them.
         criteria_: `InformationCriteria` on the rows of the fit: `.bic`, `.aic`, `.icl`, `.log_likelihood`.
         cluster_of_component_: (n_components,), or None without a merge.
         classes_: names of the first components (array), where `y` had names; None otherwise.
@@ -137,7 +139,7 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         output = self._inferred(X)
         if self.n_clusters is not None:
             self.cluster_of_component_ = merge_components(output.log_responsibilities, self.n_clusters)
-        return self._describe(output, weights)
+        return self._describe(output, weights, found.left_out)
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HMoG:
         """Learn from a batch: the first one is fitted as by `fit`, every later one is a step of online EM.
@@ -180,16 +182,17 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
                 given: Any = {"weights": weights, "labels": labels, "column_units": self.column_units}
                 learnt = learnt_from(head, X, key, found, **given)
             self._keep(found.natural, found.objective_history, found.converged, None)
+            left_out = found.left_out
         else:
             X = X.astype(learnt.head.param_dtype, copy=False)
-            with precision(X.dtype):
-                learnt, objective = next_batch(learnt, X, weights, labels)
+            with precision(X.dtype), named("partial_fit"):
+                learnt, objective, left_out = next_batch(learnt, X, weights, labels)
                 self._keep(learnt.natural, np.append(self.objective_history_, objective), False, None)
         self._learnt = learnt
         if self.n_clusters is not None:
             rows, _ = self._sampled(DRAWS, 0)
             self.cluster_of_component_ = merge_components(self._inferred(rows).log_responsibilities, self.n_clusters)
-        return self._describe(self._inferred(X), weights)
+        return self._describe(self._inferred(X), weights, left_out)
 
     def summary(self) -> Summary:
         """The last fit as a table: clusters, their size, certainty and distinguishing columns.
@@ -295,10 +298,12 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         self.converged_ = converged
         self.n_iter_ = len(history) - 1
 
-    def _describe(self, output: HMoGOutput, weights: np.ndarray | None) -> HMoG:
+    def _describe(self, output: HMoGOutput, weights: np.ndarray | None, left_out: tuple[int, ...]) -> HMoG:
         """The attributes of the rows, from the output of the model for them."""
         probabilities = self._probabilities(output)
         share = np.ones(len(probabilities)) if weights is None else weights.astype(np.float64)
+        share[list(left_out)] = 0
+        self.left_out_ = np.asarray(left_out, int)
         self.labels_ = probabilities.argmax(axis=1)
         count = probabilities.shape[1]
         self.cluster_sizes_ = np.bincount(self.labels_, share, count)
@@ -306,7 +311,7 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         empty = self.cluster_sizes_ == 0
         self.cluster_certainties_ = np.where(empty, np.nan, sums / np.where(empty, 1, self.cluster_sizes_))
         with precision(self.natural_.interaction.dtype):
-            self.criteria_ = criteria_of(self.natural_, output, weights)
+            self.criteria_ = criteria_of(self.natural_, output, share)
         return self
 
     def __sklearn_tags__(self) -> Any:

@@ -76,10 +76,11 @@ def summary_of(model: Any) -> Summary:
         for c in np.argsort(-model.cluster_sizes_, kind="stable").tolist()
     ]
     end = f"converged after {model.n_iter_} steps" if model.converged_ else f"not converged, {model.n_iter_} steps"
+    without = f" ({len(model.left_out_)} wild ones left out)" if len(model.left_out_) else ""
     lat_dim = model.loadings_.shape[1]
     heading = (
         f"{count} clusters of {len(weights)} components, {lat_dim} factors of {model.n_features_in_} columns; {end}",
-        f"{criteria.n_samples:g} rows, {criteria.n_parameters} parameters",
+        f"{criteria.n_samples:g} rows{without}, {criteria.n_parameters} parameters",
         f"log-likelihood {criteria.log_likelihood:.7g}, BIC {criteria.bic:.7g}, ICL {criteria.icl:.7g}",
     )
     return Summary(heading, tuple(rows))
@@ -117,6 +118,7 @@ def notes_of(model: Any) -> dict[str, Any]:
         "classes": None if model.classes_ is None else model.classes_.tolist(),
         "objective_history": np.asarray(model.objective_history_, np.float64).tolist(),
         "converged": bool(model.converged_),
+        "left_out": model.left_out_.tolist(),
         "cluster_sizes": model.cluster_sizes_.tolist(),
         "cluster_certainties": [None if np.isnan(c) else c for c in model.cluster_certainties_.tolist()],
         "criteria": {name: _plain(value) for name, value in dataclasses.asdict(model.criteria_).items()},
@@ -161,6 +163,7 @@ def contents_of(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "converged_": notes["converged"],
         "n_iter_": len(history) - 1,
         "n_features_in_": saved.natural.interaction.shape[0],
+        "left_out_": np.asarray(notes["left_out"], int),
         "cluster_sizes_": np.asarray(notes["cluster_sizes"]),
         "cluster_certainties_": np.asarray(notes["cluster_certainties"], np.float64),
         "criteria_": InformationCriteria(**notes["criteria"]),
