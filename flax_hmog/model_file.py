@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from flax import serialization, traverse_util
 
-import flax_hmog.serialization  # noqa: F401  makes the classes known to flax
 from flax_hmog.em.result import EMResult
 from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import moments_to_natural, natural_to_moments

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from flax_hmog.data.rows import check_weights
-from flax_hmog.inference.posterior import infer_blocks
+from flax_hmog.inference.posterior import HMoGOutput, infer_blocks
 from flax_hmog.model.checks import public
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.kinds import PositiveDefinite
@@ -77,7 +77,11 @@ def information_criteria(
         >>> information_criteria(natural, x).n_parameters
         27
     """
-    output = infer_blocks(natural, x)
+    return criteria_of(natural, infer_blocks(natural, x), weights)
+
+
+def criteria_of(natural: Natural | Prepared, output: HMoGOutput, weights: Samples | None = None) -> InformationCriteria:
+    """`information_criteria` from the output of the model for the data, on the host."""
     log_density = output.log_density.astype(np.float64)
     share = np.asarray(check_weights(weights, log_density.shape, output.log_density.dtype), np.float64)
     log_r = output.log_responsibilities.astype(np.float64)

@@ -328,16 +328,9 @@ class Fit:
 
     def finished(self, result: EMResult) -> EMResult:
         """The result with model and regulariser in units of x, where the dtype can hold them; warns of wild rows."""
-        wild, limit = self.source.framing.wild, self.options.max_distance
-        if wild:
-            warnings.warn(
-                f"{door()}: {len(wild)} rows are left out, as an entry is more than `max_distance` = {limit:g} "
-                f"typical distances from the median; the first is row {min(wild)}. Check them, or raise max_distance.",
-                WildRowsWarning,
-                stacklevel=4,
-            )
+        left_out = wild_rows(self.source.framing, stacklevel=5)
         natural, regularizer = result.natural, result.regularizer
-        result = dataclasses.replace(result, classes=self.source.classes)
+        result = dataclasses.replace(result, classes=self.source.classes, left_out=left_out)
         if natural.frame is None or not fits_units_of_x(natural):
             return result
         if regularizer is not None:
@@ -348,6 +341,19 @@ class Fit:
         else:
             natural = self.sizes.crop(own_in_units_of_x(self.sizes.pad(natural)))
         return dataclasses.replace(result, natural=natural, regularizer=regularizer)
+
+
+def wild_rows(framing: Framing, stacklevel: int) -> tuple[int, ...]:
+    """Numbers of the rows that were left out, with a warning."""
+    if framing.wild:
+        warnings.warn(
+            f"{door()}: {len(framing.wild)} rows are left out, as an entry is more than `max_distance` = "
+            f"{framing.max_distance:g} typical distances from the median; the first is row {min(framing.wild)}. "
+            "Check them, or raise max_distance.",
+            WildRowsWarning,
+            stacklevel=stacklevel,
+        )
+    return tuple(sorted(framing.wild))
 
 
 def _of_size(state: EMState, resize: Callable[[Any], Any]) -> EMState:

@@ -180,7 +180,7 @@ def _passes(
             mean_weight = 1 if source.count is None else total / source.count
             rates = options.rate(steps + step) / (x.shape[0] * mean_weight), 1 / (step + 1)
             given: Any = {"shards": row_shards(x), "projection_dtype": fit.dtype, "missing": fit.missing}
-            state, value = _step(state, block, rates, total, regularizer, source.framing.frame, **given)
+            state, value = one_batch(state, block, rates, total, regularizer, source.framing.frame, **given)
             values.append(value)
         steps += len(values)
         sums: Any = np.sum(np.asarray(jax.device_get(values), np.float64), axis=0)
@@ -199,7 +199,7 @@ def _check_objective(value: ArrayLike, number: int) -> None:
 
 
 @jit(static_argnames=("shards", "projection_dtype", "missing"))
-def _step(
+def one_batch(
     state: OnlineState, block: Block, rates: tuple[float, float], total: Array | float, regularizer: Regularizer | None,
     frame: Frame, *, shards: Shards, projection_dtype: str | None, missing: bool,
 ) -> tuple[OnlineState, Array]:  # fmt: skip

@@ -29,6 +29,7 @@ class EMResult:
         regularizer: the pseudo-statistics in the latent basis of `natural`, or None.
         classes: name of component k for k < len(classes), where `labels` were names; None otherwise.
         sparse: `SparseInfo` of the last sparse pass; None if there was none.
+        left_out: numbers of the wild rows, which took no part.
 
     Example:
         >>> from flax_hmog.toy import head, natural, x
@@ -45,6 +46,7 @@ class EMResult:
     regularizer: Regularizer | None
     classes: tuple[str, ...] | None = None
     sparse: SparseInfo | None = None
+    left_out: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows in few sizes: functions of batches of any size, compiled for powers of two."""
+"""Rows and small models in few sizes: functions of batches of any size, compiled for powers of two."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
+
+from flax_hmog.em.padding import InUse, padded_sizes
+from flax_hmog.inference.posterior import HMoGOutput, infer
+from flax_hmog.model.coordinates import Natural, Prepared
+from flax_hmog.model.prepared import prepare
+from flax_hmog.model.prior import with_prior
+from flax_hmog.model.typed import jit
 
 R = TypeVar("R")
 MOST_ROWS = 4096  # at once
@@ -28,6 +35,35 @@ def in_few_sizes(function: Callable[[np.ndarray], R], x: np.ndarray, least: int 
     if len(parts) == 1:
         return cast(R, parts[0])
     return cast(R, jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *parts))
+
+
+class ModelOfFewSizes:
+    """Inference with a model whose component matrices are full, on the host: programs serve many sizes.
+
+    A small model is filled up with components of weight 0 and factors without loadings, as small fits are.
+    """
+
+    def __init__(self, natural: Natural, least: int) -> None:
+        (obs_dim, self.lat_dim), self.n_components = natural.interaction.shape, natural.posterior_location.shape[0]
+        self.least = least
+        sizes = padded_sizes(MOST_ROWS, obs_dim, self.lat_dim, self.n_components)
+        natural = with_prior(natural)
+        self.model = prepare(natural) if sizes is None else _prepared(sizes.pad(natural), sizes.in_use())
+
+    def __call__(self, x: np.ndarray) -> HMoGOutput:
+        """`infer` of rows (N, D), as arrays of numpy."""
+        output = in_few_sizes(lambda rows: infer(self.model, rows), x, self.least)
+        whole: Any = jax.tree.map(np.asarray, output)
+        return HMoGOutput(
+            log_density=whole.log_density,
+            log_responsibilities=whole.log_responsibilities[:, : self.n_components],
+            latent_mean=whole.latent_mean[:, : self.lat_dim],
+        )
+
+
+@jit
+def _prepared(natural: Natural, used: InUse) -> Prepared:
+    return prepare(used.completed(natural))
 
 
 def _filled(function: Callable[[np.ndarray], Any], x: np.ndarray, least: int) -> Any:

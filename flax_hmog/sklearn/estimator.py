@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from sklearn.base import ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
-from sklearn.utils.validation import _check_sample_weight, validate_data
+from sklearn.base import ClusterMixin
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
+from flax_hmog.analysis.criteria import criteria_of
 from flax_hmog.analysis.merging import merge_components
+from flax_hmog.em.batches import Learnt, learnt_from, next_batch
 from flax_hmog.em.fit import fit_em
 from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.em.result import EMResult
 from flax_hmog.heads.modules import AnalyticHMoG
-from flax_hmog.model.checks import check_size
+from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.checks import check_size, named
 from flax_hmog.model.coordinates import Natural
-from flax_hmog.sklearn.fitted import FittedMixture, precision, seed_of
+from flax_hmog.model_file import save
+from flax_hmog.sklearn.fitted import DRAWS, FittedMixture, precision, seed_of
+from flax_hmog.sklearn.summary import Summary, contents_of, notes_of, summary_of
 
 MOST_FACTORS = 10  # where their number is not said
 ROWS_PER_FACTOR = 4  # distinct ones, at least: among fewer, all rows are equally far from each other along the factors
 
 
-class HMoG(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, FittedMixture):  # type: ignore[misc]
+class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
     """Hierarchical mixture of Gaussians: factors that explain the columns, and clusters of these, fitted as one by EM.
 
     A row belongs to a component, p(z = k) = w_k; its factors are Gaussian within it, y ~ N(m_k, S_k); and the row is
@@ -52,8 +58,13 @@ class HMoG(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Fitt
     Attributes:
         natural_: the model, for all functions of flax_hmog.
         labels_: clusters of the rows of the fit (N,).
+        cluster_sizes_: sum of the weights of the rows of each cluster.
+        cluster_certainties_: mean probability of the cluster over its rows, NaN for one without rows.
+        left_out_: numbers of the wild rows, which took no part in the fit; sizes, certainties and criteria are without
+            them.
+        criteria_: `InformationCriteria` on the rows of the fit: `.bic`, `.aic`, `.icl`, `.log_likelihood`.
         cluster_of_component_: (n_components,), or None without a merge.
-        classes_: names of the first components, where `y` had names; None otherwise.
+        classes_: names of the first components (array), where `y` had names; None otherwise.
         objective_history_: penalised mean log-density before the first step and after each.
         lower_bound_: the last of them.
         converged_: True if EM has converged.
@@ -66,6 +77,8 @@ class HMoG(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Fitt
         >>> HMoG(n_components=3, lat_dim=2, random_state=0).fit_predict(x).shape
         (12,)
     """
+
+    _learnt: Learnt | None  # of `partial_fit`
 
     def __init__(
         self,
@@ -119,17 +132,149 @@ class HMoG(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Fitt
             >>> HMoG(n_components=3, lat_dim=2, random_state=0).fit(x).converged_
             True
         """
-        X = validate_data(self, X, dtype=[np.float64, np.float32], ensure_min_samples=2)
+        X = self._checked(X, ensure_min_samples=2)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+        found, self._learnt = self._found(X, y, weights), None
+        self._keep(found.natural, found.objective_history, found.converged, found.classes)
+        output = self._inferred(X)
+        if self.n_clusters is not None:
+            self.cluster_of_component_ = merge_components(output.log_responsibilities, self.n_clusters)
+        return self._describe(output, weights, found.left_out)
+
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HMoG:
+        """Learn from a batch: the first one is fitted as by `fit`, every later one is a step of online EM.
+
+        The model is that of all batches, the newest counting more; a batch that is larger than the average takes a
+        larger step. The first one decides origin and units, so that it should be typical and not small. Clusters are
+        merged anew after every batch, by draws of the model, and may change their numbers. `labels_` and what
+        `summary` shows are of this batch. After `fit`, batches start a model of their own.
+
+        Args:
+            X: rows (N, D).
+            y: known components (N,), integers, -1 where unknown; only with `semi_supervised`.
+            sample_weight: weights (N,).
+
+        Returns:
+            The estimator.
+
+        Raises:
+            ValueError: for unusable rows or arguments.
+
+        Example:
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).partial_fit(x)
+            >>> model.partial_fit(x).n_iter_ > model.fit(x).n_iter_
+            True
+        """
+        learnt: Learnt | None = getattr(self, "_learnt", None)
+        X = self._checked(X, reset=learnt is None, ensure_min_samples=2)
+        weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+        labels = y if self.semi_supervised else None
+        if labels is not None and np.asarray(labels).dtype.kind not in "iu":
+            raise ValueError(
+                f"partial_fit: `y` must hold integers; got {np.asarray(labels).dtype}. Number the components alike in "
+                "all batches, with -1 where unknown."
+            )
+        if learnt is None:
+            found = self._found(X, y, weights)
+            with precision(X.dtype):
+                head, key = self._head(X, found.natural.interaction.shape[1]), jax.random.key(0)
+                given: Any = {"weights": weights, "labels": labels, "column_units": self.column_units}
+                learnt = learnt_from(head, X, key, found, **given)
+            self._keep(found.natural, found.objective_history, found.converged, None)
+            left_out = found.left_out
+        else:
+            X = X.astype(learnt.head.param_dtype, copy=False)
+            with precision(X.dtype), named("partial_fit"):
+                learnt, objective, left_out = next_batch(learnt, X, weights, labels)
+                self._keep(learnt.natural, np.append(self.objective_history_, objective), False, None)
+        self._learnt = learnt
+        if self.n_clusters is not None:
+            rows, _ = self._sampled(DRAWS, 0)
+            self.cluster_of_component_ = merge_components(self._inferred(rows).log_responsibilities, self.n_clusters)
+        return self._describe(self._inferred(X), weights, left_out)
+
+    def summary(self) -> Summary:
+        """The last fit as a table: clusters, their size, certainty and distinguishing columns.
+
+        Returns:
+            `Summary`, which prints as a table; `rows()` of it is one for pandas.
+
+        Example:
+            >>> from flax_hmog.toy import x
+            >>> HMoG(n_components=3, lat_dim=2, random_state=0).fit(x).summary().rows()[0]["rows"]
+            4.0
+        """
+        check_is_fitted(self)
+        return summary_of(self)
+
+    def save(self, path: str | Path) -> None:
+        """Save the fitted estimator to one .npz file, which numpy alone can score (docs/sklearn.md).
+
+        The file has the model exactly, the arguments, and all attributes but `labels_`. A generator as `random_state`
+        and a `Regularizer` are left at their defaults, and `partial_fit` begins anew: pickle has them.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            sklearn.exceptions.NotFittedError: before `fit`.
+
+        Example:
+            >>> import tempfile
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
+            >>> path = tempfile.mkdtemp() + "/model.npz"
+            >>> model.save(path)
+            >>> bool((HMoG.load(path).predict_proba(x) == model.predict_proba(x)).all())
+            True
+        """
+        check_is_fitted(self)
+        columns = getattr(self, "feature_names_in_", None)
+        save(self.natural_, path, clusters=self.cluster_of_component_, columns=columns, notes=notes_of(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> HMoG:
+        """The estimator of a file that `save` wrote: it answers exactly the same.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            A fitted estimator.
+
+        Raises:
+            ValueError: for a file that is missing, damaged or holds no estimator.
+
+        Example:
+            >>> import tempfile
+            >>> from flax_hmog.toy import x
+            >>> path = tempfile.mkdtemp() + "/model.npz"
+            >>> HMoG(n_components=3, lat_dim=2, random_state=0).fit(x).save(path)
+            >>> HMoG.load(path).n_components
+            3
+        """
+        arguments, attributes = contents_of(path)
+        model = cls(**arguments)
+        model.__dict__.update(attributes)
+        return model
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.summary()}" if hasattr(self, "natural_") else repr(self)
+
+    def _head(self, X: np.ndarray, lat_dim: int) -> AnalyticHMoG:
+        n_components = max(self.n_components, self.n_clusters or 1)
+        return AnalyticHMoG(lat_dim, n_components, obs_dim=X.shape[1], obs_rep=self.noise, param_dtype=X.dtype)
+
+    def _found(self, X: np.ndarray, y: Any, weights: np.ndarray | None) -> EMResult:
+        """The fit of rows."""
         if self.n_clusters is not None:
             check_size("n_clusters", self.n_clusters)
-        n_components = max(self.n_components, self.n_clusters or 1)
         lat_dim = default_factors(X, weights) if self.lat_dim == "auto" else self.lat_dim
         previous: Natural | None = getattr(self, "natural_", None) if self.warm_start else None
-        head = AnalyticHMoG(lat_dim, n_components, obs_rep=self.noise, param_dtype=X.dtype)
         with precision(X.dtype):
-            found = fit_em(
-                head,
+            return fit_em(
+                self._head(X, lat_dim),
                 X,
                 jax.random.key(seed_of(self.random_state)),
                 weights=weights,
@@ -142,22 +287,32 @@ class HMoG(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Fitt
                 tolerance=self.tol,
                 progress=bool(self.verbose),
             )
-        self._keep(found)
-        log_responsibilities = self._inferred(X).log_responsibilities
-        if self.n_clusters is not None:
-            self.cluster_of_component_ = merge_components(log_responsibilities, self.n_clusters)
-        self.labels_ = self.predict(X)
-        return self
 
-    def _keep(self, found: EMResult) -> None:
+    def _keep(self, natural: Natural, history: np.ndarray, converged: bool, classes: tuple[str, ...] | None) -> None:
         """The attributes that a fit has, but for those of the rows."""
-        self.natural_, self._cache = found.natural, {}
+        self.natural_, self._cache = natural, {}
         self.cluster_of_component_ = None
-        self.classes_ = found.classes
-        self.objective_history_ = found.objective_history
-        self.lower_bound_ = float(found.objective_history[-1])
-        self.converged_ = found.converged
-        self.n_iter_ = len(found.objective_history) - 1
+        self.classes_ = None if classes is None else np.asarray(classes)
+        self.objective_history_ = history
+        self.lower_bound_ = float(history[-1])
+        self.converged_ = converged
+        self.n_iter_ = len(history) - 1
+
+    def _describe(self, output: HMoGOutput, weights: np.ndarray | None, left_out: tuple[int, ...]) -> HMoG:
+        """The attributes of the rows, from the output of the model for them."""
+        probabilities = self._probabilities(output)
+        share = np.ones(len(probabilities)) if weights is None else weights.astype(np.float64)
+        share[list(left_out)] = 0
+        self.left_out_ = np.asarray(left_out, int)
+        self.labels_ = probabilities.argmax(axis=1)
+        count = probabilities.shape[1]
+        self.cluster_sizes_ = np.bincount(self.labels_, share, count)
+        sums = np.bincount(self.labels_, share * probabilities.max(axis=1), count)
+        empty = self.cluster_sizes_ == 0
+        self.cluster_certainties_ = np.where(empty, np.nan, sums / np.where(empty, 1, self.cluster_sizes_))
+        with precision(self.natural_.interaction.dtype):
+            self.criteria_ = criteria_of(self.natural_, output, share)
+        return self
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

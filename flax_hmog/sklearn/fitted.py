@@ -7,18 +7,18 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from flax_hmog.analysis.clusters import cluster_prototypes, merged_responsibilities
-from flax_hmog.analysis.criteria import InformationCriteria, information_criteria
-from flax_hmog.inference.padded import in_few_sizes
-from flax_hmog.inference.posterior import HMoGOutput, infer, sample
-from flax_hmog.model.checks import check_size
+from flax_hmog.analysis.criteria import InformationCriteria, criteria_of
+from flax_hmog.data.containers import in_memory, is_table
+from flax_hmog.inference.padded import ModelOfFewSizes
+from flax_hmog.inference.posterior import HMoGOutput, sample
+from flax_hmog.model.checks import MISSING_VALUES, check_size, named
 from flax_hmog.model.conversions import natural_to_moments
 from flax_hmog.model.coordinates import Moments, Natural
-from flax_hmog.model.prepared import prepare
 
 LEAST_ROWS = 64  # that are computed at once, so that a row does not round otherwise by itself than among others
 DRAWS = 10_000  # of the model, whose log-densities say how unlikely a row is
@@ -29,7 +29,7 @@ def precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.enable_x64(True) if np.dtype(dtype) == np.float64 else contextlib.nullcontext()
 
 
-class FittedMixture(BaseEstimator):  # type: ignore[misc]
+class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """The methods of a fitted `HMoG`, from its model `natural_` and the cluster of each component."""
 
     natural_: Natural
@@ -41,7 +41,9 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
         if "natural_" not in state:
             return state
         # arrays of numpy keep float64 wherever they are read
-        return state | {"_cache": {}, "natural_": jax.tree.map(np.asarray, state["natural_"])}
+        state |= {"_cache": {}, "natural_": jax.tree.map(np.asarray, state["natural_"])}
+        learnt = state.get("_learnt")
+        return state if learnt is None else state | {"_learnt": learnt.on_host()}
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable cluster of every row.
@@ -79,11 +81,7 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             (12, 3)
         """
         X = self._rows(X)
-        responsibilities = np.exp(self._inferred(X).log_responsibilities.astype(np.float64))
-        if self.cluster_of_component_ is not None:
-            responsibilities = merged_responsibilities(responsibilities, self.cluster_of_component_)
-        probabilities: np.ndarray = responsibilities / responsibilities.sum(axis=1, keepdims=True)
-        return probabilities.astype(X.dtype, copy=False)
+        return self._probabilities(self._inferred(X)).astype(X.dtype, copy=False)
 
     def transform(self, X: Any) -> np.ndarray:
         """The posterior mean of the factors, E[y | x].
@@ -321,16 +319,29 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
     def _rows(self, X: Any) -> np.ndarray:
         """Checked rows (N, D) for a fitted model."""
         check_is_fitted(self)
-        return cast(np.ndarray, validate_data(self, X, dtype=[np.float64, np.float32], reset=False))
+        return self._checked(X, reset=False)
+
+    def _checked(self, X: Any, **options: Any) -> np.ndarray:
+        """Rows (N, D) of float64 or float32."""
+        if is_table(X) and hasattr(X, "columns"):
+            check_columns(X)
+        return cast(np.ndarray, validate_data(self, X, dtype=[np.float64, np.float32], **options))
 
     def _inferred(self, X: np.ndarray) -> HMoGOutput:
         """`HMoGOutput` of numpy arrays, in the precision of the fit."""
         with precision(self.natural_.interaction.dtype):
-            if "prepared" not in self._cache:
-                self._cache["prepared"] = prepare(self.natural_)
-            model = self._cache["prepared"]
-            output = in_few_sizes(lambda rows: infer(model, rows), X, LEAST_ROWS)
-            return cast(HMoGOutput, jax.tree.map(np.asarray, output))
+            if "model" not in self._cache:
+                self._cache["model"] = ModelOfFewSizes(self.natural_, LEAST_ROWS)
+            output: HMoGOutput = self._cache["model"](X)
+            return output
+
+    def _probabilities(self, output: HMoGOutput) -> np.ndarray:
+        """Probabilities of the clusters (N, clusters), in float64."""
+        responsibilities = np.exp(output.log_responsibilities.astype(np.float64))
+        if self.cluster_of_component_ is not None:
+            responsibilities = merged_responsibilities(responsibilities, self.cluster_of_component_)
+        probabilities: np.ndarray = responsibilities / responsibilities.sum(axis=1, keepdims=True)
+        return probabilities
 
     def _sampled(self, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows and their components."""
@@ -339,9 +350,22 @@ class FittedMixture(BaseEstimator):  # type: ignore[misc]
             return np.asarray(x), np.asarray(z)
 
     def _criteria(self, X: Any, sample_weight: Any) -> InformationCriteria:
-        X = self._rows(X)
+        output = self._inferred(self._rows(X))
         with precision(self.natural_.interaction.dtype):
-            return information_criteria(self.natural_, X, weights=sample_weight)
+            return criteria_of(self.natural_, output, sample_weight)
+
+
+def check_columns(X: Any) -> None:
+    """TypeError or ValueError, by name, for a column of a table that does not hold numbers in all rows."""
+    with named("HMoG"):
+        rows = in_memory("X", X)
+    missing = np.isnan(rows).sum(axis=0)
+    if missing.any():
+        column = int(missing.argmax())
+        raise ValueError(
+            f"HMoG: `X` must hold no missing values (NaN); got {missing[column]} in column "
+            f"{list(X.columns)[column]!r}. {MISSING_VALUES}"
+        )
 
 
 def seed_of(random_state: Any) -> int:
