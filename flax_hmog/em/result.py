@@ -32,6 +32,7 @@ class EMResult:
         left_out: numbers of the wild rows, which took no part.
 
     Example:
+        >>> from flax_hmog import fit_em
         >>> from flax_hmog.toy import head, natural, x
         >>> result = fit_em(head, x, jax.random.key(0), init=natural, max_steps=3)
         >>> print(result.info.occupancy.round())
@@ -63,6 +64,7 @@ class EMState:
         cycles: what an accelerated fit needs beside the model, or None.
 
     Example:
+        >>> from flax_hmog import fit_em
         >>> from flax_hmog.toy import head, natural, x
         >>> states = []
         >>> result = fit_em(head, x, jax.random.key(0), init=natural, max_steps=3, on_step=states.append)
@@ -93,6 +95,7 @@ class WildRowsWarning(UserWarning):
     """Rows far from all others took no part in a fit.
 
     Example:
+        >>> import warnings
         >>> from flax_hmog import fit_em
         >>> from flax_hmog.toy import head, natural, x
         >>> rows = np.where(np.arange(12)[:, None] == 5, np.float32(1e6), x)
