@@ -16,7 +16,7 @@ from flax_hmog.analysis.criteria import InformationCriteria, criteria_of
 from flax_hmog.data.containers import in_memory, is_table
 from flax_hmog.inference.padded import ModelOfFewSizes
 from flax_hmog.inference.posterior import HMoGOutput, sample
-from flax_hmog.model.checks import MISSING_VALUES, check_size, named
+from flax_hmog.model.checks import check_size, named
 from flax_hmog.model.conversions import natural_to_moments
 from flax_hmog.model.coordinates import Moments, Natural
 
@@ -364,7 +364,7 @@ def check_columns(X: Any) -> None:
         column = int(missing.argmax())
         raise ValueError(
             f"HMoG: `X` must hold no missing values (NaN); got {missing[column]} in column "
-            f"{list(X.columns)[column]!r}. {MISSING_VALUES}"
+            f"{list(X.columns)[column]!r}. Impute them, drop these rows, or take fit_em(..., missing=\"nan\")."
         )
 
 
