@@ -364,7 +364,7 @@ def check_columns(X: Any) -> None:
         column = int(missing.argmax())
         raise ValueError(
             f"HMoG: `X` must hold no missing values (NaN); got {missing[column]} in column "
-            f"{list(X.columns)[column]!r}. Impute them, drop these rows, or take fit_em(..., missing=\"nan\")."
+            f'{list(X.columns)[column]!r}. Impute them, drop these rows, or take fit_em(..., missing="nan").'
         )
 
 
