@@ -8,7 +8,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import kstest
+from scipy.stats import kstest, multivariate_normal
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import make_blobs
@@ -330,3 +330,50 @@ def test_the_summary_names_what_distinguishes(fitted):
     assert str(small()) == repr(small())
     many = make_blobs(200, 3, centers=4, random_state=0)[0]
     assert "... and 2 more" in str(small(n_components=32).fit(many).summary())
+
+
+def with_gaps():
+    """Rows of three clusters in columns of different units, the same with gaps, and the clusters."""
+    rng = np.random.default_rng(0)
+    z = np.arange(600) % 3
+    y = 5 * rng.normal(size=(3, 2))[z] + rng.normal(size=(600, 2))
+    x = (y @ rng.normal(size=(2, 6)) + 0.5 * rng.normal(size=(600, 6))) * [1, 10, 1e3, 1e-2, 1, 1e5] + [
+        0,
+        5,
+        1e4,
+        0,
+        0,
+        1e6,
+    ]
+    return x, np.where(rng.random(x.shape) < 0.1, np.nan, x), z
+
+
+def test_missing_values_are_taken_where_that_is_said():
+    x, gaps, z = with_gaps()
+    model = HMoG(3, lat_dim=2, missing="nan", random_state=0).fit(pd.DataFrame(gaps))
+    whole = HMoG(3, lat_dim=2, random_state=0).fit(x)
+    assert adjusted_rand_score(z, model.labels_) > adjusted_rand_score(z, whole.labels_) - 0.05
+    # marginals by scipy, in units that it can invert
+    unit = x.std(axis=0)
+    for row in (gaps[np.isnan(gaps).sum(axis=1) == 2][0], gaps[0]):
+        seen = ~np.isnan(row)
+        densities = [
+            multivariate_normal((mean / unit)[seen], (covariance / np.outer(unit, unit))[np.ix_(seen, seen)]).pdf(
+                (row / unit)[seen]
+            )
+            for mean, covariance in zip(model.means_, model.covariances_, strict=True)
+        ]
+        expected = np.log(model.weights_ @ densities) - np.log(unit[seen]).sum()
+        np.testing.assert_allclose(model.score_samples(pd.DataFrame(row[None]))[0], expected, rtol=1e-9)
+    filled = model.impute(pd.DataFrame(gaps))
+    missing = np.isnan(gaps)
+    np.testing.assert_array_equal(filled[~missing], gaps[~missing])
+    error, of_means = (np.abs((rows - x) / x.std(axis=0))[missing].mean() for rows in (filled, x.mean(axis=0)[None]))
+    assert error < 0.5 * of_means
+    np.testing.assert_array_equal(
+        HMoG(3, lat_dim=2, missing="nan", random_state=0).fit(x).score_samples(x), whole.score_samples(x)
+    )
+    with pytest.raises(ValueError, match="full"):
+        HMoG(3, lat_dim=2, noise="full", missing="nan").fit(gaps)
+    with pytest.raises(ValueError, match="partial_fit: `missing` must be"):
+        model.partial_fit(gaps)

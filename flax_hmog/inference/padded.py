@@ -50,9 +50,10 @@ class ModelOfFewSizes:
         natural = with_prior(natural)
         self.model = prepare(natural) if sizes is None else _prepared(sizes.pad(natural), sizes.in_use())
 
-    def __call__(self, x: np.ndarray) -> HMoGOutput:
+    def __call__(self, x: np.ndarray, missing: str = "refuse") -> HMoGOutput:
         """`infer` of rows (N, D), as arrays of numpy."""
-        output = in_few_sizes(lambda rows: infer(self.model, rows), x, self.least)
+        missing = missing if np.isnan(x).any() else "refuse"
+        output = in_few_sizes(lambda rows: infer(self.model, rows, missing=missing), x, self.least)
         whole: Any = jax.tree.map(np.asarray, output)
         return HMoGOutput(
             log_density=whole.log_density,

@@ -52,6 +52,8 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         warm_start: start from the model of the last fit.
         semi_supervised: take `y` of `fit` for the known components of the rows. By default it is ignored, as
             scikit-learn passes the true classes to `fit` wherever a score compares with them.
+        missing: "nan" takes NaN, NA and None for missing values, exactly: a row is judged by what it shows, and
+            `impute` fills it; not with full noise, nor in `partial_fit`. "refuse" names the column.
         random_state: seed, generator or None.
         verbose: show a progress bar.
 
@@ -95,6 +97,7 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         tol: float = 1e-3,
         warm_start: bool = False,
         semi_supervised: bool = False,
+        missing: Literal["refuse", "nan"] = "refuse",
         random_state: Any = None,
         verbose: bool = False,
     ) -> None:
@@ -110,6 +113,7 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         self.tol = tol
         self.warm_start = warm_start
         self.semi_supervised = semi_supervised
+        self.missing = missing
         self.random_state = random_state
         self.verbose = verbose
 
@@ -166,6 +170,10 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
             >>> model.partial_fit(x).n_iter_ > model.fit(x).n_iter_
             True
         """
+        if self.missing != "refuse":
+            raise ValueError(
+                f'partial_fit: `missing` must be "refuse"; got {self.missing!r}. Impute what is missing, or use fit.'
+            )
         learnt: Learnt | None = getattr(self, "_learnt", None)
         X = self._checked(X, reset=learnt is None, ensure_min_samples=2)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -285,6 +293,7 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
                 n_restarts=self.n_init if previous is None else 1,
                 max_steps=self.max_iter,
                 tolerance=self.tol,
+                missing=self.missing,
                 progress=bool(self.verbose),
             )
 
@@ -317,6 +326,7 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        tags.input_tags.allow_nan = self.missing == "nan"
         return tags
 
 

@@ -14,9 +14,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from flax_hmog.analysis.clusters import cluster_prototypes, merged_responsibilities
 from flax_hmog.analysis.criteria import InformationCriteria, criteria_of
 from flax_hmog.data.containers import in_memory, is_table
+from flax_hmog.inference.missing import impute
 from flax_hmog.inference.padded import ModelOfFewSizes
 from flax_hmog.inference.posterior import HMoGOutput, sample
-from flax_hmog.model.checks import check_size, named
+from flax_hmog.model.checks import allowing, check_size, named
 from flax_hmog.model.conversions import natural_to_moments
 from flax_hmog.model.coordinates import Moments, Natural
 
@@ -34,6 +35,7 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     natural_: Natural
     cluster_of_component_: np.ndarray | None
+    missing: str
     _cache: dict[str, Any]  # what follows from the model and is computed once; no part of a pickle
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,6 +194,32 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             self._cache["levels"] = np.sort(self._inferred(drawn).log_density.astype(np.float64))
         return (1 + np.searchsorted(self._cache["levels"], levels, side="right")) / (1 + DRAWS)
 
+    def impute(self, X: Any) -> np.ndarray:
+        """Rows whose missing entries are what the model expects, given those that are there.
+
+        `flax_hmog.impute(model.natural_, X)` has their standard deviations and draws too.
+
+        Args:
+            X: rows (N, D), NaN where missing.
+
+        Returns:
+            Rows (N, D), those entries that are there as they were.
+
+        Raises:
+            ValueError: for full noise.
+
+        Example:
+            >>> from flax_hmog.sklearn import HMoG
+            >>> from flax_hmog.toy import x
+            >>> gaps = np.where(np.arange(48).reshape(12, 4) % 7 == 0, np.nan, x)
+            >>> model = HMoG(n_components=3, lat_dim=1, missing="nan", random_state=0).fit(gaps)
+            >>> bool(np.isfinite(model.impute(gaps)).all())
+            True
+        """
+        X = self._rows(X)
+        with precision(self.natural_.interaction.dtype):
+            return np.asarray(impute(self.natural_, X).mean, X.dtype)
+
     def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Rows drawn from the model.
 
@@ -280,7 +308,8 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     @property
     def means_(self) -> np.ndarray:
         """Means of the components (n_components, D), in units of the data."""
-        return cluster_prototypes(self.natural_)
+        with precision(self.natural_.interaction.dtype):
+            return cluster_prototypes(self.natural_)
 
     @property
     def covariances_(self) -> np.ndarray:
@@ -304,7 +333,8 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     @property
     def cluster_centers_(self) -> np.ndarray:
         """Means of the clusters (clusters, D), in units of the data."""
-        return cluster_prototypes(self.natural_, labels=self.cluster_of_component_)
+        with precision(self.natural_.interaction.dtype):
+            return cluster_prototypes(self.natural_, labels=self.cluster_of_component_)
 
     @property
     def _n_features_out(self) -> int:
@@ -314,7 +344,8 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     def _moments(self) -> Moments:
         check_is_fitted(self)
         with precision(self.natural_.interaction.dtype):
-            return natural_to_moments(self.natural_)
+            moments: Moments = jax.tree.map(np.asarray, natural_to_moments(self.natural_))
+            return moments  # of numpy, which keeps float64 everywhere
 
     def _rows(self, X: Any) -> np.ndarray:
         """Checked rows (N, D) for a fitted model."""
@@ -323,16 +354,19 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     def _checked(self, X: Any, **options: Any) -> np.ndarray:
         """Rows (N, D) of float64 or float32."""
+        allows = self.missing == "nan"
         if is_table(X) and hasattr(X, "columns"):
-            check_columns(X)
-        return cast(np.ndarray, validate_data(self, X, dtype=[np.float64, np.float32], **options))
+            check_columns(X, allows)
+        finite = "allow-nan" if allows else True
+        given = {"dtype": [np.float64, np.float32], "ensure_all_finite": finite}
+        return cast(np.ndarray, validate_data(self, X, **given, **options))
 
     def _inferred(self, X: np.ndarray) -> HMoGOutput:
         """`HMoGOutput` of numpy arrays, in the precision of the fit."""
         with precision(self.natural_.interaction.dtype):
             if "model" not in self._cache:
                 self._cache["model"] = ModelOfFewSizes(self.natural_, LEAST_ROWS)
-            output: HMoGOutput = self._cache["model"](X)
+            output: HMoGOutput = self._cache["model"](X, self.missing)
             return output
 
     def _probabilities(self, output: HMoGOutput) -> np.ndarray:
@@ -355,16 +389,18 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             return criteria_of(self.natural_, output, sample_weight)
 
 
-def check_columns(X: Any) -> None:
+def check_columns(X: Any, allows_missing: bool) -> None:
     """TypeError or ValueError, by name, for a column of a table that does not hold numbers in all rows."""
-    with named("HMoG"):
+    with named("HMoG"), allowing("nan" if allows_missing else "refuse"):
         rows = in_memory("X", X)
+    if allows_missing:
+        return
     missing = np.isnan(rows).sum(axis=0)
     if missing.any():
         column = int(missing.argmax())
         raise ValueError(
             f"HMoG: `X` must hold no missing values (NaN); got {missing[column]} in column "
-            f'{list(X.columns)[column]!r}. Impute them, drop these rows, or take fit_em(..., missing="nan").'
+            f'{list(X.columns)[column]!r}. Take missing="nan", impute them, or drop these rows.'
         )
 
 
