@@ -395,5 +395,5 @@ def _check_nothing_dropped(dense: Array, precision: Precision, rep: Rep) -> None
         worst = np.unravel_index(lost.argmax(), lost.shape)
         raise ValueError(
             f"moments_to_natural: `rep` must hold every entry of the posterior precisions; {rep.__name__} would drop "
-            f"{lost[worst]:.3g} at entry {tuple(int(i) for i in worst)}. `warm_start` makes a restricted head of it."
+            f"{lost[worst]:.3g} at entry {tuple(int(i) for i in worst)}. Use `warm_start` for such a head."
         )

@@ -21,7 +21,8 @@ from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.checks import check_size, named
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model_file import save
-from flax_hmog.sklearn.fitted import DRAWS, FittedMixture, precision, seed_of
+from flax_hmog.sklearn.arguments import precision, seed_of
+from flax_hmog.sklearn.fitted import DRAWS, FittedMixture
 from flax_hmog.sklearn.summary import Summary, contents_of, notes_of, summary_of
 
 MOST_FACTORS = 10  # where their number is not said

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, cast
 
 import jax
 import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from flax_hmog.analysis.clusters import cluster_prototypes, merged_responsibilities
 from flax_hmog.analysis.criteria import InformationCriteria, criteria_of
-from flax_hmog.data.containers import in_memory, is_table
+from flax_hmog.data.containers import is_table
 from flax_hmog.inference.missing import impute
 from flax_hmog.inference.padded import ModelOfFewSizes
 from flax_hmog.inference.posterior import HMoGOutput, sample
-from flax_hmog.model.checks import allowing, check_size, named
+from flax_hmog.model.checks import check_size
 from flax_hmog.model.conversions import natural_to_moments
 from flax_hmog.model.coordinates import Moments, Natural
+from flax_hmog.sklearn.arguments import check_columns, precision, seed_of
 
 LEAST_ROWS = 64  # that are computed at once, so that a row does not round otherwise by itself than among others
 DRAWS = 10_000  # of the model, whose log-densities say how unlikely a row is
-
-
-def precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
-    """Computation in float64, for rows in float64; as it is otherwise."""
-    return jax.enable_x64(True) if np.dtype(dtype) == np.float64 else contextlib.nullcontext()
 
 
 class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -387,23 +381,3 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         output = self._inferred(self._rows(X))
         with precision(self.natural_.interaction.dtype):
             return criteria_of(self.natural_, output, sample_weight)
-
-
-def check_columns(X: Any, allows_missing: bool) -> None:
-    """TypeError or ValueError, by name, for a column of a table that does not hold numbers in all rows."""
-    with named("HMoG"), allowing("nan" if allows_missing else "refuse"):
-        rows = in_memory("X", X)
-    if allows_missing:
-        return
-    missing = np.isnan(rows).sum(axis=0)
-    if missing.any():
-        column = int(missing.argmax())
-        raise ValueError(
-            f"HMoG: `X` must hold no missing values (NaN); got {missing[column]} in column "
-            f'{list(X.columns)[column]!r}. Take missing="nan", impute them, or drop these rows.'
-        )
-
-
-def seed_of(random_state: Any) -> int:
-    """A seed of jax for any `random_state` of scikit-learn."""
-    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))

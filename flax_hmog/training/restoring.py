@@ -174,7 +174,7 @@ class Restored:
         is_split = isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and len(x.sharding.device_set) > 1)
         if is_split or x.ndim != 2 or not x.size:
             return self._inferred(x)
-        return cast(HMoGOutput, jax.tree.map(jnp.asarray, in_few_sizes(self._inferred, np.asarray(x))))
+        return cast(HMoGOutput, jax.tree.map(jax.device_put, in_few_sizes(self._inferred, np.asarray(x))))
 
     def _inferred(self, x: Samples) -> HMoGOutput:
         """The output for inputs of the module (..., D)."""

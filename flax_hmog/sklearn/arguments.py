@@ -1,0 +1,38 @@
+"""Arguments of scikit-learn's kind: rows of a table, a random state, and the precision that rows ask for."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import jax
+import numpy as np
+from sklearn.utils import check_random_state
+
+from flax_hmog.data.containers import in_memory
+from flax_hmog.model.checks import allowing, named
+
+
+def precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
+    """Computation in float64, for rows in float64; as it is otherwise."""
+    return jax.enable_x64(True) if np.dtype(dtype) == np.float64 else contextlib.nullcontext()
+
+
+def check_columns(X: Any, allows_missing: bool) -> None:
+    """TypeError or ValueError, by name, for a column of a table that does not hold numbers in all rows."""
+    with named("HMoG"), allowing("nan" if allows_missing else "refuse"):
+        rows = in_memory("X", X)
+    if allows_missing:
+        return
+    missing = np.isnan(rows).sum(axis=0)
+    if missing.any():
+        column = int(missing.argmax())
+        raise ValueError(
+            f"HMoG: `X` must hold no missing values (NaN); got {missing[column]} in column "
+            f'{list(X.columns)[column]!r}. Take missing="nan", impute them, or drop these rows.'
+        )
+
+
+def seed_of(random_state: Any) -> int:
+    """A seed of jax for any `random_state` of scikit-learn."""
+    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
