@@ -377,3 +377,30 @@ def test_missing_values_are_taken_where_that_is_said():
         HMoG(3, lat_dim=2, noise="full", missing="nan").fit(gaps)
     with pytest.raises(ValueError, match="partial_fit: `missing` must be"):
         model.partial_fit(gaps)
+
+
+def test_outlier_scores_of_rows_with_gaps_are_those_of_draws_with_the_same_gaps():
+    """A row that shows fewer columns has another density, not another score."""
+    _, gaps, _ = with_gaps()
+    model = HMoG(3, lat_dim=2, missing="nan", random_state=0).fit(gaps)
+    drawn, _ = model.set_params(random_state=7).sample(2000)
+    for lacking in ([], [0, 3]):
+        drawn[:, lacking] = np.nan
+        assert kstest(model.outlier_scores(drawn), "uniform").pvalue > 1e-3
+    far = np.where(np.isnan(drawn), np.nan, drawn + 50 * np.nanstd(gaps, axis=0))
+    assert model.outlier_scores(far).max() < 1e-3
+
+
+def test_what_an_estimator_returns_can_be_written_to():
+    """Arrays of jax are read-only where numpy looks at them."""
+    x, _, _ = with_gaps()
+    for rows in (x, x.astype(np.float32)):
+        model = HMoG(3, lat_dim=2, random_state=0).fit(rows)
+        found = (
+            model.transform(rows),
+            model.predict_proba(rows),
+            model.score_samples(rows),
+            *model.sample(5),
+            model.labels_,
+        )
+        assert all(array.flags.writeable for array in found)

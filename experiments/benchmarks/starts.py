@@ -28,7 +28,7 @@ from experiments.benchmarks.accelerated import NOISE_SHARE, read
 from flax_hmog import AnalyticHMoG, PseudoCounts
 from flax_hmog.analysis import merge_components
 from flax_hmog.em.fit import Fit
-from flax_hmog.em.initialize import _cluster_moments
+from flax_hmog.em.initialize import cluster_moments
 from flax_hmog.em.k_means import k_means
 from flax_hmog.em.options import EMOptions
 
@@ -65,7 +65,7 @@ def measured(x: np.ndarray, lat_dim: int, n_components: int, n_clusters: int) ->
     find = jax.jit(lambda y, share: k_means(y, share, jax.random.key(0), n_components))
     labels, of_clusters = timed(lambda: find(y, share))
     sums = jax.jit(
-        lambda y, share, labels: _cluster_moments(y, share, labels, n_components, n_components, jnp.sum(share), None)
+        lambda y, share, labels: cluster_moments(y, share, labels, n_components, n_components, jnp.sum(share), None)
     )
     (_, means, _), of_moments = timed(lambda: sums(y, share, labels))
     distortion = float(jnp.mean(jnp.sum((y - means[labels]) ** 2, axis=1)))

@@ -213,7 +213,7 @@ def _clustered(
     count = n_components if used is None else used.n_components
     labels = k_means(y * scale[None], share, key, n_components, known, shards, count)
 
-    mass, means, covariances = _cluster_moments(y, share, labels, n_components, count, jnp.sum(weights), shards)
+    mass, means, covariances = cluster_moments(y, share, labels, n_components, count, jnp.sum(weights), shards)
     moments = Moments(loadings, center, noise, mass, means, PositiveDefinite(covariances))
     return moments if used is None else used.masked(moments)
 
@@ -225,7 +225,7 @@ def _with_fixed_signs(y: Array, share: Array) -> tuple[Array, Array]:
     return y * signs[None], signs
 
 
-def _cluster_moments(
+def cluster_moments(
     y: Array, share: Array, labels: Array, n_clusters: int, n_sought: Array | int, count: Array, shards: Shards
 ) -> tuple[Array, Array, Array]:
     """Weights (K,), means (K, L) and covariances (K, L, L) of labelled rows, shrunk towards the pooled covariance."""

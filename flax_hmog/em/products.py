@@ -59,8 +59,9 @@ def _change(fit: Fit, natural: Natural) -> tuple[float, float]:
     split = np.asarray(_densities(inner, x, fit.dtype), np.float64)
     with jax.default_matmul_precision("highest"):
         full = np.asarray(_densities(inner, x, fit.dtype), np.float64)
-    rounding = float(np.finfo(np.float32).eps * np.abs(np.mean(full)))
-    return float(np.abs(np.mean(split - full))), max(LARGEST_CHANGE, rounding)
+    whole = np.isfinite(full)  # rows with missing entries have no density here
+    rounding = float(np.finfo(np.float32).eps * np.abs(np.mean(full, where=whole)))
+    return float(np.abs(np.mean(split - full, where=whole))), max(LARGEST_CHANGE, rounding)
 
 
 @jit(static_argnames="projection_dtype")

@@ -96,7 +96,7 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             (12, 2)
         """
         X = self._rows(X)
-        return np.asarray(self._inferred(X).latent_mean, X.dtype)
+        return np.array(self._inferred(X).latent_mean, X.dtype)  # which may be written to
 
     def inverse_transform(self, X: Any) -> np.ndarray:
         """The rows that are expected for given factors, W y + b.
@@ -141,7 +141,7 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             (12,)
         """
         X = self._rows(X)
-        return np.asarray(self._inferred(X).log_density, X.dtype)
+        return np.array(self._inferred(X).log_density, X.dtype)
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
         """The mean log-density of rows, in nats: higher is better.
@@ -167,7 +167,8 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """The share of the model's own draws that are at most as likely as each row: near 0 for outliers.
 
         Draws of the model have scores that are uniform between 0 and 1, so that a threshold is the share of good rows
-        that it rejects. Among 10,000 draws, which are the same for every call, the lowest score is 1e-4.
+        that it rejects. Among 10,000 draws, which are the same for every call, the lowest score is 1e-4. A row with
+        missing values is compared with draws that lack the same ones: a pass over the draws for every such pattern.
 
         Args:
             X: rows (N, D).
@@ -182,11 +183,13 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             >>> bool(model.outlier_scores(x + 100.0).max() < 1e-3)  # far from all that the model expects
             True
         """
-        levels = self.score_samples(X).astype(np.float64)
-        if "levels" not in self._cache:
-            drawn, _ = self._sampled(DRAWS, 0)
-            self._cache["levels"] = np.sort(self._inferred(drawn).log_density.astype(np.float64))
-        return (1 + np.searchsorted(self._cache["levels"], levels, side="right")) / (1 + DRAWS)
+        X = self._rows(X)
+        densities, scores = self._inferred(X).log_density.astype(np.float64), np.empty(len(X))
+        patterns, numbers = np.unique(np.isnan(X), axis=0, return_inverse=True)
+        for number, gaps in enumerate(patterns):
+            here = numbers.reshape(-1) == number
+            scores[here] = 1 + np.searchsorted(self._levels(gaps), densities[here], side="right")
+        return scores / (1 + DRAWS)
 
     def impute(self, X: Any) -> np.ndarray:
         """Rows whose missing entries are what the model expects, given those that are there.
@@ -212,7 +215,7 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """
         X = self._rows(X)
         with precision(self.natural_.interaction.dtype):
-            return np.asarray(impute(self.natural_, X).mean, X.dtype)
+            return np.array(impute(self.natural_, X).mean, X.dtype)
 
     def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Rows drawn from the model.
@@ -375,7 +378,19 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         """Rows and their components."""
         with precision(self.natural_.interaction.dtype):
             x, _, z = sample(self.natural_, jax.random.key(seed), n)
-            return np.asarray(x), np.asarray(z)
+            return np.array(x), np.array(z)
+
+    def _levels(self, gaps: np.ndarray) -> np.ndarray:
+        """Log-densities of draws without the columns `gaps` (D,), in increasing order (DRAWS,)."""
+        if "draws" not in self._cache:
+            self._cache["draws"] = self._sampled(DRAWS, 0)[0]
+        if not gaps.any() and "levels" in self._cache:
+            return cast(np.ndarray, self._cache["levels"])
+        drawn = self._inferred(np.where(gaps, np.nan, self._cache["draws"]))
+        levels: np.ndarray = np.sort(drawn.log_density.astype(np.float64))
+        if not gaps.any():
+            self._cache["levels"] = levels
+        return levels
 
     def _criteria(self, X: Any, sample_weight: Any) -> InformationCriteria:
         output = self._inferred(self._rows(X))
