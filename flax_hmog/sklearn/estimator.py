@@ -18,7 +18,7 @@ from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.em.result import EMResult
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.posterior import HMoGOutput
-from flax_hmog.model.checks import check_size, named
+from flax_hmog.model.checks import allowing, check_size, named
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model_file import save
 from flax_hmog.sklearn.arguments import precision, seed_of
@@ -171,10 +171,6 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
             >>> model.partial_fit(x).n_iter_ > model.fit(x).n_iter_
             True
         """
-        if self.missing != "refuse":
-            raise ValueError(
-                f'partial_fit: `missing` must be "refuse"; got {self.missing!r}. Impute what is missing, or use fit.'
-            )
         learnt: Learnt | None = getattr(self, "_learnt", None)
         X = self._checked(X, reset=learnt is None, ensure_min_samples=2)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -186,7 +182,7 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
             )
         if learnt is None:
             found = self._found(X, y, weights)
-            with precision(X.dtype):
+            with precision(X.dtype), allowing(self.missing):
                 head, key = self._head(X, found.natural.interaction.shape[1]), jax.random.key(0)
                 given: Any = {"weights": weights, "labels": labels, "column_units": self.column_units}
                 learnt = learnt_from(head, X, key, found, **given)
@@ -194,7 +190,7 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
             left_out = found.left_out
         else:
             X = X.astype(learnt.head.param_dtype, copy=False)
-            with precision(X.dtype), named("partial_fit"):
+            with precision(X.dtype), named("partial_fit"), allowing(self.missing):
                 learnt, objective, left_out = next_batch(learnt, X, weights, labels)
                 self._keep(learnt.natural, np.append(self.objective_history_, objective), False, None)
         self._learnt = learnt
