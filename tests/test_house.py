@@ -23,6 +23,7 @@ ORDER = (
     "em",
     "inference",
     "heads",
+    "nnx",
     "networks",
     "analysis",
     "model_file",

@@ -1,0 +1,14 @@
+"""The heads as NNX modules, a head on an encoder as one, and the way between them and linen."""
+
+from flax_hmog.nnx.heads import AnalyticHMoG, DifferentiableHMoG, EMState, HMoGHead, SymmetricHMoG, from_linen
+from flax_hmog.nnx.networks import Clusterer
+
+__all__ = [
+    "AnalyticHMoG",
+    "Clusterer",
+    "DifferentiableHMoG",
+    "EMState",
+    "HMoGHead",
+    "SymmetricHMoG",
+    "from_linen",
+]
