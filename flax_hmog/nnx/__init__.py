@@ -1,6 +1,6 @@
 """The heads as NNX modules, a head on an encoder as one, and the way between them and linen."""
 
-from flax_hmog.nnx.heads import AnalyticHMoG, DifferentiableHMoG, EMState, HMoGHead, SymmetricHMoG, from_linen
+from flax_hmog.nnx.heads import AnalyticHMoG, DifferentiableHMoG, EMState, SymmetricHMoG, from_linen
 from flax_hmog.nnx.networks import Clusterer
 
 __all__ = [
@@ -8,7 +8,6 @@ __all__ = [
     "Clusterer",
     "DifferentiableHMoG",
     "EMState",
-    "HMoGHead",
     "SymmetricHMoG",
     "from_linen",
 ]

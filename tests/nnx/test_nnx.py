@@ -54,7 +54,7 @@ def test_a_fresh_head_is_a_model(native):
     rows, latent, components = head.sample(5, jax.random.key(0))
     assert (rows.shape, latent.shape, components.shape) == ((5, 4), (5, 2), (5,))
     assert small(native, seed=1)(x).log_density[0] != head(x).log_density[0]
-    with pytest.raises(ValueError, match="`lat_dim` must be .* at most 4; got 5"):
+    with pytest.raises(ValueError, match=r"`lat_dim` must be .* at most 4; got 5"):
         native(5, 3, 4, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="unexpected keyword argument 'n_clusters'"):
         small(native, n_clusters=3)
