@@ -21,7 +21,7 @@ from flax_hmog.model.checks import may_miss
 from flax_hmog.model.conversions import fits_units_of_x, moments_to_natural, own_in_units_of_x, own_moments
 from flax_hmog.model.coordinates import Natural, ResidualMoments
 from flax_hmog.model.frames import Frame, has_more_digits
-from flax_hmog.model.head import Head
+from flax_hmog.model.head import HeadSizes
 from flax_hmog.model.kinds import Array
 from flax_hmog.model.typed import Data, Samples
 
@@ -40,7 +40,7 @@ class Learnt:
         batches: number of batches so far.
     """
 
-    head: Head
+    head: HeadSizes
     online: OnlineState
     regularizer: Regularizer | None
     frame: Frame
@@ -65,7 +65,7 @@ class Learnt:
 
 
 def learnt_from(
-    head: Head,
+    head: HeadSizes,
     data: Data,
     key: Array,
     found: EMResult,

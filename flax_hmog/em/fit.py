@@ -34,7 +34,7 @@ from flax_hmog.model.conversions import (
 )
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, check_full, check_natural
 from flax_hmog.model.frames import Frame, has_more_digits
-from flax_hmog.model.head import Head, check_head_and_key
+from flax_hmog.model.head import HeadSizes, check_head_and_key
 from flax_hmog.model.kinds import Array, as_rep
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.prior import with_prior
@@ -45,7 +45,7 @@ ROUNDING = 100  # units in the last place of objective and dimension that object
 
 @public
 def fit_em(
-    head: Head,
+    head: HeadSizes,
     data: Data,
     key: Array,
     *,
@@ -135,8 +135,8 @@ class Fit:
     """
 
     def __init__(
-        self, head: Head, data: Data, key: Array, weights: Samples | None, labels: Samples | None, options: EMOptions,
-        *, pad: bool = False,
+        self, head: HeadSizes, data: Data, key: Array, weights: Samples | None, labels: Samples | None,
+        options: EMOptions, *, pad: bool = False,
     ) -> None:  # fmt: skip
         check_head_and_key(head, key)
         check_outside_transformations(data=data, key=key, weights=weights, labels=labels, init=options.init)
