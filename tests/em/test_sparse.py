@@ -178,7 +178,7 @@ def test_cycles_never_fall(float64):
     last, history = moments_to_natural(start), []
     for passes in (4, 1, 0):
         found = find(last, regularizer, x, weights, rank=3, slots=12)
-        _, last, energy = follow(found, last, last, regularizer, weights, passes=passes)
+        last, energy = follow(found, last, regularizer, weights, passes=passes)
         history += [float(found.objective), float(energy)]
     assert np.diff(history).min() >= 0
     assert history[-1] == history[-2]
