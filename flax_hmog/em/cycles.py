@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FEWEST_COMPONENTS = 33  # with fewer, products with all of them cost less than the choice of a few
 MANY_COMPONENTS, LONG_PASS = 100, 2e10  # components and products of a pass from which on it pays unasked
-KEPT_PASSES = 10
+KEPT_PASSES = 10  # of a step, after its sparse pass, which costs as much as three or four of them
 FOLLOWED_STEPS, FOLLOWED_PASSES = 2, 4  # of plain EM, or of kept passes, after which starts are compared
 FEWEST_SLOTS, MOST_SLOTS = 8, 64  # components per row at most; four times as many after a failure
 LEAST_RANK = 8  # directions of the screen; half of L where that is more
