@@ -23,7 +23,7 @@ from flax_hmog.em.products import checked_products
 from flax_hmog.em.progress import progress_bar
 from flax_hmog.em.result import ConvergenceWarning, EMResult, EMState, WildRowsWarning
 from flax_hmog.em.statistics import accumulate
-from flax_hmog.em.step import EMInfo, finish_step, one_step, whiten_moments, whiten_regularizer
+from flax_hmog.em.step import EMInfo, diagnose, finish_step, one_step, whiten_moments, whiten_regularizer
 from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, may_miss, named, public
 from flax_hmog.model.conversions import (
     fits_units_of_x,
@@ -248,6 +248,13 @@ class Fit:
         objective, count = np.asarray(read, np.float64).tolist()
         return updated, info, self.of_x(objective, count, regularizer)
 
+    def diagnose(self, natural: Natural, regularizer: Regularizer | None) -> tuple[EMInfo, float]:
+        """Diagnostics and objective of `evaluate` for a model of an accelerated fit that takes no step."""
+        block = self.source.sample()
+        given: Any = {"shards": row_shards(block[0]), "projection_dtype": self.dtype}
+        info = diagnose(natural.in_frame(self.row_frame), block, regularizer, self.frame, **given)
+        return info, self.of_x(float(np.asarray(info.objective)), self.source.total_weight, regularizer)
+
     def of_x(self, objective: float, count: float, regularizer: Regularizer | None) -> float:
         """The objective per sample of x from that of rows in the frame."""
         penalised = 0.0 if regularizer is None else float(regularizer.noise) / count
@@ -271,7 +278,7 @@ class Fit:
             state = dataclasses.replace(state, natural=step.updated, top=top, history=history, cycles=step.cycles)
             return state, objective
         if info is None:  # the last pass is dense
-            _, info, objective = self.evaluate(natural, regularizer)
+            info, objective = self.diagnose(natural, regularizer)
             history = (*history[:-1], objective)
         if has_fallen := self.fell(history):
             natural = top
