@@ -128,7 +128,7 @@ def fits(problem: Problem, x: np.ndarray, key: jax.Array) -> Iterator[tuple[str,
     options: dict[str, Any] = {"regularizer": problem.counts, "max_steps": MAX_STEPS}
     for kind in ("plain", "accelerated"):
         fit = fit_em(problem.head, x, key, tolerance=problem.tolerance, accelerate=kind == "accelerated", **options)
-        yield kind, fit.natural, fit.objective_history
+        yield kind, fit.natural, fit.objective_history.tolist()
     target, reached = fit.objective_history[-1], EMState()
 
     def on_step(state: EMState) -> None:

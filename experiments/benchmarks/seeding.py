@@ -60,9 +60,11 @@ def main(folder: Path = Path(), names: tuple[str, ...] = tuple(PROBLEMS), seeds:
         for kind in KINDS:
             start, step, histories = measured(PROBLEMS[name], x, kind, seeds, steps + SPARE_STEPS)
             budget = budget or start + steps * step
-            taken = max(0.0, budget - start) / step
-            cells = []
+            taken, cells = (budget - start) / step, []
             for count in (taken, steps):
+                if count < 0:
+                    cells.append("still at its start")
+                    continue
                 reached = [np.interp(count, np.arange(len(history)), history) for history in histories]
                 cells.append(f"{np.mean(reached):.3f} ({min(reached):.3f} to {max(reached):.3f})")
             table.add_row(name, kind, f"{start:.2f}", f"{taken:.1f}", *cells)
@@ -100,10 +102,11 @@ def fit_of(problem: Problem, x: np.ndarray, more: float) -> Fit:
 @contextlib.contextmanager
 def replaced(seeds: Seeds) -> Iterator[None]:
     """Within it, k-means takes these seeds."""
+    compiled: Any = initialize._clustered
     with mock.patch.object(k_means, "_seeds", seeds):
-        initialize._clustered.clear_cache()
+        compiled.clear_cache()
         yield
-    initialize._clustered.clear_cache()
+    compiled.clear_cache()
 
 
 def drawn(points: Array, mass: Array, key: Array, count: int) -> Array:
@@ -232,7 +235,7 @@ def united(fit: Fit, wide: Fit, key: Array) -> Start:
 def without_least(fit: Fit, moments: Moments) -> Natural:
     """The model of the fit's K components that are left when those go whose loss costs least likelihood."""
     natural = moments_to_natural(moments).in_frame(fit.row_frame)
-    shares = np.array(jnp.exp(infer(natural, fit.block[0]).log_responsibilities))
+    shares = np.array(jnp.exp(infer(natural, fit.source.sample()[0]).log_responsibilities))
     is_kept = np.ones(shares.shape[1], bool)
 
     def costs(shares: np.ndarray) -> np.ndarray:
