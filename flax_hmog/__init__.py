@@ -47,6 +47,8 @@ from flax_hmog.model.kinds import Diagonal, Kind, PositiveDefinite, Scale, regis
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.structure import SharedBase, Structure
 from flax_hmog.model_file import SavedModel, load, save
+from flax_hmog.selection.compare import select
+from flax_hmog.selection.table import Scores, Selection
 
 __version__ = _version("flax-hmog")
 
@@ -79,6 +81,8 @@ __all__ = [
     "ResidualMoments",
     "SavedModel",
     "Scale",
+    "Scores",
+    "Selection",
     "SharedBase",
     "SparseInfo",
     "Statistics",
@@ -122,6 +126,7 @@ __all__ = [
     "register_kind",
     "sample",
     "save",
+    "select",
     "split_conjugated",
     "symmetric_hmog",
     "unravel_mean",

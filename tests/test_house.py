@@ -27,6 +27,7 @@ ORDER = (
     "networks",
     "analysis",
     "model_file",
+    "selection",
     "sklearn",
     "training",
     "recipe",

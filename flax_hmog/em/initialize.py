@@ -97,8 +97,8 @@ def initialize_moments(
 def frame_of(head: HeadSizes, rows: np.ndarray, weights: np.ndarray, column_units: str) -> tuple[Frame, bool]:
     """The frame that a fit of this head to rows (N, D) on the host computes in, and whether columns have own units."""
     rep = as_rep(head.obs_rep, argument="head.obs_rep")
-    has_units = rep.is_diagonal and not rep.is_isotropic
-    by_column = has_units and (column_units == "own" or (column_units == "auto" and not share_bounds(rows)))
+    is_own = column_units == "own" or (column_units == "auto" and rep.is_diagonal and not share_bounds(rows))
+    by_column = is_own and not rep.is_isotropic
     return robust_frame(rows, weights, by_column, head.param_dtype), by_column
 
 

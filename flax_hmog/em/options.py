@@ -119,6 +119,7 @@ class EMOptions:
             the latent basis of `init`); None for maximum likelihood, whose maximum need not exist.
         column_units: with diagonal noise, columns have units of their own ("own": the fit is the same in any
             units) or one for all ("common", as pixels); "auto" takes common ones if most columns share their bounds.
+            Full noise has one unit for all unless "own" is asked for, scale noise always.
         max_distance: rows farther than this from the median, in typical distances, are left out with a warning; `inf`
             keeps all (docs/sharp_bits.md).
         n_restarts: for `fit_em`: starts from different keys, each run to its end; the best objective wins.
