@@ -48,6 +48,7 @@ from flax_hmog.model.prepared import prepare
 from flax_hmog.model.structure import SharedBase, Structure
 from flax_hmog.model_file import SavedModel, load, save
 from flax_hmog.selection.compare import select
+from flax_hmog.selection.plot import plot_selection
 from flax_hmog.selection.table import Scores, Selection
 
 __version__ = _version("flax-hmog")
@@ -115,6 +116,7 @@ __all__ = [
     "natural_to_moments",
     "negative_entropy",
     "penalty",
+    "plot_selection",
     "posterior_assignments",
     "posterior_at",
     "posterior_categorical",

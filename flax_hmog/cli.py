@@ -28,6 +28,8 @@ from flax_hmog.recipe.presets import PRESETS
 from flax_hmog.recipe.report import report_run
 from flax_hmog.recipe.saved import restore_run, run_columns, run_config, saved_stages
 from flax_hmog.recipe.train import run
+from flax_hmog.selection.command import ABOUT as ABOUT_SELECT
+from flax_hmog.selection.command import add_select_options, select_command
 from flax_hmog.training import export, write_program
 from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first
 from flax_hmog.training.programs import keep_programs
@@ -42,6 +44,8 @@ from a mixture. Every row gets the probability of every cluster, and a density.
   hmog train file --data.path rows.csv --model.lat-dim 10 --model.n-components 20 --workdir runs/mine
   hmog predict runs/mine new.csv --out clusters.csv   the cluster of every new row
   hmog export runs/mine program                       one program from raw rows to clusters, for serving with jax alone
+  hmog select rows.csv --n-components 2,4,8 --lat-dim 1,2,4
+                                                      which numbers of components and factors, without labels
   hmog describe runs/mine                             what the folder holds
 
 Rows are .npy, .npz, .csv, .parquet or .h5ad files. A run that was interrupted goes on by the same command. Compiled
@@ -136,6 +140,10 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     add("train", None, TRAIN, of_a_run=False).add_argument("name", choices=list(PRESETS), help="what to train on")
+    choice = add("select", _select, ABOUT_SELECT, of_a_run=False)
+    choice.add_argument("rows", type=Path, help=".npy, .npz, .csv, .parquet or .h5ad")
+    choice.add_argument("--labels", help="column that is no input")
+    add_select_options(choice)
     _add_import(add("report", _report, "Scores, figures and a page, report.html, from the checkpoints of a run."))
     predict = add("predict", _predict, "The cluster of every row of a file, one line per row under a header.")
     predict.add_argument("rows", type=Path, help=".npy, .npz, .csv, .parquet or .h5ad, raw as in training")
@@ -168,6 +176,11 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _restored(options: argparse.Namespace) -> Restored:
     return restore_run(options.run, seed=options.seed, stage=options.stage, allow_import=options.allow_import)
+
+
+def _select(options: argparse.Namespace) -> None:
+    file = read_file(options.rows, options.labels)
+    select_command(_dense(file.rows), options, file.column_names)
 
 
 def _report(options: argparse.Namespace) -> None:

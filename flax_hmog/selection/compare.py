@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,6 +46,7 @@ def select(
     missing: str = "refuse",
     n_seeds: int = 2,
     n_folds: int = 2,
+    columns: Sequence[str] | None = None,
     workdir: str | Path | None = None,
     progress: bool = False,
     options: EMOptions = EMOptions(),
@@ -66,8 +68,9 @@ def select(
         n_clusters: number of clusters that components are merged to; None for components as clusters.
         weights: of the rows (N,).
         missing: "nan" takes NaN for missing values, as in `fit_em`.
-        n_seeds: fits to all rows, of which the best is described; at least 2.
+        n_seeds: fits to all rows, of which the best is described; with 1 no seeds can agree.
         n_folds: parts of the rows, each held out once; at least 2.
+        columns: names of the columns (D,), which the file of the selection carries; a table has its own.
         workdir: a folder in which every finished fit is kept: the same call goes on from there, with more settings
             where more are named. A setting that failed is not tried again.
         progress: show a progress bar.
@@ -89,7 +92,7 @@ def select(
     """
     options = chosen_options("fit_em", options, changes)
     _check_options(options)
-    check_size("n_seeds", n_seeds, at_least=2)
+    check_size("n_seeds", n_seeds)
     check_size("n_folds", n_folds, at_least=2)
     settings = settings_of(n_components, lat_dim, obs_rep)
     if not settings:
@@ -102,10 +105,12 @@ def select(
     if n_clusters is not None:
         check_size("n_clusters", n_clusters)
     rows, kept, left_out = _rows(x, weights, settings, key, options, missing, n_folds)
+    if columns is None and is_table(x) and hasattr(x, "columns"):
+        columns = x.columns
     fits, probe = Fits(rows, key, options, workdir), Probe(rows.x, rows.weights, rows.folds)
     compared = [_Compared(setting) for setting in settings]
-    columns = (TextColumn("select"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeElapsedColumn(), disable=not progress) as bar:
+    shown = (TextColumn("select"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*shown, TimeElapsedColumn(), disable=not progress) as bar:
         task = bar.add_task("", total=len(settings))
         for one in compared:
             bar.update(task, description=str(one.setting))
@@ -125,7 +130,7 @@ def select(
         clusters=cast(np.ndarray, best.clusters),
         assignments=assignments,
         left_out=left_out,
-        columns=tuple(map(str, x.columns)) if is_table(x) and hasattr(x, "columns") else None,
+        columns=None if columns is None else tuple(map(str, columns)),
     )
 
 

@@ -16,6 +16,7 @@ from flax_hmog import (
     load,
     select,
 )
+from flax_hmog.cli import main
 from flax_hmog.selection import compare, fits
 from flax_hmog.selection.plot import plot_selection
 
@@ -143,7 +144,8 @@ def test_wild_rows_are_left_out_of_all_settings(x):
     rows = x.copy()
     rows[7, 2] = 1e6
     with pytest.warns(WildRowsWarning, match="1 rows are left out.*the first is row 7"):
-        found = select(rows, KEY, **GRID, obs_rep=("scale", "diagonal"))
+        found = select(rows, KEY, **GRID, obs_rep=("scale", "diagonal"), n_seeds=1)
+    assert found.best.agreement is None
     assert found.left_out == (7,)
     assert found.assignments[7] == -1
     assert found.best.n_components == 3
@@ -186,7 +188,7 @@ def test_table_and_figure(selection):
     ("changes", "message"),
     [
         ({"n_components": 0}, "`n_components` must be a whole number of at least 1; got 0"),
-        ({"n_seeds": 1}, "`n_seeds` must be a whole number of at least 2"),
+        ({"n_seeds": 0}, "`n_seeds` must be a whole number of at least 1"),
         ({"n_folds": 61}, "`x` must have at least 2 rows for each fold"),
         ({"n_components": 500}, "must leave a setting that can be fitted; all failed"),
         ({"obs_rep": "round"}, "obs_rep"),
@@ -196,3 +198,14 @@ def test_table_and_figure(selection):
 def test_errors_name_the_mistake(x, changes, message):
     with pytest.raises(ValueError, match=message), warnings.catch_warnings():
         select(x, KEY, **GRID | changes)
+
+
+def test_the_command_prints_the_table_and_writes_model_and_figure(x, tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    np.savetxt(rows, x, delimiter=",", header="a,b,c,d", comments="")
+    out, figure = tmp_path / "selection.npz", tmp_path / "selection.png"
+    given = ["select", str(rows), "--n-components", "2,3", "--lat-dim", "1", "--out", str(out), "--figure", str(figure)]
+    assert main(given) == 0
+    assert "Recommended: K = 3, L = 1, diagonal noise" in " ".join(capsys.readouterr().out.split())
+    assert Selection.load(out).columns == ("a", "b", "c", "d")
+    assert figure.stat().st_size > 1000
