@@ -95,13 +95,6 @@ def select(
     check_size("n_seeds", n_seeds)
     check_size("n_folds", n_folds, at_least=2)
     settings = settings_of(n_components, lat_dim, obs_rep)
-    if not settings:
-        raise ValueError(
-            f"{door()}: `n_components`, `lat_dim` and `obs_rep` must name at least one setting; got none. Name some."
-        )
-    for setting in settings:
-        check_size("n_components", setting.n_components)
-        check_size("lat_dim", setting.lat_dim)
     if n_clusters is not None:
         check_size("n_clusters", n_clusters)
     rows, kept, left_out = _rows(x, weights, settings, key, options, missing, n_folds)

@@ -22,7 +22,7 @@ from flax_hmog.em.options import EMOptions
 from flax_hmog.em.padding import padded_sizes
 from flax_hmog.em.result import ConvergenceWarning, WildRowsWarning
 from flax_hmog.heads.modules import AnalyticHMoG
-from flax_hmog.model.checks import door
+from flax_hmog.model.checks import check_size, door
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import Array
 from flax_hmog.model_file import load, save
@@ -177,9 +177,18 @@ class Fits:
 
 
 def settings_of(n_components: Any, lat_dim: Any, obs_rep: Any) -> list[Setting]:
-    """All combinations, without repeats."""
-    each = (_several(value) for value in (obs_rep, lat_dim, n_components))
-    return list(dict.fromkeys(Setting(int(k), int(l), str(rep)) for rep, l, k in itertools.product(*each)))
+    """All combinations, without repeats; ValueError for sizes below 1, or none."""
+    numbers = {name: _several(value) for name, value in (("n_components", n_components), ("lat_dim", lat_dim))}
+    for name, values in numbers.items():
+        for value in values:
+            check_size(name, value)
+    each = itertools.product(_several(obs_rep), numbers["lat_dim"], numbers["n_components"])
+    settings = list(dict.fromkeys(Setting(int(k), int(l), str(rep)) for rep, l, k in each))
+    if not settings:
+        raise ValueError(
+            f"{door()}: `n_components`, `lat_dim` and `obs_rep` must name at least one setting; got none. Name some."
+        )
+    return settings
 
 
 def wild_rows_of(

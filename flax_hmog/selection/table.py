@@ -53,6 +53,10 @@ class Scores:
         converged: True if all fits have.
         seconds: of processor time for its fits.
         failure: the cause, where a fit failed; None otherwise.
+
+    Example:
+        >>> str(Scores(3, 2, "diagonal", failure="ValueError: too few rows").setting)
+        'K = 3, L = 2, diagonal noise'
     """
 
     n_components: int
