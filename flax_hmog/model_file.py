@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import types
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -85,6 +88,19 @@ def save(
         True
     """
     natural = with_prior(check_natural(model.natural if isinstance(model, EMResult) else model))
+    write_model(natural, path, clusters=clusters, columns=columns, notes=notes, scored=_standard_form(natural))
+
+
+def write_model(
+    natural: Natural,
+    path: str | Path,
+    *,
+    clusters: Any = None,
+    columns: Any = None,
+    notes: dict[str, Any] | None = None,
+    scored: Mapping[str, np.ndarray] = types.MappingProxyType({}),
+) -> None:
+    """Write a file of `save`, with arrays that numpy scores, or without: those take a program for each size of model."""
     obs_dim, n_components = natural.interaction.shape[0], natural.posterior_location.shape[0]
     structure = Structure.of(natural.posterior_precision)
     header = {
@@ -102,7 +118,7 @@ def save(
     }
     if clusters is not None:
         arrays["clusters"] = np.asarray(_of_length("clusters", clusters, n_components), np.int64)
-    arrays |= _standard_form(natural)
+    arrays |= scored
     path = Path(path)
     part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
@@ -176,7 +192,7 @@ def _natural(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Natural:
     """The model of the arrays, of their dtype."""
     if header["format"] != FORMAT:
         raise ValueError(f"format {header['format']}, and this version knows {FORMAT}")
-    (obs_dim, lat_dim), n_components = arrays["loadings"].shape, len(arrays["weights"])
+    (obs_dim, lat_dim), n_components = arrays[EXACT + "interaction"].shape, len(arrays[EXACT + "posterior_location"])
     zeros: Any = np.zeros
     like = Moments(
         loadings=zeros((obs_dim, lat_dim)),
@@ -186,7 +202,8 @@ def _natural(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> Natural:
         means=zeros((n_components, lat_dim)),
         covariances=PositiveDefinite(np.broadcast_to(np.eye(lat_dim), (n_components, lat_dim, lat_dim))),
     )
-    target = moments_to_natural(like, header["components"], shared_base=header["has_base"])
+    make = partial(moments_to_natural, rep=header["components"], shared_base=header["has_base"])
+    target = jax.eval_shape(make, like)  # of which only the structure counts
     if header["has_frame"]:
         target = target.in_frame(Frame.of(np.zeros(obs_dim), np.ones(obs_dim), np.float32))
     state = {name.removeprefix(EXACT): leaf for name, leaf in arrays.items() if name.startswith(EXACT)}

@@ -25,7 +25,7 @@ from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.model.checks import check_size, door
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.kinds import Array
-from flax_hmog.model_file import load, save
+from flax_hmog.model_file import load, write_model
 
 MANIFEST = "selection.json"
 
@@ -136,7 +136,7 @@ class Fits:
             "seconds": time.process_time() - start,
         }
         if path is not None:
-            save(result.natural, path, notes=notes)
+            write_model(result.natural, path, notes=notes)
         return Found(result.natural, **notes)
 
     def _training(self, setting: Setting, chosen: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
