@@ -100,7 +100,7 @@ def write_model(
     notes: dict[str, Any] | None = None,
     scored: Mapping[str, np.ndarray] = types.MappingProxyType({}),
 ) -> None:
-    """Write a file of `save`, with arrays that numpy scores, or without: those take a program for each size of model."""
+    """Write a file of `save`, with the arrays that numpy scores or without: they take a program for each size."""
     obs_dim, n_components = natural.interaction.shape[0], natural.posterior_location.shape[0]
     structure = Structure.of(natural.posterior_precision)
     header = {
