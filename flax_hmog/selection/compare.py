@@ -15,6 +15,7 @@ from flax_hmog.analysis.clusters import merged_responsibilities
 from flax_hmog.analysis.criteria import n_parameters
 from flax_hmog.analysis.merging import merge_components
 from flax_hmog.data.containers import in_memory, is_table
+from flax_hmog.data.framing import share_bounds
 from flax_hmog.data.rows import check_weights, effective_weights
 from flax_hmog.em.options import EMOptions, PseudoCounts, chosen_options
 from flax_hmog.em.result import WildRowsWarning
@@ -110,7 +111,7 @@ def select(
             one.run(fits, probe, n_clusters, n_seeds)
             bar.advance(task)
     scores = _beside_the_best(compared, rows.weights)
-    number, agrees, reasons = verdict_of(scores, n_clusters)
+    number, agrees, reasons = verdict_of(scores, n_clusters, share_bounds(rows.x))
     best = compared[number]
     assignments = np.full(len(kept), -1)
     assignments[kept] = best.assignments

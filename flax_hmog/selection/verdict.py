@@ -11,7 +11,9 @@ CLEARER = 0.05  # kappa, by which another setting's clusters are found again bet
 SAME_CLUSTERS = 0.8  # adjusted Rand index of seeds
 
 
-def verdict_of(rows: Sequence[Scores], n_clusters: int | None = None) -> tuple[int, bool, tuple[str, ...]]:
+def verdict_of(
+    rows: Sequence[Scores], n_clusters: int | None = None, shares_bounds: bool = False
+) -> tuple[int, bool, tuple[str, ...]]:
     """The recommended setting, True if the criteria agree on it, and sentences.
 
     Held-out log-density says which settings are good enough: those within one standard error of the best (Breiman et
@@ -19,12 +21,18 @@ def verdict_of(rows: Sequence[Scores], n_clusters: int | None = None) -> tuple[i
     rows have, held-out density alone would take more components than there are clusters. Criteria agree where BIC and
     ICL are lowest for this setting among all, and a probe finds the clusters of no good one again much better.
 
+    Pixels and the like have few values, of which many columns take one almost always. Densities then say how well a
+    noise of its own fits such a column, as closely as one likes, and little of clusters: scale noise is preferred.
+
     Args:
         rows: scores of the settings; one at least has not failed.
         n_clusters: of `select`: settings with fewer components come into question only where all have fewer.
+        shares_bounds: True for columns that share their bounds, as pixels do.
     """
     fitted = [number for number, row in enumerate(rows) if row.failure is None]
-    usable = [number for number in fitted if rows[number].n_components >= (n_clusters or 1)] or fitted
+    large = [number for number in fitted if rows[number].n_components >= (n_clusters or 1)] or fitted
+    of_scale = [number for number in large if shares_bounds and rows[number].obs_rep == "scale"]
+    usable = of_scale or large
     top = max(usable, key=_value(rows, "held_out"))
     error = cast(float, rows[top].held_out_error)
     good = [n for n in usable if _value(rows, "held_out")(n) >= _value(rows, "held_out")(top) - error]
@@ -33,7 +41,9 @@ def verdict_of(rows: Sequence[Scores], n_clusters: int | None = None) -> tuple[i
     lead = f"Recommended: {rows[best].setting}, "
     lead += f"the lowest BIC {which}" if len(good) > 1 else which
     lead += f" held-out log-density is within one standard error ({error:.3g} nats per row) of the best."
-    against = [*_against_bic(rows, usable, best), *_against_icl(rows, usable, best), *_against_probe(rows, good, best)]
+    if len(usable) < len(large):
+        lead += " Other kinds of noise are not compared by density: columns share their bounds, as pixels do."
+    against = [*_against_bic(rows, large, best), *_against_icl(rows, large, best), *_against_probe(rows, good, best)]
     summary = "The criteria disagree." if against else "Held-out log-density, BIC and ICL agree on it."
     return best, not against, (lead, summary, *against, *_cautions(rows, fitted, best))
 
@@ -42,6 +52,10 @@ def _against_bic(rows: Sequence[Scores], usable: list[int], best: int) -> list[s
     other = min(usable, key=_value(rows, "bic"))
     if other == best:
         return []
+    if rows[other].obs_rep != rows[best].obs_rep and cast(float, rows[other].held_out) > cast(
+        float, rows[best].held_out
+    ):
+        return [f"BIC and held-out log-density prefer {rows[other].setting}."]
     return [
         f"BIC prefers {rows[other].setting}, whose held-out log-density is {rows[other].behind:.3g} nats per row below "
         "the best: it describes the rows that it was fitted to, and not others as well. Columns that hardly vary, and "

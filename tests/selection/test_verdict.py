@@ -72,3 +72,14 @@ def test_settings_of_fewer_components_than_clusters_are_no_choice():
     assert verdict_of(rows)[0] == 0
     assert verdict_of(rows, 3)[0] == 1
     assert verdict_of(rows, 9)[0] == 0
+
+
+def test_pixels_are_compared_with_scale_noise():
+    other = dataclasses.replace(row(5, 9.0, -900), obs_rep="scale")
+    rows = [row(2, 10.0, -9000), other, dataclasses.replace(other, n_components=6, bic=-800, icl=-800)]
+    assert verdict_of(rows)[0] == 0
+    number, agrees, told = verdict_of(rows, shares_bounds=True)
+    assert (number, agrees) == (1, False)
+    assert told[0].endswith("columns share their bounds, as pixels do.")
+    assert told[2] == "BIC and held-out log-density prefer K = 2, L = 2, diagonal noise."
+    assert verdict_of(rows[:1], shares_bounds=True)[0] == 0
