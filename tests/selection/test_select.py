@@ -151,6 +151,14 @@ def test_wild_rows_are_left_out_of_all_settings(x):
     assert found.best.n_components == 3
 
 
+def test_full_noise_takes_columns_in_any_units(x):
+    units = np.float32([1, 10, 1e2, 1e4])
+    given = {"n_components": 3, "lat_dim": 1, "obs_rep": "full", "n_seeds": 1}
+    plain, scaled = (select(rows, KEY, **given) for rows in (x, x * units))
+    assert scaled.best.held_out == pytest.approx(plain.best.held_out - np.log(units).sum(), abs=0.01)
+    assert (scaled.assignments == plain.assignments).all()
+
+
 def test_components_are_merged_to_clusters(x):
     found = select(x, KEY, n_components=(3, 6), lat_dim=1, n_clusters=3)
     assert found.rows[1].clusters_in_use == 3
