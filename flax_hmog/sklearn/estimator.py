@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ import numpy as np
 from sklearn.base import ClusterMixin
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from flax_hmog.analysis.criteria import criteria_of
 from flax_hmog.analysis.merging import merge_components
+from flax_hmog.data.labels import encode_labels
 from flax_hmog.em.batches import Learnt, learnt_from, next_batch
 from flax_hmog.em.fit import fit_em
 from flax_hmog.em.options import PseudoCounts, Regularizer
@@ -21,8 +22,10 @@ from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.checks import check_size, named
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.model_file import save
-from flax_hmog.sklearn.arguments import precision, seed_of
-from flax_hmog.sklearn.fitted import DRAWS, FittedMixture
+from flax_hmog.sklearn.answers import FittedMixture
+from flax_hmog.sklearn.arguments import check_contamination, precision, seed_of
+from flax_hmog.sklearn.background import FitBeside, fit_beside
+from flax_hmog.sklearn.outliers import DRAWS
 from flax_hmog.sklearn.summary import Summary, contents_of, notes_of, summary_of
 
 MOST_FACTORS = 10  # where their number is not said
@@ -55,6 +58,9 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
             scikit-learn passes the true classes to `fit` wherever a score compares with them.
         missing: "nan" takes NaN, NA and None for missing values, exactly: a row is judged by what it shows, and
             `impute` fills it; not with full noise, nor in `partial_fit`. "refuse" names the column.
+        background: True puts a broad background beside the clusters, which wild rows belong to instead of a component:
+            Cauchy columns about the medians, its share learnt. `predict` gives -1 for its rows.
+        contamination: share of the rows of the fit that `predict_outliers` takes for outliers, or "auto".
         random_state: seed, generator or None.
         verbose: show a progress bar.
 
@@ -63,8 +69,10 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         labels_: clusters of the rows of the fit (N,).
         cluster_sizes_: sum of the weights of the rows of each cluster.
         cluster_certainties_: mean probability of the cluster over its rows, NaN for one without rows.
-        left_out_: numbers of the wild rows, which took no part in the fit; sizes, certainties and criteria are without
-            them.
+        left_out_: numbers of the rows that belong to no cluster: wild rows, which took no part in the fit, or those of
+            the background; sizes and certainties are without them, and so are criteria where there is no background.
+        background_: `Background`: `share`, `center` and `unit`; None for a model without one.
+        offset_: see `decision_function`.
         criteria_: `InformationCriteria` on the rows of the fit: `.bic`, `.aic`, `.icl`, `.log_likelihood`.
         cluster_of_component_: (n_components,), or None without a merge.
         classes_: names of the first components (array), where `y` had names; None otherwise.
@@ -99,6 +107,8 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         warm_start: bool = False,
         semi_supervised: bool = False,
         missing: Literal["refuse", "nan"] = "refuse",
+        background: bool = False,
+        contamination: float | Literal["auto"] = "auto",
         random_state: Any = None,
         verbose: bool = False,
     ) -> None:
@@ -115,6 +125,8 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         self.warm_start = warm_start
         self.semi_supervised = semi_supervised
         self.missing = missing
+        self.background = background
+        self.contamination = contamination
         self.random_state = random_state
         self.verbose = verbose
 
@@ -138,13 +150,22 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
             True
         """
         X = self._checked(X, ensure_min_samples=2)
+        check_contamination(self.contamination)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
-        found, self._learnt = self._found(X, y, weights), None
-        self._keep(found.natural, found.objective_history, found.converged, found.classes)
+        self._learnt = None
+        left_out: tuple[int, ...] = ()
+        if self.background:
+            beside = self._found_beside(X, y, weights)
+            self._keep(beside.found.natural, beside.objectives, beside.converged, beside.found.classes)
+            self.background_ = beside.background
+        else:
+            found = self._found(X, y, weights)
+            self._keep(found.natural, found.objective_history, found.converged, found.classes)
+            left_out = found.left_out
         output = self._inferred(X)
         if self.n_clusters is not None:
             self.cluster_of_component_ = merge_components(output.log_responsibilities, self.n_clusters)
-        return self._describe(output, weights, found.left_out)
+        return self._describe(X, output, weights, left_out)
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HMoG:
         """Learn from a batch: the first one is fitted as by `fit`, every later one is a step of online EM.
@@ -171,10 +192,11 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
             >>> model.partial_fit(x).n_iter_ > model.fit(x).n_iter_
             True
         """
-        if self.missing != "refuse":
-            raise ValueError(
-                f'partial_fit: `missing` must be "refuse"; got {self.missing!r}. Impute what is missing, or use fit.'
-            )
+        for name, needed in (("missing", "refuse"), ("background", False)):
+            if getattr(self, name) != needed:
+                remedy = "Impute what is missing" if name == "missing" else "Leave it out"
+                got = repr(getattr(self, name))
+                raise ValueError(f"partial_fit: `{name}` must be {needed!r}; got {got}. {remedy}, or use fit.")
         learnt: Learnt | None = getattr(self, "_learnt", None)
         X = self._checked(X, reset=learnt is None, ensure_min_samples=2)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -201,7 +223,7 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         if self.n_clusters is not None:
             rows, _ = self._sampled(DRAWS, 0)
             self.cluster_of_component_ = merge_components(self._inferred(rows).log_responsibilities, self.n_clusters)
-        return self._describe(self._inferred(X), weights, left_out)
+        return self._describe(X, self._inferred(X), weights, left_out)
 
     def summary(self) -> Summary:
         """The last fit as a table: clusters, their size, certainty and distinguishing columns.
@@ -275,12 +297,14 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         n_components = max(self.n_components, self.n_clusters or 1)
         return AnalyticHMoG(lat_dim, n_components, obs_dim=X.shape[1], obs_rep=self.noise, param_dtype=X.dtype)
 
-    def _found(self, X: np.ndarray, y: Any, weights: np.ndarray | None) -> EMResult:
-        """The fit of rows."""
+    def _found(self, X: np.ndarray, y: Any, weights: np.ndarray | None, before: EMResult | None = None) -> EMResult:
+        """The fit of rows, from its starts or from where another one ended."""
         if self.n_clusters is not None:
             check_size("n_clusters", self.n_clusters)
         lat_dim = default_factors(X, weights) if self.lat_dim == "auto" else self.lat_dim
         previous: Natural | None = getattr(self, "natural_", None) if self.warm_start else None
+        init = previous if before is None else before.natural
+        regularizer = PseudoCounts() if self.regularizer == "auto" else self.regularizer
         with precision(X.dtype):
             return fit_em(
                 self._head(X, lat_dim),
@@ -288,40 +312,59 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
                 jax.random.key(seed_of(self.random_state)),
                 weights=weights,
                 labels=y if self.semi_supervised else None,
-                init=self.init if previous is None else previous,
-                regularizer=PseudoCounts() if self.regularizer == "auto" else self.regularizer,
+                init=self.init if init is None else init,
+                regularizer=regularizer if before is None else before.regularizer,
                 column_units=self.column_units,
-                n_restarts=self.n_init if previous is None else 1,
+                n_restarts=self.n_init if init is None else 1,
                 max_steps=self.max_iter,
                 tolerance=self.tol,
                 missing=self.missing,
                 progress=bool(self.verbose),
             )
 
+    def _found_beside(self, X: np.ndarray, y: Any, weights: np.ndarray | None) -> FitBeside:
+        """The fit of rows with a background."""
+        known = np.zeros(len(X), bool)
+        if self.semi_supervised and y is not None:
+            known = encode_labels(y)[0] >= 0
+        fit: Any = partial(self._found, X, y)
+
+        def log_density(natural: Natural) -> np.ndarray:
+            self.natural_, self._cache = natural, {}
+            return np.asarray(self._inferred(X).log_density)
+
+        with precision(X.dtype):
+            return fit_beside(X, weights, known, fit, log_density, self.tol)
+
     def _keep(self, natural: Natural, history: np.ndarray, converged: bool, classes: tuple[str, ...] | None) -> None:
         """The attributes that a fit has, but for those of the rows."""
         self.natural_, self._cache = natural, {}
-        self.cluster_of_component_ = None
+        self.cluster_of_component_ = self.background_ = None
         self.classes_ = None if classes is None else np.asarray(classes)
         self.objective_history_ = history
         self.lower_bound_ = float(history[-1])
         self.converged_ = converged
         self.n_iter_ = len(history) - 1
 
-    def _describe(self, output: HMoGOutput, weights: np.ndarray | None, left_out: tuple[int, ...]) -> HMoG:
+    def _describe(
+        self, X: np.ndarray, output: HMoGOutput, weights: np.ndarray | None, left_out: tuple[int, ...]
+    ) -> HMoG:
         """The attributes of the rows, from the output of the model for them."""
         probabilities = self._probabilities(output)
         share = np.ones(len(probabilities)) if weights is None else weights.astype(np.float64)
         share[list(left_out)] = 0
-        self.left_out_ = np.asarray(left_out, int)
-        self.labels_ = probabilities.argmax(axis=1)
-        count = probabilities.shape[1]
-        self.cluster_sizes_ = np.bincount(self.labels_, share, count)
-        sums = np.bincount(self.labels_, share * probabilities.max(axis=1), count)
+        self.labels_ = self._clusters(X, output, probabilities)
+        self.left_out_ = np.flatnonzero(self.labels_ < 0) if self.background else np.asarray(left_out, int)
+        self.criteria_ = self._criteria_of(X, output, share)
+        if self.contamination == "auto":
+            self.offset_ = 0.0 if self.background else -float(np.log1p(DRAWS))
+        else:
+            self.offset_ = float(np.quantile(self._evidence(X, output), self.contamination))
+        count, inside = probabilities.shape[1], self.labels_ >= 0
+        self.cluster_sizes_ = np.bincount(self.labels_[inside], share[inside], count)
+        sums = np.bincount(self.labels_[inside], (share * probabilities.max(axis=1))[inside], count)
         empty = self.cluster_sizes_ == 0
         self.cluster_certainties_ = np.where(empty, np.nan, sums / np.where(empty, 1, self.cluster_sizes_))
-        with precision(self.natural_.interaction.dtype):
-            self.criteria_ = criteria_of(self.natural_, output, share)
         return self
 
     def __sklearn_tags__(self) -> Any:

@@ -1,0 +1,49 @@
+"""Scores that say how unlikely rows are, alike for rows that show all columns and for rows with gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.special import gammaincc
+
+from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.typed import Floats
+
+DRAWS = 10_000  # of the model, whose scores are uniform
+
+
+def tail_probabilities(
+    rows: np.ndarray, weights: np.ndarray, means: np.ndarray, infer: Callable[[np.ndarray], HMoGOutput]
+) -> Floats:
+    """The probability that a draw of the model is less likely than each row (N,), as if components did not overlap.
+
+    Of d columns a row of component k has log p(x, k) = m_k - q / 2, with m_k that of the mean of k, and q chi-squared
+    of d degrees of freedom. So P(log p < t) = sum_k w_k P(q > 2 (m_k - t)). Rows with the same gaps share m_k.
+
+    Args:
+        rows: (N, D), NaN where an entry is missing.
+        weights: of the components (K,).
+        means: of the components (K, D).
+        infer: inference with the model.
+    """
+    densities = infer(rows).log_density.astype(np.float64)
+    patterns, numbers = np.unique(np.isnan(rows), axis=0, return_inverse=True)
+    freedom = np.maximum((~patterns).sum(axis=1), 1)[numbers.reshape(-1)]
+    total = np.zeros(len(rows))
+    for k, weight in enumerate(weights):
+        at_mean = infer(np.where(patterns, np.nan, means[k]).astype(rows.dtype))
+        top = at_mean.log_density.astype(np.float64) + at_mean.log_responsibilities[:, k]
+        distance = np.nan_to_num(top[numbers.reshape(-1)] - densities, nan=np.inf)
+        # above the largest density of one component the value goes on, for the order of rows
+        total += weight * (gammaincc(freedom / 2, np.maximum(distance, 0)) + np.maximum(-distance, 0))
+    return total
+
+
+def ranks(values: Floats, drawn: Floats) -> Floats:
+    """The share of draws whose value is at most each of these values (N,), in (0, 1); `drawn` is sorted.
+
+    Below all draws it falls on as the value does, so that of two wild rows the wilder one is lower.
+    """
+    shares = (1 + np.searchsorted(drawn, values, side="right")) / (1 + len(drawn))
+    return np.where(values < drawn[0], shares * values / drawn[0], shares)
