@@ -37,12 +37,16 @@ HELP = """\
 Cluster rows of numbers by a hierarchical mixture of Gaussians: factors explain the data linearly, and the factors come
 from a mixture. Every row gets the probability of every cluster, and a density.
 
+  hmog fit customers.csv --out model.npz --assignments clusters.csv
+                                                      a table: its clusters, outliers and factors, nothing to prepare
+  hmog predict model.npz new.csv --out clusters.csv   the same for new rows
+
   hmog train digits                                   a first run, on scikit-learn's digits (a minute)
   hmog report runs/digits                             its scores and figures: runs/digits/report.html
   hmog train file --data.path rows.csv --model.lat-dim 10 --model.n-components 20 --workdir runs/mine
   hmog predict runs/mine new.csv --out clusters.csv   the cluster of every new row
   hmog export runs/mine program                       one program from raw rows to clusters, for serving with jax alone
-  hmog describe runs/mine                             what the folder holds
+  hmog describe runs/mine                             what the folder, or a model of hmog fit, holds
 
 Rows are .npy, .npz, .csv, .parquet or .h5ad files. A run that was interrupted goes on by the same command. Compiled
 programs are kept in a cache folder of yours (JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=false: none).
@@ -55,6 +59,14 @@ Train: {", ".join(PRESETS)}, each followed by its options (`hmog train file --he
   file       your own rows: --data.path FILE
 
 The run goes to --workdir; what is there already is resumed. Exit status 75: told to stop, and has saved.
+"""
+FIT = """\
+Cluster the rows of a table, in one go: from a file to a file with one line for each row.
+
+Columns of numbers take part, in any units; text is left out and said, or taken by --one-hot; a column of names or
+numbers of the rows is carried along. Empty cells are missing values, and rows are judged by what they show. Wild
+rows take no cluster. Numbers of factors and components are chosen by BIC; components that overlap are merged to
+clusters.
 """
 BLOCK_ROWS = 1024  # that a prediction reads at once
 PREDICTED = ("row", "cluster", "probability", "log_density")
@@ -127,19 +139,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hmog", description=HELP, **style)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, command: object, description: str, *, of_a_run: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, command: object, description: str, *, of_a_run: str | None = "") -> argparse.ArgumentParser:
         summary = description.partition("\n")[0]
         added = commands.add_parser(name, help=summary, description=description, **style)
         added.set_defaults(command=command)
-        if of_a_run:
-            added.add_argument("run", type=Path, help="folder of the run, as --workdir of hmog train")
+        if of_a_run is not None:
+            added.add_argument("run", type=Path, help="folder of the run, as --workdir of hmog train" + of_a_run)
         return added
 
-    add("train", None, TRAIN, of_a_run=False).add_argument("name", choices=list(PRESETS), help="what to train on")
+    _add_fit(add("fit", _fit, FIT, of_a_run=None))
+    add("train", None, TRAIN, of_a_run=None).add_argument("name", choices=list(PRESETS), help="what to train on")
     _add_import(add("report", _report, "Scores, figures and a page, report.html, from the checkpoints of a run."))
-    predict = add("predict", _predict, "The cluster of every row of a file, one line per row under a header.")
+    or_file = ", or a file of hmog fit"
+    about = "The cluster of every row of a file, one line per row under a header."
+    predict = add("predict", _predict, about, of_a_run=or_file)
     predict.add_argument("rows", type=Path, help=".npy, .npz, .csv, .parquet or .h5ad, raw as in training")
-    predict.add_argument("--out", type=Path, help="file of comma-separated values; without it, the terminal")
+    predict.add_argument(
+        "--out",
+        type=Path,
+        help="file of comma-separated values; without it, the terminal. With a "
+        "model of hmog fit also .parquet, and .h5ad for rows of an .h5ad",
+    )
+    predict.add_argument(
+        "--id", help="column that names the rows, with a model of hmog fit; without it, that of the fit"
+    )
     predict.add_argument("--probabilities", action="store_true", help="also the probability of each cluster")
     predict.add_argument("--labels", help="column that is no input; a run on named columns finds them by name")
     predict.add_argument("--layer", help="of an .h5ad, instead of X")
@@ -148,7 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     exported = add("export", _export, "One program from raw rows to clusters, for any batch size (docs/training.md).")
     exported.add_argument("out", type=Path, help="file of the program")
     _add_choice(exported)
-    add("describe", _describe, "Data, model and scores of every stage that a run has saved.")
+    about = "Data, model and scores of every stage that a run has saved; clusters and columns of a model of hmog fit."
+    add("describe", _describe, about, of_a_run=or_file)
     return parser
 
 
@@ -166,6 +190,60 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", type=Path, help=".csv, .parquet, .npy, .npz or .h5ad")
+    parser.add_argument("--clusters", type=_number, metavar="N", help="number of clusters, or auto (default)")
+    parser.add_argument("--lat-dim", type=_number, metavar="N", help="number of factors, or auto (default)")
+    parser.add_argument("--out", type=Path, help="file of the model, .npz, for hmog predict, HMoG.load and numpy")
+    parser.add_argument(
+        "--assignments", type=Path, help="file of the rows' clusters: .csv, .parquet, or .h5ad for rows of an .h5ad"
+    )
+    parser.add_argument("--id", help="column that names the rows; without it, the first whose values do")
+    many: Any = {"action": "append", "default": [], "metavar": "COLUMN"}
+    parser.add_argument("--one-hot", help="column of text to take for categories, or all; may be repeated", **many)
+    parser.add_argument("--leave-out", help="column that takes no part; may be repeated", **many)
+    parser.add_argument(
+        "--contamination", type=float, help="share of the rows to call outliers; without it, as they are"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the starts; 0 by default")
+    parser.add_argument("--layer", help="of an .h5ad, instead of X")
+    parser.add_argument("--obsm", help="of an .h5ad, instead of X")
+
+
+def _number(text: str) -> int | None:
+    """A number, None for auto."""
+    if text == "auto":
+        return None
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a number from 1 or auto; got {text!r}")
+    return int(text)
+
+
+def _tables() -> Any:
+    require("pandas", "train")
+    require("sklearn.base", "cluster")
+    from flax_hmog.sklearn import tables  # takes a second
+
+    return tables
+
+
+def _fit(options: argparse.Namespace) -> None:
+    _tables().fit_table(
+        options.rows,
+        n_clusters=options.clusters,
+        lat_dim=options.lat_dim,
+        out=options.out,
+        assignments=options.assignments,
+        identifier=options.id,
+        one_hot=options.one_hot,
+        leave_out=options.leave_out,
+        layer=options.layer,
+        obsm=options.obsm,
+        random_state=options.seed,
+        contamination="auto" if options.contamination is None else options.contamination,
+    )
+
+
 def _restored(options: argparse.Namespace) -> Restored:
     return restore_run(options.run, seed=options.seed, stage=options.stage, allow_import=options.allow_import)
 
@@ -175,6 +253,12 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    if options.run.suffix == ".npz":
+        given = {"identifier": options.id, "layer": options.layer, "obsm": options.obsm}
+        found = _tables().predict_table(options.run, options.rows, options.out, **given)
+        if options.out is None:
+            found.to_csv(sys.stdout, index=False, float_format="%.7g")
+        return
     model = _restored(options)
     if not options.rows.is_file():
         raise ValueError(f"predict: `rows` must be a file; got {options.rows}, which is not there. Check the path.")
@@ -255,6 +339,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _describe(options: argparse.Namespace) -> None:
+    if options.run.suffix == ".npz":
+        print(_tables().describe_table(options.run))
+        return
     print(f"data {run_config(options.run)['data']}")
     for stage, about in saved_stages(options.run):
         print(f"seed {stage.seed}, {stage.name}: " + ("no checkpoint yet" if about is None else _described(about)))

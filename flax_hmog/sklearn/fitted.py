@@ -19,7 +19,7 @@ from flax_hmog.model.conversions import natural_to_moments
 from flax_hmog.model.coordinates import Moments, Natural
 from flax_hmog.sklearn.arguments import check_columns, precision
 from flax_hmog.sklearn.background import Background
-from flax_hmog.sklearn.outliers import DRAWS, ranks, tail_probabilities
+from flax_hmog.sklearn.outliers import draws, ranks, tail_probabilities
 
 LEAST_ROWS = 64  # that are computed at once, so that a row does not round otherwise by itself than among others
 
@@ -150,7 +150,8 @@ class FittedModel(BaseEstimator):  # type: ignore[misc]
     def _outlier_scores(self, X: np.ndarray) -> np.ndarray:
         given = self.weights_.astype(np.float64), self.means_, self._inferred
         if "draws" not in self._cache:
-            self._cache["draws"] = np.sort(tail_probabilities(self._sampled(DRAWS, 0)[0], *given))
+            drawn = draws(self._moments, self.natural_.interaction.dtype)
+            self._cache["draws"] = np.sort(tail_probabilities(drawn, *given))
         return ranks(tail_probabilities(X, *given), self._cache["draws"])
 
     def _criteria_of(self, X: np.ndarray, output: HMoGOutput, sample_weight: Any) -> InformationCriteria:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from jax.typing import DTypeLike
 from scipy.special import gammaincc
 
 from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.coordinates import Moments
 from flax_hmog.model.typed import Floats
 
 DRAWS = 10_000  # of the model, whose scores are uniform
@@ -38,6 +40,22 @@ def tail_probabilities(
         # above the largest density of one component the value goes on, for the order of rows
         total += weight * (gammaincc(freedom / 2, np.maximum(distance, 0)) + np.maximum(-distance, 0))
     return total
+
+
+def draws(moments: Moments, dtype: DTypeLike) -> np.ndarray:
+    """`DRAWS` rows (DRAWS, D) of a model, always the same, without a program."""
+    rng, (obs_dim, lat_dim) = np.random.default_rng(0), moments.loadings.shape
+    weights = np.asarray(moments.weights, np.float64)
+    z = rng.choice(len(weights), DRAWS, p=weights / weights.sum())
+    roots = np.linalg.cholesky(np.asarray(moments.covariances.entries, np.float64))
+    y = np.asarray(moments.means)[z] + np.einsum("nij,nj->ni", roots[z], rng.normal(size=(DRAWS, lat_dim)))
+    noise, errors = moments.noise, rng.normal(size=(DRAWS, obs_dim))
+    if noise.is_diagonal:
+        errors *= np.sqrt(np.asarray(noise.diagonal(), np.float64))
+    else:
+        errors = errors @ np.linalg.cholesky(np.asarray(noise.dense(), np.float64)).T
+    rows: np.ndarray = y @ np.asarray(moments.loadings).T + np.asarray(moments.bias) + errors
+    return rows.astype(np.dtype(dtype), copy=False)
 
 
 def ranks(values: Floats, drawn: Floats) -> Floats:
