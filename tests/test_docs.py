@@ -24,7 +24,8 @@ PACKAGES = (flax_hmog, flax_hmog.networks, flax_hmog.analysis, flax_hmog.trainin
 SHOWN_ELSEWHERE = {"RULES", "Statistics", "WarmStartInfo"}  # a table, and what a function with an example returns
 QUESTIONS = {"What", "Where", "Whether", "Which", "Whose", "When", "How", "Of", "Why"}
 LONG = {
-    "choosing.md", "derivations.md", "encoders.md", "model.md", "performance.md", "sharp_bits.md", "sklearn.md", "training.md",
+    "choosing.md", "derivations.md", "encoders.md", "model.md", "performance.md", "sharp_bits.md", "sklearn.md",
+    "tables.md", "training.md",
 }  # fmt: skip
 
 

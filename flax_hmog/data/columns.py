@@ -75,7 +75,7 @@ def choose_columns(
         is_numeric = bool(np.isfinite(parsed).any()) and len(others) <= MOST_WORDS and not is_date(column)
         if name in one_hot or (one_hot and "all" in one_hot and is_text(column) and not is_numeric):
             values = tuple(sorted(map(str, column.dropna().unique())))
-            if len(values) <= MOST_CATEGORIES or name in one_hot:
+            if 0 < len(values) <= MOST_CATEGORIES or name in one_hot:
                 categories[name] = values
                 continue
         if is_numeric and identifier is None and is_count(column):

@@ -27,7 +27,8 @@ from flax_hmog.model.coordinates import Natural
 from flax_hmog.model.typed import Floats
 
 MOST_ROUNDS = 20
-REFERENCE_ROWS, NEIGHBOURS = 2000, 0.005  # whose distances tell scattered rows; the share of them that is near a row
+REFERENCE_ROWS = 2000  # whose distances tell scattered rows
+LEAST_NEIGHBOURS, NEIGHBOURS = 10, 0.01  # rows that are no wild group: a number, and a share
 MOST_SCATTERED, FAR = 0.05, 5.0  # share of the rows that a start leaves out, and their distance beside the typical one
 LEAST_WEIGHT = 1e-9  # of a row beside the largest
 SHARE_ROUNDING = 1e-9  # relative change of the share that ends its steps
@@ -142,7 +143,7 @@ def fit_beside(
 def scattered(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """True for rows (N, D) that are far from their nearest neighbours, beside what is typical: few at most.
 
-    Clusters of their own, however far away, have neighbours (Byers and Raftery 1998).
+    Clusters of their own, however far away, have neighbours (Byers and Raftery 1998): ten, and one in a hundred rows.
     """
     with allowing("nan"):
         center, unit = robust_frame(rows, weights, True, np.float64).exact()
@@ -150,7 +151,9 @@ def scattered(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     z /= np.float32(math.sqrt(z.shape[1]))
     reference = z[weights > 0]
     reference = reference[:: -(-len(reference) // REFERENCE_ROWS)]
-    near = min(len(reference) - 1, 2 + int(NEIGHBOURS * len(reference)))  # a row may be its own nearest
+    share = len(reference) / max(1, np.count_nonzero(weights))
+    near = math.ceil(max(LEAST_NEIGHBOURS * share, NEIGHBOURS * len(reference)))
+    near = min(len(reference) - 1, max(2, near))  # a row may be its own nearest
     squares, distances = np.sum(reference**2, axis=1), np.empty(len(z))
     for start in range(0, len(z), REFERENCE_ROWS):
         part = z[start : start + REFERENCE_ROWS]

@@ -17,7 +17,7 @@ MANY_COMPONENTS = 8  # with which the factors are chosen
 MOST_COMPONENTS = 30
 FACTORS = (2, 4, 6, 8)  # that are tried first; one size of programs
 MOST_OVERLAP = 0.1  # probability that a row of one cluster passes for one of another
-FILL_STEPS, FILL_FACTORS = 10, 8
+FILL_STEPS, FILL_FACTORS = 30, 8
 
 
 def choose(
@@ -43,12 +43,13 @@ def choose(
     """
     part = filled_rows(rows[:: -(-len(rows) // MOST_ROWS)], random_state)
     kept = ~scattered(part, np.ones(len(part)))
+    part = _without_constants(part[kept], random_state)
     tried: dict[tuple[int, int], HMoG] = {}
 
     def bic(size: tuple[int, int]) -> float:
         if size not in tried:
             model = HMoG(size[0], lat_dim=size[1], random_state=random_state)
-            tried[size] = model.fit(part[kept])
+            tried[size] = model.fit(part)
         return float(tried[size].criteria_.bic)
 
     most = max(1, min(part.shape[1] - 1, len(part) // 10))
@@ -61,7 +62,7 @@ def choose(
         say(f"  {size[0]:>2} components, {size[1]:>2} factors: BIC {bic(size):.7g}")
     say(f"  and {max(0, len(tried) - 3)} sizes more")
     model = tried[best]
-    count = n_clusters or n_separate(model.predict_proba(part[kept]))
+    count = n_clusters or n_separate(model.predict_proba(part))
     changes = {"n_clusters": count, "missing": "nan", "background": True, "warm_start": True}
     model.set_params(**changes | arguments)
     return model.fit(rows)
@@ -109,21 +110,32 @@ def n_separate(responsibilities: np.ndarray) -> int:
     return count
 
 
+def _without_constants(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Rows whose constant columns hold noise: pseudo-samples bound their density, differently for every size."""
+    is_constant = rows.min(axis=0) == rows.max(axis=0)
+    noise = np.random.default_rng(seed).normal(size=rows.shape)
+    moved: np.ndarray = np.where(is_constant, rows + np.maximum(1, np.abs(rows)) * noise, rows)
+    return moved
+
+
 def filled_rows(rows: np.ndarray, seed: int) -> np.ndarray:
-    """Rows (N, D) whose missing entries are drawn about the plane of the main factors."""
+    """Rows (N, D) whose missing entries are drawn about a plane, by regularised PCA (Josse and Husson 2012)."""
     is_missing = np.isnan(rows)
     if not is_missing.any():
         return rows
     with allowing("nan"):
         center, unit = robust_frame(rows, np.ones(len(rows)), True, np.float64).exact()
-    z = np.nan_to_num(np.clip((rows - center) / unit, -10, 10))
+    z = plane = np.nan_to_num(np.clip((rows - center) / unit, -10, 10))
     rank = max(1, min(FILL_FACTORS, rows.shape[1] // 2))
     for _ in range(FILL_STEPS):
         mean = z.mean(axis=0)
-        _, vectors = np.linalg.eigh((z - mean).T @ (z - mean))
-        plane = (z - mean) @ vectors[:, -rank:] @ vectors[:, -rank:].T + mean
+        values, vectors = np.linalg.eigh((z - mean).T @ (z - mean))
+        largest, rest = values[-rank:], values[:-rank].mean() if len(values) > rank else 0.0
+        # axes that hold little more than noise count little
+        shrunk = vectors[:, -rank:] * np.maximum(1 - rest / np.maximum(largest, 1e-300), 0)
+        plane = (z - mean) @ shrunk @ vectors[:, -rank:].T + mean
         z = np.where(is_missing, plane, z)
-    rest = np.where(is_missing, np.nan, z - plane)
-    noise = np.nan_to_num(np.nanstd(rest, axis=0)) * np.random.default_rng(seed).normal(size=z.shape)
+    gaps = np.where(is_missing, np.nan, z - plane)
+    noise = np.nan_to_num(np.nanstd(gaps, axis=0)) * np.random.default_rng(seed).normal(size=z.shape)
     filled: np.ndarray = np.where(is_missing, center + unit * (z + noise), rows)
     return filled

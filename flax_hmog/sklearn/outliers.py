@@ -12,6 +12,7 @@ from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.coordinates import Moments
 from flax_hmog.model.typed import Floats
 
+MOST_FLOATS = 2**24  # of the rows of one call
 DRAWS = 10_000  # of the model, whose scores are uniform
 
 
@@ -29,16 +30,27 @@ def tail_probabilities(
         means: of the components (K, D).
         infer: inference with the model.
     """
-    densities = infer(rows).log_density.astype(np.float64)
     patterns, numbers = np.unique(np.isnan(rows), axis=0, return_inverse=True)
-    freedom = np.maximum((~patterns).sum(axis=1), 1)[numbers.reshape(-1)]
-    total = np.zeros(len(rows))
-    for k, weight in enumerate(weights):
-        at_mean = infer(np.where(patterns, np.nan, means[k]).astype(rows.dtype))
-        top = at_mean.log_density.astype(np.float64) + at_mean.log_responsibilities[:, k]
-        distance = np.nan_to_num(top[numbers.reshape(-1)] - densities, nan=np.inf)
-        # above the largest density of one component the value goes on, for the order of rows
-        total += weight * (gammaincc(freedom / 2, np.maximum(distance, 0)) + np.maximum(-distance, 0))
+    numbers = numbers.reshape(-1)
+    freedom = np.maximum((~patterns).sum(axis=1), 1)[numbers]
+    densities, total = np.empty(0), np.zeros(len(rows))
+    at_once = max(1, MOST_FLOATS // patterns.size)
+    for start in range(0, len(weights), at_once):
+        part = means[start : start + at_once]
+        shown = np.where(patterns, np.nan, part[:, None]).reshape(-1, rows.shape[1]).astype(rows.dtype)
+        first = len(rows) if start == 0 else 0  # in one call, which compiles one size
+        output = infer(np.concatenate([rows[:first], shown]))
+        log_density, log_r = (
+            np.asarray(leaf, np.float64) for leaf in (output.log_density, output.log_responsibilities)
+        )
+        densities = log_density[:first] if first else densities
+        for k in range(len(part)):
+            here = first + k * len(patterns) + np.arange(len(patterns))
+            top = log_density[here] + log_r[here, start + k]
+            distance = np.nan_to_num(top[numbers] - densities, nan=np.inf)
+            # above the largest density of one component the value goes on, for the order of rows
+            tail = gammaincc(freedom / 2, np.maximum(distance, 0)) + np.maximum(-distance, 0)
+            total += weights[start + k] * tail
     return total
 
 
