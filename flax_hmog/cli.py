@@ -27,6 +27,8 @@ from flax_hmog.recipe.plan import print_plan
 from flax_hmog.recipe.presets import PRESETS
 from flax_hmog.recipe.report import report_run
 from flax_hmog.recipe.saved import restore_run, run_columns, run_config, saved_stages
+from flax_hmog.recipe.tables import ABOUT as ABOUT_FIT
+from flax_hmog.recipe.tables import add_fit_options, describe_command, fit_command, predict_command
 from flax_hmog.recipe.train import run
 from flax_hmog.training import export, write_program
 from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first
@@ -59,14 +61,6 @@ Train: {", ".join(PRESETS)}, each followed by its options (`hmog train file --he
   file       your own rows: --data.path FILE
 
 The run goes to --workdir; what is there already is resumed. Exit status 75: told to stop, and has saved.
-"""
-FIT = """\
-Cluster the rows of a table, in one go: from a file to a file with one line for each row.
-
-Columns of numbers take part, in any units; text is left out and said, or taken by --one-hot; a column of names or
-numbers of the rows is carried along. Empty cells are missing values, and rows are judged by what they show. Wild
-rows take no cluster. Numbers of factors and components are chosen by BIC; components that overlap are merged to
-clusters.
 """
 BLOCK_ROWS = 1024  # that a prediction reads at once
 PREDICTED = ("row", "cluster", "probability", "log_density")
@@ -147,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("run", type=Path, help="folder of the run, as --workdir of hmog train" + of_a_run)
         return added
 
-    _add_fit(add("fit", _fit, FIT, of_a_run=None))
+    add_fit_options(add("fit", fit_command, ABOUT_FIT, of_a_run=None))
     add("train", None, TRAIN, of_a_run=None).add_argument("name", choices=list(PRESETS), help="what to train on")
     _add_import(add("report", _report, "Scores, figures and a page, report.html, from the checkpoints of a run."))
     or_file = ", or a file of hmog fit"
@@ -190,60 +184,6 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_fit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", type=Path, help=".csv, .parquet, .npy, .npz or .h5ad")
-    parser.add_argument("--clusters", type=_number, metavar="N", help="number of clusters, or auto (default)")
-    parser.add_argument("--lat-dim", type=_number, metavar="N", help="number of factors, or auto (default)")
-    parser.add_argument("--out", type=Path, help="file of the model, .npz, for hmog predict, HMoG.load and numpy")
-    parser.add_argument(
-        "--assignments", type=Path, help="file of the rows' clusters: .csv, .parquet, or .h5ad for rows of an .h5ad"
-    )
-    parser.add_argument("--id", help="column that names the rows; without it, the first whose values do")
-    many: Any = {"action": "append", "default": [], "metavar": "COLUMN"}
-    parser.add_argument("--one-hot", help="column of text to take for categories, or all; may be repeated", **many)
-    parser.add_argument("--leave-out", help="column that takes no part; may be repeated", **many)
-    parser.add_argument(
-        "--contamination", type=float, help="share of the rows to call outliers; without it, as they are"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the starts; 0 by default")
-    parser.add_argument("--layer", help="of an .h5ad, instead of X")
-    parser.add_argument("--obsm", help="of an .h5ad, instead of X")
-
-
-def _number(text: str) -> int | None:
-    """A number, None for auto."""
-    if text == "auto":
-        return None
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"must be a number from 1 or auto; got {text!r}")
-    return int(text)
-
-
-def _tables() -> Any:
-    require("pandas", "train")
-    require("sklearn.base", "cluster")
-    from flax_hmog.sklearn import tables  # takes a second
-
-    return tables
-
-
-def _fit(options: argparse.Namespace) -> None:
-    _tables().fit_table(
-        options.rows,
-        n_clusters=options.clusters,
-        lat_dim=options.lat_dim,
-        out=options.out,
-        assignments=options.assignments,
-        identifier=options.id,
-        one_hot=options.one_hot,
-        leave_out=options.leave_out,
-        layer=options.layer,
-        obsm=options.obsm,
-        random_state=options.seed,
-        contamination="auto" if options.contamination is None else options.contamination,
-    )
-
-
 def _restored(options: argparse.Namespace) -> Restored:
     return restore_run(options.run, seed=options.seed, stage=options.stage, allow_import=options.allow_import)
 
@@ -254,10 +194,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     if options.run.suffix == ".npz":
-        given = {"identifier": options.id, "layer": options.layer, "obsm": options.obsm}
-        found = _tables().predict_table(options.run, options.rows, options.out, **given)
-        if options.out is None:
-            found.to_csv(sys.stdout, index=False, float_format="%.7g")
+        predict_command(options)
         return
     model = _restored(options)
     if not options.rows.is_file():
@@ -340,7 +277,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _describe(options: argparse.Namespace) -> None:
     if options.run.suffix == ".npz":
-        print(_tables().describe_table(options.run))
+        describe_command(options)
         return
     print(f"data {run_config(options.run)['data']}")
     for stage, about in saved_stages(options.run):

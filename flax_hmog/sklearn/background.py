@@ -151,8 +151,8 @@ def scattered(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     z /= np.float32(math.sqrt(z.shape[1]))
     reference = z[weights > 0]
     reference = reference[:: -(-len(reference) // REFERENCE_ROWS)]
-    share = len(reference) / max(1, np.count_nonzero(weights))
-    near = math.ceil(max(LEAST_NEIGHBOURS * share, NEIGHBOURS * len(reference)))
+    step = max(1, int(np.count_nonzero(weights)) // max(1, len(reference)))
+    near = math.ceil(max(LEAST_NEIGHBOURS / step, NEIGHBOURS * len(reference)))
     near = min(len(reference) - 1, max(2, near))  # a row may be its own nearest
     squares, distances = np.sum(reference**2, axis=1), np.empty(len(z))
     for start in range(0, len(z), REFERENCE_ROWS):
