@@ -62,8 +62,11 @@ def test_new_rows_are_found_by_the_names_of_their_columns(work, capsys):
     out, new = pd.read_csv(work / "out.csv"), pd.read_csv(work / "new.csv")
     pd.testing.assert_frame_equal(new, out.head(50), atol=1e-5)
     capsys.readouterr()
-    assert main([*command, "--id", "country"]) == 0
-    assert capsys.readouterr().out.startswith("country,cluster,probability")
+    assert main([*command, "--id", "country", "--probabilities"]) == 0
+    header, first, *_ = capsys.readouterr().out.splitlines()
+    assert header.startswith("country,cluster,probability")
+    assert header.endswith("p0,p1,p2,p3")
+    assert sum(map(float, first.split(",")[-4:])) == pytest.approx(1, abs=1e-3)
     assert main(["describe", str(work / "model.npz")]) == 0
     said = capsys.readouterr().out
     assert "identifier customer" in said

@@ -77,7 +77,7 @@ def fit_command(options: argparse.Namespace) -> None:
 
 def predict_command(options: argparse.Namespace) -> None:
     """Write or print the clusters of the rows of a file by a model of `hmog fit`."""
-    given = {"identifier": options.id, "layer": options.layer, "obsm": options.obsm}
+    given = {"identifier": options.id, "layer": options.layer, "obsm": options.obsm, "each": options.probabilities}
     found = _tables().predict_table(options.run, options.rows, options.out, **given)
     if options.out is None:
         found.to_csv(sys.stdout, index=False, float_format="%.7g")

@@ -89,6 +89,7 @@ def predict_table(
     identifier: str | None = None,
     layer: str | None = None,
     obsm: str | None = None,
+    each: bool = False,
     say: Callable[[str], None] = print,
 ) -> Any:
     """The clusters of the rows of a file by a model of `fit_table`, one line for each.
@@ -100,6 +101,7 @@ def predict_table(
         identifier: column that names the rows; None for that of the fit.
         layer: of an .h5ad, instead of X.
         obsm: of an .h5ad, instead of X.
+        each: also the probability of every cluster.
         say: told what is written.
 
     Returns:
@@ -115,7 +117,7 @@ def predict_table(
         columns = Columns(None, tuple(getattr(model, "feature_names_in_", map(str, table.columns))))
     if identifier is not None:
         columns = dataclasses.replace(columns, identifier=identifier)
-    found = assigned(model, columns, table, rows_of(table, columns))
+    found = assigned(model, columns, table, rows_of(table, columns), each=each)
     if out is not None:
         write(found, out, path)
         say(f"{len(found)} rows: {out}")
@@ -177,10 +179,11 @@ def described(path: Path, table: Any, columns: Columns, rows: np.ndarray) -> lis
     return [*lines, "  units        every column has its own, by median and typical distance from it"]
 
 
-def assigned(model: HMoG, columns: Columns, table: Any, rows: np.ndarray) -> Any:
+def assigned(model: HMoG, columns: Columns, table: Any, rows: np.ndarray, *, each: bool = False) -> Any:
     """One line for every row: identifier, cluster, its probability, the second choice, outlier score and factors.
 
-    Rows of the background are of cluster -1, and their probability is that of the background.
+    Rows of the background are of cluster -1, and their probability is that of the background. With `each` there are
+    columns p0, p1 and so on of the probabilities of all clusters.
     """
     pandas = require("pandas", "train")
     X = _named(rows, columns)
@@ -204,7 +207,9 @@ def assigned(model: HMoG, columns: Columns, table: Any, rows: np.ndarray) -> Any
         "is_outlier": model.predict_outliers(X) < 0,
     }
     latent = model.transform(X)
-    return pandas.DataFrame(found | {f"factor_{i}": latent[:, i] for i in range(latent.shape[1])})
+    found |= {f"factor_{i}": latent[:, i] for i in range(latent.shape[1])}
+    found |= {f"p{k}": every[:, k] for k in range(every.shape[1] - 1)} if each else {}
+    return pandas.DataFrame(found)
 
 
 def write(found: Any, out: Path, source: Path) -> None:
