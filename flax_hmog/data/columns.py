@@ -154,7 +154,7 @@ def is_count(column: Any) -> bool:
 
 
 def reason(name: str, column: Any) -> str:
-    """Why a column takes no part."""
+    """The reason for which a column takes no part."""
     if column.isna().all():
         return "empty"
     if is_date(column):

@@ -125,7 +125,7 @@ def predict_table(
 
 
 def describe_table(model_path: Path) -> str:
-    """What a file of `fit_table` or `HMoG.save` holds, in lines."""
+    """The contents of a file of `fit_table` or `HMoG.save`, in lines."""
     model, columns = HMoG.load(model_path), columns_of(model_path)
     lines = [str(model)]
     if columns is not None:
