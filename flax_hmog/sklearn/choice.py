@@ -13,6 +13,7 @@ from flax_hmog.sklearn.background import scattered
 from flax_hmog.sklearn.estimator import HMoG
 
 MOST_ROWS = 10_000  # that a choice looks at
+ENOUGH = 0.5  # share of rows without gaps
 MANY_COMPONENTS = 8  # with which the factors are chosen
 MOST_COMPONENTS = 30
 FACTORS = (2, 4, 6, 8)  # that are tried first; one size of programs
@@ -31,7 +32,8 @@ def choose(
 ) -> HMoG:
     """A model of rows (N, D), of the size with the least BIC, its components merged to clusters.
 
-    Rows with gaps are filled for the choice, with noise, and the chosen model is fitted to them as they are.
+    The choice is made on rows without gaps, or, where these are less than half, with gaps filled; the chosen model is
+    fitted to all rows as they are.
 
     Args:
         rows: (N, D), NaN where an entry is missing.
@@ -41,7 +43,9 @@ def choose(
         say: told what was tried and chosen.
         arguments: of `HMoG`.
     """
-    part = filled_rows(rows[:: -(-len(rows) // MOST_ROWS)], random_state)
+    part = rows[:: -(-len(rows) // MOST_ROWS)]
+    is_whole = ~np.isnan(part).any(axis=1)
+    part = part[is_whole] if is_whole.mean() >= ENOUGH else filled_rows(part, random_state)
     kept = ~scattered(part, np.ones(len(part)))
     part = _without_constants(part[kept], random_state)
     tried: dict[tuple[int, int], HMoG] = {}
@@ -64,8 +68,11 @@ def choose(
     model = tried[best]
     count = n_clusters or n_separate(model.predict_proba(part))
     changes = {"n_clusters": count, "missing": "nan", "background": True, "warm_start": True}
-    model.set_params(**changes | arguments)
-    return model.fit(rows)
+    model.set_params(**changes | arguments).fit(rows)
+    in_use = int(np.count_nonzero(model.cluster_sizes_))
+    if n_clusters is None and in_use < count:  # a component of rows that are of the background now
+        model.set_params(n_clusters=in_use).fit(rows)
+    return model
 
 
 def _least(
