@@ -60,7 +60,7 @@ def test_new_rows_are_found_by_the_names_of_their_columns(work, capsys):
     command = ["predict", str(work / "model.npz"), str(work / "new.parquet")]
     assert main([*command, "--out", str(work / "new.csv")]) == 0
     out, new = pd.read_csv(work / "out.csv"), pd.read_csv(work / "new.csv")
-    pd.testing.assert_frame_equal(new, out.head(50), atol=1e-5)
+    pd.testing.assert_frame_equal(new, out.head(50), atol=1e-5, check_dtype=False)
     capsys.readouterr()
     assert main([*command, "--id", "country", "--probabilities"]) == 0
     header, first, *_ = capsys.readouterr().out.splitlines()
