@@ -41,7 +41,7 @@ from flax_hmog.model.conversions import (
 from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, Prior, ResidualMoments
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.goal import ravel_mean, ravel_natural, unravel_mean, unravel_natural
-from flax_hmog.model.head import Head
+from flax_hmog.model.head import Head, HeadSizes
 from flax_hmog.model.information import kl_divergence, log_partition, negative_entropy
 from flax_hmog.model.kinds import Diagonal, Kind, PositiveDefinite, Scale, register_kind
 from flax_hmog.model.prepared import prepare
@@ -62,6 +62,7 @@ __all__ = [
     "Frame",
     "HMoGOutput",
     "Head",
+    "HeadSizes",
     "Imputed",
     "Kind",
     "LinearGaussian",

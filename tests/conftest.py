@@ -6,8 +6,6 @@ import gc
 import os
 from pathlib import Path
 
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # commands of tests neither read nor write that of the user
-
 import jax
 import pytest
 

@@ -13,6 +13,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 import flax_hmog
 import flax_hmog.analysis
 import flax_hmog.networks
+import flax_hmog.nnx
 import flax_hmog.recipe
 import flax_hmog.sklearn
 import flax_hmog.training
@@ -20,11 +21,13 @@ import flax_hmog.training
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md"))]
 TRAINING = "encoders.md"  # whose blocks train longer than they compile
-PACKAGES = (flax_hmog, flax_hmog.networks, flax_hmog.analysis, flax_hmog.training, flax_hmog.recipe, flax_hmog.sklearn)
+PACKAGES = (
+    flax_hmog, flax_hmog.networks, flax_hmog.nnx, flax_hmog.analysis, flax_hmog.training, flax_hmog.recipe, flax_hmog.sklearn,
+)  # fmt: skip
 SHOWN_ELSEWHERE = {"RULES", "Statistics", "WarmStartInfo"}  # a table, and what a function with an example returns
 QUESTIONS = {"What", "Where", "Whether", "Which", "Whose", "When", "How", "Of", "Why"}
 LONG = {
-    "choosing.md", "derivations.md", "encoders.md", "model.md", "performance.md", "sharp_bits.md", "sklearn.md",
+    "choosing.md", "derivations.md", "encoders.md", "model.md", "nnx.md", "performance.md", "sharp_bits.md", "sklearn.md",
     "tables.md", "training.md",
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ ORDER = (
     "em",
     "inference",
     "heads",
+    "nnx",
     "networks",
     "analysis",
     "model_file",
@@ -197,7 +198,8 @@ def path_to(start, goal):
     ],
 )
 def test_three_hops_from_a_method_to_the_arithmetic(method, formula):
-    path = path_to(("heads.modules", f"HMoGHead.{method}"), ("model.prepared", formula))
+    first = ("heads.modules", "HMoGHead.__call__") if method == "__call__" else ("heads.answers", f"Answers.{method}")
+    path = path_to(first, ("model.prepared", formula))
     assert path is not None, "the formula is not reached: was it renamed?"
     assert len(path) - 1 <= 3, " -> ".join(".".join(step) for step in path)
     assert len({module for module, _ in path}) <= 5

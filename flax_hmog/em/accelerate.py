@@ -1,7 +1,7 @@
 """Fewer passes for the same objective.
 
-Cycles of one pass that finds the components that count for every row and several that look at these alone, and after
-each pass a model beyond that of its M-step. One that turns out worse is given up for the model of the M-step.
+Cycles of one pass that finds the components that count for every row and several that look at these alone, each with a
+model beyond that of the M-step before. One that turns out worse is given up for the model of the M-step.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import jax.numpy as jnp
 from flax_hmog.data.rows import Shards
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.sparse import Assignments, SparseInfo, kept_pass, sparse_pass
-from flax_hmog.em.step import em_info, finish_step, next_moments
+from flax_hmog.em.step import em_info, next_moments
 from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Moments, Natural
 from flax_hmog.model.kinds import Array, PositiveDefinite, diagonal, matmul, one_by_one, pytree, transpose
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.typed import jit
 
-MOMENTUM, RELAXATION = 0.75, 0.75  # of extrapolations: shares of the move between two updates, and of the last one
+MOMENTUM = 0.75  # of extrapolations: share of the move between two updates
+# and of that of the last update: those of small components turn back where they are taken too far
+RELAXATION = {"loadings": 0.75, "bias": 0.75, "noise": 0.75, "weights": 0.25, "means": 0.25, "covariances": 0.25}
 
 
 @pytree
@@ -29,14 +31,14 @@ class Found:
     """One pass that finds the components that count.
 
     Attributes:
-        natural: the model after its M-step.
+        updated: the model after its M-step.
         assignments: the components that count.
         info: what was left out.
         objective: penalised log-likelihood per sample of the model before (), without the volume of the frame, and
             without what was left out: it is no higher than that of a dense pass.
     """
 
-    natural: Natural
+    updated: Moments
     assignments: Assignments
     info: SparseInfo
     objective: Array
@@ -63,28 +65,26 @@ def find(
         factors, x, weights, labels,
         rank=rank, slots=slots, dense_rows=dense_rows, tolerance=tolerance, shards=shards,
     )  # fmt: skip
-    updated, of_model, _, _ = finish_step(factors, statistics, regularizer, natural.frame)
-    return Found(updated, assignments, info, of_model.objective)
+    objective = em_info(factors, statistics, regularizer, natural.frame).objective
+    return Found(next_moments(factors, statistics, regularizer), assignments, info, objective)
 
 
-@jit(static_argnames=("passes", "shards", "projection_dtype"))
+@jit(static_argnames=("shards", "projection_dtype"))
 def follow(
     found: Found,
     natural: Natural,
-    last: Natural,
     regularizer: Regularizer | None,
     weights: Array,
     *,
-    passes: int = 4,
+    passes: int,
     shards: Shards = None,
     projection_dtype: str | None = None,
-) -> tuple[Natural, Natural, Array]:
-    """More steps with the components that counted in a pass, each beyond the model of its M-step.
+) -> tuple[Natural, Array]:
+    """More steps with the components that counted in a pass, each from beyond the model of the M-step before.
 
     Args:
         found: of `find`.
         natural: the model of that pass.
-        last: the model of the M-step before, from which that one was extrapolated; or the same.
         regularizer: pseudo-statistics or None.
         weights: the weights of the rows (N,).
         passes: kept passes.
@@ -92,13 +92,11 @@ def follow(
         projection_dtype: of `prepare`.
 
     Returns:
-        The model to go on with; that of the last M-step, which takes its place if it is worse; and the highest free
-        energy per sample so far (). It is no lower than the objective of `found`, and no higher than that of the model
-        of the last M-step.
+        The model of the last M-step, and the highest free energy per sample before it (), which is no lower than the
+        objective of `found` and no higher than that of the model.
     """
-    frame = found.natural.frame
-    like = own_moments(found.natural)
-    first, start, moved = (_to_free(own_moments(model)) for model in (last, natural, found.natural))
+    frame, like = natural.frame, found.updated
+    start, moved = _to_free(own_moments(natural)), _to_free(like)
 
     def model(free: dict[str, Any]) -> Natural:
         return moments_to_natural(_from_free(like, free)).in_frame(frame)
@@ -114,15 +112,17 @@ def follow(
         old = last, last, reached, jnp.array(False)
         return cast(tuple[Any, ...], jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, old))
 
-    carry = extrapolate(first, start, moved), moved, found.objective, jnp.array(True)
-    following, updated, reached, _ = jax.lax.fori_loop(0, passes, step, carry)
-    return model(following), model(updated), reached
+    carry = extrapolate(start, start, moved), moved, found.objective, jnp.array(True)
+    _, updated, reached, _ = jax.lax.fori_loop(0, passes, step, carry)
+    return model(updated), reached
 
 
-def extrapolate(last: dict[str, Any], here: dict[str, Any], updated: dict[str, Any]) -> dict[str, Any]:
+def extrapolate(last: dict[str, Array], here: dict[str, Array], updated: dict[str, Array]) -> dict[str, Array]:
     """A point beyond an update of this one, in free coordinates: by what updates moved, and by what this one did."""
-    beyond = lambda a, b, c: c + MOMENTUM * (c - a) + RELAXATION * (c - b)  # noqa: E731
-    return cast(dict[str, Any], jax.tree.map(beyond, last, here, updated))
+    return {
+        name: new + MOMENTUM * (new - last[name]) + RELAXATION[name] * (new - here[name])
+        for name, new in updated.items()
+    }
 
 
 def _to_free(moments: Moments) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from flax_hmog.em.online import OnlineState, one_batch
 from flax_hmog.em.options import EMOptions, Regularizer
 from flax_hmog.em.result import EMResult
 from flax_hmog.em.step import whiten_moments
+from flax_hmog.model.checks import may_miss
 from flax_hmog.model.conversions import fits_units_of_x, moments_to_natural, own_in_units_of_x, own_moments
 from flax_hmog.model.coordinates import Natural, ResidualMoments
 from flax_hmog.model.frames import Frame, has_more_digits
-from flax_hmog.model.head import Head
+from flax_hmog.model.head import HeadSizes
 from flax_hmog.model.kinds import Array
 from flax_hmog.model.typed import Data, Samples
 
@@ -39,7 +40,7 @@ class Learnt:
         batches: number of batches so far.
     """
 
-    head: Head
+    head: HeadSizes
     online: OnlineState
     regularizer: Regularizer | None
     frame: Frame
@@ -64,7 +65,7 @@ class Learnt:
 
 
 def learnt_from(
-    head: Head,
+    head: HeadSizes,
     data: Data,
     key: Array,
     found: EMResult,
@@ -100,7 +101,7 @@ def next_batch(
 
     Args:
         learnt: the model before.
-        data: the batch (B, D), as `fit_em` takes rows in memory.
+        data: the batch (B, D), as `fit_em` takes rows in memory; NaN is missing within `allowing("nan")`.
         weights: sample weights (B,).
         labels: known components (B,), -1 where unknown.
 
@@ -116,7 +117,8 @@ def next_batch(
     samples, batches = learnt.samples + count, learnt.batches + 1
     rate = (options.rate(learnt.batches) if learnt.batches else 1.0) / (samples / batches)  # per sample
     block = source.sample()
-    given: Any = {"shards": row_shards(block[0]), "projection_dtype": head.projection_dtype, "missing": False}
+    given: Any = {"shards": row_shards(block[0]), "projection_dtype": head.projection_dtype}
+    given["missing"] = may_miss() and bool(np.isnan(source.data).any())
     arguments = (rate, 1.0), samples, learnt.regularizer, source.framing.frame
     online, values = one_batch(learnt.online, block, *arguments, **given)
     value, penalty = np.asarray(values, np.float64).tolist()

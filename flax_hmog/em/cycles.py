@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_hmog.data.rows import row_shards
 from flax_hmog.data.sources import RowsOnDevice
-from flax_hmog.em.accelerate import Found, find, follow
+from flax_hmog.em.accelerate import find, follow
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.step import EMInfo
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 FEWEST_COMPONENTS = 33  # with fewer, products with all of them cost less than the choice of a few
 MANY_COMPONENTS, LONG_PASS = 100, 2e10  # components and products of a pass from which on it pays unasked
-KEPT_PASSES = 4
-FOLLOWED_STEPS = 2  # of plain EM, after which starts are compared
+KEPT_PASSES = 10  # of a step, after its sparse pass, which costs as much as three or four of them
+FOLLOWED_STEPS, FOLLOWED_PASSES = 2, 4  # of plain EM, or of kept passes, after which starts are compared
 FEWEST_SLOTS, MOST_SLOTS = 8, 64  # components per row at most; four times as many after a failure
 LEAST_RANK = 8  # directions of the screen; half of L where that is more
 TOLERANCE = 1e-6  # nats that a row may drop before it looks at all components, and that rows may drop on average
@@ -37,14 +37,12 @@ class Cycles:
     """State of an accelerated fit between two steps of a start, beside the model.
 
     Attributes:
-        last: the model of the last M-step, if the present one was extrapolated from it; or None.
-        reached: free energy that the last model or, without one, the present one has at least.
+        reached: free energy that the model has at least.
         slots: components per row of sparse passes.
         retry: number of objectives in the history from which on sparse passes are tried.
         sparse: of the last sparse pass that counted, or None.
     """
 
-    last: Any = None
     reached: float = -math.inf
     slots: int = FEWEST_SLOTS
     retry: int = 0
@@ -76,83 +74,64 @@ class Step:
 
 
 def take_step(fit: Fit, state: EMState, *, is_last: bool = False) -> Step:
-    """A sparse pass and kept ones, with an extrapolation after each; or a step of plain EM.
+    """A sparse pass and kept ones, each beyond the M-step before; or a step of plain EM.
 
-    Plain EM takes over where the last pass is due or a certificate fails: rows that drop too much, or an objective
-    below the free energy that was reached, as a component that counted is no candidate any more. After a failure
-    sparse passes look at more components per row; where those are too many, they wait until twice as many steps are
-    done.
+    Plain EM takes over where a certificate fails: rows that drop too much, or an objective below the free energy that
+    was reached, as a component that counted is no candidate any more. After a failure sparse passes look at more
+    components per row; where those are too many, they wait until twice as many steps are done.
     """
     natural, regularizer, done = state.natural, state.regularizer, len(state.history)
     if not _accelerates(fit):
         return Step(natural, *fit.evaluate(natural, regularizer))
     cycles = state.cycles or Cycles()
-    is_sparse = not is_last and done >= cycles.retry
-    slots = cycles.slots if is_sparse else None
-    found, objective = _seen(fit, natural, regularizer, slots)
-    last = natural if cycles.last is None else cycles.last
-    if cycles.last is not None and not objective >= cycles.reached:
-        # the extrapolation is given up: it has cost its pass
-        natural = last
-        found, objective = _seen(fit, natural, regularizer, slots)
-    if isinstance(found, Found):
-        has_fallen = cycles.reached - objective > fit.rounding(objective)
-        if not has_fallen and np.asarray(found.info.mean_dropped) <= TOLERANCE:
-            return _followed(fit, (last, natural), found, objective, regularizer, cycles)
+    if is_last:
+        return Step(natural, natural, *fit.diagnose(natural, regularizer), cycles)
+    if done >= cycles.retry:
+        step = _cycle(fit, natural, regularizer, cycles, KEPT_PASSES)
+        if step is not None:
+            return step
         if cycles.slots < min(MOST_SLOTS, fit.head.n_components / 2):
             cycles = dataclasses.replace(cycles, slots=min(MOST_SLOTS, 4 * cycles.slots))
         else:
             cycles = dataclasses.replace(cycles, retry=2 * done + 2)
-    updated, info, objective = found if isinstance(found, tuple) else fit.evaluate(natural, regularizer)
-    cycles = dataclasses.replace(cycles, last=None, reached=objective)
-    return Step(natural, updated, info, objective, cycles)
+    updated, info, objective = fit.evaluate(natural, regularizer)
+    return Step(natural, updated, info, objective, dataclasses.replace(cycles, reached=objective))
 
 
 def follow_start(fit: Fit, state: EMState, block: Block) -> tuple[Natural, float]:
     """The model of a start after some steps on a block of rows, and an objective that it has at least.
 
-    In an accelerated fit these are the first step's, which needs no other programs than all steps after it, or as many
-    of plain EM where its sparse pass fails.
+    In an accelerated fit these are a sparse pass and kept ones, which need no other programs than all steps after it,
+    or as many of plain EM where the sparse pass fails.
     """
     natural, regularizer, steps = state.natural, state.regularizer, FOLLOWED_STEPS
     if _accelerates(fit):
-        step, steps = take_step(fit, state), KEPT_PASSES
-        if step.info is None and step.cycles is not None:
-            return step.cycles.last, step.cycles.reached
+        step, steps = _cycle(fit, natural, regularizer, Cycles(), FOLLOWED_PASSES), FOLLOWED_PASSES
+        if step is not None and step.cycles is not None:
+            return step.updated, step.cycles.reached
     for _ in range(steps):
         natural, _, _ = fit.evaluate(natural, regularizer, block)
     return natural, fit.evaluate(natural, regularizer, block)[-1]
 
 
-def _seen(fit: Fit, natural: Natural, regularizer: Regularizer | None, slots: int | None) -> tuple[Any, float]:
-    """A pass with a model, sparse (`Found`) if there are slots or dense (`Fit.evaluate`), and its objective."""
-    if slots is None:
-        dense = fit.evaluate(natural, regularizer)
-        return dense, dense[-1]
+def _cycle(fit: Fit, natural: Natural, regularizer: Regularizer | None, cycles: Cycles, passes: int) -> Step | None:
+    """A sparse pass with a model and so many kept ones after it, or None where its certificate fails."""
     x, weights, labels = fit.source.sample()
-    shards, lat_dim = row_shards(x), fit.head.lat_dim
+    lat_dim, inner = fit.head.lat_dim, natural.in_frame(fit.row_frame)
+    given: Any = {"shards": row_shards(x), "projection_dtype": fit.dtype}
     found = find(
-        natural.in_frame(fit.row_frame), regularizer, x, weights, labels,
-        rank=min(lat_dim, max(LEAST_RANK, lat_dim // 2)), slots=slots, dense_rows=len(x), tolerance=TOLERANCE,
-        shards=shards, projection_dtype=fit.dtype,
+        inner, regularizer, x, weights, labels,
+        rank=min(lat_dim, max(LEAST_RANK, lat_dim // 2)), slots=cycles.slots, dense_rows=len(x), tolerance=TOLERANCE,
+        **given,
     )  # fmt: skip
-    return found, _of_x(fit, found.objective, regularizer)
-
-
-def _followed(
-    fit: Fit, models: tuple[Natural, Natural], found: Found, objective: float, regularizer: Regularizer | None,
-    cycles: Cycles,
-) -> Step:  # fmt: skip
-    """The step after a sparse pass that counts, with the second of these models."""
-    x, weights, _ = fit.source.sample()
-    last, natural = (model.in_frame(fit.row_frame) for model in models)
-    following, last, energy = follow(
-        found, natural, last, regularizer, weights,
-        passes=KEPT_PASSES, shards=row_shards(x), projection_dtype=fit.dtype,
-    )  # fmt: skip
-    reached, sparse = _of_x(fit, energy, regularizer), jax.tree.map(lambda leaf: np.asarray(leaf).item(), found.info)
-    cycles = dataclasses.replace(cycles, last=last.in_frame(fit.frame), reached=reached, sparse=sparse)
-    return Step(models[1], following.in_frame(fit.frame), None, objective, cycles)
+    objective = _of_x(fit, found.objective, regularizer)
+    has_fallen = not cycles.reached - objective <= fit.rounding(objective)
+    if has_fallen or not np.asarray(found.info.mean_dropped) <= TOLERANCE:
+        return None
+    updated, energy = follow(found, inner, regularizer, weights, passes=passes, **given)
+    sparse = jax.tree.map(lambda leaf: np.asarray(leaf).item(), found.info)
+    cycles = dataclasses.replace(cycles, reached=_of_x(fit, energy, regularizer), sparse=sparse)
+    return Step(natural, updated.in_frame(fit.frame), None, objective, cycles)
 
 
 def _accelerates(fit: Fit) -> bool:

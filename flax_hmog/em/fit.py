@@ -23,7 +23,7 @@ from flax_hmog.em.products import checked_products
 from flax_hmog.em.progress import progress_bar
 from flax_hmog.em.result import ConvergenceWarning, EMResult, EMState, WildRowsWarning
 from flax_hmog.em.statistics import accumulate
-from flax_hmog.em.step import EMInfo, finish_step, one_step, whiten_moments, whiten_regularizer
+from flax_hmog.em.step import EMInfo, diagnose, finish_step, one_step, whiten_moments, whiten_regularizer
 from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, may_miss, named, public
 from flax_hmog.model.conversions import (
     fits_units_of_x,
@@ -34,7 +34,7 @@ from flax_hmog.model.conversions import (
 )
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, check_full, check_natural
 from flax_hmog.model.frames import Frame, has_more_digits
-from flax_hmog.model.head import Head, check_head_and_key
+from flax_hmog.model.head import HeadSizes, check_head_and_key
 from flax_hmog.model.kinds import Array, as_rep
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.prior import with_prior
@@ -45,7 +45,7 @@ ROUNDING = 100  # units in the last place of objective and dimension that object
 
 @public
 def fit_em(
-    head: Head,
+    head: HeadSizes,
     data: Data,
     key: Array,
     *,
@@ -135,8 +135,8 @@ class Fit:
     """
 
     def __init__(
-        self, head: Head, data: Data, key: Array, weights: Samples | None, labels: Samples | None, options: EMOptions,
-        *, pad: bool = False,
+        self, head: HeadSizes, data: Data, key: Array, weights: Samples | None, labels: Samples | None,
+        options: EMOptions, *, pad: bool = False,
     ) -> None:  # fmt: skip
         check_head_and_key(head, key)
         check_outside_transformations(data=data, key=key, weights=weights, labels=labels, init=options.init)
@@ -248,6 +248,13 @@ class Fit:
         objective, count = np.asarray(read, np.float64).tolist()
         return updated, info, self.of_x(objective, count, regularizer)
 
+    def diagnose(self, natural: Natural, regularizer: Regularizer | None) -> tuple[EMInfo, float]:
+        """Diagnostics and objective of `evaluate` for a model of an accelerated fit that takes no step."""
+        block = self.source.sample()
+        given: Any = {"shards": row_shards(block[0]), "projection_dtype": self.dtype}
+        info = diagnose(natural.in_frame(self.row_frame), block, regularizer, self.frame, **given)
+        return info, self.of_x(float(np.asarray(info.objective)), self.source.total_weight, regularizer)
+
     def of_x(self, objective: float, count: float, regularizer: Regularizer | None) -> float:
         """The objective per sample of x from that of rows in the frame."""
         penalised = 0.0 if regularizer is None else float(regularizer.noise) / count
@@ -271,7 +278,7 @@ class Fit:
             state = dataclasses.replace(state, natural=step.updated, top=top, history=history, cycles=step.cycles)
             return state, objective
         if info is None:  # the last pass is dense
-            _, info, objective = self.evaluate(natural, regularizer)
+            info, objective = self.diagnose(natural, regularizer)
             history = (*history[:-1], objective)
         if has_fallen := self.fell(history):
             natural = top

@@ -32,7 +32,7 @@ from flax_hmog.model.checks import check_precision, door, may_miss, public
 from flax_hmog.model.conversions import reframe
 from flax_hmog.model.coordinates import Moments
 from flax_hmog.model.frames import Frame
-from flax_hmog.model.head import Head, check_head_and_key
+from flax_hmog.model.head import HeadSizes, check_head_and_key
 from flax_hmog.model.incomplete import check_noise
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, as_rep, matmul, symmetrize
 from flax_hmog.model.prepared import latent_features, symmetric_matrices
@@ -44,7 +44,7 @@ ISOTROPIC_SHARE = 1e-2  # unit variance mixed into the pooled covariance, so tha
 
 @public
 def initialize_moments(
-    head: Head,
+    head: HeadSizes,
     data: Data,
     key: Array,
     *,
@@ -94,7 +94,7 @@ def initialize_moments(
     return reframe(first, frame, None)
 
 
-def frame_of(head: Head, rows: np.ndarray, weights: np.ndarray, column_units: str) -> tuple[Frame, bool]:
+def frame_of(head: HeadSizes, rows: np.ndarray, weights: np.ndarray, column_units: str) -> tuple[Frame, bool]:
     """The frame that a fit of this head to rows (N, D) on the host computes in, and whether columns have own units."""
     rep = as_rep(head.obs_rep, argument="head.obs_rep")
     has_units = rep.is_diagonal and not rep.is_isotropic
@@ -102,7 +102,7 @@ def frame_of(head: Head, rows: np.ndarray, weights: np.ndarray, column_units: st
     return robust_frame(rows, weights, by_column, head.param_dtype), by_column
 
 
-def check_columns(head: Head, rows: np.ndarray, weights: np.ndarray) -> None:
+def check_columns(head: HeadSizes, rows: np.ndarray, weights: np.ndarray) -> None:
     """ValueError where entries may be missing, for full noise and for a column of rows (N, D) without any entry."""
     if not may_miss():
         return
@@ -116,7 +116,7 @@ def check_columns(head: Head, rows: np.ndarray, weights: np.ndarray) -> None:
 
 
 def starts(
-    head: Head,
+    head: HeadSizes,
     x: Array,
     weights: Array,
     labels: Array | None,
@@ -165,7 +165,7 @@ def starts(
     yield _clustered(x, weights, labels, frame, key, find(method="kurtosis"), True, **sizes)
 
 
-def check_counts(shape: tuple[int, ...], head: Head) -> None:
+def check_counts(shape: tuple[int, ...], head: HeadSizes) -> None:
     """ValueError unless the shape is (N, D) with N >= K and D >= L."""
     if len(shape) != 2:
         raise ValueError(f"{door()}: `data` must have shape (N, D); got {shape}. Reshape it to one row per sample.")

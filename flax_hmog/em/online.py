@@ -29,7 +29,7 @@ from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Moments, ResidualMoments, prior_moments, within_covariance
 from flax_hmog.model.frames import Frame
-from flax_hmog.model.head import Head
+from flax_hmog.model.head import HeadSizes
 from flax_hmog.model.kinds import Array, Rep, matmul, pytree
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.typed import Block, Data, Samples, jit
@@ -93,7 +93,7 @@ def mix(old: ResidualMoments, new: ResidualMoments, rate: Array | float) -> Resi
 
 @public
 def fit_online_em(
-    head: Head,
+    head: HeadSizes,
     data: Data,
     key: Array,
     *,

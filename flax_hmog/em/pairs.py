@@ -28,7 +28,7 @@ class Pairs:
     Attributes:
         index: component of a slot (N, C); K for an empty one.
         order: slots of the flattened `index` sorted by component (N C,).
-        position: the place of a slot in this order (N, C).
+        position: the place of a slot in this order (N, C), the first after all components for empty ones.
         starts: where each component begins in it (K + 1,); from the last one on slots are empty.
     """
 
@@ -52,8 +52,11 @@ def sorted_pairs(index: Array, n_components: int) -> Pairs:
     else:
         components, order = jax.lax.sort((flat.astype(jnp.int32), place), num_keys=1)
         starts = jnp.searchsorted(components, edges)
+    starts = starts.astype(jnp.int32)
     position = jnp.zeros_like(place).at[order].set(place, unique_indices=True)
-    return Pairs(index, order, position.reshape(index.shape), starts.astype(jnp.int32))
+    # empty slots read one place, which stays in the cache
+    position = jnp.minimum(position, starts[-1])
+    return Pairs(index, order, position.reshape(index.shape), starts)
 
 
 def component_matrices(factors: Prepared) -> Array:
@@ -111,7 +114,7 @@ def pair_sums(matrices: Array, with_ones: Array, pairs: Pairs, weights: Array) -
     _, sums = _over_tiles(squares, matrices, with_ones, pairs, mass)
     gain = jnp.zeros((pairs.index.shape[0], lat_dim), gains.dtype)
     for slot in range(slots):
-        # an empty slot points past the pairs that were computed
+        # an empty slot, whose responsibility is 0, points past the pairs that were computed
         gain = gain + responsibilities[:, slot, None] * gains[pairs.position[:, slot], :lat_dim]
     return evidence, gain, sums
 

@@ -245,7 +245,7 @@ def _kept_rows(operands: tuple[Any, ...], rows: tuple[Any, ...]) -> tuple[Any, .
     latent = matmul(t + gain, factors.inverse_basis.T)
     both = jnp.concatenate([jnp.ones_like(t[:, :1]), old - latent, latent], axis=1)
     weighted = weights[:, None] * both
-    by_latent = matmul(residual.T, weighted[:, 1 + t.shape[1] :])
+    by_latent = matmul(weighted[:, 1 + t.shape[1] :].T, residual).T
     sums = _latent_statistics(t, gain, squares, weights)
     sums = dataclasses.replace(sums, evidence=jnp.sum(weights * evidence))
     return (sums, by_latent, matmul(weighted.T, both)), (), ()

@@ -36,6 +36,7 @@ from flax_hmog.model.prepared import (
     posterior_gain,
     prepare,
     project_rows,
+    shared_log_density,
     symmetric_matrices,
 )
 from flax_hmog.model.structure import Structure
@@ -77,6 +78,21 @@ class Statistics:
         lat_dim = self.latent.shape[-1]
         square = self.pooled_square
         return square[:lat_dim, :lat_dim], square[:lat_dim, lat_dim:], square[lat_dim:, lat_dim:]
+
+
+@pytree
+class Densities:
+    """Weighted sums over samples that diagnostics need, with which no M-step can be taken.
+
+    Attributes:
+        count: sum of the weights v ().
+        responsibilities: sum of v p(z = k | x) (K,).
+        log_likelihood: sum of v log p(x) ().
+    """
+
+    count: Float[Array, ""]
+    responsibilities: Float[Array, " K"]
+    log_likelihood: Float[Array, ""]
 
 
 @public
@@ -149,11 +165,7 @@ def _block_sums(operands: Tree, block: Block, is_new: Array) -> Statistics:
     centered = center_rows(factors, x)
     t = project_rows(factors, centered)
     lat_dim = t.shape[1]
-    features = latent_features(t, squares_only=factors.is_diagonal)
-    logits = component_logits(factors, features)
-    if labels is not None:
-        chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
-        logits = jnp.where((labels < 0)[:, None] | chosen, logits, -jnp.inf)
+    features, logits = _logits(factors, t, labels)
     evidence, _, responsibilities = normalize_logits(logits)
     gain = posterior_gain(factors, responsibilities, t)
     residual = centered - matmul(t + gain, loadings.T)
@@ -176,12 +188,44 @@ def _block_sums(operands: Tree, block: Block, is_new: Array) -> Statistics:
     )
 
 
-def log_likelihood(factors: Prepared, statistics: Statistics | IncompleteStatistics) -> Array:
+@jit(static_argnames="shards")
+def measure(
+    factors: Prepared, x: Array, weights: Array, labels: Array | None = None, *, shards: Shards = None
+) -> Densities:
+    """The pass of `accumulate` at a third of the K-sized products, for a model that takes no M-step."""
+    limit = block_rows(floats_per_row(factors))
+    return sum_rows(_block_densities, factors, (x, weights, labels), limit, shards)
+
+
+def _block_densities(factors: Tree, block: Block, is_new: Array) -> Densities:
+    x, weights, labels = block
+    weights = jnp.where(is_new, weights, 0)
+    centered = center_rows(factors, x)
+    t = project_rows(factors, centered)
+    evidence, _, responsibilities = normalize_logits(_logits(factors, t, labels)[1])
+    return Densities(
+        count=jnp.sum(weights),
+        responsibilities=jnp.sum(responsibilities * weights[:, None], axis=0),
+        log_likelihood=jnp.sum(weights * (shared_log_density(factors, centered, t) + evidence)),
+    )
+
+
+def _logits(factors: Prepared, t: Array, labels: Array | None) -> tuple[Array, Array]:
+    """Latent features (B, L + L2), and logits (B, K), minus infinity where the component is known to be another."""
+    features = latent_features(t, squares_only=factors.is_diagonal)
+    logits = component_logits(factors, features)
+    if labels is not None:
+        chosen = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+        logits = jnp.where((labels < 0)[:, None] | chosen, logits, -jnp.inf)
+    return features, logits
+
+
+def log_likelihood(factors: Prepared, statistics: Statistics | IncompleteStatistics | Densities) -> Array:
     """sum_i v_i log p(x_i) () from the sums of a pass with the same model.
 
     With t = U'r, u^ = t + g and V'V = I - U'U:  |r - U t|^2 + |V t|^2 = |r - U u^|^2 + |V u^|^2 - |g|^2.
     """
-    if isinstance(statistics, IncompleteStatistics):
+    if not isinstance(statistics, Statistics):
         return statistics.log_likelihood
     tt, tg, gg = statistics.pooled()
     latent = tt + tg + tg.T + gg

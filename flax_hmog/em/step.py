@@ -14,7 +14,15 @@ from flax_hmog.data.rows import Shards, check_samples, row_shards
 from flax_hmog.em.missing import IncompleteStatistics
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.padding import InUse
-from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood, residual_mean
+from flax_hmog.em.statistics import (
+    Densities,
+    Statistics,
+    accumulate,
+    basis_loadings,
+    log_likelihood,
+    measure,
+    residual_mean,
+)
 from flax_hmog.model.checks import check_type, is_concrete, may_miss, public
 from flax_hmog.model.conversions import component_moments, moments_to_natural, regress_observed
 from flax_hmog.model.coordinates import (
@@ -161,6 +169,16 @@ def finish_step(
     return natural.in_frame(frame), info, exists, jnp.stack([info.objective, statistics.count])
 
 
+@jit(static_argnames=("shards", "projection_dtype"))
+def diagnose(
+    natural: Natural, block: Block, regularizer: Regularizer | None, frame: Frame | None, *,
+    shards: Shards, projection_dtype: str | None = None,
+) -> EMInfo:  # fmt: skip
+    """Diagnostics of a model after which no step is taken, by a pass over one block."""
+    factors = prepare(natural, projection_dtype)
+    return em_info(factors, measure(factors, *block, shards=shards), regularizer, frame)
+
+
 @jit
 def next_moments(
     factors: Prepared, statistics: Sums, regularizer: Regularizer | None, used: InUse | None = None
@@ -299,7 +317,7 @@ def _change_basis(
 
 @jit
 def em_info(
-    factors: Prepared, statistics: Sums, regularizer: Regularizer | None, frame: Frame | None,
+    factors: Prepared, statistics: Sums | Densities, regularizer: Regularizer | None, frame: Frame | None,
     used: InUse | None = None,
 ) -> EMInfo:  # fmt: skip
     """Diagnostics of a model in this frame, whose pass over the data gave these statistics."""

@@ -79,7 +79,7 @@ def warm_start(head: Head, natural: Natural, x: Samples | None = None) -> tuple[
         >>> round(float(info.log_likelihood_before - info.log_likelihood_after), 2)
         0.0
     """
-    check_head(head, "(head, natural, x); a `Clusterer` has its `head`")
+    check_head(head, "(head, natural, x); a `Clusterer` has its `head`, and an NNX head its warm_start")
     if not (hasattr(head, "start") or isinstance(head, HMoGHead)):
         raise TypeError(
             f"warm_start: `head` must be one of ours, or have a method `start`; got {type(head).__name__}. Give its "

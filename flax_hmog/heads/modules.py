@@ -13,12 +13,11 @@ from jaxtyping import Float, Int
 from flax_hmog.data.containers import in_memory
 from flax_hmog.em.online import accepted_update, first_moments
 from flax_hmog.em.options import USED, EMOptions, Regularizer, check_options
-from flax_hmog.em.statistics import whiten_prior
 from flax_hmog.em.step import EMInfo, em_step
+from flax_hmog.heads.answers import Answers
 from flax_hmog.heads.leaves import Bounds, leaf_specs, leaves_to_natural
 from flax_hmog.inference import posterior as inference
-from flax_hmog.inference.likelihood import mean_log_density
-from flax_hmog.inference.posterior import HMoGOutput, Posterior
+from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.checks import (
     check_float_dtype,
     check_interval,
@@ -28,16 +27,15 @@ from flax_hmog.model.checks import (
     door,
     public_methods,
 )
-from flax_hmog.model.conjugation import LinearGaussian, Mixture, join_conjugated, split_conjugated
-from flax_hmog.model.conversions import moments_to_natural, natural_to_mean, natural_to_moments
-from flax_hmog.model.coordinates import Mean, Moments, Natural, Prepared, ResidualMoments, check_natural
+from flax_hmog.model.conversions import moments_to_natural
+from flax_hmog.model.coordinates import Moments, Natural, Prepared, ResidualMoments
 from flax_hmog.model.kinds import Array, PositiveDefinite, as_rep
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.structure import Structure
 
 
 @public_methods
-class HMoGHead(nn.Module):
+class HMoGHead(Answers, nn.Module):
     """Base of the three heads: inference on the model that `natural()` returns. Abstract.
 
     All methods take observations with any leading dimensions and are called through
@@ -99,71 +97,9 @@ class HMoGHead(nn.Module):
         """Log-density, log-responsibilities and latent mean of x (..., D)."""
         return inference.infer(self._natural(x), x, missing=missing)
 
-    def natural(self) -> Natural:
-        """The model in natural coordinates."""
-        return check_natural(self._natural())
-
-    def prepared(self) -> Prepared:
-        """The model with all that inference needs of it and that does not depend on x."""
-        return prepare(self.natural(), self.projection_dtype)
-
-    def moments(self) -> Moments:
-        """The model in standard form."""
-        return natural_to_moments(self.natural())
-
-    def mean(self) -> Mean:
-        """The model's expected statistics."""
-        return natural_to_mean(self.natural())
-
-    def log_observable_density(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, " ..."]:
-        """Log p(x) (...)."""
-        return inference.log_observable_density(self._natural(x), x, missing=missing)
-
-    def mean_log_density(
-        self, x: Float[Array, "... D"], weights: Float[Array, " ..."] | None = None, *, missing: str = "refuse"
-    ) -> Float[Array, ""]:
-        """Weighted average of log p(x) over x (..., D) (): minus the loss of a fit, value and gradient in one pass."""
-        return mean_log_density(self._natural(x), x, weights, missing=missing)
-
-    def posterior_at(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Posterior:
-        """Natural parameters of p(y, z | x)."""
-        return inference.posterior_at(self._natural(x), x, missing=missing)
-
-    def posterior_categorical(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, "... K-1"]:
-        """Log-odds of components against component 0 (..., K-1)."""
-        return inference.posterior_categorical(self._natural(x), x, missing=missing)
-
-    def posterior_soft_assignments(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, "... K"]:
-        """Responsibilities (..., K)."""
-        return inference.posterior_soft_assignments(self._natural(x), x, missing=missing)
-
-    def posterior_assignments(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, "... K"]:
-        """Responsibilities (..., K); the same as `posterior_soft_assignments`."""
-        return self.posterior_soft_assignments(x, missing=missing)
-
-    def posterior_hard_assignment(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Int[Array, " ..."]:
-        """Most probable component (...)."""
-        return inference.posterior_hard_assignment(self._natural(x), x, missing=missing)
-
-    def latent_mean(self, x: Float[Array, "... D"], *, missing: str = "refuse") -> Float[Array, "... L"]:
-        """E[y | x] (..., L)."""
-        return inference.latent_mean(self._natural(x), x, missing=missing)
-
     def sample(self, n: int) -> tuple[Float[Array, "n D"], Float[Array, "n L"], Int[Array, " n"]]:
         """X (n, D), y (n, L), z (n,) from the joint, with the rng stream "sample"."""
         return inference.sample(self.natural(), self.make_rng("sample"), n)
-
-    def whiten_prior(self) -> Mean:
-        """Expected statistics in the latent basis in which y has mean 0 and covariance I, as far as the kind allows."""
-        return whiten_prior(self.mean())
-
-    def split_conjugated(self) -> tuple[LinearGaussian, Mixture]:
-        """p(x | y) and p(y, z)."""
-        return split_conjugated(self.natural())
-
-    def join_conjugated(self, likelihood: LinearGaussian, prior: Mixture) -> Natural:
-        """The joint of a likelihood and a prior."""
-        return join_conjugated(likelihood, prior)
 
 
 @public_methods

@@ -20,14 +20,14 @@ from jaxtyping import Float
 from flax_hmog.model.checks import check_finite, check_type, door, public
 from flax_hmog.model.conversions import in_units_of_x
 from flax_hmog.model.coordinates import Mean, Natural, check_mean, check_natural
-from flax_hmog.model.head import Head
+from flax_hmog.model.head import HeadSizes
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, Rep, as_rep
 from flax_hmog.model.prior import with_prior
 from flax_hmog.model.structure import Precision, SharedBase, Structure
 
 
 @public
-def ravel_natural(natural: Natural, head: Head) -> Float[Array, " P"]:
+def ravel_natural(natural: Natural, head: HeadSizes) -> Float[Array, " P"]:
     """Natural coordinates as the flat vector of goal-jax.
 
     Args:
@@ -73,7 +73,7 @@ def ravel_natural(natural: Natural, head: Head) -> Float[Array, " P"]:
 
 
 @public
-def unravel_natural(flat: Array, head: Head) -> Natural:
+def unravel_natural(flat: Array, head: HeadSizes) -> Natural:
     """Natural coordinates from the flat vector of goal-jax.
 
     The prior precisions follow by subtraction, so that derivatives in the flat vector see both.
@@ -115,7 +115,7 @@ def unravel_natural(flat: Array, head: Head) -> Natural:
 
 
 @public
-def ravel_mean(mean: Mean, head: Head) -> Float[Array, " P"]:
+def ravel_mean(mean: Mean, head: HeadSizes) -> Float[Array, " P"]:
     """Mean coordinates as the flat vector of goal-jax.
 
     Args:
@@ -154,7 +154,7 @@ def ravel_mean(mean: Mean, head: Head) -> Float[Array, " P"]:
 
 
 @public
-def unravel_mean(flat: Array, head: Head) -> Mean:
+def unravel_mean(flat: Array, head: HeadSizes) -> Mean:
     """Mean coordinates from the flat vector of goal-jax.
 
     Args:
@@ -196,7 +196,7 @@ def unravel_mean(flat: Array, head: Head) -> Mean:
     )
 
 
-def _read_head(head: Head) -> tuple[int, int, int, Rep, Structure]:
+def _read_head(head: HeadSizes) -> tuple[int, int, int, Rep, Structure]:
     if head.obs_dim is None:
         raise ValueError(f"{door()}: `head.obs_dim` must be a number; got None. Give the head its obs_dim.")
     obs_rep = as_rep(head.obs_rep, argument="head.obs_rep")

@@ -15,16 +15,12 @@ from flax_hmog.model.typed import Variables
 
 
 @runtime_checkable
-class Head(Protocol):
-    """A linen module that is a hierarchical mixture of Gaussians; any class with these members is one.
-
-    Nothing has to be inherited from or registered. What a head has besides, as leaves, bounds and training, is its own.
-    With a method `start(moments) -> variables` it can also be warm-started: `moments` are those of a fitted model in
-    standard form, in numpy float64 and with noise of the kind `obs_rep`.
+class HeadSizes(Protocol):
+    """The sizes and kinds of a head, all that fits need of it: linen or NNX, or any object with these members.
 
     Example:
         >>> from flax_hmog.toy import head
-        >>> isinstance(head, Head)
+        >>> isinstance(head, HeadSizes)
         True
     """
 
@@ -56,6 +52,21 @@ class Head(Protocol):
     def component_structure(self) -> Structure:
         """Structure of the component precisions."""
 
+
+@runtime_checkable
+class Head(HeadSizes, Protocol):
+    """A linen module that is a hierarchical mixture of Gaussians; any class with these members is one.
+
+    Nothing has to be inherited from or registered. What a head has besides, as leaves, bounds and training, is its own.
+    With a method `start(moments) -> variables` it can also be warm-started: `moments` are those of a fitted model in
+    standard form, in numpy float64 and with noise of the kind `obs_rep`.
+
+    Example:
+        >>> from flax_hmog.toy import head
+        >>> isinstance(head, Head)
+        True
+    """
+
     def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
         """A call or method on variables, as of any linen module."""
 
@@ -66,18 +77,18 @@ class Head(Protocol):
         """`HMoGOutput` of x (..., D)."""
 
 
-def check_head(head: object, signature: str) -> None:
-    """TypeError, naming the order of arguments, unless `head` is one."""
-    if isinstance(head, type) or not isinstance(head, Head):
+def check_head(head: object, signature: str, needs: Any = Head) -> None:
+    """TypeError, naming the order of arguments, unless `head` has the members of a protocol."""
+    if isinstance(head, type) or not isinstance(head, needs):
         raise TypeError(
-            f"{door()}: `head` must be a head, as DifferentiableHMoG, or offer what flax_hmog.Head lists; got "
-            f"{type(head).__name__}. Call {door()}{signature}."
+            f"{door()}: `head` must be a head, as DifferentiableHMoG, or offer what flax_hmog.{needs.__name__} lists; "
+            f"got {type(head).__name__}. Call {door()}{signature}."
         )
 
 
 def check_head_and_key(head: object, key: object) -> None:
     """TypeError unless `head` is a head, and `key` a PRNG key, typed or raw."""
-    check_head(head, "(head, data, key)")
+    check_head(head, "(head, data, key)", HeadSizes)
     dtype = getattr(key, "dtype", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not is_typed and dtype != jnp.uint32:

@@ -149,7 +149,7 @@ class EMStage:
             )
         cycles = p.get("cycles")
         if cycles is not None:
-            cycles = Cycles(last=arrays.get("last"), **cycles | {"sparse": _sparse_info(cycles["sparse"])})
+            cycles = Cycles(**cycles | {"sparse": _sparse_info(cycles["sparse"])})
         return EMState(
             natural=arrays.get("natural"),
             top=arrays.get("top"),
@@ -165,15 +165,13 @@ class EMStage:
         fit = abstract_fit(self.head, self.run.config, self.inputs.obs_dim, sharding, has_frame)
         natural, regularizer, info = fit
         best = {"best_natural": natural, "best_info": info, "best_regularizer": regularizer}
-        models = dict.fromkeys(("natural", "top", "last"), natural)
+        models = dict.fromkeys(("natural", "top"), natural)
         return models | {"regularizer": regularizer} | best
 
 
 def _arrays_of(state: EMState) -> dict[str, Any]:
-    best, cycles = state.best, state.cycles
+    best = state.best
     arrays = {"natural": state.natural, "top": state.top, "regularizer": state.regularizer}
-    if cycles is not None:
-        arrays |= {"last": cycles.last}
     if best is not None:
         arrays |= {"best_natural": best.natural, "best_info": best.info, "best_regularizer": best.regularizer}
     return {name: tree for name, tree in arrays.items() if tree is not None}

@@ -13,7 +13,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 from flax_hmog.analysis.merging import merge_components
 from flax_hmog.em.batches import Learnt, learnt_from, next_batch
 from flax_hmog.em.options import PseudoCounts, Regularizer
-from flax_hmog.model.checks import named
+from flax_hmog.model.checks import allowing, named
 from flax_hmog.model_file import save
 from flax_hmog.sklearn.arguments import check_contamination, precision
 from flax_hmog.sklearn.fits import Fits
@@ -46,7 +46,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
         semi_supervised: take `y` of `fit` for the known components of the rows. By default it is ignored, as
             scikit-learn passes the true classes to `fit` wherever a score compares with them.
         missing: "nan" takes NaN, NA and None for missing values, exactly: a row is judged by what it shows, and
-            `impute` fills it; not with full noise, nor in `partial_fit`. "refuse" names the column.
+            `impute` fills it; not with full noise. "refuse" names the column.
         background: True puts a broad background beside the clusters, which wild rows belong to instead of a component:
             Cauchy columns about the medians, its share learnt. `predict` gives -1 for its rows.
         contamination: share of the rows of the fit that `predict_outliers` takes for outliers, or "auto".
@@ -180,11 +180,8 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
             >>> model.partial_fit(x).n_iter_ > model.fit(x).n_iter_
             True
         """
-        for name, needed in (("missing", "refuse"), ("background", False)):
-            if getattr(self, name) != needed:
-                remedy = "Impute what is missing" if name == "missing" else "Leave it out"
-                got = repr(getattr(self, name))
-                raise ValueError(f"partial_fit: `{name}` must be {needed!r}; got {got}. {remedy}, or use fit.")
+        if self.background:
+            raise ValueError("partial_fit: `background` must be False; got True. Leave it out, or use fit.")
         learnt: Learnt | None = getattr(self, "_learnt", None)
         X = self._checked(X, reset=learnt is None, ensure_min_samples=2)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -196,7 +193,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
             )
         if learnt is None:
             found = self._found(X, y, weights)
-            with precision(X.dtype):
+            with precision(X.dtype), allowing(self.missing):
                 head, key = self._head(X, found.natural.interaction.shape[1]), jax.random.key(0)
                 given: Any = {"weights": weights, "labels": labels, "column_units": self.column_units}
                 learnt = learnt_from(head, X, key, found, **given)
@@ -204,7 +201,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
             left_out = found.left_out
         else:
             X = X.astype(learnt.head.param_dtype, copy=False)
-            with precision(X.dtype), named("partial_fit"):
+            with precision(X.dtype), named("partial_fit"), allowing(self.missing):
                 learnt, objective, left_out = next_batch(learnt, X, weights, labels)
                 self._keep(learnt.natural, np.append(self.objective_history_, objective), False, None)
         self._learnt = learnt

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from devices import on_cpus
@@ -72,9 +71,9 @@ def test_what_is_certified_holds(float64):
             continue
         plain = fit(init=state.natural, regularizer=None, max_steps=1)
         dense = float(plain.objective_history[0] + penalty(state.natural, state.regularizer) / len(BLOBS))
-        if state.cycles is None or dense >= state.cycles.reached:  # it was not given up
-            assert -1e-10 <= dense - later.history[-1] <= later.cycles.sparse.mean_dropped + 1e-10
-            checked += 1
+        assert -1e-10 <= dense - later.history[-1] <= later.cycles.sparse.mean_dropped + 1e-10
+        assert state.cycles is None or dense >= state.cycles.reached
+        checked += 1
     assert checked >= 2
 
 
@@ -105,25 +104,6 @@ def test_maximum_likelihood(float64, options):
     assert_never_decreases(fit(x, accelerate=True, **options).objective_history)
 
 
-def test_a_rejected_extrapolation_costs_a_pass(float64, monkeypatch):
-    """Where the model to go on with is bad, the fit goes on with that of the last M-step."""
-    passes, start = [], fit(max_steps=1).natural
-    find, follow = cycles.find, cycles.follow
-    monkeypatch.setattr(cycles, "find", lambda *args, **options: passes.append(0) or find(*args, **options))
-    for worse in (lambda model: jax.tree.map(lambda a: a * jnp.nan, model), lambda _: start):
-
-        def to_bad(*args, worse=worse, **options):
-            _, last, reached = follow(*args, **options)
-            return worse(last), last, reached
-
-        monkeypatch.setattr(cycles, "follow", to_bad)
-        result = fit(accelerate=True, init=start, max_steps=4)
-        assert len(passes) == 4 + 3  # the fourth is due at the last pass, which is dense
-        assert_never_decreases(result.objective_history)
-        assert result.objective_history[-1] > fit(init=start, max_steps=4).objective_history[-1]
-        passes.clear()
-
-
 def test_extrapolations_within_a_step_are_given_up(float64, monkeypatch):
     """With too long ones, kept passes take the models of the M-steps, and no energy falls."""
     want = fit(accelerate=True, max_steps=4)
@@ -143,7 +123,7 @@ def test_without_a_certificate_it_is_plain_em(float64, monkeypatch, why):
     if why == "dropped":
         monkeypatch.setattr(cycles, "TOLERANCE", 0.0)
         got = fit(max_steps=8, accelerate=True, init=start)
-        np.testing.assert_array_equal(got.objective_history, want.objective_history)
+        np.testing.assert_allclose(got.objective_history, want.objective_history, rtol=1e-13)
         return
     find, passes = cycles.find, []
 

@@ -12,12 +12,12 @@ from cases import Case, random_moments
 from dense import assert_close
 from devices import on_cpus
 
-from flax_hmog import AnalyticHMoG, PseudoCounts, moments_to_natural, prepare, sample
+from flax_hmog import AnalyticHMoG, PseudoCounts, moments_to_natural, natural_to_moments, prepare, sample
 from flax_hmog.em.accelerate import find, follow
 from flax_hmog.em.screen import make_screen, upper_bounds
 from flax_hmog.em.sparse import kept_pass, sparse_pass
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
-from flax_hmog.em.step import finish_step, penalty, whiten_moments
+from flax_hmog.em.step import diagnose, finish_step, penalty, whiten_moments
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.prepared import center_rows, component_logits, latent_features, posterior_gain, project_rows
 
@@ -178,10 +178,23 @@ def test_cycles_never_fall(float64):
     last, history = moments_to_natural(start), []
     for passes in (4, 1, 0):
         found = find(last, regularizer, x, weights, rank=3, slots=12)
-        _, last, energy = follow(found, last, last, regularizer, weights, passes=passes)
+        last, energy = follow(found, last, regularizer, weights, passes=passes)
         history += [float(found.objective), float(energy)]
     assert np.diff(history).min() >= 0
     assert history[-1] == history[-2]
+
+
+@pytest.mark.parametrize("obs_rep", KINDS)
+def test_diagnostics_without_a_step(float64, obs_rep):
+    """A pass that takes no M-step gives the diagnostics of one that does."""
+    natural, factors, x = apart(obs_rep, spread=1.0)
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(np.where(rng.uniform(size=len(x)) < 0.3, rng.integers(0, 12, len(x)), -1))
+    block = x, jnp.asarray(rng.uniform(0, 3, len(x))), labels
+    regularizer = PseudoCounts().regularizer(natural_to_moments(natural))
+    want = finish_step(factors, accumulate(factors, *block), regularizer, None)[1]
+    got = diagnose(natural, block, regularizer, None, shards=None)
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-9), got, want)
 
 
 SHARDED = """

@@ -55,9 +55,10 @@ def test_the_environment_says_where_and_whether(tmp_path):
 def test_a_home_that_cannot_be_written_to_keeps_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(programs, "_user_cache", lambda: tmp_path / "file")
-    jax.config.update("jax_enable_compilation_cache", True)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
     try:
         assert programs.keep_programs() is None
         assert jax.config.jax_compilation_cache_dir is None
     finally:
-        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_compilation_cache_dir", before)
