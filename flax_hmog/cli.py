@@ -27,9 +27,18 @@ from flax_hmog.recipe.plan import print_plan
 from flax_hmog.recipe.presets import PRESETS
 from flax_hmog.recipe.report import report_run
 from flax_hmog.recipe.saved import restore_run, run_columns, run_config, saved_stages
+from flax_hmog.recipe.tables import ABOUT as ABOUT_FIT
+from flax_hmog.recipe.tables import (
+    add_column_options,
+    add_fit_options,
+    describe_command,
+    fit_command,
+    predict_command,
+    select_of_file,
+)
 from flax_hmog.recipe.train import run
 from flax_hmog.selection.command import ABOUT as ABOUT_SELECT
-from flax_hmog.selection.command import add_select_options, select_command
+from flax_hmog.selection.command import add_select_options
 from flax_hmog.training import export, write_program
 from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first
 from flax_hmog.training.programs import keep_programs
@@ -39,6 +48,10 @@ HELP = """\
 Cluster rows of numbers by a hierarchical mixture of Gaussians: factors explain the data linearly, and the factors come
 from a mixture. Every row gets the probability of every cluster, and a density.
 
+  hmog fit customers.csv --out model.npz --assignments clusters.csv
+                                                      a table: its clusters, outliers and factors, nothing to prepare
+  hmog predict model.npz new.csv --out clusters.csv   the same for new rows
+
   hmog train digits                                   a first run, on scikit-learn's digits (a minute)
   hmog report runs/digits                             its scores and figures: runs/digits/report.html
   hmog train file --data.path rows.csv --model.lat-dim 10 --model.n-components 20 --workdir runs/mine
@@ -46,7 +59,7 @@ from a mixture. Every row gets the probability of every cluster, and a density.
   hmog export runs/mine program                       one program from raw rows to clusters, for serving with jax alone
   hmog select rows.csv --n-components 2,4,8 --lat-dim 1,2,4
                                                       which numbers of components and factors, without labels
-  hmog describe runs/mine                             what the folder holds
+  hmog describe runs/mine                             what the folder, or a model of hmog fit, holds
 
 Rows are .npy, .npz, .csv, .parquet or .h5ad files. A run that was interrupted goes on by the same command. Compiled
 programs are kept in a cache folder of yours (JAX_COMPILATION_CACHE_DIR; JAX_ENABLE_COMPILATION_CACHE=false: none).
@@ -131,23 +144,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hmog", description=HELP, **style)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, command: object, description: str, *, of_a_run: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, command: object, description: str, *, of_a_run: str | None = "") -> argparse.ArgumentParser:
         summary = description.partition("\n")[0]
         added = commands.add_parser(name, help=summary, description=description, **style)
         added.set_defaults(command=command)
-        if of_a_run:
-            added.add_argument("run", type=Path, help="folder of the run, as --workdir of hmog train")
+        if of_a_run is not None:
+            added.add_argument("run", type=Path, help="folder of the run, as --workdir of hmog train" + of_a_run)
         return added
 
-    add("train", None, TRAIN, of_a_run=False).add_argument("name", choices=list(PRESETS), help="what to train on")
-    choice = add("select", _select, ABOUT_SELECT, of_a_run=False)
-    choice.add_argument("rows", type=Path, help=".npy, .npz, .csv, .parquet or .h5ad")
-    choice.add_argument("--labels", help="column that is no input")
-    add_select_options(choice)
+    add_fit_options(add("fit", fit_command, ABOUT_FIT, of_a_run=None))
+    selected = add("select", select_of_file, ABOUT_SELECT, of_a_run=None)
+    add_column_options(selected)
+    add_select_options(selected)
+    add("train", None, TRAIN, of_a_run=None).add_argument("name", choices=list(PRESETS), help="what to train on")
     _add_import(add("report", _report, "Scores, figures and a page, report.html, from the checkpoints of a run."))
-    predict = add("predict", _predict, "The cluster of every row of a file, one line per row under a header.")
+    or_file = ", or a file of hmog fit"
+    about = "The cluster of every row of a file, one line per row under a header."
+    predict = add("predict", _predict, about, of_a_run=or_file)
     predict.add_argument("rows", type=Path, help=".npy, .npz, .csv, .parquet or .h5ad, raw as in training")
-    predict.add_argument("--out", type=Path, help="file of comma-separated values; without it, the terminal")
+    predict.add_argument(
+        "--out",
+        type=Path,
+        help="file of comma-separated values; without it, the terminal. With a "
+        "model of hmog fit also .parquet, and .h5ad for rows of an .h5ad",
+    )
+    predict.add_argument(
+        "--id", help="column that names the rows, with a model of hmog fit; without it, that of the fit"
+    )
     predict.add_argument("--probabilities", action="store_true", help="also the probability of each cluster")
     predict.add_argument("--labels", help="column that is no input; a run on named columns finds them by name")
     predict.add_argument("--layer", help="of an .h5ad, instead of X")
@@ -156,7 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     exported = add("export", _export, "One program from raw rows to clusters, for any batch size (docs/training.md).")
     exported.add_argument("out", type=Path, help="file of the program")
     _add_choice(exported)
-    add("describe", _describe, "Data, model and scores of every stage that a run has saved.")
+    about = "Data, model and scores of every stage that a run has saved; clusters and columns of a model of hmog fit."
+    add("describe", _describe, about, of_a_run=or_file)
     return parser
 
 
@@ -178,16 +202,14 @@ def _restored(options: argparse.Namespace) -> Restored:
     return restore_run(options.run, seed=options.seed, stage=options.stage, allow_import=options.allow_import)
 
 
-def _select(options: argparse.Namespace) -> None:
-    file = read_file(options.rows, options.labels)
-    select_command(_dense(file.rows), options, file.column_names)
-
-
 def _report(options: argparse.Namespace) -> None:
     report_run(options.run, allow_import=options.allow_import)
 
 
 def _predict(options: argparse.Namespace) -> None:
+    if options.run.suffix == ".npz":
+        predict_command(options)
+        return
     model = _restored(options)
     if not options.rows.is_file():
         raise ValueError(f"predict: `rows` must be a file; got {options.rows}, which is not there. Check the path.")
@@ -268,6 +290,9 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _describe(options: argparse.Namespace) -> None:
+    if options.run.suffix == ".npz":
+        describe_command(options)
+        return
     print(f"data {run_config(options.run)['data']}")
     for stage, about in saved_stages(options.run):
         print(f"seed {stage.seed}, {stage.name}: " + ("no checkpoint yet" if about is None else _described(about)))

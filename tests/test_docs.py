@@ -28,7 +28,7 @@ SHOWN_ELSEWHERE = {"RULES", "Statistics", "WarmStartInfo"}  # a table, and what 
 QUESTIONS = {"What", "Where", "Whether", "Which", "Whose", "When", "How", "Of", "Why"}
 LONG = {
     "choosing.md", "derivations.md", "encoders.md", "model.md", "nnx.md", "performance.md", "sharp_bits.md", "sklearn.md",
-    "training.md",
+    "tables.md", "training.md",
 }  # fmt: skip
 
 

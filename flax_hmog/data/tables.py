@@ -26,19 +26,12 @@ def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[s
     Raises:
         ValueError: without pandas (and pyarrow), for a column that is not there, or one of numbers and text.
     """
-    table = _read(path)
-    if not len(table):
-        raise ValueError(f"read_file: {path} must have rows below the names of its columns; got none. Add rows.")
+    table = read_frame(path)
     names = [str(name) for name in table.columns]
     if path.suffix == ".csv" and (names[:1] == [UNNAMED] != [labels] or type(table.index).__name__ != "RangeIndex"):
         logger.warning("%s: the first column, which has no name, is left out", path)
         table = table.drop(columns=UNNAMED, errors="ignore")
         names = [name for name in names if name != UNNAMED]
-    if path.suffix == ".csv" and names and all(_is_number(name) for name in names):
-        raise ValueError(
-            f"read_file: the first line of {path} must name the columns; got {', '.join(names[:4])}. "
-            "Add a line of names."
-        )
     found = None
     if labels is not None:
         if labels not in names:
@@ -61,6 +54,24 @@ def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[s
     if not columns:
         raise ValueError(f"read_file: {path} must have columns of numbers; got {_some(names)}. Encode them as numbers.")
     return np.column_stack(columns), found, tuple(kept)
+
+
+def read_frame(path: Path) -> Any:
+    """A table of pandas with all that is in the file.
+
+    Raises:
+        ValueError: without pandas (and pyarrow), or for a file that is no table with names and rows.
+    """
+    table = _read(path)
+    if not len(table):
+        raise ValueError(f"read_file: {path} must have rows below the names of its columns; got none. Add rows.")
+    names = [str(name) for name in table.columns if name != UNNAMED]
+    if path.suffix == ".csv" and names and all(_is_number(name) for name in names):
+        raise ValueError(
+            f"read_file: the first line of {path} must name the columns; got {', '.join(names[:4])}. "
+            "Add a line of names."
+        )
+    return table
 
 
 def _read(path: Path) -> Any:

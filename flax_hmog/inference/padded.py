@@ -22,6 +22,8 @@ MOST_ROWS = 4096  # at once
 def in_few_sizes(function: Callable[[np.ndarray], R], x: np.ndarray, least: int = 1) -> R:
     """`function` of rows, at most so many at once and filled up to a power of two, so that few sizes are compiled.
 
+    Of more rows than that, all parts have one size.
+
     Args:
         function: of rows (B, D); leaves of what it returns have B as their first dimension.
         x: rows (N, D), N at least 1.
@@ -31,6 +33,7 @@ def in_few_sizes(function: Callable[[np.ndarray], R], x: np.ndarray, least: int 
     Returns:
         What the function returns of all rows: leaves as they are, or numpy where sizes were joined or cut.
     """
+    least = MOST_ROWS if len(x) > MOST_ROWS else least
     parts = [_filled(function, x[start : start + MOST_ROWS], least) for start in range(0, len(x), MOST_ROWS)]
     if len(parts) == 1:
         return cast(R, parts[0])

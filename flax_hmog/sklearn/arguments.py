@@ -33,6 +33,16 @@ def check_columns(X: Any, allows_missing: bool) -> None:
         )
 
 
+def check_contamination(contamination: Any) -> None:
+    """ValueError for what is neither "auto" nor a share of outliers, as scikit-learn's detectors take it."""
+    if contamination == "auto" or (isinstance(contamination, float | np.floating) and 0 < contamination <= 0.5):
+        return
+    raise ValueError(
+        f'HMoG: `contamination` must be a share up to 0.5 or "auto"; got {contamination!r}. Take "auto" where none is '
+        "known."
+    )
+
+
 def seed_of(random_state: Any) -> int:
     """A seed of jax for any `random_state` of scikit-learn."""
     return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))

@@ -10,26 +10,18 @@ import numpy as np
 from sklearn.base import ClusterMixin
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
-from flax_hmog.analysis.criteria import criteria_of
 from flax_hmog.analysis.merging import merge_components
 from flax_hmog.em.batches import Learnt, learnt_from, next_batch
-from flax_hmog.em.fit import fit_em
 from flax_hmog.em.options import PseudoCounts, Regularizer
-from flax_hmog.em.result import EMResult
-from flax_hmog.heads.modules import AnalyticHMoG
-from flax_hmog.inference.posterior import HMoGOutput
-from flax_hmog.model.checks import allowing, check_size, named
-from flax_hmog.model.coordinates import Natural
+from flax_hmog.model.checks import allowing, named
 from flax_hmog.model_file import save
-from flax_hmog.sklearn.arguments import precision, seed_of
-from flax_hmog.sklearn.fitted import DRAWS, FittedMixture
+from flax_hmog.sklearn.arguments import check_contamination, precision
+from flax_hmog.sklearn.fits import Fits
+from flax_hmog.sklearn.outliers import DRAWS
 from flax_hmog.sklearn.summary import Summary, contents_of, notes_of, summary_of
 
-MOST_FACTORS = 10  # where their number is not said
-ROWS_PER_FACTOR = 4  # distinct ones, at least: among fewer, all rows are equally far from each other along the factors
 
-
-class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
+class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
     """Hierarchical mixture of Gaussians: factors that explain the columns, and clusters of these, fitted as one by EM.
 
     A row belongs to a component, p(z = k) = w_k; its factors are Gaussian within it, y ~ N(m_k, S_k); and the row is
@@ -54,7 +46,10 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         semi_supervised: take `y` of `fit` for the known components of the rows. By default it is ignored, as
             scikit-learn passes the true classes to `fit` wherever a score compares with them.
         missing: "nan" takes NaN, NA and None for missing values, exactly: a row is judged by what it shows, and
-            `impute` fills it; not with full noise, nor in `partial_fit`. "refuse" names the column.
+            `impute` fills it; not with full noise. "refuse" names the column.
+        background: True puts a broad background beside the clusters, which wild rows belong to instead of a component:
+            Cauchy columns about the medians, its share learnt. `predict` gives -1 for its rows.
+        contamination: share of the rows of the fit that `predict_outliers` takes for outliers, or "auto".
         random_state: seed, generator or None.
         verbose: show a progress bar.
 
@@ -63,8 +58,10 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         labels_: clusters of the rows of the fit (N,).
         cluster_sizes_: sum of the weights of the rows of each cluster.
         cluster_certainties_: mean probability of the cluster over its rows, NaN for one without rows.
-        left_out_: numbers of the wild rows, which took no part in the fit; sizes, certainties and criteria are without
-            them.
+        left_out_: numbers of the rows that belong to no cluster: wild rows, which took no part in the fit, or those of
+            the background; sizes and certainties are without them, and so are criteria where there is no background.
+        background_: `Background`: `share`, `center` and `unit`; None for a model without one.
+        offset_: see `decision_function`.
         criteria_: `InformationCriteria` on the rows of the fit: `.bic`, `.aic`, `.icl`, `.log_likelihood`.
         cluster_of_component_: (n_components,), or None without a merge.
         classes_: names of the first components (array), where `y` had names; None otherwise.
@@ -80,8 +77,6 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         >>> HMoG(n_components=3, lat_dim=2, random_state=0).fit_predict(x).shape
         (12,)
     """
-
-    _learnt: Learnt | None  # of `partial_fit`
 
     def __init__(
         self,
@@ -99,6 +94,8 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         warm_start: bool = False,
         semi_supervised: bool = False,
         missing: Literal["refuse", "nan"] = "refuse",
+        background: bool = False,
+        contamination: float | Literal["auto"] = "auto",
         random_state: Any = None,
         verbose: bool = False,
     ) -> None:
@@ -115,6 +112,8 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         self.warm_start = warm_start
         self.semi_supervised = semi_supervised
         self.missing = missing
+        self.background = background
+        self.contamination = contamination
         self.random_state = random_state
         self.verbose = verbose
 
@@ -138,13 +137,23 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
             True
         """
         X = self._checked(X, ensure_min_samples=2)
+        check_contamination(self.contamination)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
-        found, self._learnt = self._found(X, y, weights), None
-        self._keep(found.natural, found.objective_history, found.converged, found.classes)
+        self._learnt = None
+        left_out: tuple[int, ...] = ()
+        if self.background:
+            beside = self._found_beside(X, y, weights)
+            self._keep(beside.found.natural, beside.objectives, beside.converged, beside.found.classes)
+            self.background_ = beside.background
+        else:
+            found = self._found(X, y, weights)
+            self._keep(found.natural, found.objective_history, found.converged, found.classes)
+            left_out = found.left_out
         output = self._inferred(X)
         if self.n_clusters is not None:
             self.cluster_of_component_ = merge_components(output.log_responsibilities, self.n_clusters)
-        return self._describe(output, weights, found.left_out)
+        self._describe(X, output, weights, left_out)
+        return self
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HMoG:
         """Learn from a batch: the first one is fitted as by `fit`, every later one is a step of online EM.
@@ -171,6 +180,8 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
             >>> model.partial_fit(x).n_iter_ > model.fit(x).n_iter_
             True
         """
+        if self.background:
+            raise ValueError("partial_fit: `background` must be False; got True. Leave it out, or use fit.")
         learnt: Learnt | None = getattr(self, "_learnt", None)
         X = self._checked(X, reset=learnt is None, ensure_min_samples=2)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -197,7 +208,8 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
         if self.n_clusters is not None:
             rows, _ = self._sampled(DRAWS, 0)
             self.cluster_of_component_ = merge_components(self._inferred(rows).log_responsibilities, self.n_clusters)
-        return self._describe(self._inferred(X), weights, left_out)
+        self._describe(X, self._inferred(X), weights, left_out)
+        return self
 
     def summary(self) -> Summary:
         """The last fit as a table: clusters, their size, certainty and distinguishing columns.
@@ -267,70 +279,8 @@ class HMoG(ClusterMixin, FittedMixture):  # type: ignore[misc]
     def __str__(self) -> str:
         return f"{self!r}\n{self.summary()}" if hasattr(self, "natural_") else repr(self)
 
-    def _head(self, X: np.ndarray, lat_dim: int) -> AnalyticHMoG:
-        n_components = max(self.n_components, self.n_clusters or 1)
-        return AnalyticHMoG(lat_dim, n_components, obs_dim=X.shape[1], obs_rep=self.noise, param_dtype=X.dtype)
-
-    def _found(self, X: np.ndarray, y: Any, weights: np.ndarray | None) -> EMResult:
-        """The fit of rows."""
-        if self.n_clusters is not None:
-            check_size("n_clusters", self.n_clusters)
-        lat_dim = default_factors(X, weights) if self.lat_dim == "auto" else self.lat_dim
-        previous: Natural | None = getattr(self, "natural_", None) if self.warm_start else None
-        with precision(X.dtype):
-            return fit_em(
-                self._head(X, lat_dim),
-                X,
-                jax.random.key(seed_of(self.random_state)),
-                weights=weights,
-                labels=y if self.semi_supervised else None,
-                init=self.init if previous is None else previous,
-                regularizer=PseudoCounts() if self.regularizer == "auto" else self.regularizer,
-                column_units=self.column_units,
-                n_restarts=self.n_init if previous is None else 1,
-                max_steps=self.max_iter,
-                tolerance=self.tol,
-                missing=self.missing,
-                progress=bool(self.verbose),
-            )
-
-    def _keep(self, natural: Natural, history: np.ndarray, converged: bool, classes: tuple[str, ...] | None) -> None:
-        """The attributes that a fit has, but for those of the rows."""
-        self.natural_, self._cache = natural, {}
-        self.cluster_of_component_ = None
-        self.classes_ = None if classes is None else np.asarray(classes)
-        self.objective_history_ = history
-        self.lower_bound_ = float(history[-1])
-        self.converged_ = converged
-        self.n_iter_ = len(history) - 1
-
-    def _describe(self, output: HMoGOutput, weights: np.ndarray | None, left_out: tuple[int, ...]) -> HMoG:
-        """The attributes of the rows, from the output of the model for them."""
-        probabilities = self._probabilities(output)
-        share = np.ones(len(probabilities)) if weights is None else weights.astype(np.float64)
-        share[list(left_out)] = 0
-        self.left_out_ = np.asarray(left_out, int)
-        self.labels_ = probabilities.argmax(axis=1)
-        count = probabilities.shape[1]
-        self.cluster_sizes_ = np.bincount(self.labels_, share, count)
-        sums = np.bincount(self.labels_, share * probabilities.max(axis=1), count)
-        empty = self.cluster_sizes_ == 0
-        self.cluster_certainties_ = np.where(empty, np.nan, sums / np.where(empty, 1, self.cluster_sizes_))
-        with precision(self.natural_.interaction.dtype):
-            self.criteria_ = criteria_of(self.natural_, output, share)
-        return self
-
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         tags.input_tags.allow_nan = self.missing == "nan"
         return tags
-
-
-def default_factors(X: np.ndarray, weights: np.ndarray | None) -> int:
-    """The number of factors of rows (N, D) where none is said."""
-    wanted: int = min(MOST_FACTORS, (X.shape[1] + 1) // 2)
-    rows = X if weights is None else X[weights > 0]
-    # distinct ones are counted, as a weight stands for copies; in the first few, as that is enough of them
-    distinct: int = len(np.unique(rows[: 100 * MOST_FACTORS], axis=0))
-    return max(1, min(wanted, distinct // ROWS_PER_FACTOR))

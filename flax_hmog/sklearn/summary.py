@@ -12,6 +12,8 @@ import numpy as np
 from flax_hmog.analysis.criteria import InformationCriteria
 from flax_hmog.em.options import PseudoCounts
 from flax_hmog.model_file import load
+from flax_hmog.sklearn.background import Background
+from flax_hmog.sklearn.outliers import DRAWS
 
 MOST_COLUMNS = 3  # that a cluster is described by
 LEAST_DISTANCE = 0.5  # standard deviations from the mean of all rows, of such a column
@@ -76,7 +78,8 @@ def summary_of(model: Any) -> Summary:
         for c in np.argsort(-model.cluster_sizes_, kind="stable").tolist()
     ]
     end = f"converged after {model.n_iter_} steps" if model.converged_ else f"not converged, {model.n_iter_} steps"
-    without = f" ({len(model.left_out_)} wild ones left out)" if len(model.left_out_) else ""
+    kind = "wild ones left out" if model.background_ is None else "of the background"
+    without = f" ({len(model.left_out_)} {kind})" if len(model.left_out_) else ""
     lat_dim = model.loadings_.shape[1]
     heading = (
         f"{count} clusters of {len(weights)} components, {lat_dim} factors of {model.n_features_in_} columns; {end}",
@@ -118,11 +121,17 @@ def notes_of(model: Any) -> dict[str, Any]:
         "classes": None if model.classes_ is None else model.classes_.tolist(),
         "objective_history": np.asarray(model.objective_history_, np.float64).tolist(),
         "converged": bool(model.converged_),
+        "background": None if model.background_ is None else _listed(dataclasses.asdict(model.background_)),
+        "offset": model.offset_,
         "left_out": model.left_out_.tolist(),
         "cluster_sizes": model.cluster_sizes_.tolist(),
         "cluster_certainties": [None if np.isnan(c) else c for c in model.cluster_certainties_.tolist()],
         "criteria": {name: _plain(value) for name, value in dataclasses.asdict(model.criteria_).items()},
     }
+
+
+def _listed(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -154,6 +163,9 @@ def contents_of(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if isinstance(arguments.get("regularizer"), dict):
         arguments["regularizer"] = PseudoCounts(**arguments["regularizer"]["PseudoCounts"])
     history = np.asarray(notes["objective_history"])
+    background = notes.get("background")  # which files of before do not have
+    if background is not None:
+        background = Background(background["share"], *(np.asarray(background[name]) for name in ("center", "unit")))
     attributes: dict[str, Any] = {
         "natural_": saved.natural,
         "cluster_of_component_": saved.clusters,
@@ -163,6 +175,8 @@ def contents_of(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         "converged_": notes["converged"],
         "n_iter_": len(history) - 1,
         "n_features_in_": saved.natural.interaction.shape[0],
+        "background_": background,
+        "offset_": notes.get("offset", -float(np.log1p(DRAWS))),
         "left_out_": np.asarray(notes["left_out"], int),
         "cluster_sizes_": np.asarray(notes["cluster_sizes"]),
         "cluster_certainties_": np.asarray(notes["cluster_certainties"], np.float64),

@@ -1,0 +1,130 @@
+"""Fits of the estimator, with a background or without, and what they say of the rows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from flax_hmog.data.labels import encode_labels
+from flax_hmog.em.batches import Learnt
+from flax_hmog.em.fit import fit_em
+from flax_hmog.em.options import PseudoCounts, Regularizer
+from flax_hmog.em.result import EMResult
+from flax_hmog.heads.modules import AnalyticHMoG
+from flax_hmog.inference.posterior import HMoGOutput
+from flax_hmog.model.checks import check_size
+from flax_hmog.model.coordinates import Natural
+from flax_hmog.sklearn.answers import FittedMixture
+from flax_hmog.sklearn.arguments import precision, seed_of
+from flax_hmog.sklearn.background import FitBeside, fit_beside
+from flax_hmog.sklearn.outliers import DRAWS
+
+MOST_FACTORS = 10  # where their number is not said
+ROWS_PER_FACTOR = 4  # distinct ones, at least: among fewer, all rows are equally far from each other along the factors
+
+
+class Fits(FittedMixture):
+    """The parts of `fit` and `partial_fit`; arguments and attributes are those of `HMoG`."""
+
+    n_components: int
+    n_clusters: int | None
+    lat_dim: int | Literal["auto"]
+    noise: str
+    regularizer: PseudoCounts | Regularizer | Literal["auto"] | None
+    column_units: Any
+    init: Any
+    n_init: int
+    max_iter: int
+    tol: float
+    warm_start: bool
+    semi_supervised: bool
+    background: bool
+    contamination: float | Literal["auto"]
+    random_state: Any
+    verbose: bool
+    _learnt: Learnt | None  # of `partial_fit`
+
+    def _head(self, X: np.ndarray, lat_dim: int) -> AnalyticHMoG:
+        n_components = max(self.n_components, self.n_clusters or 1)
+        return AnalyticHMoG(lat_dim, n_components, obs_dim=X.shape[1], obs_rep=self.noise, param_dtype=X.dtype)
+
+    def _found(self, X: np.ndarray, y: Any, weights: np.ndarray | None, before: EMResult | None = None) -> EMResult:
+        """The fit of rows, from its starts or from where another one ended."""
+        if self.n_clusters is not None:
+            check_size("n_clusters", self.n_clusters)
+        lat_dim = default_factors(X, weights) if self.lat_dim == "auto" else self.lat_dim
+        previous: Natural | None = getattr(self, "natural_", None) if self.warm_start else None
+        init = previous if before is None else before.natural
+        regularizer = PseudoCounts() if self.regularizer == "auto" else self.regularizer
+        with precision(X.dtype):
+            return fit_em(
+                self._head(X, lat_dim),
+                X,
+                jax.random.key(seed_of(self.random_state)),
+                weights=weights,
+                labels=y if self.semi_supervised else None,
+                init=self.init if init is None else init,
+                regularizer=regularizer if before is None else before.regularizer,
+                column_units=self.column_units,
+                n_restarts=self.n_init if init is None else 1,
+                max_steps=self.max_iter,
+                tolerance=self.tol,
+                missing=self.missing,
+                progress=bool(self.verbose),
+            )
+
+    def _found_beside(self, X: np.ndarray, y: Any, weights: np.ndarray | None) -> FitBeside:
+        """The fit of rows with a background."""
+        known = np.zeros(len(X), bool)
+        if self.semi_supervised and y is not None:
+            known = encode_labels(y)[0] >= 0
+        fit: Any = partial(self._found, X, y)
+
+        def log_density(natural: Natural) -> np.ndarray:
+            self.natural_, self._cache = natural, {}
+            return np.asarray(self._inferred(X).log_density)
+
+        with precision(X.dtype):
+            return fit_beside(X, weights, known, fit, log_density, self.tol)
+
+    def _keep(self, natural: Natural, history: np.ndarray, converged: bool, classes: tuple[str, ...] | None) -> None:
+        """The attributes that a fit has, but for those of the rows."""
+        self.natural_, self._cache = natural, {}
+        self.cluster_of_component_ = self.background_ = None
+        self.classes_ = None if classes is None else np.asarray(classes)
+        self.objective_history_ = history
+        self.lower_bound_ = float(history[-1])
+        self.converged_ = converged
+        self.n_iter_ = len(history) - 1
+
+    def _describe(
+        self, X: np.ndarray, output: HMoGOutput, weights: np.ndarray | None, left_out: tuple[int, ...]
+    ) -> None:
+        """The attributes of the rows, from the output of the model for them."""
+        probabilities = self._probabilities(output)
+        share = np.ones(len(probabilities)) if weights is None else weights.astype(np.float64)
+        share[list(left_out)] = 0
+        self.labels_ = self._clusters(X, output, probabilities)
+        self.left_out_ = np.flatnonzero(self.labels_ < 0) if self.background else np.asarray(left_out, int)
+        self.criteria_ = self._criteria_of(X, output, share)
+        if self.contamination == "auto":
+            self.offset_ = 0.0 if self.background else -float(np.log1p(DRAWS))
+        else:
+            self.offset_ = float(np.quantile(self._evidence(X, output), self.contamination))
+        count, inside = probabilities.shape[1], self.labels_ >= 0
+        self.cluster_sizes_ = np.bincount(self.labels_[inside], share[inside], count)
+        sums = np.bincount(self.labels_[inside], (share * probabilities.max(axis=1))[inside], count)
+        empty = self.cluster_sizes_ == 0
+        self.cluster_certainties_ = np.where(empty, np.nan, sums / np.where(empty, 1, self.cluster_sizes_))
+
+
+def default_factors(X: np.ndarray, weights: np.ndarray | None) -> int:
+    """The number of factors of rows (N, D) where none is said."""
+    wanted: int = min(MOST_FACTORS, (X.shape[1] + 1) // 2)
+    rows = X if weights is None else X[weights > 0]
+    # distinct ones are counted, as a weight stands for copies; in the first few, as that is enough of them
+    distinct: int = len(np.unique(rows[: 100 * MOST_FACTORS], axis=0))
+    return max(1, min(wanted, distinct // ROWS_PER_FACTOR))
