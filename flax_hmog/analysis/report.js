@@ -110,7 +110,7 @@
     const [across, up] = state.axes.map((index) => data.axes[index]);
     state.places = across.values.map((value, i) => [
       box.left + (value / 10000) * box.width, box.top + (1 - up.values[i] / 10000) * box.height]);
-    const [ink, line] = [color("--ink"), color("--line")];
+    const [ink, line, muted, behind] = ["--ink", "--line", "--muted", "--page"].map(color);
     pen.font = "12px system-ui, sans-serif";
     pen.textAlign = "center";
     for (const tick of nice(across.low, across.high)) {
@@ -134,11 +134,14 @@
     const order = data.groups.map((group, i) => [chosen === null || group === chosen, i]).sort((a, b) => a[0] - b[0]);
     for (const [full, i] of order) {
       const [x, y] = state.places[i], value = values[i], big = i === state.at ? 2 : 1;
-      pen.globalAlpha = full ? 0.75 : 0.08;
-      pen.fillStyle = value < 0 ? color("--muted") : colors[value % COLORS];
-      pen.setTransform(ratio * size * big, 0, 0, ratio * size * big, ratio * (x - 8 * size * big), ratio * (y - 8 * size * big));
-      pen.fill(paths[value < 0 ? 0 : mark(value)]);
-      if (big > 1) { pen.globalAlpha = 1; pen.strokeStyle = ink; pen.lineWidth = 1.5; pen.stroke(paths[value < 0 ? 0 : mark(value)]); }
+      const path = paths[value < 0 ? 0 : mark(value)], scale = size * big;
+      pen.globalAlpha = full ? 1 : 0.08;
+      pen.fillStyle = value < 0 ? muted : colors[value % COLORS];
+      pen.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * (x - 8 * scale), ratio * (y - 8 * scale));
+      pen.fill(path);
+      pen.strokeStyle = big > 1 ? ink : behind; // which keeps points apart that overlap
+      pen.lineWidth = (big > 1 ? 1.5 : 0.6) / scale;
+      pen.stroke(path);
     }
     pen.globalAlpha = 1;
     const beyond = across.beyond + up.beyond;

@@ -59,6 +59,11 @@ class Facts:
     seconds: float | None
     portrait: Portrait
 
+    def of_seeds(self, name: str) -> dict[int, dict[str, float]]:
+        """Scores of a model by the seeds that have it."""
+        seeds = [stage.seed for stage in self.stages if stage.name == name]
+        return dict(zip(seeds, self.scores.get(name, []), strict=True))
+
     def save(self, folder: Path) -> None:
         """Write them into the folder of the run, in place of those that are there."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "portrait"}
@@ -199,7 +204,8 @@ def best_stage(
         trained = [s for s in done if s.is_trained and s.number == last and s.head in heads and done[s]["history"]]
         reached = {s: done[s]["history"][-1].get("objective") for s in trained}
         return max(trained, key=lambda s: -np.inf if reached[s] is None else reached[s], default=next(iter(done)))
-    found = {stage: scores[stage.name][_place(done, stage)] for stage in done}
+    left = {name: iter(seeds) for name, seeds in scores.items()}
+    found = {stage: next(left[stage.name]) for stage in done}
     names = list(dict.fromkeys(stage.name for stage in done))
     seeds = [s for s in sizes if all(any(t.seed == s and t.name == name for t in done) for name in names)]
 
@@ -214,11 +220,6 @@ def best_stage(
         return float(np.average(of_part, weights=sizes[stage.seed]))
 
     return max((stage for stage in done if stage.name == best), key=of_all_rows)
-
-
-def _place(done: Iterable[Stage], stage: Stage) -> int:
-    """Place of a stage among the seeds that have it."""
-    return [other for other in done if other.name == stage.name].index(stage)
 
 
 def subject(restored: Restored, dataset: Dataset) -> Subject:

@@ -106,7 +106,7 @@ def summary(config: dict[str, Any], facts: Facts, restored: Restored, done: Stag
     seeds = len({stage.seed for stage in done})
     if len(done) > 1:
         found += f" Described is {title(facts.described)}, seed {facts.described.seed}: {_criterion(config, facts, seeds)}."
-    return "\n\n".join([found, *losses(facts, done, restored_reps(config))])
+    return "\n\n".join([found, *losses(facts, done, restricted_heads(config))])
 
 
 def _criterion(config: dict[str, Any], facts: Facts, seeds: int) -> str:
@@ -119,7 +119,7 @@ def _criterion(config: dict[str, Any], facts: Facts, seeds: int) -> str:
     return first + (", and of the seeds the highest log-density of all rows" if seeds > 1 else "")
 
 
-def restored_reps(config: dict[str, Any]) -> dict[str, str]:
+def restricted_heads(config: dict[str, Any]) -> dict[str, str]:
     """Kinds of the matrices that heads have for components, by their labels, where these are restricted."""
     heads = config["heads"]
     options = heads if isinstance(heads, dict) else {label: config["model"] for label in heads}
@@ -132,22 +132,22 @@ def restored_reps(config: dict[str, Any]) -> dict[str, str]:
 def losses(facts: Facts, done: Stages, reps: dict[str, str]) -> Iterator[str]:
     """For each head without an encoder that ends below EM on held-out rows, how much, as one sentence."""
     density = "test_log_density"
-    em = facts.scores["em"]
+    em = facts.of_seeds("em")
     for label, rep in reps.items():
-        of_head = [stage for stage in done if stage.name == label]
-        scores = facts.scores.get(label, [])
-        if len(scores) != len(em) or not all(density in score for score in (*em, *scores)):
+        head = facts.of_seeds(label)
+        pairs = [(em[seed], scores) for seed, scores in head.items() if seed in em and density in scores]
+        starts = [done[Stage(seed, label)]["history"][0].get(density) for seed in head]
+        if not pairs or None in starts:
             continue
-        lost = float(np.mean([a[density] - b[density] for a, b in zip(em, scores, strict=True)]))
-        starts = [done[stage]["history"][0].get(density) for stage in of_head]
-        if lost < LEAST_LOSS or None in starts:
+        lost = float(np.mean([a[density] - b[density] for a, b in pairs]))
+        if lost < LEAST_LOSS:
             continue
-        at_start = float(np.mean([a[density] - b for a, b in zip(em, starts, strict=True)]))
-        nmi = [a.get("nmi", np.nan) - b.get("nmi", np.nan) for a, b in zip(em, scores, strict=True)]
-        beside = "" if np.isnan(nmi).any() else f", and {np.mean(nmi):.2g} of NMI"
-        over = f", mean over {len(em)} seeds" if len(em) > 1 else ""
+        at_start = float(np.mean([a[density] - start for (a, _), start in zip(pairs, starts, strict=True)]))
+        nmi = float(np.mean([a.get("nmi", np.nan) - b.get("nmi", np.nan) for a, b in pairs]))
+        beside = "" if np.isnan(nmi) else f"; its NMI is {abs(nmi):.2g} {'lower' if nmi > 0 else 'higher'}"
+        over = f" (mean over {len(pairs)} seeds)" if len(pairs) > 1 else ""
         yield (
-            f"{MODELS.get(label, label)} holds {rep} matrices where exact EM holds full ones: against EM that costs "
+            f"{MODELS.get(label, label)} holds {rep} matrices where exact EM holds full ones. Against EM that costs "
             f"{at_start:.3g} nats per held-out row at its start, and {lost:.3g} after training{beside}{over}."
         )
 
