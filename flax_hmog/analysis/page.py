@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from flax_hmog.analysis import style
 from flax_hmog.analysis.clusters import cluster_hierarchy, cluster_prototypes
 from flax_hmog.analysis.elements import Cell, Gallery, Map, Picture, Section, Table, format_cell
+from flax_hmog.analysis.inputs import geometry
 from flax_hmog.analysis.loadings import CanonicalLoadings, canonical_loadings, discriminant_axes
 from flax_hmog.analysis.merging import information_hierarchy
 from flax_hmog.analysis.pictures import LARGEST, as_bytes, diverging
 from flax_hmog.analysis.plots import plot_loadings, plot_prototypes
-from flax_hmog.analysis.portrait import BINS, Portrait
+from flax_hmog.analysis.portrait import BINS, LOWEST, Portrait
 from flax_hmog.analysis.relations import plot_dendrogram
 from flax_hmog.model.coordinates import Natural
 
@@ -73,8 +75,6 @@ def clusters_section(portrait: Portrait) -> Section:
             "share [%]": 100 * float(portrait.cluster_rows[c]) / about["rows"],
             "certainty": _number(portrait.cluster_certainty[c]),
         }
-        if portrait.is_merged:
-            row["components"] = ", ".join(map(str, np.flatnonzero(portrait.clusters == c)))
         if is_image:
             row["mean"] = Cell("", pictures=[len(portrait.row) + c])
         else:
@@ -83,12 +83,19 @@ def clusters_section(portrait: Portrait) -> Section:
             places = getattr(portrait, kind)[c]
             places = places[places >= 0]
             row[kind] = Cell(", ".join(map(str, portrait.row[places])), pictures=places.tolist() if is_image else ())
+        if portrait.is_merged:
+            row["components"] = ", ".join(map(str, np.flatnonzero(portrait.clusters == c)))
         rows.append(row)
-    unit = "" if is_image else " What distinguishes a cluster: the mean of a column over its rows, in the units that " \
-        "came in, and in brackets how far it is from the mean of all rows, in standard deviations of the column."  # fmt: skip
+    unit = (
+        ""
+        if is_image
+        else " What distinguishes a cluster: the mean of a column over its rows, in the units that came in, and in "
+        "brackets how far it is from the mean of all rows, in standard deviations of the column."
+    )
     merged = ", each of one or several components of the mixture" if portrait.is_merged else ""
     text = (
-        f"{len(order)} clusters{merged}, over {_rows(portrait)}. Certainty is the mean probability of a cluster over its rows.{unit}"
+        f"{len(order)} clusters{merged}, over {_rows(portrait)}. Certainty is the mean probability of a cluster over "
+        f"its rows.{unit}"
         "\n\nMembers are numbers of rows, counted from 0 in the source: typical ones have the highest density, of each "
         "component in turn; doubtful ones the least probability of their cluster; atypical ones the lowest density. "
         "The button in front of a cluster dims everything else on this page."
@@ -134,7 +141,7 @@ def row_details(portrait: Portrait, place: int) -> dict[str, Any]:
 def unusual_columns(portrait: Portrait, place: int) -> str:
     """The columns in which a row is farthest from the average, with its values."""
     pairs = zip(portrait.columns[place], portrait.values[place], strict=True)
-    return ", ".join(f"{_column(portrait, d)} = {value:.4g}" for d, value in pairs if np.isfinite(value))
+    return ", ".join(_unbroken(f"{_column(portrait, d)} = {value:.4g}") for d, value in pairs if np.isfinite(value))
 
 
 def distinguishing_features(portrait: Portrait) -> list[str]:
@@ -145,12 +152,16 @@ def distinguishing_features(portrait: Portrait) -> list[str]:
     for means, distance in zip(portrait.cluster_means, np.nan_to_num(distances, posinf=0.0, neginf=0.0), strict=True):
         columns = np.argsort(-np.abs(distance), kind="stable")[:MOST_FEATURES]
         parts = [
-            f"{_column(portrait, d)} = {means[d]:.4g} ({distance[d]:+.1f})"
+            _unbroken(f"{_column(portrait, d)} = {means[d]:.4g} ({distance[d]:+.1f})")
             for d in columns
             if abs(distance[d]) > LEAST_DISTANCE
         ]
         described.append(", ".join(parts))
     return described
+
+
+def _unbroken(text: str) -> str:
+    return text.replace(" ", "\u00a0")
 
 
 def _column(portrait: Portrait, d: int) -> str:
@@ -200,8 +211,7 @@ def map_section(portrait: Portrait, natural: Natural) -> Section:
     )
     alt = f"Scatter plot of {len(shown):,} rows in the latent space, by cluster."
     pictures = None if portrait.pictures is None else shown
-    found = Map(axes, portrait.cluster[shown], details, caption, alt, colors, pictures)
-    return Section("Map", maps=[found])
+    return Section("Map", maps=[Map(axes, portrait.cluster[shown], details, caption, alt, colors, pictures)])
 
 
 def _axis_names(canonical: CanonicalLoadings, count: int) -> list[str]:
@@ -229,13 +239,13 @@ def uncertainty_section(portrait: Portrait) -> Section:
     pairs = shared_pairs(portrait)
     tables = [Table(pairs, "Clusters that share rows: the expected number of rows that, drawn twice from their "
                            "probabilities, fall once into each")] if pairs else []  # fmt: skip
-    lowest = np.argsort(portrait.log_density, kind="stable")[:20].tolist()
+    lowest = np.argsort(portrait.log_density, kind="stable")[:LOWEST].tolist()
     rows = [{"cluster": Cell(int(portrait.cluster[p]), group=int(portrait.cluster[p]))} |
             row_details(portrait, p) for p in lowest]  # fmt: skip
     if portrait.pictures is not None:
         for row, place in zip(rows, lowest, strict=True):
             row["row"] = Cell(int(portrait.row[place]), pictures=[place])
-    tables.append(Table(rows, f"The {len(rows)} rows of lowest density among the members and the rows of the map"))
+    tables.append(Table(rows, f"The {len(rows)} rows of lowest density"))
     alt = f"Histogram of the probability of the cluster over {total:,} rows; {doubtful:,} of them are below .9"
     return Section("Uncertainty", text, tables=tables, pictures=[Picture(figure, "Certainty of the assignments", alt)])
 
@@ -281,17 +291,19 @@ def tree_section(portrait: Portrait, natural: Natural, image_shape: tuple[int, .
     if portrait.is_merged:
         linkage, name = information_hierarchy(portrait.affinity, labels=labels), "Information lost so far [nats]"
         text = (
-            "The components were merged so that the clusters keep the most information about each other: two components "
-            "are neighbours where rows have one as their first choice and the other as their second. The tree merges "
-            "the pair that loses least, first within the clusters and then these; colours and names at the right are "
-            "those of the clusters."
+            "The components were merged so that the clusters keep the most information about each other: two "
+            "components are neighbours where rows have one as their first choice and the other as their second. The "
+            "tree merges the pair that loses least, first within the clusters and then these; colours and names at the "
+            "right are those of the clusters."
         )
         caption = "Hierarchy of the merges"
     else:
         linkage, name = cluster_hierarchy(natural), "Bhattacharyya distance [nats]"
         text = "Every component is a cluster. The tree joins components that overlap (average linkage)."
         caption = "Hierarchy of the clusters"
-    figure = plot_dendrogram(linkage, labels=labels if portrait.is_merged else None, distance_name=name, title="", **images)
+    figure = plot_dendrogram(
+        linkage, labels=labels if portrait.is_merged else None, distance_name=name, title="", **images
+    )
     alt = f"Tree of the {len(labels)} components, which stand below each other as leaves; {len(linkage)} merges"
     return Section("How the clusters relate", text, pictures=[Picture(figure, caption, alt)])
 
@@ -332,20 +344,43 @@ def loadings_section(natural: Natural, names: tuple[str, ...] | None, image_shap
         rows = canonical.loadings.T[:count].reshape(count, *image_shape)
         gallery = Gallery(diverging(rows), _axis_names(canonical, count), "Loadings: red is more, blue is less")
         return Section("Loadings", text, galleries=[gallery])
-    rows = []
+    noise = geometry(natural).noise_variances
+    standardized = canonical.loadings / np.sqrt(np.sum(canonical.loadings**2, axis=1) + noise)[:, None]
+    table = []
     for axis, share in enumerate(canonical.variance_shares):
-        loads = canonical.loadings[:, axis]
-        row = {"axis": axis + 1, "share of variance [%]": 100 * float(share)}
+        row: dict[str, Any] = {"axis": axis + 1, "share of variance [%]": 100 * float(share)}
         for sign, kind in ((1, "more of"), (-1, "less of")):
-            largest = np.argsort(-sign * loads, kind="stable")[:MOST_FEATURES]
-            row[kind] = cast(Any, ", ".join(f"{_named(names, d)} {loads[d]:+.3g}" for d in largest if sign * loads[d] > 0))
-        rows.append(row)
-    tables = [Table(rows, "Columns that load most on each axis")]
-    if len(canonical.loadings) > MOST_COLUMNS or names is None:
+            loads = sign * standardized[:, axis]
+            largest = [d for d in np.argsort(-loads, kind="stable")[:MOST_FEATURES] if loads[d] > 0]
+            parts = [f"{_named(names, d)} {canonical.loadings[d, axis]:+.3g} ({sign * loads[d]:+.2f})" for d in largest]
+            row[kind] = ", ".join(map(_unbroken, parts))
+        table.append(row)
+    text += " In brackets the same in standard deviations of the column, by which columns are chosen."
+    tables = [Table(table, "Columns that load most on each axis")]
+    if len(standardized) > MOST_COLUMNS:
         return Section("Loadings", text, tables=tables)
-    figure = plot_loadings(canonical, feature_names=names, title="")
-    alt = f"Heat map of the loadings of {len(names)} columns on {len(rows)} axes"
-    return Section("Loadings", text, tables=tables, pictures=[Picture(figure, "Loadings", alt)])
+    called = [_named(names, d) for d in range(len(standardized))]
+    figure = plot_loadings(dataclasses.replace(canonical, loadings=standardized), feature_names=called, title="")
+    alt = f"Heat map of the loadings of {len(called)} columns on {len(table)} axes"
+    caption = "Loadings in standard deviations of the columns"
+    return Section("Loadings", text, tables=tables, pictures=[Picture(figure, caption, alt)])
+
+
+def selection_section(rows: Sequence[Any], recommended: int, reasons: Sequence[str]) -> Section:
+    """The settings that were compared, and the recommended one.
+
+    Args:
+        rows: scores of each, a dataclass or a mapping; what is a sequence or empty in all of them is left out.
+        recommended: number of the recommended one.
+        reasons: sentences.
+    """
+    given = [dict(row) if isinstance(row, Mapping) else dataclasses.asdict(row) for row in rows]
+    names = [name for name in given[0] if any(isinstance(row[name], str | int | float) for row in given)]
+    table = [
+        {"recommended": "yes" if number == recommended else "", **{name.replace("_", " "): row[name] for name in names}}
+        for number, row in enumerate(given)
+    ]
+    return Section("Selection", " ".join(reasons), tables=[Table(table, "Settings that were compared")])
 
 
 def _named(names: tuple[str, ...] | None, d: int) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST = 32  # pixels on the longer side of a row's picture
-MOST_BYTES = 1_200_000  # of a sheet without loss
+MOST_BYTES = 1_200_000  # of a sheet, unless the least quality takes more
 COLORS = {color.lower(): f"var(--c{index})" for index, color in enumerate(style.PALETTE)} | {
     style.text_color(index): f"var(--c{index})" for index in range(len(style.PALETTE))
 }
@@ -48,7 +48,7 @@ class Sheet:
 
 
 def as_bytes(rows: np.ndarray, image_shape: tuple[int, ...], largest: int) -> np.ndarray:
-    """Rows (n, D) as pictures (n, h, w) or (n, h, w, 3) uint8, on one common scale, at most so many pixels wide or high.
+    """Rows (n, D) as pictures (n, h, w) or (n, h, w, 3) uint8 on one scale, at most so many pixels wide and high.
 
     Of larger ones every second or third pixel is taken, as it fits.
     """
@@ -61,7 +61,7 @@ def as_bytes(rows: np.ndarray, image_shape: tuple[int, ...], largest: int) -> np
 
 
 def sheet(images: np.ndarray) -> Sheet:
-    """Images (n, h, w) or (n, h, w, 3), uint8, in one file: PNG, or JPEG where that would be large."""
+    """Images (n, h, w) or (n, h, w, 3), uint8, in one file: PNG, or JPEG of a quality that keeps it small."""
     pillow = require("PIL.Image", "report")
     count, height, width = images.shape[:3]
     columns = int(np.ceil(np.sqrt(count * height / width)))
@@ -70,9 +70,9 @@ def sheet(images: np.ndarray) -> Sheet:
     filled[:count] = images
     grid = filled.reshape(rows, columns, *images.shape[1:]).swapaxes(1, 2)
     picture = pillow.fromarray(np.ascontiguousarray(grid.reshape(rows * height, columns * width, *images.shape[3:])))
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 80})):
+    for kind, quality in (("png", 0), ("jpeg", 80), ("jpeg", 50), ("jpeg", 25)):
         buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
+        picture.save(buffer, kind, **({"quality": quality} if quality else {"optimize": True}))
         if buffer.tell() <= MOST_BYTES:
             break
     return Sheet(_data_url(f"image/{kind}", buffer.getvalue()), columns, rows, height / width)

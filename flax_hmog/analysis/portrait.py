@@ -20,6 +20,11 @@ SAMPLED = 3000  # of them that are kept one by one, beside the members of cluste
 MEMBERS = {"typical": 6, "doubtful": 3, "atypical": 3}  # of each cluster
 COLUMNS_KEPT = 4  # of a sampled row: those that are farthest from the average
 BINS = 20  # of the certainty
+SMALL_SHARE = 0.05  # of a cluster's rows, below which a component is not typical of it
+LOWEST = 20  # rows of lowest density
+CAPPING_ROWS = (
+    2048  # whose quantiles of 1 and 99 % bound a column: values beyond by more than their distance are capped
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +64,8 @@ class Portrait:
         cluster_certainty: mean probability of the cluster over its rows (C,); NaN without rows.
         component_certainty: the same of components (K,).
         cluster_means: mean of the raw columns over the rows of a cluster (C, D).
-        column_means: over all rows (D,).
-        column_sds: standard deviations of the raw columns (D,).
+        column_means: over all rows (D,), wild values capped.
+        column_sds: standard deviations of the raw columns (D,), wild values capped.
         certainty: rows by the probability of their cluster (BINS,).
         shared: sum of p(i | x) p(j | x) over rows (C, C).
         affinity: of `component_affinity` over the rows of the fit (K, K).
@@ -139,9 +144,10 @@ def portray(subject: Subject) -> Portrait:
         for name, values in sums.add(numbers, subject.read(numbers)).items():
             each.setdefault(name, []).append(values)
     seen = {name: np.concatenate(parts) for name, parts in each.items()}
-    members = _members(seen, sums.component_rows, len(sums.cluster_rows))
+    members = _members(seen, sums.component_rows, sums.cluster_rows)
     even = _evenly(len(rows), SAMPLED)
-    chosen = np.unique(np.concatenate([even, *(places[places >= 0] for places in members.values())]))
+    lowest = np.argsort(seen["log_density"], kind="stable")[:LOWEST]
+    chosen = np.unique(np.concatenate([even, lowest, *(places[places >= 0] for places in members.values())]))
     place = np.full(len(rows) + 1, -1)  # so that -1 stays
     place[chosen] = np.arange(len(chosen))
     names, label, counts = _labels(subject, rows, seen["cluster"], len(sums.cluster_rows))
@@ -180,10 +186,12 @@ class _Sums:
         self.cluster_sum, self.component_sum = np.zeros(n_clusters), np.zeros(n_components)
         self.certainty, self.shared = np.zeros(BINS, int), np.zeros((n_clusters, n_clusters))
         self.affinity = np.zeros((n_components, n_components))
+        self.low, self.high = _caps(subject)
         self.origin: Any = None  # about which squares are taken
         self.total: Any = 0.0
-        self.squares: Any = 0.0
         self.known: Any = 0.0
+        self.capped: Any = 0.0
+        self.squares: Any = 0.0
 
     def add(self, numbers: np.ndarray, raw: np.ndarray) -> dict[str, np.ndarray]:
         """Take note of a block; returns what there is to say of each of its rows."""
@@ -215,18 +223,18 @@ class _Sums:
     def _add_columns(self, cluster: np.ndarray, raw: np.ndarray) -> None:
         """Sums of the columns that are there, by cluster."""
         if self.origin is None:
-            self.origin = np.nan_to_num(raw[0])
+            self.origin = np.clip(np.nan_to_num(raw[0]), self.low, self.high)
         known = ~np.isnan(raw)
-        gap = np.where(known, raw - self.origin, 0)
         mine = np.eye(len(self.cluster_rows))[cluster].T
-        self.total = self.total + mine @ gap
-        self.squares = self.squares + np.sum(gap**2, axis=0)
+        self.total = self.total + mine @ np.where(known, raw - self.origin, 0)
         self.known = self.known + mine @ known
+        gap = np.where(known, np.clip(raw, self.low, self.high) - self.origin, 0)
+        self.capped, self.squares = self.capped + gap.sum(axis=0), self.squares + np.sum(gap**2, axis=0)
 
     def columns(self) -> tuple[np.ndarray, np.ndarray]:
-        """Means and standard deviations (D,)."""
+        """Means and standard deviations (D,), wild values capped."""
         count = np.maximum(self.known.sum(axis=0), 1)
-        mean = self.total.sum(axis=0) / count
+        mean = self.capped / count
         return self.origin + mean, np.sqrt(np.maximum(self.squares / count - mean**2, 0))
 
     def results(self) -> dict[str, np.ndarray]:
@@ -247,23 +255,35 @@ class _Sums:
             }
 
 
-def _members(seen: Mapping[str, np.ndarray], component_rows: np.ndarray, n_clusters: int) -> dict[str, np.ndarray]:
+def _caps(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds (D,) that values keep unless they are wild; none for images and for columns of nearly always one value."""
+    raw = np.asarray(subject.read(_evenly(len(subject.numbers), CAPPING_ROWS)), np.float64)
+    known = np.where(np.isnan(raw).all(axis=0), 0, raw)
+    low, high = np.nanquantile(known, [0.01, 0.99], axis=0)
+    room = np.where((high > low) & (subject.image_shape is None), high - low, np.inf)
+    return low - room, high + room
+
+
+def _members(
+    seen: Mapping[str, np.ndarray], component_rows: np.ndarray, cluster_rows: np.ndarray
+) -> dict[str, np.ndarray]:
     """Places of the rows that show each cluster, by kind (C, count); -1 for none."""
     density, component, cluster = seen["log_density"], seen["component"], seen["cluster"]
     order = np.lexsort((-density, component))  # of each component the rows with the highest density come first
     starts = np.flatnonzero(np.r_[True, np.diff(component[order]) > 0])
     rank = np.empty(len(order), int)
     rank[order] = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+    is_small = component_rows[component] < SMALL_SHARE * cluster_rows[cluster]
     orders = {
-        "typical": np.lexsort((-component_rows[component], rank)),
+        "typical": np.lexsort((-component_rows[component], rank, is_small)),
         "doubtful": np.argsort(seen["probability"], kind="stable"),
         "atypical": np.argsort(density, kind="stable"),
     }
     members = {}
     for kind, count in MEMBERS.items():
-        found = np.full((n_clusters, count), -1)
+        found = np.full((len(cluster_rows), count), -1)
         by_cluster = orders[kind][np.argsort(cluster[orders[kind]], kind="stable")]
-        for number in range(n_clusters):
+        for number in range(len(cluster_rows)):
             first = np.searchsorted(cluster[by_cluster], number)
             mine = by_cluster[first : first + count]
             mine = mine[cluster[mine] == number]

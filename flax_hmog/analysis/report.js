@@ -31,7 +31,7 @@
   document.addEventListener("keydown", (event) => event.key === "Escape" && choose(null));
 
   // Tables: sorted by their headings, filtered by words, downloaded as csv.
-  const text = (cell) => cell.textContent.trim();
+  const text = (cell) => cell.textContent.trim().replaceAll("\u00a0", " ");
   const key = (cell) => (cell.dataset.sort === undefined ? text(cell) : cell.dataset.sort);
   const quoted = (value) => (/[",\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
 

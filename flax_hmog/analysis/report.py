@@ -20,11 +20,12 @@ from flax_hmog.analysis.pictures import Sheet, sheet, svg
 from flax_hmog.model.optional import require
 
 GRID = 10_000  # steps of a map's axis
-BEYOND = 0.002  # share of the points on either side that does not widen a map
+BEYOND = 0.01  # share of the points on either side that does not widen a map, but for the medians of clusters
 # shapes of the clusters in a box of 16 x 16, in the order of `style.MARKERS`
 MARKS = (
     "M14 8A6 6 0 1 1 2 8A6 6 0 1 1 14 8Z", "M3 3H13V13H3Z", "M8 1.5L15 14H1Z", "M8 1L15 8L8 15L1 8Z",
-    "M8 14.5L1 2H15Z", "M6 1H10V6H15V10H10V15H6V10H1V6H6Z", "M4 1L8 5L12 1L15 4L11 8L15 12L12 15L8 11L4 15L1 12L5 8L1 4Z",
+    "M8 14.5L1 2H15Z", "M6 1H10V6H15V10H10V15H6V10H1V6H6Z",
+    "M4 1L8 5L12 1L15 4L11 8L15 12L12 15L8 11L4 15L1 12L5 8L1 4Z",
     "M1.5 8L14 1V15Z",
 )  # fmt: skip
 KINDS = (("tables", Table), ("pictures", Picture), ("maps", Map), ("galleries", Gallery))
@@ -65,18 +66,18 @@ def write_report(
     _check_sections(sections)
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja.StrictUndefined}
     files = importlib.resources.files("flax_hmog.analysis")
-    read = lambda name: files.joinpath(f"report.{name}").read_text(encoding="utf-8")  # noqa: E731
+    parts = {name: files.joinpath(f"report.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     own = None if images is None or not len(images) else sheet(images)
     html = (
         jinja.Environment(**options)
-        .from_string(read("html"))
+        .from_string(parts["html"])
         .render(
             title=title,
             summary=_paragraphs(summary),
             sections=[_section(number, section, own) for number, section in enumerate(sections, 1)],
             images=own,
-            style=read("css"),
-            script=read("js"),
+            style=parts["css"],
+            script=parts["js"],
             light=style.PALETTE,
             dark=style.DARK_PALETTE,
             marks=MARKS,
@@ -103,8 +104,8 @@ def _check_sections(sections: Sequence[Section]) -> None:
                     f"write_report: `sections` must be made of Section, Table, Picture, Map and Gallery; got "
                     f"{type(part).__name__} where {kind.__name__} belongs. Wrap it."
                 )
-        for part in (*section.pictures, *section.maps):
-            if not part.alt.strip():
+        for alt in [part.alt for part in section.pictures] + [part.alt for part in section.maps]:
+            if not alt.strip():
                 raise ValueError(
                     f"write_report: `alt` must say what a picture shows; got nothing in section {section.heading!r}. "
                     "Describe it in a sentence."
@@ -172,7 +173,9 @@ def _map(given: Map, images: Sheet | None) -> str:
     """What the script reads of a map, as JSON that is safe inside a page."""
     colors = {name: {"values": _ints(values), "names": list(names)} for name, (values, names) in given.colors.items()}
     data: dict[str, Any] = {
-        "axes": [_axis(name, np.asarray(values, np.float64)) for name, values in given.axes.items()],
+        "axes": [
+            _axis(name, np.asarray(values, np.float64), np.asarray(given.groups)) for name, values in given.axes.items()
+        ],
         "groups": _ints(given.groups),
         "details": {name: list(values) for name, values in given.details.items()},
         "colors": colors,
@@ -188,10 +191,12 @@ def _ints(values: Any) -> list[int]:
     return cast(list[int], np.asarray(values, int).tolist())
 
 
-def _axis(name: str, values: np.ndarray) -> dict[str, Any]:
+def _axis(name: str, values: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
     """Points as whole numbers of steps along an axis; a few that lie far out stand at its ends."""
+    centers = [np.median(values[groups == group]) for group in np.unique(groups)]
     low, high = np.quantile(values, [BEYOND, 1 - BEYOND])
-    room = 0.15 * (high - low) or 1.0
+    low, high = min(low, *centers), max(high, *centers)
+    room = 0.2 * (high - low) or 1.0
     low, high = max(values.min(), low - room), min(values.max(), high + room)
     if low == high:
         low, high = low - 1, high + 1

@@ -18,6 +18,7 @@ def card_section(folder: Path, config: dict[str, Any], facts: Facts, restored: R
     """Data, model, time and versions; the commands that make and use the model; and the options."""
     data, stage = facts.data, facts.described
     natural, command = restored.natural, run_command(folder)
+    predict = f"hmog predict {folder} ROWS --seed {stage.seed} --stage {stage.name} --out clusters.csv"
     digest = data["sha256"] or f"of some blocks: {data['fingerprint'].split()[-1]}"
     card = {
         "data": data["source"] or data["title"],
@@ -28,7 +29,7 @@ def card_section(folder: Path, config: dict[str, Any], facts: Facts, restored: R
         "last checkpoint": facts.date.replace("T", " ").replace("+00:00", " UTC"),
         "training": None if facts.seconds is None else f"{facts.seconds:,.0f} s, all stages and seeds",
         "made by": command,
-        "clusters of other rows": f"hmog predict {folder} ROWS --seed {stage.seed} --stage {stage.name} --out clusters.csv",
+        "clusters of other rows": predict,
         "versions": ", ".join(f"{name} {version}" for name, version in restored.versions.items()),
     }
     rows = [{"entry": name, "value": value} for name, value in card.items() if value is not None]

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from flax_hmog.analysis import Picture, Section, Table, format_cell, mean_and_sd, plot_objective, write_report
-from flax_hmog.analysis.page import model_sections, page_images
+from flax_hmog.analysis.page import model_sections, page_images, selection_section
+from flax_hmog.model_file import load
 from flax_hmog.recipe.card import card_section
 from flax_hmog.recipe.facts import Facts, finished_stages, run_facts
 from flax_hmog.recipe.saved import own_classes, run_config
@@ -35,6 +36,7 @@ MODELS = {
     "symmetric": "SymmetricHMoG",
     "analytic": "AnalyticHMoG",
 }
+SELECTION = "selection.npz"  # that `Selection.save` has written
 LEAST_LOSS = 0.01  # nats per row, that a sentence is worth
 
 Stages = dict[Stage, dict[str, Any]]
@@ -105,7 +107,9 @@ def summary(config: dict[str, Any], facts: Facts, restored: Restored, done: Stag
     )
     seeds = len({stage.seed for stage in done})
     if len(done) > 1:
-        found += f" Described is {title(facts.described)}, seed {facts.described.seed}: {_criterion(config, facts, seeds)}."
+        found += (
+            f" Described is {title(facts.described)}, seed {facts.described.seed}: {_criterion(config, facts, seeds)}."
+        )
     return "\n\n".join([found, *losses(facts, done, restricted_heads(config))])
 
 
@@ -121,12 +125,12 @@ def _criterion(config: dict[str, Any], facts: Facts, seeds: int) -> str:
 
 def restricted_heads(config: dict[str, Any]) -> dict[str, str]:
     """Kinds of the matrices that heads have for components, by their labels, where these are restricted."""
-    heads = config["heads"]
-    options = heads if isinstance(heads, dict) else {label: config["model"] for label in heads}
-    reps = {label: options[label].get("pst_rep") or options[label].get("lat_rep") for label in options}
-    defaults = {"differentiable": "pst_rep", "symmetric": "lat_rep"}
-    reps |= {label: options[label].get(name, "") for label, name in defaults.items() if label in options}
-    return {label: str(rep) for label, rep in reps.items() if rep and rep != "full"}
+    options = config["heads"]
+    if not isinstance(options, dict):  # of former versions
+        options = dict.fromkeys(options, config["model"])
+    names = {"differentiable": "pst_rep", "symmetric": "lat_rep"}
+    kinds = {label: str(options[label].get(name, "full")) for label, name in names.items() if label in options}
+    return {label: kind for label, kind in kinds.items() if kind != "full"}
 
 
 def losses(facts: Facts, done: Stages, reps: dict[str, str]) -> Iterator[str]:
@@ -185,9 +189,18 @@ def sections(
     names = tuple(data["column_names"]) if kept and data["column_names"] else None
     shape = tuple(data["image_shape"]) if kept and data["image_shape"] else None
     yield from model_sections(facts.portrait, natural, input_names=names, image_shape=shape, has_encoder=has_encoder)
+    yield from stored_selection(folder)
     yield fit_section(done, facts)
     yield scores_section(config, facts, done, rows)
     yield card_section(folder, config, facts, restored)
+
+
+def stored_selection(folder: Path) -> Iterator[Section]:
+    """The selection that lies in the folder of a run, if there is one."""
+    if (folder / SELECTION).is_file():
+        notes = load(folder / SELECTION).notes.get("selection")
+        if notes:
+            yield selection_section(notes["rows"], notes["recommended"], notes["reasons"])
 
 
 def fit_section(done: Stages, facts: Facts) -> Section:
@@ -226,10 +239,13 @@ def scores_section(config: dict[str, Any], facts: Facts, done: Stages, rows: lis
     """Scores of all models and baselines, over seeds and for each of them."""
     scores, several = facts.scores, len(facts.scores["em"]) > 1
     parts = [
-        "Log-densities are in nats per row, and exact for every method: each two-stage baseline is a model of this family."
+        "Log-densities are in nats per row, and exact for every method: each two-stage baseline is itself a model of "
+        "this family."
     ]
     if several:
-        parts[0] = "Mean and standard deviation over seeds, each with its own split where the data have none. " + parts[0]
+        parts[0] = (
+            "Mean and standard deviation over seeds, each with its own split where the data have none. " + parts[0]
+        )
         parts.append(
             "Agreement is the adjusted Rand index between the clusters that two seeds find in the training rows of the "
             "first; in use are as many clusters there as exp of the entropy of their sizes says."

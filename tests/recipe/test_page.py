@@ -167,7 +167,9 @@ def test_the_map_shows_the_row_below_the_pointer(page):
     canvas, tip = element(page, ".map canvas"), element(page, ".map .tip")
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     data = "JSON.parse(document.querySelector('.map script').textContent)"
-    points = page.execute_script(f"const d = {data}; return [d.axes[0].values, d.axes[1].values, d.details.row, d.groups]")
+    points = page.execute_script(
+        f"const d = {data}; return [d.axes[0].values, d.axes[1].values, d.details.row, d.groups]"
+    )
     across, up = np.array(points[0]) / 10000, np.array(points[1]) / 10000
     far = np.hypot(across[:, None] - across, up[:, None] - up) + np.eye(len(up))
     alone = int(far.min(axis=1).argmax())  # a point with nothing near it
