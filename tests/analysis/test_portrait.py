@@ -38,7 +38,7 @@ def test_sums_are_those_of_the_rows(seen):
     natural, x, labels, portrait = seen
     output = infer(natural, x)
     r = np.exp(np.asarray(output.log_responsibilities, np.float64))
-    p = np.stack([r[:, CLUSTERS == c].sum(axis=1) for c in range(3)], axis=1)
+    p = np.stack([r[:, c == CLUSTERS].sum(axis=1) for c in range(3)], axis=1)
     cluster = p.argmax(axis=1)
     np.testing.assert_array_equal(portrait.cluster_rows, np.bincount(cluster))
     np.testing.assert_array_equal(portrait.component_rows, np.bincount(r.argmax(axis=1)))
@@ -61,14 +61,14 @@ def test_members_are_the_rows_that_they_are_said_to_be(seen):
     natural, x, labels, portrait = seen
     output = infer(natural, x)
     r = np.exp(np.asarray(output.log_responsibilities, np.float64))
-    p = np.stack([r[:, CLUSTERS == c].sum(axis=1) for c in range(3)], axis=1)
+    p = np.stack([r[:, c == CLUSTERS].sum(axis=1) for c in range(3)], axis=1)
     cluster, density = p.argmax(axis=1), np.asarray(output.log_density)
     for c in range(3):
         mine = np.flatnonzero(cluster == c)
         rows = {kind: portrait.row[getattr(portrait, kind)[c]] - 10 for kind in MEMBERS}
         np.testing.assert_array_equal(rows["atypical"], mine[np.argsort(density[mine])[:3]])
         np.testing.assert_allclose(p[rows["doubtful"], c], np.sort(p[mine, c])[:3])
-        for k in np.flatnonzero(CLUSTERS == c):  # every component's row of highest density is there
+        for k in np.flatnonzero(c == CLUSTERS):  # every component's row of highest density is there
             own = mine[r[mine].argmax(axis=1) == k]
             assert own[np.argmax(density[own])] in rows["typical"]
     places = portrait.row - 10
@@ -99,7 +99,7 @@ def test_missing_entries_do_not_count(seen):
     subject = Subject(lambda raw: infer(natural, raw, missing="nan"), lambda n: gaps[n], np.arange(200), CLUSTERS)
     portrait = portray(subject)
     mine = np.asarray(infer(natural, gaps, missing="nan").log_responsibilities)
-    p = np.stack([np.exp(mine[:, CLUSTERS == c]).sum(axis=1) for c in range(3)], axis=1)
+    p = np.stack([np.exp(mine[:, c == CLUSTERS]).sum(axis=1) for c in range(3)], axis=1)
     means = [np.nanmean(gaps[p.argmax(axis=1) == c], axis=0) for c in range(3)]
     np.testing.assert_allclose(portrait.cluster_means, means, rtol=1e-4)
     assert np.isfinite(portrait.column_sds).all()

@@ -16,8 +16,7 @@ from experiments.configs import EXPERIMENTS
 from flax_hmog import AnalyticHMoG, fit_em
 from flax_hmog.model.prepared import prepare
 from flax_hmog.networks.encoders import ConvNet
-from flax_hmog.recipe import EM, Augmentation, Gradient, Model, Rounds, Template
-from flax_hmog.recipe import facts
+from flax_hmog.recipe import EM, Augmentation, Gradient, Model, Rounds, Template, facts
 from flax_hmog.recipe.encoders import init_encoder, make_encoder
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.models import Extra, Teacher, Trainable
