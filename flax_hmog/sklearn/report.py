@@ -50,7 +50,7 @@ def write_page(
     if not model.converged_:
         summary.append("EM has not converged in the steps that it was given.")
     if len(model.left_out_):
-        summary.append(f"{len(model.left_out_)} wild rows took no part in the fit: {_numbers(model.left_out_)}.")
+        summary.append(f"Wild rows, which took no part in the fit: {_numbers(model.left_out_)}.")
     sections += [_fit(model), _card(model, rows)]
     images = page_images(portrait, image_shape)
     return write_report(path, title, sections, summary="\n".join(summary), images=images)

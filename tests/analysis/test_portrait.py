@@ -163,3 +163,23 @@ def test_a_selection_stands_on_the_page(tmp_path):
     html = write_report(tmp_path / "r.html", "T", [section]).read_text()
     assert "BIC and held-out density agree." in html
     assert re.findall(r'<th scope="col"[^>]*>(.*?)</th>', html) == ["recommended", "n components", "bic"]
+
+
+def test_an_estimator_writes_its_page(tmp_path):
+    """With missing entries, labels that are partly known, and wild rows that took no part."""
+    sklearn = pytest.importorskip("flax_hmog.sklearn")
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    table = (np.arange(90) % 3)[:, None] * 5.0 + rng.normal(size=(90, 4))
+    table[::7, 1], table[3] = np.nan, 1e12
+    frame = pandas.DataFrame(table, columns=["age", "income", "visits", "<b>"])
+    with pytest.warns(UserWarning, match="row"):
+        model = sklearn.HMoG(4, n_clusters=3, lat_dim=1, missing="nan", max_iter=3, random_state=0).fit(frame)
+    labels = np.where(np.arange(90) % 5, np.array(["x", "y", "z"])[np.arange(90) % 3], None)
+    html = model.report(tmp_path / "r.html", frame, labels, title="Customers").read_text()
+    for text in ("Customers", "Wild rows, which took no part in the fit: 3.", "EM has not converged", "72 of the 90 rows have a",
+                 "income\u00a0=", "&lt;b&gt;", "HMoG(", "Hierarchy of the merges", "BIC", "log p(x) [nats]"):  # fmt: skip
+        assert text in html, text
+    assert "<b>" not in html
+    with pytest.raises(ValueError, match=r"`y` must have shape \(90,\); got \(3,\)"):
+        model.report(tmp_path / "r.html", frame, [1, 2, 3])
