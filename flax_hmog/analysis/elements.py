@@ -36,8 +36,8 @@ class Table:
     """A table of a report, which sorts, filters, and is downloaded as csv.
 
     Attributes:
-        rows: one mapping per row, from column names to values or `Cell`s. A pair (mean, sd) is shown as mean ± sd, with
-            the digits that the sd supports; None as an empty cell.
+        rows: one mapping per row, from column names to values, some in a `Cell`. A pair (mean, sd) is shown as
+            mean ± sd, with the digits that the sd supports; None as an empty cell.
         caption: text above it.
         folded: True to show the caption alone until it is opened.
 

@@ -22,7 +22,8 @@ MOST_BYTES = 1_200_000  # of a sheet, unless the least quality takes more
 COLORS = {color.lower(): f"var(--c{index})" for index, color in enumerate(style.PALETTE)} | {
     style.text_color(index): f"var(--c{index})" for index in range(len(style.PALETTE))
 }
-COLORS |= {style.INK: "var(--ink)", style.MUTED: "var(--muted)", style.FAINT: "var(--line)", "#ffffff": "var(--page)"}
+COLORS |= dict.fromkeys((style.INK, "#000000"), "var(--ink)")
+COLORS |= {style.MUTED: "var(--muted)", style.FAINT: "var(--line)", "#ffffff": "var(--page)"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from flax_hmog.analysis.merging import component_affinity
 from flax_hmog.analysis.pictures import LARGEST, as_bytes
 from flax_hmog.data.labels import is_known
 
-BLOCK_ROWS = 4096  # that are read at once
+BLOCK_ROWS, BLOCK_ENTRIES = 4096, 2**22  # that are read at once, at most
 MOST_ROWS = 100_000  # that are looked at, at even intervals of more
 SAMPLED = 3000  # of them that are kept one by one, beside the members of clusters
 MEMBERS = {"typical": 6, "doubtful": 3, "atypical": 3}  # of each cluster
@@ -140,7 +140,7 @@ def portray(subject: Subject) -> Portrait:
     """Look at the rows of a subject: all of them, or MOST_ROWS at even intervals, and once more at a sample."""
     rows = _evenly(len(subject.numbers), MOST_ROWS)
     sums, each = _Sums(subject), dict[str, list[np.ndarray]]()
-    for numbers in _blocks(rows):
+    for numbers in _blocks(rows, sums.width):
         for name, values in sums.add(numbers, subject.read(numbers)).items():
             each.setdefault(name, []).append(values)
     seen = {name: np.concatenate(parts) for name, parts in each.items()}
@@ -172,8 +172,9 @@ def _evenly(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    yield from (rows[start : start + BLOCK_ROWS] for start in range(0, len(rows), BLOCK_ROWS))
+def _blocks(rows: np.ndarray, width: int) -> Iterator[np.ndarray]:
+    size = min(BLOCK_ROWS, max(BLOCK_ENTRIES // width, 1))
+    yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 class _Sums:
@@ -187,6 +188,7 @@ class _Sums:
         self.certainty, self.shared = np.zeros(BINS, int), np.zeros((n_clusters, n_clusters))
         self.affinity = np.zeros((n_components, n_components))
         self.low, self.high = _caps(subject)
+        self.width = len(self.low)
         self.origin: Any = None  # about which squares are taken
         self.total: Any = 0.0
         self.known: Any = 0.0
@@ -257,9 +259,11 @@ class _Sums:
 
 def _caps(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     """Bounds (D,) that values keep unless they are wild; none for images and for columns of nearly always one value."""
-    raw = np.asarray(subject.read(_evenly(len(subject.numbers), CAPPING_ROWS)), np.float64)
+    width = subject.read(np.arange(1)).shape[1]
+    most = min(CAPPING_ROWS, max(BLOCK_ENTRIES // width, 100))
+    raw = np.asarray(subject.read(_evenly(len(subject.numbers), most)), np.float64)
     known = np.where(np.isnan(raw).all(axis=0), 0, raw)
-    low, high = np.nanquantile(known, [0.01, 0.99], axis=0)
+    low, high = (np.nanquantile if np.isnan(known).any() else np.quantile)(known, [0.01, 0.99], axis=0)
     room = np.where((high > low) & (subject.image_shape is None), high - low, np.inf)
     return low - room, high + room
 
@@ -311,7 +315,7 @@ def _details(subject: Subject, rows: np.ndarray, sums: _Sums) -> dict[str, Any]:
     """Latent means of the sample, and its rows as pictures or by their most unusual columns."""
     means, sds = sums.columns()
     latent, columns, values, pictures = [], [], [], []
-    for numbers in _blocks(rows):
+    for numbers in _blocks(rows, sums.width):
         raw = np.asarray(subject.read(numbers), np.float64)
         latent.append(np.asarray(subject.infer(subject.read(numbers)).latent_mean, np.float32))
         if subject.image_shape is not None:
