@@ -15,7 +15,7 @@ from flax_hmog.analysis.inputs import geometry
 from flax_hmog.analysis.loadings import CanonicalLoadings, canonical_loadings, discriminant_axes
 from flax_hmog.analysis.merging import information_hierarchy
 from flax_hmog.analysis.pictures import LARGEST, as_bytes, diverging
-from flax_hmog.analysis.plots import plot_loadings, plot_prototypes
+from flax_hmog.analysis.plots import plot_loadings
 from flax_hmog.analysis.portrait import BINS, LOWEST, Portrait
 from flax_hmog.analysis.relations import plot_dendrogram
 from flax_hmog.model.coordinates import Natural
@@ -26,6 +26,7 @@ LEAST_DISTANCE = 0.5  # standard deviations from the average of all rows, of suc
 MOST_COLUMNS = 60  # of a heat map
 MOST_PAIRS = 30  # of clusters that share rows
 LARGEST_PROTOTYPE = 64  # pixels
+LARGEST_GAP = 3  # standard deviations, beyond which a heat map does not grow darker
 CERTAIN = (0.5, 0.9)
 CERTAINTIES = "probability below .5", "from .5 to .9", "above .9"
 
@@ -321,14 +322,21 @@ def prototypes_section(
         caption = "Components, by cluster; in brackets the rows of which they are the most probable"
         gallery = Gallery(images, share, caption, groups=[int(clusters[k]) for k in order])
         return Section("Prototypes", text, galleries=[gallery])
-    spread = prototypes.std(axis=0)
-    columns = np.sort(np.argsort(-spread, kind="stable")[:MOST_COLUMNS])
+    share = portrait.component_rows / portrait.component_rows.sum()
+    gaps = prototypes - share @ prototypes
+    spread = np.sqrt(share @ gaps**2)
+    noise = np.sqrt(geometry(natural).noise_variances)
+    columns = np.sort(np.argsort(-spread / noise, kind="stable")[:MOST_COLUMNS])
     shown = "" if len(columns) == len(spread) else f" The {len(columns)} columns that differ most are shown."
-    gaps = (prototypes / np.where(spread > 0, spread, 1))[order][:, columns]
+    rows = np.clip(gaps / np.where(spread > 0, spread, 1), -LARGEST_GAP, LARGEST_GAP)[order][:, columns]
     called = [f"{k} in {clusters[k]}" if portrait.is_merged else str(k) for k in order]
-    figure = plot_prototypes(gaps, names=called, feature_names=[_named(names, d) for d in columns], title="")
+    texts = {"title": "", "xlabel": "Column", "ylabel": "Component", "label": "Difference from the average"}
+    figure = style.heat_rows(rows, called, [_named(names, d) for d in columns], **texts)
     alt = f"Heat map of {len(order)} components by {len(columns)} columns"
-    caption = "Differences of the components from their average, in standard deviations of the prototypes"
+    caption = (
+        "Differences of the components from the average row, in standard deviations of the prototypes over rows, "
+        f"{LARGEST_GAP} at most"
+    )
     return Section("Prototypes", text + shown, pictures=[Picture(figure, caption, alt)])
 
 
