@@ -259,7 +259,7 @@ def shared_pairs(portrait: Portrait) -> list[dict[str, Any]]:
     for a, b in zip(*np.unravel_index(order, shared.shape), strict=True):
         if shared[a, b] < 0.05:
             break
-        of = 100 * shared[a, b] / min(portrait.cluster_rows[a], portrait.cluster_rows[b])
+        of = 100 * shared[a, b] / max(min(portrait.cluster_rows[a], portrait.cluster_rows[b]), 1)
         rows.append({"cluster": Cell(int(a), group=int(a)), "and": int(b), "rows shared": float(shared[a, b]),
                      "share of the smaller [%]": float(of)})  # fmt: skip
     return rows

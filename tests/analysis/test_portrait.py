@@ -105,6 +105,17 @@ def test_missing_entries_do_not_count(seen):
     assert np.isfinite(portrait.column_sds).all()
 
 
+def test_a_cluster_without_rows_has_a_line(seen, tmp_path):
+    natural, x, _, _ = seen
+    mine = x[np.asarray(infer(natural, x).log_responsibilities).argmax(axis=1) < 3][:50]
+    portrait = portray(subject_of(natural, mine, clusters=np.arange(5)))
+    assert (portrait.cluster_rows == 0).any()
+    page = write_report(tmp_path / "r.html", "T", list(model_sections(portrait, natural)))
+    assert page.read_text().count('data-pick="4"') == 1
+    one = portray(subject_of(random_model(8, 1, 1), x[:50], clusters=np.zeros(1, int)))
+    write_report(tmp_path / "r.html", "T", list(model_sections(one, random_model(8, 1, 1))))
+
+
 def test_portraits_are_read_as_they_were_kept(seen, tmp_path):
     portrait = seen[3]
     np.savez(tmp_path / "p.npz", **portrait.arrays())
