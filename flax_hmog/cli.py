@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import itertools
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -130,7 +131,7 @@ def train(default: Experiment, arguments: list[str], prog: str) -> int:
         if config.dry_run:
             print_plan(config, console)
             return 0
-        run(config, console, StopRequest())
+        run(config, console, StopRequest(), command=shlex.join([*prog.split(), *arguments]))
     except Stopped:
         console.print(f"stopped and saved in {config.workdir}; the same command goes on from there")
         return STOPPED

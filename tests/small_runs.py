@@ -33,8 +33,9 @@ class StopAt:
         return self.received
 
 
-def run(workdir, config=SMALL, stop_at=10**9, **options):
-    train.run(dataclasses.replace(config, workdir=str(workdir), **options), Console(quiet=True), StopAt(stop_at))
+def run(workdir, config=SMALL, stop_at=10**9, command=None, **options):
+    config = dataclasses.replace(config, workdir=str(workdir), **options)
+    train.run(config, Console(quiet=True), StopAt(stop_at), command=command)
 
 
 def read_metrics(folder, **wanted):

@@ -28,10 +28,10 @@ from experiments.benchmarks.kmeans_head import KMeansHead
 from experiments.configs import EXPERIMENTS
 from flax_hmog import WarmStartWarning
 from flax_hmog.recipe import Augmentation, Experiment, Gradient, Rounds, Template, restore_run, train
+from flax_hmog.recipe.facts import clusters_in_use, clusters_of, pair_agreement
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.options import parse_experiment
 from flax_hmog.recipe.parts import Dataset
-from flax_hmog.recipe.report import clusters_in_use, clusters_of, pair_agreement
 from flax_hmog.training.processes import STOPPED, Stopped, StopRequest
 
 FINE_TUNING = Gradient(epochs=5, batch_size=512)  # of a head alone

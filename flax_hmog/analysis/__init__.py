@@ -15,18 +15,31 @@ from flax_hmog.analysis.clusters import (
     merged_responsibilities,
 )
 from flax_hmog.analysis.criteria import InformationCriteria, information_criteria, n_parameters
+from flax_hmog.analysis.elements import (
+    Cell,
+    Gallery,
+    Map,
+    Picture,
+    Section,
+    Table,
+    format_cell,
+    mean_and_sd,
+)
 from flax_hmog.analysis.loadings import CanonicalLoadings, LatentAxes, canonical_loadings, discriminant_axes
 from flax_hmog.analysis.merging import component_affinity, information_hierarchy, merge_components, refine_information
 from flax_hmog.analysis.metrics import clustering_metrics, contingency_table
 from flax_hmog.analysis.plots import plot_latent_space, plot_loadings, plot_objective, plot_prototypes
 from flax_hmog.analysis.relations import plot_co_assignment, plot_contingency, plot_dendrogram
-from flax_hmog.analysis.report import Picture, Section, Table, format_cell, mean_and_sd, write_report
+from flax_hmog.analysis.report import write_report
 
 __all__ = [
     "CanonicalLoadings",
+    "Cell",
     "ComponentSummary",
+    "Gallery",
     "InformationCriteria",
     "LatentAxes",
+    "Map",
     "Picture",
     "Section",
     "Table",

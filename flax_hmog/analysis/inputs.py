@@ -22,6 +22,7 @@ class Geometry:
     Attributes:
         loadings: W (D, L).
         bias: b (D,).
+        noise_variances: diagonal of Psi (D,).
         whitened_loadings: A = F'W (D, L) with F F' = Psi^-1: the loadings where the noise is N(0, I).
         weights: w (K,).
         means: m (K, L).
@@ -30,6 +31,7 @@ class Geometry:
 
     loadings: Floats
     bias: Floats
+    noise_variances: Floats
     whitened_loadings: Floats
     weights: Floats
     means: Floats
@@ -67,13 +69,15 @@ def geometry(natural: object) -> Geometry:
     theta, precision = model.interaction, model.observable_precision
     noise, whitened = precision.inverse(), precision.cholesky().lower_solve(theta)
     loadings, bias = noise.times(theta), noise.times(model.observable_location[:, None])[:, 0]
+    variances = np.broadcast_to(noise.diagonal(), bias.shape)
     if frame is not None:  # in float64, which holds what the dtype of the model may not
         origin, unit = frame.exact()
-        loadings, bias = unit[:, None] * loadings, origin + unit * bias
+        loadings, bias, variances = unit[:, None] * loadings, origin + unit * bias, unit**2 * variances
     covariances = np.linalg.inv(model.prior.precision.entries)
     return Geometry(
         loadings=loadings,
         bias=bias,
+        noise_variances=variances,
         whitened_loadings=whitened,
         weights=np.exp(model.prior.log_weights),
         means=np.einsum("kij,kj->ki", covariances, model.prior.location),

@@ -121,7 +121,7 @@ def normalized_cut(affinity: np.ndarray, n_clusters: int) -> Int[np.ndarray, " K
 
 
 @public
-def information_hierarchy(affinity: Samples) -> Float[np.ndarray, "K-1 4"]:
+def information_hierarchy(affinity: Samples, *, labels: Samples | None = None) -> Float[np.ndarray, "K-1 4"]:
     """Hierarchy in which each merge loses the least information that one of two linked samples has on the other.
 
     The affinities, divided by their sum, are a joint distribution P of two components. Two are merged by adding up
@@ -134,6 +134,8 @@ def information_hierarchy(affinity: Samples) -> Float[np.ndarray, "K-1 4"]:
     Args:
         affinity: (K, K), symmetric, at least 0: from `component_affinity`, or T + T' of the table T = sum_n r_n r'_n of
             the responsibilities of samples and of their augmentations.
+        labels: the cluster of each component (K,), from `merge_components`: components of one cluster are merged before
+            any clusters are, so that these are branches of the hierarchy. None for the best merge at every step.
 
     Returns:
         Linkage matrix (K - 1, 4) as `cluster_hierarchy` gives it; its distances are the information lost so far, nats.
@@ -158,9 +160,14 @@ def information_hierarchy(affinity: Samples) -> Float[np.ndarray, "K-1 4"]:
     marginal = table.sum(axis=0)
     loss = _information_loss(table, marginal, gain, alive, alive)
     numbers, sizes, lost = alive.copy(), np.ones(count), 0.0
-    linkage = np.empty((count - 1, 4))
+    linkage, between = np.empty((count - 1, 4)), np.zeros((count, count))
+    clusters = alive if labels is None else as_membership(labels, count).argmax(axis=1)
+    if labels is not None:
+        between[clusters[:, None] != clusters] = np.inf
     for merge in range(count - 1):
-        left, right = divmod(int(np.argmin(loss)), count)
+        if len(alive) == clusters.max() + 1:
+            between[:] = 0
+        left, right = divmod(int(np.argmin(loss + between)), count)
         lost += max(float(loss[left, right]), 0.0)
         linkage[merge] = *sorted((numbers[left], numbers[right])), lost, sizes[left] + sizes[right]
         numbers[left], sizes[left] = count + merge, sizes[left] + sizes[right]

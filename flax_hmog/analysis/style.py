@@ -13,18 +13,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Paul Tol's "muted" colours and a blue, told apart with any colour vision, in an order that puts contrasts first.
+# After Paul Tol's "muted" colours and a blue, told apart with any colour vision, in an order that puts contrasts first;
+# each has a contrast of 3 and more on white. Reports have a lighter one of each for dark screens.
 PALETTE = (
     "#332288",
-    "#CC6677",
+    "#c4566b",
     "#117733",
-    "#DDAA33",
-    "#88CCEE",
+    "#b07a00",
+    "#3a94bf",
     "#882255",
-    "#44AA99",
-    "#999933",
-    "#AA4499",
-    "#0077BB",
+    "#2e9482",
+    "#7f7f1f",
+    "#aa4499",
+    "#0062a8",
+)
+DARK_PALETTE = (
+    "#8f85e0",
+    "#e88a9a",
+    "#4fb873",
+    "#e0b04a",
+    "#8ccbee",
+    "#d0639b",
+    "#57c4b2",
+    "#bdbd5a",
+    "#d583c6",
+    "#4a9fe0",
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
@@ -81,7 +94,7 @@ def add_colorbar(figure: Figure, mappable: Any, axes: Any, label: str) -> None:
     """A thin colour bar at the top right, with its quantity and unit."""
     bar = figure.colorbar(mappable, ax=axes, fraction=0.03, pad=0.02, aspect=30, anchor=(0.0, 1.0))
     bar.set_label(label, fontsize=TEXT, color=INK)
-    bar.ax.tick_params(labelsize=SMALL + 1, length=3)
+    bar.ax.tick_params(labelsize=SMALL + 1, length=3, colors=MUTED, labelcolor=INK)
     bar.outline.set_visible(False)
 
 

@@ -118,6 +118,12 @@ def run_columns(folder: Path) -> list[str] | None:
     return None if saved_steps(folder) else _run_file(folder).get("column_names")
 
 
+def run_command(folder: Path) -> str | None:
+    """The command that a run was made by; None where it was made by a function, or by a former version."""
+    command = _run_file(folder).get("command")
+    return None if command is None else str(command)
+
+
 def _run_file(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text())

@@ -18,6 +18,7 @@ from flax_hmog.data.files import File
 from flax_hmog.heads.from_natural import warm_start
 from flax_hmog.recipe.config import Experiment, flat_options
 from flax_hmog.recipe.em import EMStage
+from flax_hmog.recipe.facts import finished_stages, run_facts
 from flax_hmog.recipe.gradient import GradientStage
 from flax_hmog.recipe.inputs import Inputs, input_dim, input_image_shape, prepare_inputs
 from flax_hmog.recipe.load import keep_rows, load, read_data
@@ -52,6 +53,7 @@ def run(
     file: File | None = None,
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
+    command: str | None = None,
 ) -> Run:
     """All seeds of an experiment.
 
@@ -62,6 +64,7 @@ def run(
         file: rows and labels; None reads those of the configuration.
         on_step: called after every step.
         on_epoch: called at the end of EM and of every epoch.
+        command: as it was typed, for the report.
 
     Returns:
         The run, which gives the last checkpoint of every stage.
@@ -87,13 +90,23 @@ def run(
             _run_stages(stages, file)
         return stages
     workdir = Path(config.workdir)
-    with on_first_process(lambda: _claim(workdir, config, dataset)) or contextlib.nullcontext():
+    with on_first_process(lambda: _claim(workdir, config, dataset, command)) or contextlib.nullcontext():
         if is_first():
             console.print(f"{mesh.size} x {jax.devices()[0].device_kind}, run folder {workdir}")
         with log(workdir, config=config.options(), **dataclasses.asdict(config.logs)) as opened:
             stages = Run(config, mesh, opened, stop, models)
             _run_stages(stages, file)
+        if is_first():
+            _keep_facts(workdir, file)
     return stages
+
+
+def _keep_facts(workdir: Path, file: File) -> None:
+    """Note for the report what it needs of the data; where that fails, the report reads them."""
+    try:
+        run_facts(workdir, finished_stages(workdir)[0], file=file)
+    except Exception as error:
+        logger.warning("the report will have to read the data, as %s: %s", type(error).__name__, error)
 
 
 def with_batches(config: Experiment, mesh: Mesh, n_rows: int) -> Experiment:
@@ -164,7 +177,7 @@ def _train_head(stages: Run, seed: int, name: str, inputs: Inputs, linear: Linea
             raise Stopped
 
 
-def _claim(workdir: Path, config: Experiment, dataset: Dataset) -> FolderLock:
+def _claim(workdir: Path, config: Experiment, dataset: Dataset, command: str | None) -> FolderLock:
     """The lock of the run's folder, with the run's config in it.
 
     Raises:
@@ -175,7 +188,7 @@ def _claim(workdir: Path, config: Experiment, dataset: Dataset) -> FolderLock:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(workdir, argument="run: `workdir`")
         try:
-            _write_config(workdir, config, dataset)
+            _write_config(workdir, config, dataset, command)
         except BaseException:
             lock.release()
             raise
@@ -187,7 +200,7 @@ def _claim(workdir: Path, config: Experiment, dataset: Dataset) -> FolderLock:
     return lock
 
 
-def _write_config(workdir: Path, config: Experiment, dataset: Dataset) -> None:
+def _write_config(workdir: Path, config: Experiment, dataset: Dataset, command: str | None) -> None:
     """Write the run's config, or check that the run in the folder has the same, and the same data.
 
     Without a checkpoint nothing of another config is worth keeping: a mistake was made, and corrected.
@@ -206,6 +219,7 @@ def _write_config(workdir: Path, config: Experiment, dataset: Dataset) -> None:
             )
         wanted["heads"] = former.get("heads", {}) | wanted["heads"]  # checkpoints of all of them are there
     everything = {"config": config.options(), "result_options": wanted, "column_names": dataset.column_names}
+    everything["command"] = command
     path.with_suffix(".new").write_text(json.dumps(everything, indent=2) + "\n")
     path.with_suffix(".new").replace(path)
     if config.data.name == "memory":

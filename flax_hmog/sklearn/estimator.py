@@ -14,6 +14,7 @@ from flax_hmog.analysis.merging import merge_components
 from flax_hmog.em.batches import Learnt, learnt_from, next_batch
 from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.model.checks import allowing, named
+from flax_hmog.model.optional import require
 from flax_hmog.model_file import save
 from flax_hmog.sklearn.arguments import check_contamination, precision
 from flax_hmog.sklearn.fits import Fits
@@ -275,6 +276,47 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
         model = cls(**arguments)
         model.__dict__.update(attributes)
         return model
+
+    def report(
+        self,
+        path: str | Path,
+        X: Any,
+        y: Any = None,
+        *,
+        title: str = "Clusters of a table",
+        image_shape: tuple[int, ...] | None = None,
+        selection: Any = None,
+    ) -> Path:
+        """Write a page on the clusters of rows: one html file, with a map, tables that sort, and members of clusters.
+
+        Args:
+            path: of the file.
+            X: rows (N, D).
+            y: known labels (N,), for comparison only; some may be missing.
+            title: of the page.
+            image_shape: (height, width) or (height, width, 3) of a row, where rows are images.
+            selection: of `select`, whose table and recommendation are shown.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: without the extra `report`.
+            ValueError: for other columns, or labels of another number.
+
+        Example:
+            >>> import tempfile
+            >>> from flax_hmog.toy import x
+            >>> model = HMoG(n_components=3, lat_dim=2, random_state=0).fit(x)
+            >>> model.report(tempfile.mkdtemp() + "/report.html", x).name
+            'report.html'
+        """
+        rows = self._rows(X)
+        for package in ("jinja2", "matplotlib"):
+            require(package, "report")
+        from flax_hmog.sklearn.report import write_page  # which only this method needs
+
+        return write_page(self, path, rows, y, title=title, image_shape=image_shape, selection=selection)
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.summary()}" if hasattr(self, "natural_") else repr(self)

@@ -15,7 +15,7 @@ from experiments.benchmarks.kmeans_head import KMeansHead
 from experiments.configs import EXPERIMENTS
 from flax_hmog import Head, warm_start
 from flax_hmog.recipe import EM, Gradient, Model, Rounds, Template
-from flax_hmog.recipe.report import clusters_in_use, pair_agreement
+from flax_hmog.recipe.facts import clusters_in_use, pair_agreement
 
 
 def test_a_kmeans_head_is_a_mixture_of_equal_spheres():

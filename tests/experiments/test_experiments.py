@@ -259,7 +259,7 @@ def test_a_report_is_made_of_the_checkpoints_alone(folder, monkeypatch):
     (folder / "hidden").rename(folder / "metrics.jsonl")
     assert stop.value.code == 0
     page = (folder / "report.html").read_text()
-    parts = "PCA + GMM", "DifferentiableHMoG", "Cluster prototypes", "Hierarchy of the clusters", "data:image/png"
+    parts = "PCA + GMM", "DifferentiableHMoG", "Prototypes", "Hierarchy of the clusters", "data:image/png"
     for part in parts:
         assert part in page
     result = json.loads((folder / "result.json").read_text())

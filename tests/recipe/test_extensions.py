@@ -50,6 +50,8 @@ def test_a_data_source_and_a_score_are_a_file_each(files, capsys):
     assert main(["train", "synthetic", *options, *SMALL]) == 0
     for stage in ("em", "differentiable"):
         assert 0.5 < read_metrics(files / "run", stage=stage)[-1]["certainty"] <= 1
+    assert main(["report", "run"]) == 0  # of what the run has noted
+    (files / "run" / "report.npz").unlink()
     assert main(["report", "run"]) == 1
     assert "Add --allow-import if you trust it" in capsys.readouterr().err
     assert main(["report", "run", "--allow-import"]) == 0
@@ -89,6 +91,8 @@ def test_a_run_of_rows_in_memory_is_reported(tmp_path):
     assert np.isfinite(scores["em"][0]["train_log_density"])
     assert "test_log_density" not in scores["em"][0]
     (tmp_path / "moved" / "rows.npz").unlink()
+    assert main(["report", str(tmp_path / "moved")]) == 0
+    (tmp_path / "moved" / "report.npz").unlink()
     assert main(["report", str(tmp_path / "moved")]) == 1
 
 

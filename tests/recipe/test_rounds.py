@@ -16,8 +16,7 @@ from experiments.configs import EXPERIMENTS
 from flax_hmog import AnalyticHMoG, fit_em
 from flax_hmog.model.prepared import prepare
 from flax_hmog.networks.encoders import ConvNet
-from flax_hmog.recipe import EM, Augmentation, Gradient, Model, Rounds, Template
-from flax_hmog.recipe import report as analyze
+from flax_hmog.recipe import EM, Augmentation, Gradient, Model, Rounds, Template, facts
 from flax_hmog.recipe.encoders import init_encoder, make_encoder
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.models import Extra, Teacher, Trainable
@@ -290,9 +289,9 @@ def test_a_run_calls_nothing_that_its_checkpoints_name(rounds_folder, tmp_path):
     got, want = (read_metrics(path, stage="differentiable-2") for path in (tmp_path / "run", rounds_folder))
     assert without_times(got) == without_times(want)
     with pytest.raises(ValueError, match="`module` must be imported to take raw data"):
-        analyze.load_run(tmp_path / "run")
+        facts.collect(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"the module must be mlp or .*; got .*:leave_a_mark"):
-        analyze.load_run(tmp_path / "run", allow_import=True)
+        facts.collect(tmp_path / "run", allow_import=True)
     assert CALLED == []
 
 

@@ -102,6 +102,7 @@ def assert_same_course(got, want, nats=0.0, later=None):
 def test_several_processes_do_what_one_does(count, devices, one_process, tmp_path):
     assert finish(start(tmp_path, count, devices)) == [0] * count
     assert_same_course(tmp_path, one_process)
+    assert (tmp_path / "report.npz").is_file()  # which one of them has noted
     # one process restores what several have saved
     states = [restore(folder / "checkpoints" / "seed0" / "differentiable") for folder in (tmp_path, one_process)]
     for name, leaf in states[1].variables["params"].items():
