@@ -39,7 +39,7 @@ def model_sections(
     image_shape: tuple[int, ...] | None = None,
     has_encoder: bool = False,
 ) -> Iterator[Section]:
-    """What there is to say of a model and its clusters, the clusters first.
+    """The sections on a model and its clusters, the clusters first.
 
     Args:
         portrait: of rows.
@@ -123,7 +123,7 @@ def _members_table(portrait: Portrait, order: list[int]) -> Table:
 
 
 def row_details(portrait: Portrait, place: int) -> dict[str, Any]:
-    """What there is to say of a row of the sample."""
+    """The line of a row of the sample."""
     is_single = len(portrait.cluster_rows) == 1
     details: dict[str, Any] = {
         "row": int(portrait.row[place]),
@@ -224,7 +224,7 @@ def _short(value: Any) -> Any:
 
 
 def uncertainty_section(portrait: Portrait) -> Section:
-    """How sure the assignments are, which clusters share rows, and which rows the model holds for least probable."""
+    """The certainty of assignments, clusters that share rows, and rows that the model holds for least probable."""
     figure = style.new_figure(style.WIDTH, 3.2)
     axes = figure.subplots()
     edges = np.linspace(0, 1, BINS + 1)

@@ -170,7 +170,7 @@ def _gallery(gallery: Gallery) -> dict[str, Any]:
 
 
 def _map(given: Map, images: Sheet | None) -> str:
-    """What the script reads of a map, as JSON that is safe inside a page."""
+    """The map as the script reads it, as JSON that is safe inside a page."""
     colors = {name: {"values": _ints(values), "names": list(names)} for name, (values, names) in given.colors.items()}
     data: dict[str, Any] = {
         "axes": [

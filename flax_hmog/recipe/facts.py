@@ -35,7 +35,7 @@ DIGESTED_BYTES = 4_000_000_000  # of rows; of more, some blocks stand for all
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a report says of a run beside its checkpoints.
+    """The facts of a report that checkpoints do not hold.
 
     Attributes:
         stages: the finished stages, and the step of the checkpoint that they ended with.
@@ -313,7 +313,7 @@ def _about_data(dataset: Dataset) -> dict[str, Any]:
 
 
 def _date(folder: Path) -> str:
-    """When the last checkpoint was written."""
+    """The time at which the last checkpoint was written."""
     written = max(path.stat().st_mtime for path in folder.glob("checkpoints/*/*/*"))
     return datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="minutes")
 

@@ -94,7 +94,7 @@ def title(stage: Stage) -> str:
 
 
 def summary(config: dict[str, Any], facts: Facts, restored: Restored, done: Stages) -> str:
-    """What was fitted, which model is described and why, and what trained heads lost."""
+    """The models that were fitted, which of them is described and why, and what trained heads lost."""
     portrait, data = facts.portrait, facts.data
     natural = restored.natural
     n_clusters, n_components = len(portrait.cluster_rows), len(portrait.clusters)

@@ -117,7 +117,7 @@ class Probe:
         return float((np.trace(table) - chance) / (1 - chance)) if chance < 1 else None
 
     def _learnt(self, clusters: np.ndarray, train: np.ndarray, square: Floats, asked: np.ndarray) -> np.ndarray:
-        """What linear discriminants that learn on some rows say of others."""
+        """Clusters of rows as said by linear discriminants that have learnt on others."""
         x, weights, clusters = self.x[train], self.weights[train], clusters[train]
         mass = np.bincount(clusters, weights, clusters.max() + 1)
         sums = np.zeros((len(mass), x.shape[1]))

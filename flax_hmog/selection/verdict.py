@@ -89,7 +89,7 @@ def _against_probe(rows: Sequence[Scores], good: list[int], best: int) -> list[s
 
 
 def _cautions(rows: Sequence[Scores], fitted: list[int], best: int) -> list[str]:
-    """What to know beside: seeds that differ, the edge of the table, fits that did not converge or failed."""
+    """Cautions: seeds that differ, the edge of the table, fits that did not converge or failed."""
     row, told = rows[best], []
     if row.agreement is not None and row.agreement < SAME_CLUSTERS:
         told.append(
