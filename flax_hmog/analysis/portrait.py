@@ -54,7 +54,9 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Portrait:
-    """The picture that rows give of K components in C clusters. Rows of the sample (M,) are members of clusters and an even choice.
+    """The picture that rows give of K components in C clusters.
+
+    Rows of the sample (M,) are members of clusters and an even choice.
 
     Attributes:
         about: "rows", how many were looked at, "of", out of how many, and "labels" and "columns", their names or None.
