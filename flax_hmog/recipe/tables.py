@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flax_hmog.data.columns import choose_columns, rows_of
 from flax_hmog.model.optional import require
 from flax_hmog.selection.command import select_command
@@ -85,11 +87,19 @@ def fit_command(options: argparse.Namespace) -> None:
 def select_of_file(options: argparse.Namespace) -> None:
     """Compare sizes of models on the table of a file."""
     tables = _tables()
+    from flax_hmog.sklearn.background import scattered
+
     table = tables.read_rows(options.rows, options.layer, options.obsm)
     columns = choose_columns(table, options.id, options.one_hot, options.leave_out)
     rows = rows_of(table, columns)
     print(*tables.described(options.rows, table, columns, rows)[:-1], sep="\n")
-    select_command(rows, options, columns.features)
+    wild = scattered(rows, np.ones(len(rows)))
+    print(f"  wild         {int(wild.sum())} rows far from all others; left out, as is what is constant")
+    rows = rows[~wild]
+    varies = np.nanmin(rows, axis=0) < np.nanmax(rows, axis=0)
+    select_command(
+        rows[:, varies], options, [name for name, is_kept in zip(columns.features, varies, strict=True) if is_kept]
+    )
 
 
 def predict_command(options: argparse.Namespace) -> None:

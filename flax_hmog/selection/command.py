@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from rich.console import Console
 from flax_hmog.selection.compare import select
 from flax_hmog.selection.plot import plot_selection
 from flax_hmog.selection.table import Selection
+
+FILE_WIDTH = 120  # of output that goes to no terminal
 
 ABOUT = """\
 Compare numbers of components and factors and kinds of noise, without labels.
@@ -60,7 +63,8 @@ def select_command(
         n_components=options.n_components, lat_dim=options.lat_dim, obs_rep=options.noise, n_clusters=options.clusters,
         workdir=options.workdir, progress=True, columns=columns, **given,
     )  # fmt: skip
-    (console or Console()).print(found)
+    wide = None if sys.stdout.isatty() else FILE_WIDTH
+    (console or Console(width=wide)).print(found, highlight=False)
     if options.out is not None:
         found.save(options.out)
     if options.figure is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -27,6 +28,7 @@ SHOWN = {
     "clusters_in_use": "clusters",
     "seconds": "CPU s",
 }
+FULL_WIDTH, LESS = 100, ("entropy", "seconds")  # characters of a line with all columns, and those that go first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,38 +193,44 @@ class Selection:
             columns=saved.columns,
         )
 
-    def __rich__(self) -> Any:
+    def __rich_console__(self, console: Any, options: Any) -> Any:
         """The table and its verdict, for rich."""
-        from rich.console import Group
         from rich.table import Table
 
-        table = Table(*(f"{heading}" for heading in ("", *SHOWN.values())), box=None, pad_edge=False)
+        left_out = set() if len({row.obs_rep for row in self.rows}) > 1 else {"obs_rep"}
+        left_out |= set(LESS) if options.max_width < FULL_WIDTH else set()
+        shown = {name: heading for name, heading in SHOWN.items() if name not in left_out}
+        table = Table("", *shown.values(), box=None, pad_edge=False)
         for number, row in enumerate(self.rows):
             style = "bold" if number == self.recommended else "dim" if row.failure else ""
-            table.add_row("*" if number == self.recommended else "", *cells(row), style=style)
-        return Group(table, "", *self.reasons)
+            table.add_row("*" if number == self.recommended else "", *cells(row, shown), style=style)
+        yield table
+        yield ""
+        yield from self.reasons
 
     def __str__(self) -> str:
         from rich.console import Console
 
         console = Console(width=120, color_system=None)
         with console.capture() as captured:
-            console.print(self.__rich__(), highlight=False)
+            console.print(self, highlight=False)
         return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def cells(row: Scores) -> list[str]:
-    """The cells of a row in the printed table."""
+def cells(row: Scores, names: Iterable[str]) -> list[str]:
+    """The cells of these columns of a row in the printed table; the cause of a failure in place of the first score."""
+    sizes = {"n_components": str(row.n_components), "lat_dim": str(row.lat_dim), "obs_rep": row.obs_rep}
     if row.failure is not None:
-        return [str(row.n_components), str(row.lat_dim), row.obs_rep, f"failed: {row.failure}"]
-    given = {
-        "held_out": f"{row.held_out:.3f} ± {row.held_out_error:.3f}",
-        "behind": f"{row.behind:.3f} ± {row.behind_error:.3f}" if row.behind else "best",
+        return [*(size for name, size in sizes.items() if name in names), f"failed: {row.failure}"]
+    digits = 3 if cast(float, row.held_out_error) < 1 else 1
+    given = sizes | {
+        "held_out": f"{row.held_out:.{digits}f} ± {row.held_out_error:.{digits}f}",
+        "behind": f"{row.behind:.{digits}f} ± {row.behind_error:.{digits}f}" if row.behind else "best",
         "bic": f"{row.bic:.0f}",
         "icl": f"{row.icl:.0f}",
         "seconds": f"{row.seconds:.2f}",
     }
-    return [given.get(name) or _cell(getattr(row, name)) for name in SHOWN]
+    return [given.get(name) or _cell(getattr(row, name)) for name in names]
 
 
 def _cell(value: Any) -> str:

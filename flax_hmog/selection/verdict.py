@@ -44,7 +44,10 @@ def verdict_of(
     if len(usable) < len(large):
         lead += " Other kinds of noise are not compared by density: columns share their bounds, as pixels do."
     against = [*_against_bic(rows, large, best), *_against_icl(rows, large, best), *_against_probe(rows, good, best)]
-    summary = "The criteria disagree." if against else "Held-out log-density, BIC and ICL agree on it."
+    held_out = "its held-out log-density is " + ("the best" if best == top else "not clearly below the best")
+    summary = (
+        "The criteria disagree." if against else f"The criteria agree: BIC and ICL are lowest for it, and {held_out}."
+    )
     return best, not against, (lead, summary, *against, *_cautions(rows, fitted, best))
 
 

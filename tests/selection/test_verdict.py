@@ -20,7 +20,7 @@ def test_the_lowest_bic_within_one_standard_error_of_the_best_density():
     assert told == (
         "Recommended: K = 2, L = 2, diagonal noise, the lowest BIC of the 3 settings whose held-out log-density is "
         "within one standard error (0.1 nats per row) of the best.",
-        "Held-out log-density, BIC and ICL agree on it.",
+        "The criteria agree: BIC and ICL are lowest for it, and its held-out log-density is not clearly below the best.",
     )
 
 
