@@ -188,7 +188,7 @@ def test_table_and_figure(selection):
     table = selection.table()
     assert table["n_components"] == [1, 2, 3]
     assert table["generalisation"][0] is None
-    assert "*  3  1  diagonal" in str(selection)
+    assert "*  3  1  -" in str(selection)
     assert [axes.get_title(loc="left") for axes in plot_selection(selection).axes][1] == "BIC"
 
 
