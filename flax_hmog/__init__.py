@@ -49,6 +49,7 @@ from flax_hmog.model.structure import SharedBase, Structure
 from flax_hmog.model_file import SavedModel, load, save
 from flax_hmog.selection.compare import select
 from flax_hmog.selection.plot import plot_selection
+from flax_hmog.selection.study import sweep
 from flax_hmog.selection.table import Scores, Selection
 
 __version__ = _version("flax-hmog")
@@ -130,6 +131,7 @@ __all__ = [
     "save",
     "select",
     "split_conjugated",
+    "sweep",
     "symmetric_hmog",
     "unravel_mean",
     "unravel_natural",

@@ -36,10 +36,11 @@ from flax_hmog.recipe.tables import (
     fit_command,
     predict_command,
     select_of_file,
+    sweep_of_file,
 )
 from flax_hmog.recipe.train import run
 from flax_hmog.selection.command import ABOUT as ABOUT_SELECT
-from flax_hmog.selection.command import add_select_options
+from flax_hmog.selection.command import ABOUT_SWEEP, add_select_options, add_sweep_options
 from flax_hmog.training import export, write_program
 from flax_hmog.training.processes import STOPPED, Stopped, StopRequest, connect, is_first
 from flax_hmog.training.programs import keep_programs
@@ -60,6 +61,7 @@ from a mixture. Every row gets the probability of every cluster, and a density.
   hmog export runs/mine program                       one program from raw rows to clusters, for serving with jax alone
   hmog select rows.csv --n-components 2,4,8 --lat-dim 1,2,4
                                                       which numbers of components and factors, without labels
+  hmog sweep rows.csv --storage study.log             many sizes, by Optuna; several processes share the file
   hmog describe runs/mine                             what the folder, or a model of hmog fit, holds
 
 Rows are .npy, .npz, .csv, .parquet or .h5ad files. A run that was interrupted goes on by the same command. Compiled
@@ -157,6 +159,9 @@ def _parser() -> argparse.ArgumentParser:
     selected = add("select", select_of_file, ABOUT_SELECT, of_a_run=None)
     add_column_options(selected)
     add_select_options(selected)
+    swept = add("sweep", sweep_of_file, ABOUT_SWEEP, of_a_run=None)
+    add_column_options(swept)
+    add_sweep_options(swept)
     add("train", None, TRAIN, of_a_run=None).add_argument("name", choices=list(PRESETS), help="what to train on")
     _add_import(add("report", _report, "Scores, figures and a page, report.html, from the checkpoints of a run."))
     or_file = ", or a file of hmog fit"

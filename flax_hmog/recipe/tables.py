@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_hmog.data.columns import choose_columns, rows_of
 from flax_hmog.model.optional import require
-from flax_hmog.selection.command import select_command
+from flax_hmog.selection.command import select_command, sweep_command
 
 ABOUT = """\
 Cluster the rows of a table, in one go: from a file to a file with one line for each row.
@@ -86,6 +86,18 @@ def fit_command(options: argparse.Namespace) -> None:
 
 def select_of_file(options: argparse.Namespace) -> None:
     """Compare sizes of models on the table of a file."""
+    rows, names = _rows_to_compare(options)
+    select_command(rows, options, names)
+
+
+def sweep_of_file(options: argparse.Namespace) -> None:
+    """Search sizes of models on the table of a file."""
+    rows, _ = _rows_to_compare(options)
+    sweep_command(rows, options)
+
+
+def _rows_to_compare(options: argparse.Namespace) -> tuple[np.ndarray, list[str]]:
+    """Rows of a file that are not far from all others, and the names of the columns that vary."""
     tables = _tables()
     from flax_hmog.sklearn.background import scattered
 
@@ -97,9 +109,7 @@ def select_of_file(options: argparse.Namespace) -> None:
     print(f"  wild         {int(wild.sum())} rows far from all others; left out, as is what is constant")
     rows = rows[~wild]
     varies = np.nanmin(rows, axis=0) < np.nanmax(rows, axis=0)
-    select_command(
-        rows[:, varies], options, [name for name, is_kept in zip(columns.features, varies, strict=True) if is_kept]
-    )
+    return rows[:, varies], [name for name, is_kept in zip(columns.features, varies, strict=True) if is_kept]
 
 
 def predict_command(options: argparse.Namespace) -> None:

@@ -98,7 +98,7 @@ def select(
     settings = settings_of(n_components, lat_dim, obs_rep)
     if n_clusters is not None:
         check_size("n_clusters", n_clusters)
-    rows, kept, left_out = _rows(x, weights, settings, key, options, missing, n_folds)
+    rows, kept, left_out = rows_to_compare(x, weights, settings, key, options, missing, n_folds)
     if columns is None and is_table(x) and hasattr(x, "columns"):
         columns = x.columns
     fits, probe = Fits(rows, key, options, workdir), Probe(rows.x, rows.weights, rows.folds)
@@ -159,8 +159,8 @@ class _Compared:
         clusters, probabilities = described[best]
         held_out, seconds, converged = np.empty(len(rows.x)), 0.0, True
         for fold in range(int(rows.folds.max()) + 1):
-            found, own = fits.without(self.setting, fold), rows.folds == fold
-            held_out[own] = _inferred(found, rows, own).log_density
+            found = fits.without(self.setting, fold)
+            held_out[rows.folds == fold] = _held_out(found, rows, fold)
             seconds, converged = seconds + found.seconds, converged and found.converged
         assigned = [each.argmax(axis=1) for _, each in described]
         total, log_density = weights.sum(), outputs[best].log_density.astype(np.float64)
@@ -199,7 +199,7 @@ def _check_options(options: EMOptions) -> None:
         )
 
 
-def _rows(
+def rows_to_compare(
     x: Samples, weights: Samples | None, settings: list[Setting], key: Array, options: EMOptions, missing: str,
     n_folds: int,
 ) -> tuple[Rows, np.ndarray, tuple[int, ...]]:  # fmt: skip
@@ -212,7 +212,7 @@ def _rows(
     kept[wild] = False
     if wild:
         warnings.warn(
-            f"select: {len(wild)} rows are left out, as an entry is more than `max_distance` = "
+            f"{door()}: {len(wild)} rows are left out, as an entry is more than `max_distance` = "
             f"{options.max_distance:g} typical distances from the median; the first is row {wild[0]}. Check them, or "
             "raise max_distance.",
             WildRowsWarning,
@@ -222,6 +222,15 @@ def _rows(
         raise ValueError(f"{door()}: `x` must have at least 2 rows for each fold; got {count}. Lower n_folds.")
     effective = np.asarray(effective_weights(check_weights(share[kept], (count,), np.float32)), np.float64)
     return Rows(given[kept], effective, folds_of(count, n_folds, FOLD_SEED), missing), kept, tuple(wild)
+
+
+def held_out_densities(fits: Fits, setting: Setting, fold: int) -> tuple[np.ndarray, Floats]:
+    """The mask of the rows of a fold (N,), and their log-densities under the model of the others."""
+    return fits.rows.folds == fold, _held_out(fits.without(setting, fold), fits.rows, fold)
+
+
+def _held_out(found: Found, rows: Rows, fold: int) -> Floats:
+    return np.asarray(_inferred(found, rows, rows.folds == fold).log_density, np.float64)
 
 
 def _inferred(found: Found, rows: Rows, chosen: np.ndarray | slice = slice(None)) -> HMoGOutput:

@@ -159,7 +159,7 @@ class Fits:
     def _check_folder(self, path: Path) -> None:
         """Write what the fits depend on to the folder; ValueError where the folder is that of others."""
         own = {
-            "rows": _digest(self.rows.x, self.rows.weights, self.rows.folds),
+            "rows": digest(self.rows.x, self.rows.weights, self.rows.folds),
             "key": np.asarray(_key_data(self.key)).tolist(),
             "options": repr(self.options),
             "missing": self.rows.missing,
@@ -214,7 +214,8 @@ def _key_data(key: Array) -> Array:
     return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
 
 
-def _digest(*arrays: np.ndarray) -> str:
+def digest(*arrays: np.ndarray) -> str:
+    """A digest of arrays with their dtypes and shapes."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype}{array.shape}".encode())
