@@ -20,15 +20,15 @@ import flax_hmog.training
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md"))]
-TRAINING = "encoders.md"  # whose blocks train longer than they compile
+TRAINING = {"encoders.md", "images.md"}  # whose blocks train longer than they compile
 PACKAGES = (
     flax_hmog, flax_hmog.networks, flax_hmog.nnx, flax_hmog.analysis, flax_hmog.training, flax_hmog.recipe, flax_hmog.sklearn,
 )  # fmt: skip
 SHOWN_ELSEWHERE = {"RULES", "Statistics", "WarmStartInfo"}  # a table, and what a function with an example returns
 QUESTIONS = {"What", "Where", "Whether", "Which", "Whose", "When", "How", "Of", "Why"}
 LONG = {
-    "choosing.md", "derivations.md", "encoders.md", "model.md", "nnx.md", "performance.md", "report.md", "sharp_bits.md",
-    "sklearn.md", "tables.md", "training.md",
+    "checkpoints.md", "choosing.md", "derivations.md", "encoders.md", "images.md", "model.md", "nnx.md", "performance.md",
+    "report.md", "sharp_bits.md", "single_cells.md", "sklearn.md", "tables.md", "training.md",
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def pages_with_code():
 
 @pytest.mark.parametrize("page", list(pages_with_code()))
 def test_code_blocks_run(page, tmp_path, monkeypatch, request):
-    if page.name == TRAINING:
+    if page.name in TRAINING:
         request.getfixturevalue("optimized")
     document = Sybil(parsers=[PythonCodeBlockParser()]).parse(page)
     examples = list(document.examples())

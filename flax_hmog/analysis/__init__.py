@@ -6,6 +6,7 @@ all of these and jinja2 (extra `report`).
 
 from flax_hmog.analysis.clusters import (
     ComponentSummary,
+    cluster_differences,
     cluster_hierarchy,
     cluster_prototypes,
     co_assignment,
@@ -44,6 +45,7 @@ __all__ = [
     "Section",
     "Table",
     "canonical_loadings",
+    "cluster_differences",
     "cluster_hierarchy",
     "cluster_prototypes",
     "clustering_metrics",

@@ -257,6 +257,45 @@ def cluster_prototypes(natural: Natural, *, labels: Samples | None = None) -> Fl
 
 
 @public
+def cluster_differences(natural: Natural, *, labels: Samples | None = None) -> Float[np.ndarray, "C D"]:
+    """Difference of each cluster's mean from the mean of all others, in standard deviations within clusters.
+
+        d_cj = (E[x_j | c] - E[x_j | not c]) / sqrt(sum_c w_c Var(x_j | c))
+
+    The columns with the largest ones mark the cluster: marker genes, for example.
+
+    Args:
+        natural: the model.
+        labels: the cluster of each component (K,), from `merge_clusters`; None for the components themselves.
+
+    Returns:
+        Differences (K, D) or (n_clusters, D); they do not depend on the units of x.
+
+    Raises:
+        TypeError: if `natural` is of another coordinate type.
+        ValueError: unless there are two clusters or more, and one label per component, or if the model does not exist.
+
+    Example:
+        >>> from flax_hmog.toy import natural
+        >>> int(cluster_differences(natural)[0].argmax())  # the column that marks the first cluster
+        2
+    """
+    model = geometry(natural)
+    membership = as_membership(np.arange(len(model.means)) if labels is None else labels, len(model.means))
+    if membership.shape[1] < 2:
+        raise ValueError("cluster_differences: `natural` must have two clusters or more; got 1. There are no others.")
+    shares = model.weights @ membership
+    means = model.means @ model.loadings.T
+    centers = (membership * model.weights[:, None] / shares).T @ means
+    # E[x | c] - E[x] = (1 - w_c) (E[x | c] - E[x | not c])
+    gaps = (centers - model.weights @ means) / (1 - shares[:, None])
+    within = np.einsum("k,kij->ij", model.weights, model.covariances)
+    spread = np.sum((model.loadings @ within) * model.loadings, axis=1) + model.noise_variances
+    variances = spread + model.weights @ (means - membership @ centers) ** 2
+    return cast(Floats, gaps / np.sqrt(variances))
+
+
+@public
 def component_summary(natural: Natural, x: Samples) -> ComponentSummary:
     """Size, crispness and extent of each component.
 

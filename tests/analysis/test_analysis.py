@@ -15,6 +15,7 @@ from flax_hmog.analysis import (
     Picture,
     Section,
     canonical_loadings,
+    cluster_differences,
     cluster_hierarchy,
     cluster_prototypes,
     clustering_metrics,
@@ -179,6 +180,26 @@ def test_prototypes_are_the_dense_means(rep):
     )
     everything = cluster_prototypes(natural, labels=np.zeros(4, int))[0]
     np.testing.assert_allclose(everything, natural_to_mean(natural).observable_mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rep", [Scale, Diagonal, PositiveDefinite])
+def test_differences_are_those_of_dense_mixtures(rep):
+    moments, natural = random_moments(*SHAPE, rep=rep), random_model(*SHAPE, rep=rep)
+    means, covariances, _ = dense(moments)
+    weights, labels = np.asarray(moments.weights, np.float64), np.array([0, 1, 0, 2])
+
+    def mixture(chosen):
+        w, m, c = weights[chosen], means[chosen], np.einsum("kdd->kd", covariances[chosen])
+        mean = np.average(m, axis=0, weights=w)
+        return mean, np.average(c + m**2, axis=0, weights=w) - mean**2, w.sum()
+
+    parts = [mixture(labels == c) for c in range(3)]
+    deviation = np.sqrt(sum(variance * share for _, variance, share in parts))
+    expected = [(mixture(labels == c)[0] - mixture(labels != c)[0]) / deviation for c in range(3)]
+    np.testing.assert_allclose(cluster_differences(natural, labels=labels), expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(cluster_differences(natural), cluster_differences(natural, labels=np.arange(4)))
+    with pytest.raises(ValueError, match="cluster_differences: `natural` must have two clusters or more; got 1"):
+        cluster_differences(natural, labels=np.zeros(4, int))
 
 
 @pytest.mark.parametrize("rep", [Scale, Diagonal, PositiveDefinite])
