@@ -417,3 +417,14 @@ def test_what_an_estimator_returns_can_be_written_to():
             model.labels_,
         )
         assert all(array.flags.writeable for array in found)
+
+
+def test_cells_are_rows():
+    anndata = pytest.importorskip("anndata")
+    x, _ = table()
+    cells = anndata.AnnData(x.to_numpy(), var=pd.DataFrame(index=COLUMNS))
+    model = small().fit(cells)
+    assert list(model.feature_names_in_) == COLUMNS
+    np.testing.assert_array_equal(model.predict(cells), model.predict(cells.to_df()))
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.predict(cells[:, ::-1])

@@ -92,8 +92,9 @@ class FittedModel(BaseEstimator):  # type: ignore[misc]
         return self._checked(X, reset=False)
 
     def _checked(self, X: Any, **options: Any) -> np.ndarray:
-        """Rows (N, D) of float64 or float32."""
+        """Rows (N, D) of float64 or float32; of an AnnData those of its `X`, under the names of its variables."""
         allows = self.missing == "nan"
+        X = X.to_df() if hasattr(type(X), "var_names") and hasattr(type(X), "to_df") else X
         if is_table(X) and hasattr(X, "columns"):
             check_columns(X, allows)
         finite = "allow-nan" if allows else True
