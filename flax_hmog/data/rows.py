@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from flax_hmog.data.containers import in_memory
+from flax_hmog.data.shards import Shards, beside, by_rows, on_shards, reshaped, row_shards, with_auto_axes, zeros_for
 from flax_hmog.model.checks import check_finite, check_shape, door, is_concrete, may_miss
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.frames import has_more_digits
@@ -28,47 +29,11 @@ from flax_hmog.model.kinds import (
 from flax_hmog.model.prior import with_prior
 from flax_hmog.model.typed import Data, R, Rows, Samples, Tree, jit
 
-DATA_AXIS = "data"  # the mesh axis over which rows lie
 # floats that the rows of a block may hold: on CPUs so that they stay in the cache, elsewhere so that kernels are long
 BLOCK_FLOATS = {"cpu": 2**22}
 LONG_BLOCK_FLOATS = 2**27
 MIN_ROWS, MAX_ROWS = 256, 2**16
 MOST_REPEATS, WHOLE = 1000, 1e-3  # of weights that are counts: the largest, and how far from a whole number
-
-Shards: TypeAlias = tuple[Mesh | AbstractMesh, tuple[str, ...]] | None
-"""A mesh and those of its axes over which rows are split; None for rows in one place."""
-
-
-def row_shards(x: Array) -> Shards:
-    """Over what a pass over the first axis of `x` is split.
-
-    Of an array its sharding says so. That of a tracer is not known yet: its rows are taken to lie over the axis `data`
-    of the mesh in scope, as `jax.set_mesh` or `make_train_step` sets it. Devices along the other axes hold the same
-    rows and share the work on them.
-    """
-    if x.ndim < 2:
-        return None
-    if isinstance(x, jax.core.Tracer):
-        mesh = jax.sharding.get_abstract_mesh()
-        is_there = not mesh.empty and DATA_AXIS in mesh.axis_names
-        return _with_free_axes(mesh, (DATA_AXIS,), x.shape[0]) if is_there else None
-    sharding = getattr(x, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
-        return None
-    names = sharding.spec[0]
-    return _with_free_axes(sharding.mesh, (names,) if isinstance(names, str) else tuple(names), x.shape[0])
-
-
-def _with_free_axes(mesh: Mesh | AbstractMesh, names: tuple[str, ...], count: int) -> Shards:
-    """These axes and, where they divide the rows, all others; None for axes that do not split rows."""
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if any(kinds[name] != AxisType.Auto for name in names):
-        return None
-    for axes in (names + tuple(name for name in mesh.axis_names if name not in names), names):
-        size = math.prod(mesh.shape[name] for name in axes)
-        if size > 1 and count % size == 0 and all(kinds[name] == AxisType.Auto for name in axes):
-            return mesh, axes
-    return None
 
 
 def on_host(rows: Array) -> np.ndarray:
@@ -101,17 +66,12 @@ def sum_rows(function: Callable[[Any, Any, Array], R], operands: Tree, rows: Tre
         The sums.
     """
     if shards is None:
-        return _sum_blocks(function, operands, rows, limit, ())
-    mesh, names = shards
+        return _sum_blocks(function, operands, rows, limit)
 
     def on_one_device(operands: Tree, rows: Tree) -> Any:
-        return jax.lax.psum(_sum_blocks(function, operands, rows, limit, names), names)
+        return jax.lax.psum(_sum_blocks(function, operands, rows, limit), shards[1])
 
-    specs = PartitionSpec(), PartitionSpec(names)
-    share: Callable[..., R] = jax.shard_map(
-        on_one_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), axis_names=frozenset(names)
-    )
-    return share(operands, rows)
+    return on_shards(on_one_device, operands, rows, shards, PartitionSpec())
 
 
 def map_rows(function: Callable[[Any, Array], R], operands: Tree, x: Array, limit: int, shards: Shards) -> R:
@@ -119,20 +79,13 @@ def map_rows(function: Callable[[Any, Array], R], operands: Tree, x: Array, limi
 
     Blocks are rematerialised in reverse mode: memory stays O(block) under `grad`.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = reshaped(x, (-1, x.shape[-1]))
     # an exported program for any number of rows takes them at once
     count = rows.shape[0]
     blocks = -(-count // limit) if isinstance(count, int) else 1
     if shards is not None:
-        mesh, names = shards
-        share: Callable[..., R] = jax.shard_map(
-            lambda operands, rows: map_rows(function, operands, rows, limit, None),
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(names)),
-            out_specs=PartitionSpec(names),
-            axis_names=frozenset(names),
-        )
-        out = share(operands, rows)
+        local: Callable[..., R] = lambda operands, rows: map_rows(function, operands, rows, limit, None)  # noqa: E731
+        out = on_shards(local, operands, rows, shards, PartitionSpec(shards[1]))
     elif blocks <= 1:
         out = function(operands, rows)
     else:
@@ -146,12 +99,10 @@ def map_rows(function: Callable[[Any, Array], R], operands: Tree, x: Array, limi
         out = jax.tree.map(
             lambda piece: jnp.concatenate([piece[:-1].reshape(-1, *piece.shape[2:]), piece[-1, tail:]]), pieces
         )
-    return cast(R, jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], *leaf.shape[1:]), out))
+    return cast(R, jax.tree.map(lambda leaf: reshaped(leaf, (*x.shape[:-1], *leaf.shape[1:])), out))
 
 
-def _sum_blocks(
-    function: Callable[[Any, Any, Array], R], operands: Tree, rows: Tree, limit: int, names: tuple[str, ...]
-) -> R:
+def _sum_blocks(function: Callable[[Any, Any, Array], R], operands: Tree, rows: Tree, limit: int) -> R:
     count = jax.tree.leaves(rows)[0].shape[0]
     blocks = -(-count // limit)
     if blocks <= 1:
@@ -163,9 +114,7 @@ def _sum_blocks(
         block = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), rows)
         return function(operands, block, jnp.arange(size) + start >= index * size)
 
-    zeros: R = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(block_sums, 0))
-    if names:
-        zeros = jax.lax.pcast(zeros, names, to="varying")
+    zeros: R = zeros_for(jax.eval_shape(block_sums, 0), operands, rows)
     add = lambda total, index: (jax.tree.map(jnp.add, total, block_sums(index)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, jnp.arange(blocks))[0]
 
@@ -176,7 +125,7 @@ def check_samples(natural: object, x: Data, weights: Samples | None) -> tuple[Na
     if x.size == 0:
         raise ValueError(f"{door()}: `x` must hold at least one sample (N, D); got shape {x.shape}. Give more samples.")
     weights = check_weights(weights, x.shape[:-1], x.dtype)
-    return model, x.reshape(-1, x.shape[-1]), weights.reshape(-1)
+    return model, reshaped(x, (-1, x.shape[-1])), reshaped(weights, (-1,))
 
 
 def check_weights(weights: Samples | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -241,7 +190,8 @@ def enter(
         check_noise(parameters.observable_precision)
     interaction, frame = parameters.interaction, parameters.frame
     given = check_given(x, interaction.shape[0], argument=argument)
-    rows = as_rows(given, interaction.dtype, argument=argument, row_numbers=row_numbers)
+    rows = by_rows(as_rows(given, interaction.dtype, argument=argument, row_numbers=row_numbers, keeps_axes=True))
+    model = beside(model, rows)
     if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
         to_units = not may_miss()
         rows = jnp.asarray(frame.inward_on_host(given, to_units=to_units), interaction.dtype)
@@ -283,12 +233,18 @@ def check_given(x: Any, obs_dim: int | None, *, argument: str = "x") -> Any:
 
 
 def as_rows(
-    x: Rows, dtype: DTypeLike, *, argument: str = "x", row_numbers: np.ndarray | None = None, is_finite: bool = False
+    x: Rows,
+    dtype: DTypeLike,
+    *,
+    argument: str = "x",
+    row_numbers: np.ndarray | None = None,
+    is_finite: bool = False,
+    keeps_axes: bool = False,
 ) -> Array:
     """Observations of `check_given` in the working dtype: the one place where they are converted.
 
     Those that were seen to be finite before are not looked at again (`is_finite`). NaN is a missing entry where there
-    may be such (`may_miss`).
+    may be such (`may_miss`). Explicit axes become Auto, but where `keeps_axes`.
 
     Raises:
         ValueError: for entries that are not finite in this dtype.
@@ -298,11 +254,7 @@ def as_rows(
             x = np.asarray(x, dtype)
             is_finite = is_finite or bool(np.isfinite(x.sum()))
         rows = jnp.asarray(x, dtype)
-    sharding = None if isinstance(rows, jax.core.Tracer) else rows.sharding
-    if isinstance(sharding, NamedSharding) and any(kind != AxisType.Auto for kind in sharding.mesh.axis_types):
-        # on the same devices, with axes that the compiler may choose
-        mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
-        rows = jax.device_put(rows, NamedSharding(mesh, sharding.spec))
+    rows = rows if keeps_axes else with_auto_axes(rows)
     if not is_finite:
         check_finite(argument, rows, row_numbers=row_numbers, or_nan=may_miss())
     return rows

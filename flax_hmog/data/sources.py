@@ -17,15 +17,14 @@ from flax_hmog.data.containers import dense, is_array, is_in_blocks, is_read_by_
 from flax_hmog.data.framing import Framing
 from flax_hmog.data.labels import check_labels
 from flax_hmog.data.rows import (
-    Shards,
     as_rows,
     check_given,
     check_weights,
     effective_weights,
     enter,
     on_host,
-    row_shards,
 )
+from flax_hmog.data.shards import Shards, row_shards
 from flax_hmog.model.checks import check_precision, door, is_concrete
 from flax_hmog.model.coordinates import Natural, Prepared
 from flax_hmog.model.frames import has_more_digits

@@ -11,7 +11,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.data.rows import Shards
+from flax_hmog.data.shards import Shards
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.sparse import Assignments, SparseInfo, kept_pass, sparse_pass
 from flax_hmog.em.step import em_info, next_moments

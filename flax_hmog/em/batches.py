@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from flax_hmog.data.framing import Framing
-from flax_hmog.data.rows import row_shards
+from flax_hmog.data.shards import row_shards
 from flax_hmog.data.sources import as_source
 from flax_hmog.em.fit import Fit, wild_rows
 from flax_hmog.em.online import OnlineState, one_batch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from flax_hmog.data.rows import row_shards
+from flax_hmog.data.shards import row_shards
 from flax_hmog.data.sources import RowsOnDevice
 from flax_hmog.em.accelerate import find, follow
 from flax_hmog.em.options import Regularizer

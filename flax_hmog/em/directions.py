@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.data.rows import Shards, block_rows, map_rows, sum_rows
+from flax_hmog.data.rows import block_rows, map_rows, sum_rows
+from flax_hmog.data.shards import Shards
 from flax_hmog.model.coordinates import outer
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import (

@@ -7,7 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.data.rows import Shards, map_rows
+from flax_hmog.data.rows import map_rows
+from flax_hmog.data.shards import Shards
 from flax_hmog.em.directions import latent_directions, tame_rows
 from flax_hmog.em.options import PseudoCounts
 from flax_hmog.em.step import one_step

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_hmog.data.framing import Framing
-from flax_hmog.data.rows import row_shards
+from flax_hmog.data.shards import on_auto_axes, row_shards
 from flax_hmog.data.sources import RowsOnDevice, Stream, as_source
 from flax_hmog.em.cycles import follow_start, take_step
 from flax_hmog.em.initialize import check_columns, check_counts, frame_of, starts
@@ -44,6 +44,7 @@ ROUNDING = 100  # units in the last place of objective and dimension that object
 
 
 @public
+@on_auto_axes
 def fit_em(
     head: HeadSizes,
     data: Data,

@@ -20,9 +20,9 @@ from flax_hmog.data.rows import (
     check_weights,
     effective_weights,
     on_host,
-    row_shards,
     sum_rows,
 )
+from flax_hmog.data.shards import on_auto_axes, row_shards
 from flax_hmog.em.directions import LEAST_SPREAD, Directions, latent_directions, project
 from flax_hmog.em.fill import filled_rows
 from flax_hmog.em.k_means import cluster_sums, is_large, k_means, members
@@ -43,6 +43,7 @@ ISOTROPIC_SHARE = 1e-2  # unit variance mixed into the pooled covariance, so tha
 
 
 @public
+@on_auto_axes
 def initialize_moments(
     head: HeadSizes,
     data: Data,

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flax_hmog.data.rows import Shards, block_rows, map_rows, sum_rows
+from flax_hmog.data.rows import block_rows, map_rows, sum_rows
+from flax_hmog.data.shards import Shards, on_shards
 from flax_hmog.em.pairs import sorted_pairs
 from flax_hmog.model.kinds import Array, matmul
 from flax_hmog.model.typed import Block, Tree
@@ -238,12 +239,5 @@ def cluster_sums(
     rows = points, share, labels
     if shards is None:
         return local_sums(operands, rows)
-    mesh, names = shards
-    return jax.shard_map(
-        lambda operands, rows: jax.lax.psum(local_sums(operands, rows), names),
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(names)),
-        out_specs=PartitionSpec(),
-        axis_names=frozenset(names),
-        check_vma=False,
-    )(operands, rows)
+    summed: Callable[..., Any] = lambda operands, rows: jax.lax.psum(local_sums(operands, rows), shards[1])  # noqa: E731
+    return on_shards(summed, operands, rows, shards, PartitionSpec(), check_vma=False)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from flax_hmog.data.rows import Shards, sum_rows
+from flax_hmog.data.rows import sum_rows
+from flax_hmog.data.shards import Shards
 from flax_hmog.model.coordinates import Prepared, ResidualMoments
 from flax_hmog.model.incomplete import Conditioned, Conditioner, condition, incomplete_block_rows, split_rows
 from flax_hmog.model.kinds import Array, PositiveDefinite, matmul, pytree

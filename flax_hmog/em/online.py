@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_hmog.data.rows import Shards, check_observations, check_samples, row_shards
+from flax_hmog.data.rows import check_observations, check_samples
+from flax_hmog.data.shards import Shards, on_auto_axes, row_shards
 from flax_hmog.em.fit import Fit
 from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.options import EMOptions, Regularizer, chosen_options
@@ -92,6 +93,7 @@ def mix(old: ResidualMoments, new: ResidualMoments, rate: Array | float) -> Resi
 
 
 @public
+@on_auto_axes
 def fit_online_em(
     head: HeadSizes,
     data: Data,

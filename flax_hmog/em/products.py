@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from flax_hmog.data.rows import block_rows, map_rows, row_shards
+from flax_hmog.data.rows import block_rows, map_rows
+from flax_hmog.data.shards import row_shards
 from flax_hmog.model.algebra import split_product
 from flax_hmog.model.checks import door
 from flax_hmog.model.coordinates import Natural, Prepared

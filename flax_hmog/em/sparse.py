@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flax_hmog.data.rows import Shards, block_rows, map_rows
+from flax_hmog.data.rows import block_rows, map_rows
+from flax_hmog.data.shards import Shards, on_shards
 from flax_hmog.em.pairs import Pairs, component_matrices, pair_logits, pair_sums, sorted_pairs
 from flax_hmog.em.screen import ROUNDING, Screen, make_screen, upper_bounds
 from flax_hmog.em.statistics import Statistics, basis_loadings
@@ -176,21 +177,14 @@ def _on_shards(
     """`function(operands, rows)` on the rows of every shard: sums, which are added up once, largest ones, and own."""
     if shards is None:
         return function(operands, rows)
-    mesh, names = shards
+    names = shards[1]
 
     def on_one_device(operands: Any, rows: Any) -> tuple[Any, ...]:
         sums, largest, own = function(operands, rows)
         return jax.lax.psum(sums, names), jax.lax.pmax(largest, names), own
 
-    specs = PartitionSpec(), PartitionSpec(names)
-    return jax.shard_map(
-        on_one_device,
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(names)),
-        axis_names=frozenset(names),
-        check_vma=False,
-    )(operands, rows)
+    specs = PartitionSpec(), PartitionSpec(), PartitionSpec(names)
+    return on_shards(on_one_device, operands, rows, shards, specs, check_vma=False)
 
 
 def _sparse_rows(

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from flax_hmog.data.rows import Shards, block_rows, check_samples, row_shards, sum_rows
+from flax_hmog.data.rows import block_rows, check_samples, sum_rows
+from flax_hmog.data.shards import Shards, row_shards
 from flax_hmog.em.missing import IncompleteStatistics, accumulate_incomplete
 from flax_hmog.model.checks import public
 from flax_hmog.model.conversions import in_units_of_x

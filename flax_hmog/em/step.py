@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from flax_hmog.data.rows import Shards, check_samples, row_shards
+from flax_hmog.data.rows import check_samples
+from flax_hmog.data.shards import Shards, row_shards
 from flax_hmog.em.missing import IncompleteStatistics
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.padding import InUse

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flax_hmog.data.shards import whole
 from flax_hmog.model.algebra import orthonormalize
 from flax_hmog.model.coordinates import Natural, Prior, natural_bias
 from flax_hmog.model.kinds import Array, PositiveDefinite, Rep, diagonal, einsum, matmul
@@ -80,7 +81,7 @@ def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, structure: Structu
     Returns:
         `Natural`, with its prior.
     """
-    rep = structure.rep
+    leaves, rep = whole(leaves), structure.rep
     if rep is PositiveDefinite or structure.has_base:
         whitened, means, prior, posterior = _full_components(leaves, rep, bounds)
         location = einsum("kij,kj->ki", prior, means)

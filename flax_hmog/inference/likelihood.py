@@ -12,7 +12,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Float
 
 from flax_hmog.data.containers import is_in_blocks
-from flax_hmog.data.rows import Shards, block_rows, check_samples, map_rows, row_shards
+from flax_hmog.data.rows import block_rows, check_samples, map_rows
+from flax_hmog.data.shards import Shards, row_shards
 from flax_hmog.data.sources import entered
 from flax_hmog.em.statistics import Statistics, accumulate, basis_loadings, log_likelihood
 from flax_hmog.inference.missing import infer_incomplete

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from flax_hmog.data.containers import is_in_blocks
-from flax_hmog.data.rows import Shards, block_rows, enter, map_rows
+from flax_hmog.data.rows import block_rows, enter, map_rows
+from flax_hmog.data.shards import Shards
 from flax_hmog.data.sources import entered
 from flax_hmog.inference.missing import infer_incomplete, posterior_precisions
 from flax_hmog.inference.outputs import HMoGOutput as HMoGOutput

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flax_hmog.data.rows import Shards, map_rows, row_shards
+from flax_hmog.data.rows import map_rows
+from flax_hmog.data.shards import Shards, row_shards
 from flax_hmog.model.typed import jit
 from flax_hmog.networks.encoders import train_arguments
 from flax_hmog.recipe.config import Experiment

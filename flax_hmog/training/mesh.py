@@ -1,4 +1,4 @@
-"""The device mesh and where things lie on it: batches over `data`, leaves by the rule table."""
+"""The device mesh and where things lie on it: leaves by the rule table, batches over the other axes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from flax_hmog.model.checks import check_size, public
 
 RULES = (("component", "model"), ("observed", "model"), ("latent", None))
-"""Logical axis of a leaf to mesh axis; None replicates."""
+"""Logical axis of a leaf to mesh axis; None replicates. An axis that a mesh lacks splits nothing."""
+LEAF_AXES = tuple({axis for _, axis in RULES if axis is not None})
 MIN_SHARDED = 2**14  # entries of a leaf below which it is replicated
 
 logger = logging.getLogger(__name__)
@@ -53,13 +54,13 @@ def make_mesh(*, model: int = 1, devices: Sequence[jax.Device] | None = None) ->
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data axis.
+    """Rows of a batch over the axes of a mesh that split no leaves, as `data` of `make_mesh`.
 
     Example:
         >>> tuple(batch_sharding(make_mesh()).spec)
         ('data',)
     """
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(tuple(name for name in mesh.axis_names if name not in LEAF_AXES)))
 
 
 def rows_multiple(mesh: Mesh) -> int:
@@ -68,7 +69,7 @@ def rows_multiple(mesh: Mesh) -> int:
 
 
 def global_rows(mesh: Mesh, shape: tuple[int, ...], read: Callable[[slice], Any]) -> jax.Array:
-    """Rows spread over the data axis of a mesh that may span several processes, of which each reads only its own.
+    """Rows spread as `batch_sharding` says over a mesh that may span several processes, of which each reads only its own.
 
     Args:
         mesh: the mesh.
@@ -115,6 +116,7 @@ def tree_shardings(abstract: object, mesh: Mesh, rules: Any = RULES, min_size: i
         >>> tree_shardings({"bias": jax.ShapeDtypeStruct((4,), np.float32)}, make_mesh())["bias"].is_fully_replicated
         True
     """
+    rules = [(name, axis if axis in mesh.axis_names else None) for name, axis in rules]
     shardings = spmd.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, rules)
 
     def of_leaf(path: Any, leaf: Any, sharding: NamedSharding) -> NamedSharding:

@@ -60,7 +60,7 @@ def create_state(
             forward pass.
         optimizer: optax transformation.
         x: a batch (B, D), of which shape and dtype are read.
-        mesh: of `make_mesh`.
+        mesh: of `make_mesh`, or another; its axes may be Explicit.
         min_sharded: entries of a leaf below which it is replicated.
 
     Returns:
@@ -131,8 +131,8 @@ def make_train_step(
         mesh: the mesh.
 
     Returns:
-        `step(state, x, extra=None) -> (state, loss)`; the given state is donated, x (B, D) is split over the data axis,
-        which must divide B, and `extra` (any tree of arrays that the loss needs) is replicated. Its first call raises
+        `step(state, x, extra=None) -> (state, loss)`; the given state is donated, x (B, D) is split as
+        `batch_sharding` says, by axes that must divide B, and `extra` (any tree of arrays that the loss needs) is replicated. Its first call raises
         ValueError for a loss that returns something else.
 
     Example:

@@ -204,7 +204,7 @@ import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_sparse import apart, equal_statistics, find, follow, kept_pass, finish_step, prepare, sparse_pass
-from flax_hmog.data.rows import row_shards
+from flax_hmog.data.shards import row_shards
 
 natural, factors, x = apart("diagonal", spread=2.0)
 weights, labels = jnp.linspace(0.0, 2.0, len(x)), jnp.where(jnp.arange(len(x)) % 5 == 0, 3, -1)

@@ -13,7 +13,7 @@ ON_EIGHT_DEVICES = """
 import json, re, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import NamedSharding, PartitionSpec
 from flax_hmog import *
-from flax_hmog.data import rows
+from flax_hmog.data import rows, shards
 from flax_hmog.em import statistics
 from flax_hmog.model.prepared import prepare
 from flax_hmog.training import create_state, make_mesh, make_train_step
@@ -63,7 +63,7 @@ for model in (1, 2):
     for count in (2048, 8192):
         x = jax.device_put(np.resize(draws, (count, D)), over_data)
         weights = jax.device_put(np.ones(count, np.float32), over_data)
-        lowered = statistics.accumulate.lower(factors, x, weights, shards=rows.row_shards(x))
+        lowered = statistics.accumulate.lower(factors, x, weights, shards=shards.row_shards(x))
         passes[count] = collectives(lowered.compile())
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(statistics.accumulate(factors, x, weights)))
     report[model] = {"gap": gap, "passes": passes, "statistics": size}
