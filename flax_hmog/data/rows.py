@@ -18,7 +18,17 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from flax_hmog.data.containers import in_memory
-from flax_hmog.data.shards import Shards, beside, by_rows, on_shards, reshaped, row_shards, with_auto_axes, zeros_for
+from flax_hmog.data.shards import (
+    Shards,
+    beside,
+    by_rows,
+    on_shards,
+    reshaped,
+    row_shards,
+    whole,
+    with_auto_axes,
+    zeros_for,
+)
 from flax_hmog.model.checks import check_finite, check_shape, door, is_concrete, may_miss
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.frames import has_more_digits
@@ -68,8 +78,8 @@ def sum_rows(function: Callable[[Any, Any, Array], R], operands: Tree, rows: Tre
     if shards is None:
         return _sum_blocks(function, operands, rows, limit)
 
-    def on_one_device(operands: Tree, rows: Tree) -> Any:
-        return jax.lax.psum(_sum_blocks(function, operands, rows, limit), shards[1])
+    def on_one_device(operands: Tree, rows: Tree) -> R:
+        return cast(R, jax.lax.psum(_sum_blocks(function, operands, rows, limit), shards[1]))
 
     return on_shards(on_one_device, operands, rows, shards, PartitionSpec())
 
@@ -124,7 +134,7 @@ def check_samples(natural: object, x: Data, weights: Samples | None) -> tuple[Na
     model, x, _ = enter(natural, x)
     if x.size == 0:
         raise ValueError(f"{door()}: `x` must hold at least one sample (N, D); got shape {x.shape}. Give more samples.")
-    weights = check_weights(weights, x.shape[:-1], x.dtype)
+    weights = beside(check_weights(weights, x.shape[:-1], x.dtype), x)
     return model, reshaped(x, (-1, x.shape[-1])), reshaped(weights, (-1,))
 
 
@@ -190,8 +200,10 @@ def enter(
         check_noise(parameters.observable_precision)
     interaction, frame = parameters.interaction, parameters.frame
     given = check_given(x, interaction.shape[0], argument=argument)
-    rows = by_rows(as_rows(given, interaction.dtype, argument=argument, row_numbers=row_numbers, keeps_axes=True))
-    model = beside(model, rows)
+    # out of the scope of a mesh a derivative cannot be taken on Explicit axes
+    keeps = is_concrete(model) or not jax.sharding.get_abstract_mesh().empty
+    rows = by_rows(as_rows(given, interaction.dtype, argument=argument, row_numbers=row_numbers, keeps_axes=keeps))
+    model = whole(beside(model, rows))
     if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
         to_units = not may_miss()
         rows = jnp.asarray(frame.inward_on_host(given, to_units=to_units), interaction.dtype)

@@ -67,17 +67,15 @@ def on_shards(
     explicit = _axes(mesh, AxisType.Explicit)
     if explicit:
         operands, rows = _resharded(operands, mesh, ()), _resharded(rows, mesh, (names,))
-    return cast(
-        R,
-        jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), PartitionSpec(names)),
-            out_specs=out_specs,
-            axis_names=frozenset(names) | frozenset(explicit),
-            **options,
-        )(operands, rows),
+    share: Callable[..., R] = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(names)),
+        out_specs=out_specs,
+        axis_names=frozenset(names) | frozenset(explicit),
+        **options,
     )
+    return share(operands, rows)
 
 
 def zeros_for(shapes: Tree, *given: Tree) -> Any:
@@ -107,22 +105,19 @@ def by_rows(x: Array) -> Array:
     return cast(Array, _resharded(x, sharding.mesh, (names,) if names and x.ndim > 1 else ()))
 
 
-def beside(model: R, x: Array) -> R:
-    """A model as a whole on the devices of rows x, with axes of their kind: to be computed with together with them."""
-    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+def beside(tree: R, x: Array) -> R:
+    """Arrays that lie on the devices of rows x with axes of the kind that these have, so that both go together."""
+    sharding: Any = x.sharding if _is_sharded(x) else None
 
     def moved(leaf: Any) -> Any:
-        if isinstance(leaf, jax.core.Tracer):
-            return whole(leaf)
-        own = getattr(leaf, "sharding", None)
-        if not isinstance(own, NamedSharding):
+        if sharding is None or not _is_sharded(leaf) or leaf.sharding.device_set != sharding.device_set:
             return leaf
-        is_other = isinstance(sharding, NamedSharding) and own.mesh.axis_types != sharding.mesh.axis_types
-        if is_other and own.device_set == sharding.device_set:
-            return jax.device_put(leaf, NamedSharding(sharding.mesh, PartitionSpec()))
-        return whole(leaf)
+        if leaf.sharding.mesh.axis_types == sharding.mesh.axis_types:
+            return leaf
+        same = set(jax.tree.leaves(tuple(leaf.sharding.spec))) <= set(sharding.mesh.axis_names)
+        return jax.device_put(leaf, NamedSharding(sharding.mesh, leaf.sharding.spec if same else PartitionSpec()))
 
-    return cast(R, jax.tree.map(moved, model))
+    return cast(R, jax.tree.map(moved, tree))
 
 
 def whole(tree: R) -> R:

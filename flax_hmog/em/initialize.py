@@ -14,7 +14,6 @@ from jax.typing import DTypeLike
 
 from flax_hmog.data.framing import robust_frame, share_bounds
 from flax_hmog.data.rows import (
-    Shards,
     block_rows,
     check_observations,
     check_weights,
@@ -22,7 +21,7 @@ from flax_hmog.data.rows import (
     on_host,
     sum_rows,
 )
-from flax_hmog.data.shards import on_auto_axes, row_shards
+from flax_hmog.data.shards import Shards, on_auto_axes, row_shards
 from flax_hmog.em.directions import LEAST_SPREAD, Directions, latent_directions, project
 from flax_hmog.em.fill import filled_rows
 from flax_hmog.em.k_means import cluster_sums, is_large, k_means, members

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from flax_hmog.data.shards import with_auto_axes
 from flax_hmog.model.checks import check_size, check_type, door, public
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, within_covariance
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, matmul, pytree
@@ -219,7 +220,9 @@ def chosen_options(function: str, options: EMOptions, changes: Mapping[str, Any]
     check_type("options", options, EMOptions, "Give EMOptions(...), and single options by their names.")
     check_used(function, options, changes)
     check_options(changes)
-    return dataclasses.replace(options, **changes)
+    options = dataclasses.replace(options, **changes)
+    arrays = {name: with_auto_axes(getattr(options, name)) for name in ("init", "regularizer")}
+    return dataclasses.replace(options, **arrays)
 
 
 def check_used(function: str, options: EMOptions, names: Iterable[str] = ()) -> None:

@@ -69,7 +69,7 @@ def rows_multiple(mesh: Mesh) -> int:
 
 
 def global_rows(mesh: Mesh, shape: tuple[int, ...], read: Callable[[slice], Any]) -> jax.Array:
-    """Rows spread as `batch_sharding` says over a mesh that may span several processes, of which each reads only its own.
+    """Rows spread as `batch_sharding` says over a mesh that may span processes, of which each reads only its own.
 
     Args:
         mesh: the mesh.

@@ -132,8 +132,8 @@ def make_train_step(
 
     Returns:
         `step(state, x, extra=None) -> (state, loss)`; the given state is donated, x (B, D) is split as
-        `batch_sharding` says, by axes that must divide B, and `extra` (any tree of arrays that the loss needs) is replicated. Its first call raises
-        ValueError for a loss that returns something else.
+        `batch_sharding` says, by axes that must divide B, and `extra` (any tree of arrays that the loss needs) is
+        replicated. Its first call raises ValueError for a loss that returns something else.
 
     Example:
         >>> import flax.linen as nn, optax

@@ -1,0 +1,103 @@
+"""Meshes whose axes are Auto, Explicit (JAX's default) or Manual, of any name: results are those of one device."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from devices import on_cpus
+
+ON_DEVICES = """
+import json, sys, jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from flax import nnx
+from flax_hmog import *
+from flax_hmog import nnx as native
+from flax_hmog.data import rows
+from flax_hmog.training import create_state, make_train_step
+
+count, kinds = int(sys.argv[1]), sys.argv[2].split(",")
+rows.MIN_ROWS = rows.MAX_ROWS = 16  # so that a device has several blocks
+D, L, K = 4, 2, 2
+analytic, heads = AnalyticHMoG(L, K, D), [DifferentiableHMoG(L, K, D), SymmetricHMoG(L, K, D)]
+draws = np.random.default_rng(0).standard_normal((128, D)).astype(np.float32) * np.arange(1, D + 1, dtype=np.float32)
+natural = moments_to_natural(initialize_moments(analytic, draws, jax.random.key(0)))
+analytic_variables = warm_start(analytic, natural)[0]
+given = [(head, warm_start(head, natural, draws)[0]) for head in heads]
+
+def results(x, mesh):
+    loss = lambda head: lambda variables, x: -head.apply(variables, x, method="mean_log_density")
+    trees = {
+        "infer": infer(natural, x),
+        "infer in jit": jax.jit(infer)(natural, x),
+        "gradient": jax.grad(mean_log_density)(natural, x),
+        "gradient of rows": jax.jit(jax.grad(mean_log_density, argnums=1))(natural, x),
+        "em_step": em_step(natural, x)[0],
+        "fit_em": fit_em(analytic, x, jax.random.key(0), max_steps=2).natural,
+        "step of EM": analytic.apply(analytic_variables, x, train=True, mutable=["em"])[1],
+        "nnx": native.from_linen(*given[0])(x),
+    }
+    for head, variables in given:
+        name = type(head).__name__
+        trees[name] = head.apply(variables, x)
+        trees[name + ", gradient in jit"] = jax.jit(jax.grad(loss(head)))(variables, x)
+    head, variables = given[0]
+    state = create_state(head, variables, optax.sgd(1e-2), draws, mesh, min_sharded=1)
+    step = make_train_step(lambda variables, x, _: (loss(head)(variables, x), {}), state, mesh)
+    trees["train step"] = step(state, draws)[0].params
+    trees["warm_start"] = warm_start(head, natural, x)[0]
+    return trees
+
+def gaps(got, want):
+    gap = lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b)) / (1 + np.abs(np.asarray(b)))))
+    leaves = lambda tree: [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return {name: max(map(gap, leaves(got[name]), leaves(want[name]))) for name in want}
+
+want = results(jnp.asarray(draws), jax.make_mesh((1,), ("one",), (AxisType.Auto,), devices=jax.devices()[:1]))
+report = {}
+names, shape = (("one", "model"), (2, 2)) if count == 4 else (("one",), (count,))
+for kind in kinds:
+    mesh = jax.make_mesh(shape, names, (getattr(AxisType, kind),) * len(shape))
+    x = jax.device_put(draws, NamedSharding(mesh, P(names)))
+    with jax.set_mesh(mesh):
+        got = results(x, mesh)
+        if count > 1:
+            sharding = got["infer"].latent_mean.sharding
+            assert sharding.mesh == mesh and sharding.is_equivalent_to(NamedSharding(mesh, P(names)), 2), sharding
+        infer(got["fit_em"], x)  # a fit goes with its rows
+        infer(natural, x)
+        once = infer.__wrapped__.__globals__["_by_blocks"]._cache_size()
+        infer(natural, x)
+        assert infer.__wrapped__.__globals__["_by_blocks"]._cache_size() == once
+    infer(got["fit_em"], x), jax.grad(mean_log_density)(natural, x)  # out of the scope of the mesh
+    report[kind] = gaps(got, want)
+    own = lambda f, out: jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(P(), P(names)), out_specs=out))
+    mean = lambda natural, x: jax.lax.pmean(mean_log_density(natural, x), names)
+    manual = {
+        "infer": own(infer, P(names))(natural, x),
+        "gradient": own(lambda natural, x: jax.grad(mean)(natural, x), P())(natural, x),
+        "nnx": own(given[0][0].apply, P(names))(given[0][1], x),
+    }
+    report["Manual, " + kind] = gaps(manual, {name: want[name] for name in manual})
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "kinds"), [(1, "Explicit"), *(pytest.param(n, "Auto,Explicit", marks=pytest.mark.slow) for n in (2, 4))]
+)
+def test_results_are_those_of_one_device(count, kinds):
+    environment = on_cpus(count)
+    environment["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    run = subprocess.run(
+        [sys.executable, "-c", ON_DEVICES, str(count), kinds],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    for kind, gaps in report.items():
+        for name, gap in gaps.items():
+            assert gap < 2e-4, (kind, name)
