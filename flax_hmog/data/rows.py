@@ -14,21 +14,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from flax_hmog.data.containers import in_memory
-from flax_hmog.data.shards import (
-    Shards,
-    beside,
-    by_rows,
-    on_shards,
-    reshaped,
-    row_shards,
-    whole,
-    with_auto_axes,
-    zeros_for,
-)
+from flax_hmog.data.shards import Shards, beside, on_shards, reshaped, together, with_auto_axes, zeros_for
 from flax_hmog.model.checks import check_finite, check_shape, door, is_concrete, may_miss
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
 from flax_hmog.model.frames import has_more_digits
@@ -89,7 +79,7 @@ def map_rows(function: Callable[[Any, Array], R], operands: Tree, x: Array, limi
 
     Blocks are rematerialised in reverse mode: memory stays O(block) under `grad`.
     """
-    rows = reshaped(x, (-1, x.shape[-1]))
+    rows = x if x.ndim == 2 else reshaped(x, (-1, x.shape[-1]))
     # an exported program for any number of rows takes them at once
     count = rows.shape[0]
     blocks = -(-count // limit) if isinstance(count, int) else 1
@@ -109,6 +99,8 @@ def map_rows(function: Callable[[Any, Array], R], operands: Tree, x: Array, limi
         out = jax.tree.map(
             lambda piece: jnp.concatenate([piece[:-1].reshape(-1, *piece.shape[2:]), piece[-1, tail:]]), pieces
         )
+    if x.ndim == 2:
+        return out
     return cast(R, jax.tree.map(lambda leaf: reshaped(leaf, (*x.shape[:-1], *leaf.shape[1:])), out))
 
 
@@ -134,8 +126,11 @@ def check_samples(natural: object, x: Data, weights: Samples | None) -> tuple[Na
     model, x, _ = enter(natural, x)
     if x.size == 0:
         raise ValueError(f"{door()}: `x` must hold at least one sample (N, D); got shape {x.shape}. Give more samples.")
-    weights = beside(check_weights(weights, x.shape[:-1], x.dtype), x)
-    return model, reshaped(x, (-1, x.shape[-1])), reshaped(weights, (-1,))
+    if weights is not None:
+        weights = beside(check_weights(weights, x.shape[:-1], x.dtype), x)
+    else:
+        weights = jnp.ones(x.shape[:-1], x.dtype)
+    return (model, x, weights) if x.ndim == 2 else (model, reshaped(x, (-1, x.shape[-1])), reshaped(weights, (-1,)))
 
 
 def check_weights(weights: Samples | None, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -200,16 +195,17 @@ def enter(
         check_noise(parameters.observable_precision)
     interaction, frame = parameters.interaction, parameters.frame
     given = check_given(x, interaction.shape[0], argument=argument)
-    # out of the scope of a mesh a derivative cannot be taken on Explicit axes
-    keeps = is_concrete(model) or not jax.sharding.get_abstract_mesh().empty
-    rows = by_rows(as_rows(given, interaction.dtype, argument=argument, row_numbers=row_numbers, keeps_axes=keeps))
-    model = whole(beside(model, rows))
+    rows = as_rows(given, interaction.dtype, argument=argument, row_numbers=row_numbers, keeps_axes=True)
+    shards: Shards = None
+    is_in_one_place = is_concrete(rows) and isinstance(rows.sharding, SingleDeviceSharding)
+    if not (is_in_one_place and jax.sharding.get_abstract_mesh().empty):
+        model, rows, shards = together(model, rows)
     if frame is not None and is_concrete(frame) and has_more_digits(given, interaction.dtype):
         to_units = not may_miss()
         rows = jnp.asarray(frame.inward_on_host(given, to_units=to_units), interaction.dtype)
         applied = parameters.in_frame(frame.applied(to_units=to_units))
         model = dataclasses.replace(model, natural=applied) if isinstance(model, Prepared) else applied
-    return model, rows, row_shards(rows)
+    return model, rows, shards
 
 
 def check_observations(

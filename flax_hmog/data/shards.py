@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flax_hmog.model.checks import is_concrete
 from flax_hmog.model.kinds import Array
 from flax_hmog.model.typed import P, R, Tree
 
@@ -96,13 +97,22 @@ def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
     )
 
 
-def by_rows(x: Array) -> Array:
-    """Rows that are split over their first axis at most, as passes over them take them, where axes are Explicit."""
+def together(model: R, x: Array) -> tuple[R, Array, Shards]:
+    """A model and rows x as functions of both take them, and the shards of the rows.
+
+    Of Explicit axes those of the first axis of x stay; the model is gathered.
+    """
+    own = jax.typeof(x).sharding if isinstance(x, jax.core.Tracer) else x.sharding
+    is_in_scope = not jax.sharding.get_abstract_mesh().empty
+    if not is_in_scope and (not isinstance(own, NamedSharding) or own.mesh.empty):
+        return model, x, None
+    if not is_in_scope and not is_concrete(model):
+        x = with_auto_axes(x)  # derivatives can be taken on Explicit axes only in the scope of their mesh
     sharding = jax.typeof(x).sharding
-    if not any(axes is not None for axes in sharding.spec[1:]):
-        return x
-    _, names = _first_axes(x)
-    return cast(Array, _resharded(x, sharding.mesh, (names,) if names and x.ndim > 1 else ()))
+    if any(axes is not None for axes in sharding.spec[1:]):
+        _, names = _first_axes(x)
+        x = _resharded(x, sharding.mesh, (names,) if names and x.ndim > 1 else ())
+    return whole(beside(model, x)), x, row_shards(x)
 
 
 def beside(tree: R, x: Array) -> R:

@@ -81,7 +81,8 @@ def leaves_to_natural(leaves: dict[str, Array], obs_rep: Rep, structure: Structu
     Returns:
         `Natural`, with its prior.
     """
-    leaves, rep = whole(leaves), structure.rep
+    leaves = leaves if jax.sharding.get_abstract_mesh().empty else whole(leaves)
+    rep = structure.rep
     if rep is PositiveDefinite or structure.has_base:
         whitened, means, prior, posterior = _full_components(leaves, rep, bounds)
         location = einsum("kij,kj->ki", prior, means)
