@@ -69,7 +69,7 @@ def test_what_fulfils_the_protocol_is_a_head(head):
     assert isinstance(head, Head)
     for other in (MLP(4), Clusterer(MLP(4), head), Inline(), None, {}):
         assert not isinstance(other, Head)
-    with pytest.raises(TypeError, match=r"fit_em: `head` must be a head, .* what flax_hmog\.Head lists; got MLP"):
+    with pytest.raises(TypeError, match=r"fit_em: `head` must be a head, .* what flax_hmog\.HeadSizes lists; got MLP"):
         fit_em(MLP(4), X, KEY)
 
 
