@@ -183,7 +183,8 @@ def _explicit_mesh(*arguments: Any) -> Any:
 def _with_mesh(x: Any, mesh: Mesh) -> Any:
     if not _is_sharded(x) or x.sharding.mesh.axis_names != mesh.axis_names:
         return x
-    return jax.device_put(x, NamedSharding(mesh, x.sharding.spec))
+    spec = PartitionSpec(*x.sharding.spec[: x.ndim])  # that of a scalar of one device may have an entry
+    return jax.device_put(x, NamedSharding(mesh, spec))
 
 
 def _is_sharded(x: Any) -> bool:
