@@ -119,7 +119,7 @@ def select(
         rows=scores,
         recommended=number,
         agrees=agrees,
-        reasons=reasons,
+        reasons=(*reasons, *_constants(rows.x)),
         natural=cast(Natural, best.natural),
         clusters=cast(np.ndarray, best.clusters),
         assignments=assignments,
@@ -222,6 +222,17 @@ def rows_to_compare(
         raise ValueError(f"{door()}: `x` must have at least 2 rows for each fold; got {count}. Lower n_folds.")
     effective = np.asarray(effective_weights(check_weights(share[kept], (count,), np.float32)), np.float64)
     return Rows(given[kept], effective, folds_of(count, n_folds, FOLD_SEED), missing), kept, tuple(wild)
+
+
+def _constants(x: np.ndarray) -> list[str]:
+    """A sentence on columns that are constant, if any."""
+    found = np.flatnonzero(np.nanmin(x, axis=0) == np.nanmax(x, axis=0))
+    if not len(found):
+        return []
+    return [
+        f"{len(found)} of {x.shape[1]} columns are constant, the first is {found[0]}: pseudo-samples alone bound "
+        "their density, each number of factors otherwise, so that all densities and BIC move. Leave them out."
+    ]
 
 
 def held_out_densities(fits: Fits, setting: Setting, fold: int) -> tuple[np.ndarray, Floats]:

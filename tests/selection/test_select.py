@@ -217,3 +217,11 @@ def test_the_command_prints_the_table_and_writes_model_and_figure(x, tmp_path, c
     assert "Recommended: K = 3, L = 1, diagonal noise" in " ".join(capsys.readouterr().out.split())
     assert Selection.load(out).columns == ("a", "b", "c", "d")
     assert figure.stat().st_size > 1000
+
+
+def test_constant_columns_are_named():
+    x = np.asarray(np.random.default_rng(0).normal(size=(40, 3)), np.float32)
+    given = {"n_components": 1, "lat_dim": 1, "n_seeds": 1}
+    still = np.column_stack([x[:, :2], np.full(40, 7.0, np.float32), x[:, 2:]])
+    assert "1 of 4 columns are constant, the first is 2" in select(still, jax.random.key(0), **given).reasons[-1]
+    assert "constant" not in select(x, jax.random.key(0), **given).reasons[-1]
