@@ -176,7 +176,7 @@ class CheckpointWriter:
                 module or are not finite, clusters that do not have a component each, leaves that are no
                 arrays, or values that JSON cannot hold; and if the step cannot be written, for want of room or rights.
         """
-        self._check_step(step)
+        _check_whole(step)
         metrics = plain(metrics)
         self._check_metrics(metrics)
         variables = nn.unbox(variables)
@@ -219,6 +219,7 @@ class CheckpointWriter:
         """Write on the first process; a failure there is raised on all processes."""
         if self.lock is not None:
             self.lock.check()
+        self._check_above_latest(step)  # here alone: another process may look when this step is already there
         write_step(self.folder, step, arrays, description)
         self._prune()
 
@@ -252,13 +253,11 @@ class CheckpointWriter:
             self._scores[step] = sign * value if math.isfinite(value) else -math.inf
         return self._scores[step]
 
-    def _check_step(self, step: int) -> None:
+    def _check_above_latest(self, step: int) -> None:
         steps = saved_steps(self.folder)
-        latest = steps[-1] if steps else None
-        lowest = 0 if latest is None else latest + 1
-        if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < lowest:
+        if steps and step <= steps[-1]:
             raise CheckpointError(
-                f"CheckpointWriter.save: `step` must be a whole number above the latest, {latest}; got {step!r}. "
+                f"CheckpointWriter.save: `step` must be above the latest, {steps[-1]}; got {step}. "
                 "Go on from the latest step, or use another folder."
             )
 
@@ -340,6 +339,11 @@ class CheckpointWriter:
                 f"CheckpointWriter.save: `metrics` must hold a finite {self.best!r}, which the best is chosen by; got "
                 f"{metrics}. Leave metrics out where there is none."
             )
+
+
+def _check_whole(step: object) -> None:
+    if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+        raise CheckpointError(f"CheckpointWriter.save: `step` must be a whole number from 0; got {step!r}. Count steps.")
 
 
 def _storable(name: str, leaf: object) -> np.ndarray:

@@ -33,13 +33,14 @@ ROUNDS = [
 
 
 SAVING = """
-import resource, sys, jax, numpy as np
+import resource, sys, time, jax, numpy as np
 folder, port, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 from small_checkpoints import HEAD, X
 from flax_hmog.training import CheckpointWriter
 variables = HEAD.init(jax.random.key(0), X)
 with CheckpointWriter(folder, head=HEAD) as writer:
+    time.sleep(2 * index)  # the second comes when the first has written
     writer.save(1, variables)
     if index == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -130,7 +131,7 @@ def test_a_mistake_that_one_process_finds_stops_all(one_process):
 
 
 def test_a_save_that_fails_on_one_process_fails_on_all_at_once(tmp_path):
-    """The first process finds no room: none waits for the other, and both can end."""
+    """The first process finds no room: none waits for the other, and both can end; nor does one that comes late."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SAVING, str(tmp_path), str(free_port())]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -150,7 +151,8 @@ def test_a_stop_of_one_process_stops_all_and_the_run_goes_on(one_process, tmp_pa
     processes = start(tmp_path, 2, 1, *options)
     metrics = tmp_path / "metrics.jsonl"
     while not (metrics.exists() and '"epoch": 1,' in metrics.read_text()):
-        assert all(process.poll() is None for process in processes)
+        ended = [process for process in processes if process.poll() is not None]
+        assert not ended, ended[0].communicate()[0][-3000:]
         time.sleep(0.05)
     processes[1].send_signal(signal.SIGTERM)
     assert finish(processes) == [STOPPED, STOPPED]
