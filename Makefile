@@ -14,7 +14,7 @@ demo: $(VENV)/.experiments
 	$(BIN)/hmog report $(RUN_DIR)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: lint types docs test
 

@@ -11,6 +11,16 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# files that take longest, as measured: they come first, so that no worker ends with one of them alone
+LONG_FILES = ["test_docs", "test_experiments", "test_processes", "test_nnx", "test_likelihood", "test_sklearn", "test_sparse",
+    "test_accelerated", "test_invariance", "test_rounds", "test_page", "test_tables", "test_select"]  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 COMPILED = []  # one entry for every program that XLA has compiled in this process
 
 

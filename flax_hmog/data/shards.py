@@ -6,6 +6,7 @@ of the type; under Manual axes, as inside of `shard_map`, every device runs the 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -156,9 +157,18 @@ def on_auto_axes(function: Callable[P, R]) -> Callable[P, R]:
             result = cast(Any, function)(
                 *map(with_auto_axes, args), **{k: with_auto_axes(v) for k, v in kwargs.items()}
             )
-        return cast(R, jax.tree.map(functools.partial(_with_mesh, mesh=mesh), result))
+        return cast(R, _with_axes_of(mesh, result))
 
     return entered
+
+
+def _with_axes_of(mesh: Mesh, result: Any) -> Any:
+    """A result, a tree or a dataclass of trees, with its arrays on this mesh."""
+    moved = functools.partial(jax.tree.map, functools.partial(_with_mesh, mesh=mesh))
+    if not (dataclasses.is_dataclass(result) and jax.tree_util.all_leaves([result])):
+        return moved(result)
+    fields = [field.name for field in dataclasses.fields(result) if field.init]
+    return dataclasses.replace(cast(Any, result), **{name: moved(getattr(result, name)) for name in fields})
 
 
 def with_auto_axes(x: Any) -> Any:

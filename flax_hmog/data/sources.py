@@ -81,10 +81,10 @@ class RowsOnDevice:
     def batches(self, order: np.ndarray, size: int) -> Iterator[Block]:
         """Batches of `size` rows in this order; the last one is filled up with rows of weight 0."""
         shards = row_shards(self.x)
-        devices = 1 if shards is None else math.prod(shards[0].shape[name] for name in shards[1])
+        is_split = shards is not None and size % math.prod(shards[0].shape[name] for name in shards[1]) == 0
         for index, is_real in _batches(order, size):
             x, weights, labels = _take((self.x, self.weights, self.labels), index, is_real)
-            yield (x if size % devices else jax.device_put(x, self.x.sharding)), weights, labels
+            yield (jax.device_put(x, self.x.sharding) if is_split else x), weights, labels
 
 
 class RowsInBlocks:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from flax_hmog.data.containers import is_in_blocks
 from flax_hmog.data.rows import check_given
+from flax_hmog.data.shards import on_auto_axes
 from flax_hmog.data.sources import entered
 from flax_hmog.em.missing import mixed_posterior
 from flax_hmog.inference.outputs import HMoGOutput
@@ -48,6 +49,7 @@ class Imputed:
 
 
 @public
+@on_auto_axes
 def impute(natural: Natural | Prepared, x: Data, *, key: Array | None = None, draws: int = 0) -> Imputed:
     """The distribution of missing entries given those that are there: means, standard deviations and joint draws.
 

@@ -343,7 +343,7 @@ class CheckpointWriter:
 
 def _check_whole(step: object) -> None:
     if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
-        raise CheckpointError(f"CheckpointWriter.save: `step` must be a whole number from 0; got {step!r}. Count steps.")
+        raise CheckpointError(f"CheckpointWriter.save: `step` must be a whole number from 0; got {step!r}. Count them.")
 
 
 def _storable(name: str, leaf: object) -> np.ndarray:

@@ -16,6 +16,7 @@ from flax import traverse_util
 from jaxtyping import Float, Int
 
 from flax_hmog.data.containers import dense, is_in_blocks
+from flax_hmog.data.shards import on_auto_axes
 from flax_hmog.data.sources import as_source
 from flax_hmog.heads.modules import AnalyticHMoG, HMoGHead
 from flax_hmog.inference.padded import in_few_sizes
@@ -206,6 +207,7 @@ class Restored:
 
 
 @public
+@on_auto_axes
 def restore(
     path: str | Path,
     *,

@@ -82,18 +82,26 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(steps, folder, tmp_pat
             np.testing.assert_array_equal(got.state[leaf], want.state[leaf], err_msg=leaf)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_an_interrupted_accelerated_fit_ends_as_the_uninterrupted_one(steps, tmp_path):
-    """After the first step of a pair, with an extrapolated model, and in the second start."""
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory):
+    """The config of an accelerated fit, and what it ends in."""
     model = dataclasses.replace(SMALL.model, n_components=40, n_clusters=10)
     em = EM(n_restarts=2, max_steps=2, accelerate=True)
     config = dataclasses.replace(SMALL, model=model, em=em, n_seeds=1, heads=())
-    run(tmp_path / "whole", config)
+    whole = tmp_path_factory.mktemp("accelerated")
+    run(whole, config)
+    return config, restore(whole / "checkpoints" / "seed0" / "em")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_an_interrupted_accelerated_fit_ends_as_the_uninterrupted_one(steps, accelerated, tmp_path):
+    """After the first step of a pair, with an extrapolated model, and in the second start."""
+    config, want = accelerated
     with pytest.raises(processes.Stopped):
-        run(tmp_path / "parts", config, stop_at=steps)
-    run(tmp_path / "parts", config)
-    got, want = (restore(tmp_path / name / "checkpoints" / "seed0" / "em") for name in ("parts", "whole"))
+        run(tmp_path, config, stop_at=steps)
+    run(tmp_path, config)
+    got = restore(tmp_path / "checkpoints" / "seed0" / "em")
     assert got.progress["objective"] == want.progress["objective"]
     for leaf in want.state:
         np.testing.assert_array_equal(got.state[leaf], want.state[leaf], err_msg=leaf)

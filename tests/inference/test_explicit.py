@@ -8,13 +8,13 @@ import pytest
 from devices import on_cpus
 
 ON_DEVICES = """
-import json, sys, jax, jax.numpy as jnp, numpy as np, optax
+import json, sys, tempfile, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from flax import nnx
 from flax_hmog import *
 from flax_hmog import nnx as native
 from flax_hmog.data import rows
-from flax_hmog.training import create_state, make_train_step
+from flax_hmog.training import CheckpointWriter, create_state, make_train_step, restore
 
 count, kinds = int(sys.argv[1]), sys.argv[2].split(",")
 rows.MIN_ROWS = rows.MAX_ROWS = 16  # so that a device has several blocks
@@ -24,6 +24,8 @@ draws = np.random.default_rng(0).standard_normal((128, D)).astype(np.float32) * 
 natural = moments_to_natural(initialize_moments(analytic, draws, jax.random.key(0)))
 analytic_variables = warm_start(analytic, natural)[0]
 given = [(head, warm_start(head, natural, draws)[0]) for head in heads]
+gaps_in_rows = np.where(np.arange(D) == np.arange(128)[:, None] % 9, np.nan, draws)
+folder = tempfile.mkdtemp()
 
 def results(x, mesh):
     loss = lambda head: lambda variables, x: -head.apply(variables, x, method="mean_log_density")
@@ -46,6 +48,18 @@ def results(x, mesh):
     step = make_train_step(lambda variables, x, _: (loss(head)(variables, x), {}), state, mesh)
     trees["train step"] = step(state, draws)[0].params
     trees["warm_start"] = warm_start(head, natural, x)[0]
+    return trees | (of_the_host(x, head, variables) if count == 2 else {})
+
+def of_the_host(x, head, variables):
+    # rows of the host, which may miss entries, and checkpoints
+    trees = {}
+    fitted = fit_em(analytic, draws, jax.random.key(0), max_steps=2).natural  # rows of the host
+    trees["rows of the host"] = fitted, infer(fitted, draws)
+    trees["missing"] = infer(fitted, gaps_in_rows, missing="nan"), impute(fitted, gaps_in_rows).mean
+    trees["fit_online_em"] = fit_online_em(analytic, draws, jax.random.key(0), passes=1, batch_size=64).natural
+    with CheckpointWriter(tempfile.mkdtemp(dir=folder), head=head) as writer:
+        writer.save(1, variables)
+    trees["restore"] = restore(writer.folder)(x)
     return trees
 
 def gaps(got, want):
