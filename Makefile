@@ -7,7 +7,7 @@ RUN_DIR ?= runs/digits
 # which tests: the fast ones; `make test TESTS=` runs all
 TESTS ?= -m "not slow"
 
-.PHONY: demo test check lint format types docs clean
+.PHONY: demo test onnx check lint format types docs clean
 
 demo: $(VENV)/.experiments
 	$(BIN)/hmog train digits --workdir $(RUN_DIR)
@@ -15,6 +15,9 @@ demo: $(VENV)/.experiments
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# converts programs to ONNX; it has its own environment, as jax2onnx wants an older orbax than checkpoints do
+onnx: .venv-onnx/.ready
 
 check: lint types docs test
 
@@ -33,7 +36,7 @@ docs: $(VENV)/.docs $(VENV)/.experiments
 	$(BIN)/sphinx-build -W -q -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-onnx docs/_build build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 # the environment needs no ensurepip: the pip that is there installs into it
 $(BIN)/python:
@@ -41,4 +44,10 @@ $(BIN)/python:
 
 $(VENV)/.%: $(BIN)/python pyproject.toml
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -e ".[$*]"
+	touch $@
+
+.venv-onnx/.ready: pyproject.toml
+	$(PYTHON) -m venv --without-pip .venv-onnx
+	$(PYTHON) -m pip --python .venv-onnx/bin/python install --quiet --disable-pip-version-check "jax2onnx~=0.17.1" jaxtyping rich
+	$(PYTHON) -m pip --python .venv-onnx/bin/python install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

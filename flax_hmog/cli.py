@@ -21,7 +21,6 @@ from rich.console import Console
 
 from flax_hmog.data.files import File, read_file
 from flax_hmog.inference.posterior import infer
-from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.options import parse_experiment
 from flax_hmog.recipe.plan import print_plan
@@ -182,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--layer", help="of an .h5ad, instead of X")
     predict.add_argument("--obsm", help="of an .h5ad, instead of X")
     _add_choice(predict)
-    exported = add("export", _export, "One program from raw rows to clusters, for any batch size (docs/training.md).")
+    exported = add("export", _export, "One program from raw rows to clusters, for any batch size (docs/serving.md).")
     exported.add_argument("out", type=Path, help="file of the program")
     _add_choice(exported)
     about = "Data, model and scores of every stage that a run has saved; clusters and columns of a model of hmog fit."
@@ -290,7 +289,6 @@ def predictions(model: Restored, rows: Any, *, each: bool = False) -> Iterator[l
 
 
 def _export(options: argparse.Namespace) -> None:
-    require("flatbuffers", "export")
     write_program(export(_restored(options)), options.out)
     print(f"program: {options.out}")
 

@@ -65,7 +65,7 @@ def save(
     """Save a model to one .npz file: `load` gives exactly this model.
 
     Beside that the file has weights, means, covariances, loadings, bias and noise in float64 and units of x, with which
-    numpy alone scores rows (docs/training.md). Parameters of training are no part of it: `CheckpointWriter` saves runs.
+    numpy alone scores rows (docs/serving.md). Parameters of training are no part of it: `CheckpointWriter` saves runs.
 
     Args:
         model: of `fit_em`, or any `Natural`.

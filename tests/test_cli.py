@@ -81,7 +81,7 @@ def test_a_run_is_reported_described_and_exported(work, capsys):
         assert part in said
     assert main(["export", str(work / "run"), str(work / "program")]) == 0
     x = np.load(work / "rows.npy").astype(np.float32)
-    got = load_program(work / "program").call(x)["log_density"]
+    got = load_program(work / "program")(x)["log_density"]
     np.testing.assert_allclose(got, restore_run(work / "run")(x).log_density, rtol=1e-5)
 
 

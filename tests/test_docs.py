@@ -28,7 +28,7 @@ SHOWN_ELSEWHERE = {"RULES", "Statistics", "WarmStartInfo"}  # a table, and what 
 QUESTIONS = {"What", "Where", "Whether", "Which", "Whose", "When", "How", "Of", "Why"}
 LONG = {
     "checkpoints.md", "choosing.md", "derivations.md", "encoders.md", "images.md", "model.md", "nnx.md", "performance.md",
-    "report.md", "sharp_bits.md", "single_cells.md", "sklearn.md", "tables.md", "training.md",
+    "report.md", "sharp_bits.md", "serving.md", "single_cells.md", "sklearn.md", "tables.md", "training.md",
 }  # fmt: skip
 
 

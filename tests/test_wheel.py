@@ -84,4 +84,4 @@ def test_the_command_works_from_the_wheel_alone(wheel, tmp_path):
     assert len((work / "clusters.csv").read_text().splitlines()) == 121
     hmog("export", "run", "program")
     load = "import numpy as np; from flax_hmog.training import load_program; x = np.zeros((1, 5), np.float32)"
-    assert run(python, "-c", f"{load}; print(load_program('program').call(x)['log_density'].shape)").strip() == "(1,)"
+    assert run(python, "-c", f"{load}; print(load_program('program')(x)['log_density'].shape)").strip() == "(1,)"

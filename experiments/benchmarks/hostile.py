@@ -186,7 +186,7 @@ def contents(restored: Restored) -> dict[str, Any]:
 
 def contents_of_program(program: Any) -> bytes:
     """All of a program."""
-    return bytes(program.serialize())
+    return bytes(program.exported.serialize())
 
 
 def file_kind(path: Path, step: Path) -> str:

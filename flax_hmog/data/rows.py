@@ -106,7 +106,7 @@ def map_rows(function: Callable[[Any, Array], R], operands: Tree, x: Array, limi
 
 def _sum_blocks(function: Callable[[Any, Any, Array], R], operands: Tree, rows: Tree, limit: int) -> R:
     count = jax.tree.leaves(rows)[0].shape[0]
-    blocks = -(-count // limit)
+    blocks = -(-count // limit) if isinstance(count, int) else 1
     if blocks <= 1:
         return function(operands, rows, jnp.ones(count, bool))
     size = -(-count // blocks)  # all about equally long; the last block overlaps the one before it

@@ -125,12 +125,7 @@ class Restored:
     @functools.cached_property
     def _apply(self) -> Callable[..., Any]:
         """The module's call, or its method of this name, compiled."""
-        module = self.module
-        if module is None:
-            raise ValueError(
-                "Restored: `module` must be imported to take raw data; got a checkpoint with a class that is not of "
-                "flax_hmog, or of a notebook. Restore with allow_import=True if you trust it, or with module=..."
-            )
+        module = self.imported()
         positional, named = train_arguments(module, False)
 
         def apply(variables: Variables, x: Samples, method: str | None = None) -> Any:
@@ -138,6 +133,15 @@ class Restored:
             return module.apply(variables, x, *arguments, **options)
 
         return jax.jit(apply, static_argnames="method")
+
+    def imported(self) -> nn.Module:
+        """The module, as the way from raw data needs it."""
+        if self.module is None:
+            raise ValueError(
+                "Restored: `module` must be imported to take raw data; got a checkpoint with a class that is not of "
+                "flax_hmog, or of a notebook. Restore with allow_import=True if you trust it, or with module=..."
+            )
+        return cast(nn.Module, self.module)
 
     @property
     def natural(self) -> Natural:

@@ -1,210 +1,241 @@
-"""A trained model as one portable program, from raw data to clusters, and in a file with a digest.
-
-The digest is checked before anything of the program is deserialised.
-"""
+"""A model as one portable program, from rows to clusters."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import uuid
-from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax import export as jax_export
 
-from flax_hmog.inference.posterior import HMoGOutput, infer_rows
-from flax_hmog.model.checks import check_type, public
-from flax_hmog.model.kinds import Array
-from flax_hmog.training.describe import CheckpointError
+from flax_hmog.data.containers import dense
+from flax_hmog.em.result import EMResult
+from flax_hmog.heads import modules as linen
+from flax_hmog.inference.posterior import HMoGOutput, infer
+from flax_hmog.model.checks import door, may_miss, public
+from flax_hmog.model.coordinates import Natural, Prepared, check_natural
+from flax_hmog.model.kinds import Array, matmul
+from flax_hmog.model.typed import Tree, Variables
+from flax_hmog.model_file import SavedModel
+from flax_hmog.networks.encoders import Clusterer, train_arguments
+from flax_hmog.nnx import heads as native
+from flax_hmog.nnx.networks import Clusterer as NativeClusterer
+from flax_hmog.training.describe import observed_dim
+from flax_hmog.training.exported import WIDE, Program
+from flax_hmog.training.folding import folded
 from flax_hmog.training.restoring import Restored
 
-MAGIC = b"flax-hmog program 1"
-LIBRARIES = ("flax-hmog", "jax", "jaxlib")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 @public
-def export(model: Restored, *, obs_dim: int | None = None, platforms: Sequence[str] = PLATFORMS) -> jax_export.Exported:
-    """The program from raw data to clusters, for any batch size and several platforms at once.
+def export(
+    model: Any,
+    variables: Variables | None = None,
+    *,
+    inputs: Any = None,
+    platforms: Sequence[str] = PLATFORMS,
+    missing: str = "refuse",
+) -> Program:
+    """The program from rows to clusters, for any number of rows and several platforms at once.
 
-    Where components are merged, as the checkpoint says, K is the number of clusters.
-
-    Preprocessing, encoder and the model's factorisation are part of it; nothing is factorised when it runs, but in
-    modules and heads of one's own. A call needs memory for its whole batch.
+    All that does not depend on rows is computed here, factorisations of the model too; matrix products and entrywise
+    operations are left.
 
     Args:
-        model: of `restore`.
-        obs_dim: columns of the raw data; needed only for an encoder without preprocessing.
-        platforms: those that it can run on: "cpu", "cuda", "rocm", "tpu".
+        model: of `restore`, with its preprocessing, encoder and merged components; of `fit_em` or `load`, or any
+            `Natural`; a linen or NNX module, ours or one's own, which is called out of training; or a function of rows.
+        variables: of a linen module.
+        inputs: rows (B, ...) as the model takes them, of which only shape and dtype count; needed where the model does
+            not say them, as networks and functions.
+        platforms: those that it can run on, "cpu", "cuda", "rocm", "tpu"; this machine need not have them.
+        missing: "nan" for programs that take NaN for missing entries, as `infer` does; of modules those of `restore`.
 
     Returns:
-        `jax.export.Exported`: `call(raw)` with raw (B, D) float32 gives a dict of `log_density` (B,) in nats,
-        `responsibilities` (B, K), `assignment` (B,) int32 and `latent_mean` (B, L). A module of one's own takes raw
-        data like its `inputs`, and gives what its call returns, heads' outputs as such dicts. Save it with
-        `write_program` (this needs the package flatbuffers), and load it with `load_program`, on the same or a newer
-        jax.
+        `Program`. Of heads, `Clusterer`s and models its dict has `log_density` (B,) in nats, `responsibilities`
+        (B, K), `assignment` (B,) int32 and `latent_mean` (B, L); other modules give what they return, heads' outputs as
+        such dicts. A row that is not finite has NaN in all outputs, and -1 in those of whole numbers, `assignment`
+        among them. It computes in float32; in float64 where the model's arrays are, or a function's `inputs`.
 
     Raises:
-        TypeError: for something else than a restored checkpoint.
-        ValueError: for a module that was not imported, or an unknown number of columns.
+        TypeError: for a model that is none of these, or that returns for rows what can not be marked.
+        ValueError: for variables or inputs that are missing or do not fit, a module that was not imported, or one that
+            works for some numbers of rows only.
 
     Example:
-        >>> import tempfile
         >>> from flax_hmog.toy import head, variables, x
-        >>> from flax_hmog.training import CheckpointWriter, restore
-        >>> folder = tempfile.mkdtemp()
-        >>> with CheckpointWriter(folder, head=head) as writer:
-        ...     writer.save(1, variables)
-        >>> program = export(restore(folder), platforms=["cpu"])
-        >>> sorted(program.call(x))
-        ['assignment', 'latent_mean', 'log_density', 'responsibilities']
+        >>> program = export(head, variables, inputs=x, platforms=["cpu"])
+        >>> rows = np.array(x)
+        >>> rows[1, 2] = np.nan
+        >>> program(rows)["assignment"].tolist()
+        [0, -1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
     """
-    check_type("model", model, Restored, "Give flax_hmog.training.restore(path).")
     if isinstance(platforms, str):
-        raise ValueError(f"export: `platforms` must be a sequence of names; got {platforms!r}. Write ({platforms!r},).")
-    prepared: Any = model.prepared if model.infers else None
-    raw = _raw(model, obs_dim)
+        raise ValueError(
+            f"{door()}: `platforms` must be a sequence of names; got {platforms!r}. Write ({platforms!r},)."
+        )
+    served = _served(model, variables)
+    row, is_wide = _row(served, inputs)
+    with jax.enable_x64(is_wide):
+        (batch,) = jax_export.symbolic_shape("batch")
+        rows = jax.ShapeDtypeStruct((batch, *row.shape[1:]), row.dtype)
+        try:
+            function = folded(functools.partial(_answer, served), rows)
+            exported = jax_export.export(jax.jit(function), platforms=tuple(platforms))(rows)
+        except jax.errors.InconclusiveDimensionOperation as error:
+            raise ValueError(
+                f"{door()}: `model` must take any number of rows; got {str(error).splitlines()[0]} Let it not compare "
+                "x.shape[0] or cut rows into parts of one size, as lax.map(..., batch_size=...) does."
+            ) from error
+    return Program(exported, served.by_row, function)
 
-    @jax.jit
-    def assign(raw: Array) -> Any:
-        """Output of the program."""
-        output = model.merged(infer_rows(prepared, model.features(raw))) if model.infers else model(raw)
-        return jax.tree.map(_named, output, is_leaf=lambda part: isinstance(part, HMoGOutput))
 
-    (batch,) = jax_export.symbolic_shape("batch")
-    rows = jax.ShapeDtypeStruct((batch, *raw.shape[1:]), raw.dtype)
-    return jax_export.export(assign, platforms=tuple(platforms))(rows)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Served:
+    """A function of rows, and what is known of it.
+
+    Attributes:
+        function: of rows.
+        arrays: a tree of those that it holds; None where they are not known.
+        row: shape (1, ...) and dtype of rows, or None.
+        clusters: of the components of its output (K,), or None.
+        by_row: True if what it says of a row is known not to depend on the others.
+    """
+
+    function: Callable[[Any], Any]
+    arrays: Tree = None
+    row: jax.ShapeDtypeStruct | None = None
+    clusters: Any = None
+    by_row: bool = False
 
 
-def _named(output: object) -> Any:
-    """A head's output as a dict of arrays; anything else as it is."""
-    if not isinstance(output, HMoGOutput):
+def _served(model: Any, variables: Variables | None) -> _Served:
+    """The function of rows that a model is.
+
+    Raises:
+        TypeError: for something that is none.
+        ValueError: for variables that are missing, or in vain.
+    """
+    if isinstance(model, nn.Module) != (variables is not None):
+        raise ValueError(
+            f"{door()}: `variables` must be given with a linen module, and with nothing else; got "
+            f"{type(variables).__name__} with {type(model).__name__}. Give those of `init`, or leave them out."
+        )
+    if isinstance(model, Restored):
+        columns = None if model.place else observed_dim(model.imported(), model.variables)
+        row = model.inputs if model.place or columns is None else _floats(columns)
+        row = row if model.preprocessing is None else _floats(model.preprocessing.obs_dim)
+        parts = dataclasses.replace(model, clusters=None)
+        return _Served(parts, model.module_variables, row, model.clusters, model.infers)
+    if isinstance(model, nn.Module):
+        positional, named = train_arguments(model, False)
+        by_row = isinstance(model, linen.HMoGHead | Clusterer)
+        return _Served(lambda x: model.apply(variables, x, *positional, **named), variables, by_row=by_row)
+    if isinstance(model, nnx.Module):
+        graph, state = nnx.split(model)
+        row = _floats(model.obs_dim) if isinstance(model, native.HMoGHead) else None
+        by_row = row is not None or isinstance(model, NativeClusterer)
+        return _Served(lambda x: _out_of_training(nnx.merge(graph, state))(x), state, row, by_row=by_row)
+    if isinstance(model, SavedModel):
+        return dataclasses.replace(_served(model.natural, None), clusters=model.clusters)
+    if isinstance(model, EMResult):
+        model = model.natural
+    if isinstance(model, Natural | Prepared):
+        row = _floats(check_natural(model).interaction.shape[0])
+        return _Served(lambda x: infer(model, x), model, row, by_row=True)
+    if callable(model):
+        return _Served(model)
+    raise TypeError(
+        f"{door()}: `model` must be what restore, fit_em or load return, a module, or a function of rows; got "
+        f"{type(model).__name__}. Give one of these."
+    )
+
+
+def _out_of_training(module: Any) -> Any:
+    module.eval()
+    return module
+
+
+def _floats(columns: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, columns), np.float32)
+
+
+def _row(served: _Served, inputs: Any) -> tuple[jax.ShapeDtypeStruct, bool]:
+    """Shape (1, ...) and dtype of rows that the program takes; True if it computes in 64 bits.
+
+    Raises:
+        ValueError: for inputs that are missing, or do not fit the model.
+    """
+    given = inputs if isinstance(inputs, jax.ShapeDtypeStruct | None) else dense("inputs", inputs)
+    given = served.row if given is None else given
+    if given is None or not given.shape:
+        raise ValueError(
+            f"{door()}: `inputs` must be rows (B, ...) where the model does not say which it takes; got {inputs!r}. "
+            'Give some, or jax.ShapeDtypeStruct((1, columns), "float32").'
+        )
+    if served.row is not None and given.shape[1:] != served.row.shape[1:]:
+        raise ValueError(
+            f"{door()}: `inputs` must be rows of the model's shape {served.row.shape[1:]}; got {given.shape[1:]}. "
+            "Leave them out."
+        )
+    dtype = jax.dtypes.canonicalize_dtype(given.dtype)
+    leaves = jax.tree.leaves(served.arrays)
+    is_wide = (
+        dtype in WIDE if served.arrays is None else any(getattr(leaf, "dtype", None) == np.float64 for leaf in leaves)
+    )
+    if jnp.issubdtype(dtype, np.floating):
+        dtype = np.dtype(np.float64 if is_wide else np.float32)
+    return jax.ShapeDtypeStruct((1, *given.shape[1:]), dtype), is_wide
+
+
+def _answer(served: _Served, x: Array) -> Any:
+    """The output of a program: dicts, in which rows that are not finite are marked."""
+    output = served.function(x)
+    if isinstance(output, HMoGOutput):
+        output = _named(output, served.clusters)
+    output = jax.tree.map(_named, output, is_leaf=dataclasses.is_dataclass)
+    if not jnp.issubdtype(x.dtype, np.floating):
         return output
+    is_known = jnp.isfinite(x) | jnp.isnan(x) if may_miss() else jnp.isfinite(x)
+    finite = jnp.all(is_known, axis=tuple(range(1, x.ndim)))
+    return jax.tree.map(functools.partial(_marked, finite=finite), output)
+
+
+def _named(output: Any, clusters: Any = None) -> Any:
+    """A dataclass as a dict, that of a head with probabilities and assignments; anything else as it is."""
+    if not dataclasses.is_dataclass(output):
+        return output
+    if not isinstance(output, HMoGOutput):
+        fields = (f.name for f in dataclasses.fields(output) if not f.metadata.get("static"))
+        return {name: jax.tree.map(_named, getattr(output, name), is_leaf=dataclasses.is_dataclass) for name in fields}
+    responsibilities = jnp.exp(output.log_responsibilities)
+    if clusters is not None:
+        member = np.asarray(clusters)[:, None] == np.arange(max(clusters) + 1)
+        responsibilities = matmul(responsibilities, member.astype(responsibilities.dtype))
+    is_known = ~jnp.any(jnp.isnan(responsibilities), axis=-1)
     return {
         "log_density": output.log_density,
-        "responsibilities": jnp.exp(output.log_responsibilities),
-        "assignment": jnp.argmax(output.log_responsibilities, axis=-1).astype(jnp.int32),
+        "responsibilities": responsibilities,
+        "assignment": jnp.where(is_known, jnp.argmax(responsibilities, axis=-1), -1).astype(jnp.int32),
         "latent_mean": output.latent_mean,
     }
 
 
-def _raw(model: Restored, obs_dim: int | None) -> jax.ShapeDtypeStruct:
-    """Shape (1, ...) and dtype of raw data.
-
-    Raises:
-        ValueError: for an unknown number of columns, or another one than the model's.
-    """
-    known = model.inputs
-    if model.preprocessing is not None:
-        known = jax.ShapeDtypeStruct((1, model.preprocessing.obs_dim), jnp.float32)
-    elif not model.place:
-        known = jax.ShapeDtypeStruct((1, model.natural.interaction.shape[0]), jnp.float32)
-    if known is None and obs_dim is None:
-        raise ValueError(
-            "export: `obs_dim` must be given for an encoder without preprocessing; got None. Give the number of "
-            "columns of the raw data."
+def _marked(leaf: Any, finite: Array) -> Any:
+    """An output with NaN or -1 in rows that are not finite; one that is not of rows as it is."""
+    leaf = jnp.asarray(leaf)
+    if not leaf.ndim or leaf.shape[0] != finite.shape[0]:
+        return leaf
+    if leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.unsignedinteger):
+        raise TypeError(
+            f"{door()}: `model` must return floats, or whole numbers with a sign, for rows, so that those that are not "
+            f"finite can be marked; got {leaf.dtype}. Return int32."
         )
-    if known is not None and obs_dim not in (None, known.shape[-1]):
-        raise ValueError(
-            f"export: `obs_dim` must be that of the model, {known.shape[-1]}; got {obs_dim}. Leave it out."
-        )
-    return jax.ShapeDtypeStruct((1, obs_dim), jnp.float32) if known is None else known
-
-
-@public
-def write_program(program: jax_export.Exported, path: str | Path) -> None:
-    """Write a program of `export` into a file; what was there is replaced once the file is whole.
-
-    The file is three lines, then the program: "flax-hmog program 1"; SHA-256 of all that follows this line; versions
-    and platforms as JSON; `program.serialize()`.
-
-    Args:
-        program: of `export`, or any `jax.export.Exported`.
-        path: the file.
-
-    Raises:
-        TypeError: for something else than a program.
-        CheckpointError: for a file that cannot be written.
-
-    Example:
-        >>> import jax, tempfile
-        >>> program = jax.export.export(jax.jit(lambda x: 2 * x))(jax.ShapeDtypeStruct((2,), "float32"))
-        >>> write_program(program, Path(tempfile.mkdtemp()) / "program")
-    """
-    check_type("program", program, jax_export.Exported, "Give what export(model) returns.")
-    path = Path(path)
-    about = {
-        "versions": {name: metadata.version(name) for name in LIBRARIES},
-        "platforms": list(program.platforms),
-        "calling_convention": program.calling_convention_version,
-    }
-    body = json.dumps(about).encode() + b"\n" + bytes(program.serialize())
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(MAGIC + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise CheckpointError(
-            f"write_program: `path` must be a file that can be written; got {path}, {type(error).__name__}: {error}. "
-            "Make room, or choose another one."
-        ) from None
-
-
-def load_program(path: str | Path) -> jax_export.Exported:
-    """The program in a file of `write_program`; nothing of it is deserialised unless it is as it was written.
-
-    Args:
-        path: the file.
-
-    Returns:
-        `jax.export.Exported`, for `call(raw)`.
-
-    Raises:
-        CheckpointError: for a file that is missing, damaged, of something else, or of a jax that this one cannot read.
-
-    Example:
-        >>> import jax, tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "program"
-        >>> write_program(jax.export.export(jax.jit(lambda x: 2 * x))(jax.ShapeDtypeStruct((2,), "float32")), path)
-        >>> load_program(path).call(jax.numpy.ones(2)).tolist()
-        [2.0, 2.0]
-    """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"load_program: `path` must be a file of write_program; got {path}, {type(error).__name__}: {error}. "
-            "Check the path."
-        ) from None
-    magic, _, rest = content.partition(b"\n")
-    digest, _, body = rest.partition(b"\n")
-    if magic != MAGIC:
-        raise CheckpointError(
-            f"load_program: `path` must be a file of write_program, which begins with {MAGIC.decode()!r}; got {path} "
-            f"with {magic[:40]!r}. Write it with write_program."
-        )
-    if digest != hashlib.sha256(body).hexdigest().encode():
-        raise CheckpointError(
-            f"load_program: `path` must be as it was written; got {path} with another SHA-256. It is damaged: export "
-            "the model again."
-        )
-    about, _, program = body.partition(b"\n")
-    try:
-        return jax_export.deserialize(bytearray(program))
-    except Exception as error:  # it is as it was written, by another jax
-        raise CheckpointError(
-            f"load_program: `path` must be of a jax that this one can read; got {path}, {type(error).__name__}: "
-            f"{str(error)[:200]}. It was written with {json.loads(about)['versions']}: export the model again."
-        ) from error
+    mark = jnp.nan if jnp.issubdtype(leaf.dtype, np.inexact) else -1
+    return jnp.where(finite.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, jnp.asarray(mark, leaf.dtype))

@@ -87,7 +87,7 @@ def test_a_subclass_of_a_head_is_saved_with_its_default(tmp_path):
     assert restored.head == head
     equal(restored.variables, state.variables)
     assert restored(X).log_responsibilities.shape == (40, 2)
-    got = export(restored, platforms=("cpu",)).call(X)
+    got = export(restored, platforms=("cpu",))(X)
     np.testing.assert_allclose(got["log_density"], head.apply(state.variables, X).log_density, rtol=1e-4, atol=1e-4)
     # not imported: the arrays are there
     closed = restore(tmp_path)
@@ -105,7 +105,7 @@ def test_a_head_of_others_is_fitted_saved_and_exported(tmp_path):
     assert restored.head == restored.module == head
     close(restored(X), head.apply(variables, X))
     equal(restored.natural.interaction, head.apply(variables, method="natural").interaction)
-    got = export(restored, platforms=("cpu",)).call(X)
+    got = export(restored, platforms=("cpu",))(X)
     np.testing.assert_allclose(got["log_density"], restored(X).log_density, rtol=1e-4, atol=1e-4)
     assert initialize_moments(head, X, KEY).loadings.shape == (D, 2)
     fit = fit_em(head, X, KEY, max_steps=2).natural
@@ -151,7 +151,7 @@ def test_a_network_of_ones_own_comes_back_whole(module, place, tmp_path):
     want = module.apply(variables, X)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), restored(2 * X), want)
     write_program(export(restored), tmp_path / "program")
-    got = load_program(tmp_path / "program").call(2 * X)
+    got = load_program(tmp_path / "program")(2 * X)
     want, got = (want, got) if place != "hidden_clusters" else (want["output"], got["output"])
     np.testing.assert_allclose(got["log_density"], want.log_density, rtol=1e-3, atol=1e-3)
     # without its code: the head, and what it takes
@@ -180,9 +180,9 @@ def test_heads_in_fields_and_setup_are_found_without_inputs(tmp_path):
     assert (restored.place, restored.inputs) == ("hidden_clusters", None)
     close(restored(X), SMALL.apply(variables, X))
     close(restored.features(X), SMALL.apply(variables, X, method="features"))
-    with pytest.raises(ValueError, match="export: `obs_dim` must be given"):
+    with pytest.raises(ValueError, match="export: `inputs` must be rows"):
         export(restored)
-    assert export(restored, obs_dim=D, platforms=("cpu",)).call(X)["output"]["assignment"].shape == (40,)
+    assert export(restored, inputs=X, platforms=("cpu",))(X)["output"]["assignment"].shape == (40,)
 
 
 def test_of_several_heads_one_is_named(tmp_path):
@@ -192,7 +192,7 @@ def test_of_several_heads_one_is_named(tmp_path):
     restored = restore(save(tmp_path, Twins(), variables, head="right", inputs=X), allow_import=True)
     assert restored.head == AnalyticHMoG(2, 4)
     close(restored(X), Twins().apply(variables, X))
-    assert set(export(restored, platforms=("cpu",)).call(X)[0]) >= {"log_density", "assignment"}
+    assert set(export(restored, platforms=("cpu",))(X)[0]) >= {"log_density", "assignment"}
 
 
 def test_what_is_wrong_with_a_network_is_named(tmp_path):
@@ -247,7 +247,7 @@ def test_a_class_that_cannot_be_imported_is_given(tmp_path):
     assert closed.head == DifferentiableHMoG(2, 3)
     restored = restore(tmp_path, module=Local())
     close(restored(X), Local().apply(variables, X))
-    assert export(restored, platforms=("cpu",)).call(X)["assignment"].shape == (40,)
+    assert export(restored, platforms=("cpu",))(X)["assignment"].shape == (40,)
 
 
 NOTEBOOK = """

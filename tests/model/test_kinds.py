@@ -134,7 +134,7 @@ def test_heads_checkpoints_and_programs_are_the_same(pair, fits, kind_of_head, t
         flat, mean = ravel_natural(natural, head), expected_statistics(natural, X)
         back = unravel_natural(flat, head), unravel_mean(ravel_mean(mean, head), head)
         assert jax.tree.structure(back[1]) == jax.tree.structure(mean)
-        program = load_program(tmp_path / f"{rep.name}.bin").call(X[:4])
+        program = load_program(tmp_path / f"{rep.name}.bin")(X[:4])
         results.append(
             (variables, info, head.apply(variables, X), fresh, flat, mean, back, whiten_prior(mean), program)
         )

@@ -73,7 +73,7 @@ def test_any_encoder_will_do():
     assert np.isfinite(found.history[-1]["test_log_density"])
     output = found(X)
     np.testing.assert_allclose(np.exp(output.log_responsibilities).sum(axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(export(found).call(X)["log_density"], output.log_density, rtol=1e-4)
+    np.testing.assert_allclose(export(found)(X)["log_density"], output.log_density, rtol=1e-4)
 
 
 def test_without_an_encoder_em_is_all_or_a_head_follows():
