@@ -15,6 +15,7 @@ from flax import nnx
 from jax import export as jax_export
 
 from flax_hmog.data.containers import dense
+from flax_hmog.data.rows import on_host
 from flax_hmog.em.result import EMResult
 from flax_hmog.heads import modules as linen
 from flax_hmog.inference.posterior import HMoGOutput, infer
@@ -82,7 +83,7 @@ def export(
         )
     served = _served(model, variables)
     row, is_wide = _row(served, inputs)
-    with jax.enable_x64(is_wide):
+    with jax.enable_x64(is_wide), jax.set_mesh(None):
         (batch,) = jax_export.symbolic_shape("batch")
         rows = jax.ShapeDtypeStruct((batch, *row.shape[1:]), row.dtype)
         try:
@@ -135,10 +136,11 @@ def _served(model: Any, variables: Variables | None) -> _Served:
         return _Served(parts, model.module_variables, row, model.clusters, model.infers)
     if isinstance(model, nn.Module):
         positional, named = train_arguments(model, False)
-        by_row = isinstance(model, linen.HMoGHead | Clusterer)
+        by_row, variables = isinstance(model, linen.HMoGHead | Clusterer), _on_host(variables)
         return _Served(lambda x: model.apply(variables, x, *positional, **named), variables, by_row=by_row)
     if isinstance(model, nnx.Module):
         graph, state = nnx.split(model)
+        state = _on_host(state)
         row = _floats(model.obs_dim) if isinstance(model, native.HMoGHead) else None
         by_row = row is not None or isinstance(model, NativeClusterer)
         return _Served(lambda x: _out_of_training(nnx.merge(graph, state))(x), state, row, by_row=by_row)
@@ -147,7 +149,7 @@ def _served(model: Any, variables: Variables | None) -> _Served:
     if isinstance(model, EMResult):
         model = model.natural
     if isinstance(model, Natural | Prepared):
-        row = _floats(check_natural(model).interaction.shape[0])
+        model, row = _on_host(model), _floats(check_natural(model).interaction.shape[0])
         return _Served(lambda x: infer(model, x), model, row, by_row=True)
     if callable(model):
         return _Served(model)
@@ -155,6 +157,16 @@ def _served(model: Any, variables: Variables | None) -> _Served:
         f"{door()}: `model` must be what restore, fit_em or load return, a module, or a function of rows; got "
         f"{type(model).__name__}. Give one of these."
     )
+
+
+def _on_host(tree: Tree) -> Tree:
+    """A tree with its arrays on the host: a program is for one device, wherever the model lies."""
+
+    def moved(leaf: Any) -> Any:
+        is_array = isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return on_host(leaf) if is_array else leaf
+
+    return jax.tree.map(moved, tree)
 
 
 def _out_of_training(module: Any) -> Any:

@@ -398,3 +398,14 @@ def test_what_cannot_be_exported_is_named(natural, tmp_path):
     with pytest.raises(ValueError, match="export: `inputs` must be rows"):
         export(restored)
     assert export(restored, inputs=X, platforms=("cpu",))(X)["assignment"].shape == (N,)
+
+
+def test_a_program_is_for_one_device_wherever_its_model_lies(natural):
+    mesh = jax.make_mesh((len(jax.devices()),), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = jax.device_put(natural, jax.NamedSharding(mesh, jax.P()))
+    with jax.set_mesh(mesh):
+        program = export(prepare(spread), platforms=("cpu",))
+        assert program.exported.nr_devices == 1
+        got = [program(X), program(jax.device_put(X, jax.NamedSharding(mesh, jax.P("rows"))))]
+    for answers in got:
+        same(jax.device_get(answers), infer(natural, X))
