@@ -144,7 +144,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not (folder / DESCRIPTION).exists() and any((folder / name).exists() for name in OF_ORBAX):
         raise DamageError(
             "a checkpoint of orbax without a description of its module. Read its arrays with orbax, and save them with "
-            "CheckpointWriter (docs/checkpoints.md, \"From and to orbax\")"
+            'CheckpointWriter (docs/checkpoints.md, "From and to orbax")'
         )
     listed = (folder / SUMS).exists()
     if listed and _digest(folder / DESCRIPTION) != _sums(folder).get(DESCRIPTION):

@@ -371,7 +371,8 @@ def _in_dtype(name: str, array: Any, dtype: Any, what: str) -> np.ndarray:
     is_lost = cast.astype(saved.dtype) != saved if is_whole else np.isfinite(saved) & ~np.isfinite(cast)
     if np.any(is_lost):
         raise CheckpointError(
-            f"restore_like: leaf `{name}` of {what} must fit into {dtype}; got {saved[is_lost].flat[0]} of {saved.dtype}. "
+            f"restore_like: leaf `{name}` of {what} must fit into {dtype}; got {saved[is_lost].flat[0]} of "
+            f"{saved.dtype}. "
             'Switch 64 bits on before restoring: jax.config.update("jax_enable_x64", True).'
         )
     return cast

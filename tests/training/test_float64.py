@@ -37,7 +37,9 @@ def test_saved_in_64_bits_and_read_in_32(tmp_path):
         name: (leaf.dtype, leaf) for name, leaf in STATE.items()
     }
     for name, held in (("rows", "1099511627776 of int64"), ("loss", r"1e\+300 of float64")):
-        with pytest.raises(CheckpointError, match=rf"leaf `{name}` of the state must fit into .*32; got {held}. {SWITCH}"):
+        with pytest.raises(
+            CheckpointError, match=rf"leaf `{name}` of the state must fit into .*32; got {held}. {SWITCH}"
+        ):
             restore_like({name: STATE[name]}, {name: restored.state[name]}, "the state")
     small = {name: restored.state[name] for name in ("count", "rate")}
     got = restore_like({"count": jnp.int32(0), "rate": jnp.float32(0)}, small, "the state")
