@@ -15,7 +15,7 @@ PYTHONS = [
     for text in PROJECT["classifiers"]
     if text.startswith("Programming Language :: Python :: 3.")
 ]
-# releases that install together, as flax has no upper bound of jax, and end at `import flax` (AttributeError of
+# releases that install together, as flax has no upper bound of jax, and end at `import flax.nnx` (AttributeError of
 # jax.experimental.hijax); tried one by one on Python 3.12, as were those that work
 BROKEN = [({"flax": "0.12.8", "jax": jax}, ("3.12", "3.13")) for jax in ("0.11.1", "0.11.2", "0.12.0", "0.12.0.1")] + [
     ({"flax": "0.12.9", "jax": jax}, ("3.12", "3.13")) for jax in ("0.11.2", "0.12.0", "0.12.0.1")
