@@ -14,8 +14,8 @@
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-python=${PYTHON:-$(command -v python3.12 || command -v python3.13 || echo python3)}
-"$python" -c "import sys; sys.exit(sys.version_info < (3, 12))" || exit 2  # the last jax for Python 3.11 is 0.10.2
+python=${PYTHON:-python3}  # 3.12 or newer: the last jax for Python 3.11 is 0.10.2
+"$python" -c "import sys; sys.exit(sys.version_info < (3, 12))" || exit 2
 "$python" -m venv "$work/venv" || exit 2
 export JAX_PLATFORMS=cpu
 seen=()
