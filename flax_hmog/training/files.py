@@ -141,12 +141,13 @@ def read_description(folder: Path) -> dict[str, Any]:
         DamageError: for another content, or a format that this version does not read.
         OSError, ValueError: for a file that is missing or no JSON.
     """
-    if not (folder / DESCRIPTION).exists() and any((folder / name).exists() for name in OF_ORBAX):
+    listed = (folder / SUMS).exists()
+    is_ours = listed or (folder / DESCRIPTION).exists()
+    if not is_ours and any((folder / name).exists() for name in OF_ORBAX):
         raise DamageError(
             "a checkpoint of orbax without a description of its module. Read its arrays with orbax, and save them with "
             'CheckpointWriter (docs/checkpoints.md, "From and to orbax")'
         )
-    listed = (folder / SUMS).exists()
     if listed and _digest(folder / DESCRIPTION) != _sums(folder).get(DESCRIPTION):
         raise DamageError(f"another content of {DESCRIPTION} than {SUMS} says")
     description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
