@@ -25,7 +25,7 @@ def test_outputs_are_those_of_then(name):
     restored = restore(FOLDER / name, allow_import="own_networks:Inline")
     output = restored(OUTPUTS["rows"])
     for field in ("log_density", "log_responsibilities", "latent_mean"):
-        assert_close(getattr(output, field), OUTPUTS[f"{name}/{field}"], 1e-5, field)
+        assert_close(getattr(output, field), OUTPUTS[f"{name}/{field}"], 5e-5, field)
     if name == "format_6":  # a network of one's own, which has no method `features`
         return
     # and what they said is what the model says
