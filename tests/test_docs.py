@@ -75,6 +75,22 @@ def test_docstrings_say_what_a_thing_is():
     assert not questions
 
 
+def test_rows_of_surprises_name_what_keeps_them():
+    """A test that is there, by its file and name, or a script in findings, which its README lists."""
+    lines = (ROOT / "docs" / "surprises.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("|") and not line.startswith(("|---", "| from memory"))]
+    listed = (ROOT / "findings" / "README.md").read_text()
+    for row in rows:
+        keepers = re.findall(r"`([^`]+)`", row.split(" | ")[-1])
+        assert keepers, row
+        for keeper in keepers:
+            path, _, function = keeper.partition("::")
+            assert not function or f"def {function}(" in (ROOT / path).read_text()
+            assert (ROOT / path).is_file()
+            assert not path.startswith("findings/") or f"({path.removeprefix('findings/')})" in listed
+    assert {path.stem for path in (ROOT / "findings").glob("*.sh")} == set(re.findall(r"\| \[([\w-]+)\]\(", listed))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text())

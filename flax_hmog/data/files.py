@@ -180,6 +180,11 @@ def _read_npz(path: Path, labels: str | None) -> File:
     return File(rows, _load(labels) if labels else found, n_train)
 
 
+def _keys(held: Any) -> list[str]:
+    """The names of layers or embeddings; anndata 0.13 has `X` among its layers, under None."""
+    return sorted(key for key in held if key is not None)
+
+
 def _read_h5ad(layer: str | None, obsm: str | None, path: Path, labels: str | None) -> File:
     try:
         from anndata import read_h5ad
@@ -192,15 +197,13 @@ def _read_h5ad(layer: str | None, obsm: str | None, path: Path, labels: str | No
     matrix, names = table.X, table.var_names
     for option, key, held in (("layer", layer, table.layers), ("obsm", obsm, table.obsm)):
         if key is not None and key not in held:
-            raise ValueError(
-                f"read_file: `data.{option}` must be in {path}; got {key!r}. Choose one of {sorted(held.keys())}."
-            )
+            raise ValueError(f"read_file: `data.{option}` must be in {path}; got {key!r}. Choose one of {_keys(held)}.")
         if key is not None:
             matrix, names = held[key], table.var_names if option == "layer" else None
     if matrix is None:
         raise ValueError(
-            f"read_file: {path} must have X; got none. Give --data.layer, one of {sorted(table.layers.keys())}, or "
-            f"--data.obsm, one of {sorted(table.obsm.keys())}."
+            f"read_file: {path} must have X; got none. Give --data.layer, one of {_keys(table.layers)}, or "
+            f"--data.obsm, one of {_keys(table.obsm)}."
         )
     rows = matrix.tocsr() if hasattr(matrix, "tocsr") else np.asarray(matrix)
     found = None

@@ -118,8 +118,9 @@ def is_known(array: np.ndarray) -> np.ndarray:
     elif array.dtype.kind in "SU":
         known = np.char.str_len(array) > 0
     elif array.dtype == object:
-        is_label = lambda entry: not (is_missing(entry) or (isinstance(entry, str | bytes) and not entry))  # noqa: E731
-        known = np.frompyfunc(is_label, 1, 1)(array).astype(bool)
+        # not by frompyfunc, under which some versions of numpy warn of the NaN that is looked at
+        missing = (is_missing(entry) or (isinstance(entry, str | bytes) and not entry) for entry in array)
+        known = ~np.fromiter(missing, bool, len(array))
     return known
 
 

@@ -31,6 +31,7 @@ SUMS = "SHA256SUMS"  # digests of all other files of a step, as `sha256sum -c` r
 # orbax would let processes wait for each other, those of a save that fails on one of them for minutes
 ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="first")
 DESCRIPTION = "description/metadata"
+OF_ORBAX = ("_CHECKPOINT_METADATA", "orbax.checkpoint")  # files that mark a checkpoint of today's API, or of v1's
 UNDIGESTED = 4  # the format before the files were listed
 UNFINISHED, DELETED = ".unfinished", ".deleted"
 LEFTOVERS = (
@@ -141,6 +142,12 @@ def read_description(folder: Path) -> dict[str, Any]:
         OSError, ValueError: for a file that is missing or no JSON.
     """
     listed = (folder / SUMS).exists()
+    is_ours = listed or (folder / DESCRIPTION).exists()
+    if not is_ours and any((folder / name).exists() for name in OF_ORBAX):
+        raise DamageError(
+            "a checkpoint of orbax without a description of its module. Read its arrays with orbax, and save them with "
+            'CheckpointWriter (docs/checkpoints.md, "From and to orbax")'
+        )
     if listed and _digest(folder / DESCRIPTION) != _sums(folder).get(DESCRIPTION):
         raise DamageError(f"another content of {DESCRIPTION} than {SUMS} says")
     description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())

@@ -323,7 +323,8 @@ def restore_like(template: object, arrays: dict[str, Any], what: str) -> Any:
         The tree.
 
     Raises:
-        CheckpointError: naming the leaf that is missing, extra, or of another shape.
+        CheckpointError: naming the leaf that is missing, extra, of another shape, or with numbers too large for the
+            template's dtype.
 
     Example:
         >>> template = {"mean": jnp.zeros(2)}
@@ -352,9 +353,30 @@ def restore_like(template: object, arrays: dict[str, Any], what: str) -> Any:
                 f"restore_like: leaf `{name}` of {what} must hold {data.dtype}; got {arrays[name].dtype}. "
                 "The checkpoint is of another model."
             )
-        array, sharding = np.asarray(arrays[name]).astype(data.dtype), getattr(leaf, "sharding", None)
+        array, sharding = _in_dtype(name, arrays[name], data.dtype, what), getattr(leaf, "sharding", None)
         if is_key:
             leaves.append(jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf)))
         else:
             leaves.append(jnp.asarray(array) if sharding is None else place_on(array, sharding))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _in_dtype(name: str, array: Any, dtype: Any, what: str) -> np.ndarray:
+    """An array in the dtype of the template, or the 32 bits of it where JAX has no more.
+
+    Raises:
+        CheckpointError: for a number that this dtype cannot hold, as NumPy and orbax make 0 or infinity of it.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    saved = np.asarray(array)
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = saved.astype(dtype)
+    is_whole = np.issubdtype(saved.dtype, np.integer)
+    is_lost = cast.astype(saved.dtype) != saved if is_whole else np.isfinite(saved) & ~np.isfinite(cast)
+    if np.any(is_lost):
+        raise CheckpointError(
+            f"restore_like: leaf `{name}` of {what} must fit into {dtype}; got {saved[is_lost].flat[0]} of "
+            f"{saved.dtype}. "
+            'Switch 64 bits on before restoring: jax.config.update("jax_enable_x64", True).'
+        )
+    return cast

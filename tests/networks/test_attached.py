@@ -135,6 +135,12 @@ def test_parts_have_their_own_rates_and_can_be_frozen(head, key):
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates["encoder"]))
     jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -0.1 * g, rtol=1e-5), updates["head"], gradients["head"])
+    # a clip within the part sees the gradients of that part alone
+    rates["head"] = optax.chain(optax.clip_by_global_norm(1e6), rates["head"])
+    optimizer = optax.multi_transform(rates, labels)
+    far = gradients | {"encoder": jax.tree.map(lambda leaf: leaf + 1e9, gradients["encoder"])}
+    clipped, _ = optimizer.update(far, optimizer.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, clipped, updates)
 
 
 @DIFFERENTIABLE_FIRST

@@ -176,6 +176,18 @@ def test_checkpoints_by_way_of_linen(tmp_path):
     np.testing.assert_array_equal(again(x).log_density, head(x).log_density)
 
 
+def test_variables_are_a_snapshot():
+    """As `nnx.state` is none: it holds the Variables that training changes."""
+    head = small(heads.DifferentiableHMoG)
+    variables, state, before = head.variables(), nnx.state(head), head(x).log_density
+    optimizer = nnx.Optimizer(head, optax.sgd(0.1), wrt=nnx.Param)
+    optimizer.update(head, nnx.grad(lambda head: -head.mean_log_density(x))(head))
+    nnx.update(head, state)
+    assert not np.array_equal(head(x).log_density, before)
+    head.take(variables)
+    np.testing.assert_array_equal(head(x).log_density, before)
+
+
 def test_only_heads_come_from_linen():
     module = LinenClusterer(MLP(4, (8,)), DifferentiableHMoG(2, 3))
     with pytest.raises(TypeError, match="from_linen: `head` must be one of the three linen heads; got Clusterer"):
