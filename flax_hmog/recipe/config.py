@@ -152,9 +152,10 @@ class Rounds:
     """Weight of the balance of clusters in it, above 1/2; below 1 for clusters of unequal size."""
     likelihood_weight: float = 0.05
     """Weight of the head's likelihood of the features, in nats per feature; the encoder does not see it."""
-    adversarial_radius: float = 0.0
+    adversarial_radius: float | Literal["measured"] = 0.0
     """Length of the virtual adversarial perturbation of an input, whose consistency counts as much as information; 0:
-    none. For inputs that cannot be distorted."""
+    none. `measured`: by `perturbation_radius`, a quarter of the distance between neighbours. For inputs that cannot be
+    distorted."""
     reconstruction_weight: float = 0.0
     """Weight of the squared distance of inputs from what an `autoencoder` makes of their features, per column."""
 
@@ -171,13 +172,18 @@ class Rounds:
             field.name for field in dataclasses.fields(self) if field.name.endswith(("epochs", "weight", "radius"))
         ]
         for name in names:
-            if getattr(self, name) < 0:
+            if getattr(self, name) != "measured" and getattr(self, name) < 0:
                 raise ValueError(f"Rounds: `{name}` must be at least 0; got {getattr(self, name)}. Raise it.")
         if not self.marginal_weight > 0.5:
             raise ValueError(
                 "Rounds: `marginal_weight` must be above 1/2, below which a single cluster is best; got "
                 f"{self.marginal_weight}. Raise it."
             )
+
+    @property
+    def is_adversarial(self) -> bool:
+        """True if samples are perturbed."""
+        return self.adversarial_radius != 0
 
     @property
     def clusters_features(self) -> bool:

@@ -25,6 +25,7 @@ from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import as_rep
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.typed import Variables
+from flax_hmog.networks.adversarial import virtual_adversarial
 from flax_hmog.networks.augment import distort
 from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.networks.objectives import (
@@ -33,7 +34,6 @@ from flax_hmog.networks.objectives import (
     negative_joint_information,
     negative_log_likelihood,
     reconstruction,
-    virtual_adversarial,
 )
 from flax_hmog.recipe.config import Experiment, Gradient
 from flax_hmog.recipe.encoders import apply_encoder, features_shape, make_encoder
@@ -65,6 +65,7 @@ class Extra(NamedTuple):
         phases: steps after which distillation counts half, and after which it does not count.
         key_data: of the PRNG key of the run.
         step: number of the step.
+        radius: length of adversarial perturbations; 0 for none.
     """
 
     regularizer: Regularizer | None
@@ -73,6 +74,7 @@ class Extra(NamedTuple):
     phases: Any
     key_data: Any
     step: Any
+    radius: Any
 
 
 class Trainable:
@@ -184,9 +186,10 @@ class Trainable:
             weights["distillation"], information = 1 - share, information * share
         terms["information"] = negative_joint_information(one, twin, marginal_weight=rounds.marginal_weight)
         weights["information"] = information
-        if rounds.adversarial_radius > 0:
+        if rounds.is_adversarial:
+            options = {"variables": variables, "rngs": {"dropout": dropout_key}}
             terms["consistency"] = virtual_adversarial(
-                functools.partial(apply, "__call__", train=False), x, adversarial_key, radius=rounds.adversarial_radius
+                self.module, x, adversarial_key, radius=extra.radius, **options
             )
             weights["consistency"] = information
         if rounds.reconstruction_weight > 0:

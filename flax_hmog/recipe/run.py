@@ -197,6 +197,7 @@ class Start:
         regularizer: of a head alone, or None.
         rows: number of training rows of its fit.
         clusters: cluster of each component (K,), or None where every component is one.
+        radius: length of adversarial perturbations; 0 for none.
     """
 
     variables: dict[str, Any]
@@ -205,10 +206,12 @@ class Start:
     regularizer: Regularizer | None = None
     rows: int = 1
     clusters: np.ndarray | None = None
+    radius: float = 0.0
 
     def extra(self, config: Experiment, key: jax.Array, steps_per_epoch: int, done: int) -> Extra:
         """Arguments of the loss of a step besides its batch, on the host."""
         key_data = np.asarray(jax.random.key_data(key))
         ends = self.distil_epochs, self.distil_epochs + config.rounds.mixed_epochs
         phases = np.asarray(ends, np.uint32) * steps_per_epoch
-        return Extra(self.regularizer, np.float32(1 / self.rows), self.teacher, phases, key_data, np.uint32(done))
+        share, radius = np.float32(1 / self.rows), np.float32(self.radius)
+        return Extra(self.regularizer, share, self.teacher, phases, key_data, np.uint32(done), radius)
