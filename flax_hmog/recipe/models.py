@@ -153,7 +153,7 @@ class Trainable:
     def head_loss(self, variables: Variables, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
         """Loss of a head alone: negative penalised log-likelihood, which EM maximises up to the prior of components."""
         natural, regularizer = self.natural(variables), cast(Regularizer, extra.regularizer)
-        x = self._view(self._key(extra), x)
+        x = self.view(self._key(extra), x)
         dtype = self.head.projection_dtype
         density = mean_log_density(natural if dtype is None else prepare(natural, dtype), x)
         return -density - extra.share * penalty(natural, regularizer), {}
@@ -167,7 +167,7 @@ class Trainable:
         rounds = self.config.rounds
         first_key, second_key, adversarial_key, dropout_key = jax.random.split(self._key(extra), 4)
         # pairs stand side by side, so that they stay together where rows are split over devices
-        views = jnp.stack([self._view(first_key, x), self._view(second_key, x)], axis=1).reshape(-1, x.shape[-1])
+        views = jnp.stack([self.view(first_key, x), self.view(second_key, x)], axis=1).reshape(-1, x.shape[-1])
         mutable = [name for name in variables if name != "params"]
 
         def apply(method: str, x: jax.Array, *, train: bool) -> Any:
@@ -188,9 +188,7 @@ class Trainable:
         weights["information"] = information
         if rounds.is_adversarial:
             options = {"variables": variables, "rngs": {"dropout": dropout_key}}
-            terms["consistency"] = virtual_adversarial(
-                self.module, x, adversarial_key, radius=extra.radius, **options
-            )
+            terms["consistency"] = virtual_adversarial(self.module, x, adversarial_key, radius=extra.radius, **options)
             weights["consistency"] = information
         if rounds.reconstruction_weight > 0:
             terms["reconstruction"] = reconstruction(apply("reconstruct", x, train=False), x) / x.shape[-1]
@@ -210,7 +208,7 @@ class Trainable:
     def _key(self, extra: Extra) -> jax.Array:
         return jax.random.fold_in(jax.random.wrap_key_data(extra.key_data), extra.step)
 
-    def _view(self, key: jax.Array, x: jax.Array) -> jax.Array:
+    def view(self, key: jax.Array, x: jax.Array) -> jax.Array:
         """Rows distorted, if the experiment says so."""
         if self.image_shape is None or not self.config.augmentation.is_on:
             return x

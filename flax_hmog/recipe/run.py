@@ -164,7 +164,7 @@ class Run:
             config=config,
             preprocessing=inputs.preprocessing,
             keep=self.config.checkpoints.keep,
-            best="objective",
+            best="criterion" if stage.is_trained else "objective",
         )
 
 
@@ -198,6 +198,7 @@ class Start:
         rows: number of training rows of its fit.
         clusters: cluster of each component (K,), or None where every component is one.
         radius: length of adversarial perturbations; 0 for none.
+        natural: the model of EM that a head alone starts from, or None.
     """
 
     variables: dict[str, Any]
@@ -207,11 +208,17 @@ class Start:
     rows: int = 1
     clusters: np.ndarray | None = None
     radius: float = 0.0
+    natural: Natural | None = None
+
+    def ends(self, config: Experiment) -> tuple[int, int]:
+        """Epochs after which distillation counts half, and after which it does not count."""
+        if self.teacher is None:
+            return 0, 0
+        return self.distil_epochs, self.distil_epochs + config.rounds.mixed_epochs
 
     def extra(self, config: Experiment, key: jax.Array, steps_per_epoch: int, done: int) -> Extra:
         """Arguments of the loss of a step besides its batch, on the host."""
         key_data = np.asarray(jax.random.key_data(key))
-        ends = self.distil_epochs, self.distil_epochs + config.rounds.mixed_epochs
-        phases = np.asarray(ends, np.uint32) * steps_per_epoch
+        phases = np.asarray(self.ends(config), np.uint32) * steps_per_epoch
         share, radius = np.float32(1 / self.rows), np.float32(self.radius)
         return Extra(self.regularizer, share, self.teacher, phases, key_data, np.uint32(done), radius)

@@ -137,7 +137,13 @@ def loss_at():
         phases = np.array([STEP + (passed < 1), STEP + (passed < 2)], np.uint32)
         key_data = jax.random.key_data(jax.random.key(2))
         extra = Extra(
-            None, np.float32(1), Teacher(None, factors, jnp.array(clusters)), phases, key_data, np.uint32(STEP)
+            None,
+            np.float32(1),
+            Teacher(None, factors, jnp.array(clusters)),
+            phases,
+            key_data,
+            np.uint32(STEP),
+            np.float32(0),
         )
         function, params = of_config(**weights)
         (loss, _), gradient = function(params, extra)
@@ -166,7 +172,7 @@ def test_an_encoder_does_not_see_the_likelihood(loss_at):
 
 OF_FEATURES = Rounds(start="features", n_components=10, distil_epochs=1)
 RECONSTRUCTING = dataclasses.replace(
-    ONE_ROUND, start="nothing", distil_epochs=0, reconstruction_weight=1.0, adversarial_radius=0.1
+    ONE_ROUND, start="nothing", distil_epochs=0, reconstruction_weight=1.0, adversarial_radius="measured"
 )
 
 
