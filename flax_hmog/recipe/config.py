@@ -202,6 +202,9 @@ class Gradient:
 
     epochs: int = 20
     """Passes over the training part; with an encoder, in each round."""
+    least_steps: int = 0
+    """With an encoder, steps of a round at least: where the epochs have fewer, these, and those of distillation, are
+    multiplied by a whole number."""
     batch_size: int = 256
     """Samples per step over all devices; a multiple of their number."""
     learning_rate: float = 1e-3
@@ -216,6 +219,8 @@ class Gradient:
 
     def __post_init__(self) -> None:
         check_counts(self, "epochs", "batch_size")
+        if self.least_steps < 0:
+            raise ValueError(f"Gradient: `least_steps` must be at least 0; got {self.least_steps}. Raise it.")
         for name in ("learning_rate", "max_fall"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Gradient: `{name}` must be positive; got {getattr(self, name)}. Raise it.")
@@ -314,6 +319,19 @@ class Experiment:
     def seeds(self) -> range:
         """All seeds."""
         return range(self.first_seed, self.first_seed + self.n_seeds)
+
+    def with_least_steps(self, per_epoch: int) -> Experiment:
+        """The experiment with so many more epochs that rounds have the steps that they need, for steps of an epoch."""
+        gradient, rounds = self.gradient, self.rounds
+        factor = -(-gradient.least_steps // max(gradient.epochs * per_epoch, 1))
+        if not self.has_encoder or factor <= 1:
+            return dataclasses.replace(self, gradient=dataclasses.replace(gradient, least_steps=0))
+        longer = {name: factor * getattr(rounds, name) for name in ("distil_epochs", "mixed_epochs")}
+        return dataclasses.replace(
+            self,
+            gradient=dataclasses.replace(gradient, epochs=factor * gradient.epochs, least_steps=0),
+            rounds=dataclasses.replace(rounds, **longer),
+        )
 
     def round_clusters(self, number: int) -> int:
         """Number of clusters in a round, counted from 1; 0 stands for training without rounds."""

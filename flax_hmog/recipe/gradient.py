@@ -169,6 +169,8 @@ class GradientStage:
         if is_done:
             variables = at.best or variables
             progress["below_start"] = watch.watch.is_below_start()
+            epoch = (self._best(seen) or 0) // self.batches.per_epoch
+            progress["kept"] = next((record for record in at.history if record["epoch"] == epoch), None)
         elif at.best is not None and not is_best:
             state["best"] = at.best
         # what an epoch's end is worth says nothing of a later step
