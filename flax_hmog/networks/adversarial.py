@@ -5,9 +5,8 @@ Source: Miyato et al. 2018 (VAT); the radius as a share of the distance to a nei
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -39,7 +38,7 @@ def virtual_adversarial(
     radius: ArrayLike,
     steps: int = 1,
     variables: Variables | None = None,
-    rngs: Mapping[str, Array] | None = None,
+    rngs: dict[str, Array] | None = None,
 ) -> Float[Array, ""]:
     """`consistency` under the small perturbation of each sample that changes its assignment most.
 
@@ -74,10 +73,13 @@ def virtual_adversarial(
         ()
     """
     check_positive("radius", radius, "Use `perturbation_radius`, or a share of the distance between samples.")
-    is_module = isinstance(model, nn.Module)
-    apply = _of_batch(model, variables, x, rngs) if is_module else model
-    with contextlib.nullcontext() if is_module else nn.intercept_methods(_refuse_averages):
+    if isinstance(model, nn.Module):
+        apply = _of_batch(model, variables, x, rngs)
         plain = apply(x)
+    else:
+        apply = model
+        with nn.intercept_methods(_refuse_averages):
+            plain = apply(x)
     fixed = jax.lax.stop_gradient(plain)
 
     def divergence(direction: Array) -> Array:
@@ -133,7 +135,7 @@ def perturbation_radius(x: Samples, *, share: float = RADIUS_SHARE, neighbour: i
 
 
 def _of_batch(
-    module: nn.Module, variables: Variables | None, x: Array, rngs: Mapping[str, Array] | None
+    module: nn.Module, variables: Variables | None, x: Array, rngs: dict[str, Array] | None
 ) -> Callable[[Array], HMoGOutput]:
     """The module in inference, its batch normalisation with the statistics of x, through which gradients flow."""
     if variables is None:

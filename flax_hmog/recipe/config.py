@@ -202,9 +202,6 @@ class Gradient:
 
     epochs: int = 20
     """Passes over the training part; with an encoder, in each round."""
-    least_steps: int = 0
-    """With an encoder, steps of a round at least: where the epochs have fewer, these, and those of distillation, are
-    multiplied by a whole number."""
     batch_size: int = 256
     """Samples per step over all devices; a multiple of their number."""
     learning_rate: float = 1e-3
@@ -216,6 +213,9 @@ class Gradient:
     max_fall: float = 1.0
     """A run has diverged when an epoch's loss is above the best so far, or that of the first batch, by this many nats
     per column of the inputs; with an encoder, by this many nats."""
+    least_steps: int = 0
+    """With an encoder, steps of a round at least: where the epochs have fewer, these, and those of distillation, are
+    multiplied by a whole number."""
 
     def __post_init__(self) -> None:
         check_counts(self, "epochs", "batch_size")

@@ -53,11 +53,14 @@ class Position:
         Args:
             ends: epochs after which terms change.
         """
-        epoch = self.history[-1]["epoch"]  # the last that is done
-        terms = lambda epoch: [epoch > end for end in ends]  # noqa: E731
-        same = [r for r in self.history if terms(r["epoch"]) == terms(epoch + 1)]
-        losses: list[float] = [-r["objective"] for r in same if r["objective"] is not None]
-        return min(losses, default=self.first_loss if epoch == 0 else math.inf)
+
+        def terms(epoch: int) -> list[bool]:
+            return [epoch > end for end in ends]
+
+        now = terms(self.history[-1]["epoch"] + 1)
+        same = [r["objective"] for r in self.history if terms(r["epoch"]) == now and r["objective"] is not None]
+        first = [self.first_loss] if terms(1) == now else []
+        return min([*first, *(-objective for objective in same)], default=math.inf)
 
 
 class GradientStage:

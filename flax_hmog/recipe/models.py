@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -74,7 +75,7 @@ class Extra(NamedTuple):
     phases: Any
     key_data: Any
     step: Any
-    radius: Any
+    radius: Any = np.float32(0)
 
 
 class Trainable:
@@ -187,8 +188,10 @@ class Trainable:
         terms["information"] = negative_joint_information(one, twin, marginal_weight=rounds.marginal_weight)
         weights["information"] = information
         if rounds.is_adversarial:
-            options = {"variables": variables, "rngs": {"dropout": dropout_key}}
-            terms["consistency"] = virtual_adversarial(self.module, x, adversarial_key, radius=extra.radius, **options)
+            rngs = {"dropout": dropout_key}
+            terms["consistency"] = virtual_adversarial(
+                self.module, x, adversarial_key, radius=extra.radius, variables=variables, rngs=rngs
+            )
             weights["consistency"] = information
         if rounds.reconstruction_weight > 0:
             terms["reconstruction"] = reconstruction(apply("reconstruct", x, train=False), x) / x.shape[-1]

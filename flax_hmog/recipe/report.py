@@ -116,7 +116,7 @@ def summary(config: dict[str, Any], facts: Facts, restored: Restored, done: Stag
 
 def _criterion(config: dict[str, Any], facts: Facts, seeds: int) -> str:
     if config["encoder"]["name"] != "none":
-        return "its last round ended with the best objective"
+        return "its last round has the best criterion"
     kind = "held-out" if facts.data["test"] else "training"
     first = f"of the models it has the highest {kind} log-density"
     if len({stage.name for stage in facts.stages}) == 1:

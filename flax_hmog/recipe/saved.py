@@ -67,8 +67,8 @@ def restore_run(
 ) -> Restored:
     """The best model of a finished run: that of its first head after its last round, or of the stage that is asked for.
 
-    A head without an encoder that ends below the model of EM, on held-out rows or without these on its own, gives way to
-    EM.
+    A head without an encoder that ends below the model of EM, by the density of the rows that were watched, gives way
+    to it.
 
     Args:
         folder: that of the run (train's --workdir), or of the checkpoints of one stage.

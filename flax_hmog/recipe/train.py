@@ -173,8 +173,13 @@ def _train_head(stages: Run, seed: int, name: str, inputs: Inputs, linear: Linea
         raise Stopped
     if not stages.config.has_encoder:
         head_variables, _ = warm_start(stages.model(name).head, linear.natural)
-        fit = {"regularizer": linear.regularizer, "rows": linear.rows, "clusters": linear.clusters}
-        start = Start(head_variables, **fit, natural=linear.natural)
+        start = Start(
+            head_variables,
+            regularizer=linear.regularizer,
+            rows=linear.rows,
+            clusters=linear.clusters,
+            natural=linear.natural,
+        )
         GradientStage(stages, seed, name, inputs).train(start)
         return
     variables: dict[str, Any] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,11 +18,12 @@ from flax_hmog.training import Look, Watch
 from flax_hmog.training.logs import Stage
 from flax_hmog.training.processes import to_host
 
-WATCHED_ROWS = 4096  # of the test part, or of the training part where there is none
+WATCHED_ROWS = 4096  # of the test part, or of the training part
+LEAST_HELD_OUT = 100  # rows of the test part below which it is the training part
 
 
 class StageWatch:
-    """A `Watch` of one stage: of test rows without their labels, or of training rows where none are held out.
+    """A `Watch` of one stage: of test rows without their labels, or of training rows where fewer than 100 are held out.
 
     The criterion of a head alone is their log-density; of an encoder, whose densities do not compare, the information
     of two distorted views of them, each the same at all epochs.
@@ -46,13 +47,18 @@ class StageWatch:
         seen: dict[str, Any] | None,
     ) -> None:
         test = inputs.dataset.test
-        part, self.model, self.clusters, self.output = test or inputs.dataset.train, model, start.clusters, output
+        part = test if len(test) >= LEAST_HELD_OUT else inputs.dataset.train
+        self.model, self.clusters, self.output = model, start.clusters, output
         self.count = min(len(part), WATCHED_ROWS)
-        self.x = inputs.test_rows[0] if self.count == len(test) else inputs.rows(part, self.count, stage.seed)[0]
+        self.x = (
+            inputs.test_rows[0]
+            if part is test and self.count == len(test)
+            else inputs.rows(part, self.count, stage.seed)[0]
+        )
         self.views = [] if model.encoder is None else [self.x, self.x]
         if self.views and model.config.augmentation.is_on:
-            view = jax.jit(model.view)
-            self.views = [view(key, self.x) for key in jax.random.split(jax.random.key(stage.seed))]
+            distorted = lambda x: [model.view(key, x) for key in jax.random.split(jax.random.key(stage.seed))]  # noqa: E731
+            self.views = jax.jit(distorted)(self.x)
         self.watch = Watch(self._start(start), name=f"seed {stage.seed}, {stage.name}:", seen=seen)
 
     def look(self, step: int, variables: dict[str, Any]) -> Look:
@@ -82,4 +88,4 @@ class StageWatch:
         """Output of clusters for the watched rows, without those that fill up devices."""
         if clusters is not None:
             output = merge_output(output, clusters, int(clusters.max()) + 1)
-        return jax.tree.map(lambda leaf: to_host(leaf)[: self.count], output)
+        return cast(HMoGOutput, jax.tree.map(lambda leaf: to_host(leaf)[: self.count], output))

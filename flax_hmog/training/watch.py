@@ -17,6 +17,8 @@ from flax_hmog.networks.objectives import marginal_entropy
 KEPT = 0.5  # share of clusters in use, and of the agreement, that has to stay
 LEAST_LOSS, LEAST_ERRORS = 0.01, 2.0  # nats per row, and standard errors, that a fall below the start is worth
 
+REMEDY = "Lower the learning rate or, of adversarial perturbations, the radius."
+
 
 class BelowStartWarning(UserWarning):
     """Training has lost clusters, or ends below the model that it started from.
@@ -78,10 +80,11 @@ class Watch:
         name: str = "training",
         seen: dict[str, Any] | None = None,
     ) -> None:
-        is_output = isinstance(start, HMoGOutput)
-        self.density = np.asarray(start.log_density, np.float64) if is_output else None
         self.start = None if start is None else _clusters(start)
-        self.in_use = float(jnp.exp(marginal_entropy(start))) if is_output else None
+        self.density, self.in_use = None, None
+        if isinstance(start, HMoGOutput):
+            self.density = np.asarray(start.log_density, np.float64)
+            self.in_use = float(jnp.exp(marginal_entropy(start)))
         self.name, self.seen = name, dict(seen or {})
 
     @public
@@ -120,7 +123,8 @@ class Watch:
                 self.seen["best"] |= {"lost": float(lost.mean()), "error": float(lost.std() / math.sqrt(len(lost)))}
         if has_fallen and not self.seen.get("has_warned"):
             self.seen["has_warned"] = True
-            self._warn(f"has lost clusters at step {step}, with {_text(found)}, where it had {_text(most)}")
+            kept = f" Step {best['step']} is the best so far." if best else ""
+            self._warn(f"has lost clusters at step {step}, with {_text(found)}, where it had {_text(most)}.{kept}")
         self.seen["most"] = {name: max(most[name], number) for name, number in found.items()}
         return Look(found["clusters_in_use"], found.get("agreement"), value, is_best, has_fallen)
 
@@ -133,7 +137,7 @@ class Watch:
         """
         best, before = self.seen.get("best"), self.in_use
         if best is None:
-            self._warn("has no step that could be kept: the criterion was never finite")
+            self._warn("has no step that could be kept: the criterion was never finite.")
             return True
         lost = best.get("lost", 0.0)
         is_less_dense = lost > max(LEAST_LOSS, LEAST_ERRORS * best.get("error", 0.0))
@@ -141,19 +145,15 @@ class Watch:
         is_below |= before is not None and best["clusters_in_use"] < KEPT * before
         if is_below:
             fewer = "" if before is None else f", of {before:.1f} before"
-            density = f", and {lost:.4g} nats per row less than its start" if is_less_dense else ""
-            self._warn(f"ends below its start: its best step, {best['step']}, has {_text(best)}{fewer}{density}")
-        return is_below
+            density = f", and {lost:.3g} nats per row less than its start" if is_less_dense else ""
+            remedy = "Keep the start, or give the head full matrices." if is_less_dense else REMEDY
+            self._warn(
+                f"ends below its start: its best step, {best['step']}, has {_text(best)}{fewer}{density}.", remedy
+            )
+        return bool(is_below)
 
-    def _warn(self, what: str) -> None:
-        best = self.seen.get("best")
-        kept = f" Step {best['step']} is the best so far." if best else ""
-        warnings.warn(
-            f"{self.name} {what}.{kept} Keep the best step, or the start; try a smaller learning rate or, of "
-            "adversarial perturbations, a smaller radius.",
-            BelowStartWarning,
-            stacklevel=3,
-        )
+    def _warn(self, what: str, remedy: str = REMEDY) -> None:
+        warnings.warn(f"{self.name} {what} {remedy}", BelowStartWarning, stacklevel=4)  # of the caller, beside `public`
 
 
 def normalized_information(first: np.ndarray, second: np.ndarray) -> float:
