@@ -38,6 +38,11 @@ class Look(NamedTuple):
         criterion: of the run, on these rows; the larger the better.
         is_best: True if no step before was better.
         has_fallen: True if less than half of the clusters, or of the agreement, is left of what was there.
+
+    Example:
+        >>> from flax_hmog.toy import output
+        >>> round(Watch().look(0, output).clusters_in_use, 1)
+        3.0
     """
 
     clusters_in_use: float
