@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import shutil
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from flax_hmog.model.prepared import prepare
 from flax_hmog.networks.encoders import ConvNet
 from flax_hmog.recipe import EM, Augmentation, Gradient, Model, Rounds, Template, facts
 from flax_hmog.recipe.encoders import init_encoder, make_encoder
+from flax_hmog.recipe.gradient import Position
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.models import Extra, Teacher, Trainable
 from flax_hmog.training import CheckpointError, processes, restore
@@ -106,6 +108,25 @@ def test_clusters_of_rounds():
     assert [config.round_clusters(number) for number in (0, 1, 2, 3)] == [4, 8, 12, 4]
     alone = dataclasses.replace(config, rounds=Rounds(2, distil_epochs=1))
     assert [alone.round_clusters(number) for number in (1, 2)] == [4, 4]
+
+
+def test_few_steps_of_an_epoch_make_more_epochs():
+    """Of rounds with an encoder, in proportion; what is resolved is what a run's configuration says."""
+    config = dataclasses.replace(WITH_ENCODER, gradient=Gradient(20, least_steps=1000), rounds=Rounds())
+    longer = config.with_least_steps(5)
+    assert (longer.gradient.epochs, longer.rounds.distil_epochs, longer.rounds.mixed_epochs) == (200, 20, 10)
+    as_it_is = dataclasses.replace(config, gradient=Gradient(20))
+    assert longer.gradient.least_steps == 0
+    assert config.with_least_steps(50) == as_it_is
+    alone = dataclasses.replace(SMALL, gradient=Gradient(20, least_steps=1000))
+    assert alone.with_least_steps(5) == dataclasses.replace(alone, gradient=Gradient(20))
+
+
+def test_losses_with_other_terms_are_no_divergence():
+    history = [{"epoch": n, "objective": value} for n, value in enumerate((None, -0.3, -0.1, -2.0, 1.5))]
+    at = lambda done: Position(None, 0, None, 0.9, history[: done + 1])  # noqa: E731
+    assert [at(done).best_loss((2, 3)) for done in range(5)] == [0.9, 0.3, math.inf, math.inf, -1.5]
+    assert [at(done).best_loss((0, 0)) for done in range(5)] == [0.9, 0.3, 0.1, 0.1, -1.5]
 
 
 def test_a_class_of_ours_by_import_path_is_given_what_it_has_fields_for():
