@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_hmog.inference.posterior import HMoGOutput, infer
 from flax_hmog.recipe.encoders import features, split_module
 from flax_hmog.recipe.inputs import Batches, Inputs
-from flax_hmog.recipe.run import Run, Start, Writer
+from flax_hmog.recipe.run import Run, Start, Writer, on_host
 from flax_hmog.recipe.scores import evaluate
 from flax_hmog.recipe.watching import StageWatch
 from flax_hmog.training import Restored, create_state, restore_like
@@ -38,6 +38,7 @@ class Position:
         first_loss: of the first batch, before any step.
         history: records so far, one for each epoch and one for the warm start.
         best: variables of the best epoch so far, on the host; None before there is one.
+        good: checkpoint of that epoch, on the host, until it is saved.
     """
 
     state: TrainState
@@ -46,6 +47,7 @@ class Position:
     first_loss: float
     history: list[dict[str, Any]]
     best: dict[str, Any] | None = None
+    good: dict[str, Any] | None = None
 
     def best_loss(self, ends: tuple[int, int]) -> float:
         """The smallest loss of an epoch so far, or that of the first batch; of epochs with the same terms of the loss.
@@ -73,7 +75,7 @@ class GradientStage:
         self.key = jax.random.fold_in(jax.random.key(seed), number) if number else jax.random.key(seed)
 
     def train(self, start: Start) -> dict[str, Any]:
-        """Train from the start or from the last checkpoint to the last epoch; return the variables.
+        """Train from the start or from the last checkpoint to the last epoch; return the variables of the best one.
 
         Raises:
             Stopped: when the run was asked to stop, once a checkpoint is written.
@@ -96,7 +98,7 @@ class GradientStage:
         with run.writer(self.stage, self.model.head, self.model.encoder, self.inputs) as writer:
             if not at.history:
                 self._record(at, start, watch, None, epoch_start)
-                self._save(writer, at, watch, iterator.get_state(), start.clusters)  # before anything can go wrong
+                writer.save(**self._checkpoint(at, watch, iterator.get_state(), start))  # before anything can go wrong
                 epoch_start = time.perf_counter()
             while at.done < total:
                 at.state, loss = step(at.state, next(iterator), start.extra(run.config, self.key, per_epoch, at.done))
@@ -108,13 +110,17 @@ class GradientStage:
                 run.log.advance()
                 if at.done % per_epoch == 0:
                     mean = float(at.loss_sum) / per_epoch
-                    self._check(at, mean, start, worst=at.best_loss(start.ends(run.config)) + self._max_fall())
+                    worst = at.best_loss(start.ends(run.config)) + self._max_fall()
+                    self._check(at, mean, start, writer, worst=worst)
                     self._record(at, start, watch, -mean, epoch_start)
                     at.loss_sum, epoch_start = jnp.zeros_like(at.loss_sum), time.perf_counter()
+                    if self._best(watch.watch.seen) == at.done < total:
+                        at.good = on_host(self._checkpoint(at, watch, iterator.get_state(), start))
                 stopping = run.stop.is_made()
                 if stopping or at.done == total or self._is_due(at.done):
-                    self._check(at, float(at.loss_sum), start, worst=math.inf)
-                    self._save(writer, at, watch, iterator.get_state(), start.clusters)
+                    self._check(at, float(at.loss_sum), start, writer, worst=math.inf)
+                    writer.save(**self._checkpoint(at, watch, iterator.get_state(), start))
+                    at.good = None
                 if stopping and at.done < total:
                     raise Stopped
         return at.best if at.best is not None else cast(dict[str, Any], jax.tree.map(to_host, at.state.variables))
@@ -160,11 +166,9 @@ class GradientStage:
         state = at.state
         return {"opt_state": state.opt_state, "step": state.step, "loss_sum": at.loss_sum, "key": self.key}
 
-    def _save(
-        self, writer: Writer, at: Position, watch: StageWatch, position: object, clusters: np.ndarray | None
-    ) -> None:
-        """Keep where training stands, and the best epoch beside it; at the end the best epoch in its place."""
-        is_done, seen = at.done == len(self.batches), watch.watch.seen
+    def _checkpoint(self, at: Position, watch: StageWatch, position: object, start: Start) -> dict[str, Any]:
+        """What a save takes: where training stands and the best epoch; at the end the best epoch alone."""
+        is_done, seen = at.done == len(self.batches), dict(watch.watch.seen)
         is_best = self._best(seen) == at.done
         variables, state, look = at.state.variables, self._arrays(at), at.history[-1]
         first_loss = None if math.isnan(at.first_loss) else at.first_loss
@@ -181,15 +185,15 @@ class GradientStage:
         criterion = look["criterion"] if is_compared else math.nan
         if is_done and "best" in seen:
             criterion = seen["best"]["criterion"]
-        writer.save(
-            at.done,
-            variables,
-            state=state,
-            progress=progress,
-            history=at.history,
-            metrics={"criterion": criterion} if math.isfinite(criterion) else None,
-            clusters=clusters,
-        )
+        return {
+            "step": at.done,
+            "variables": variables,
+            "state": state,
+            "progress": progress,
+            "history": list(at.history),
+            "metrics": {"criterion": criterion} if math.isfinite(criterion) else None,
+            "clusters": start.clusters,
+        }
 
     @staticmethod
     def _best(seen: dict[str, Any]) -> int | None:
@@ -230,8 +234,11 @@ class GradientStage:
         """Nats per sample by which a loss may be above the best."""
         return self.config.max_fall * (self.inputs.obs_dim if self.model.encoder is None else 1)
 
-    def _check(self, at: Position, loss: float, start: Start, *, worst: float) -> None:
-        """ValueError, naming the cause and the last good checkpoint, for a loss that is not finite or above `worst`."""
+    def _check(self, at: Position, loss: float, start: Start, writer: Writer, *, worst: float) -> None:
+        """ValueError, naming the cause and the last good checkpoint, for a loss that is not finite or above `worst`.
+
+        The best epoch is saved before, if it is later than the last checkpoint.
+        """
         if math.isfinite(loss) and loss <= worst:
             return
         cause = f"got {loss:.6g} nats per sample, which was {at.best_loss(start.ends(self.run.config)):.6g} at best"
@@ -239,6 +246,8 @@ class GradientStage:
             leaves = named_arrays(at.state.variables).items()
             bad = [name for name, leaf in leaves if not bool(jnp.all(jnp.isfinite(leaf)))]
             cause = f"got {loss}, and leaves that are not finite: {', '.join(bad) or 'none'}"
+        if at.good is not None:
+            writer.save(**at.good)
         good = self.run.last_checkpoint(self.stage)
         last = "A workdir would hold the last good one" if good is None else f"The last good checkpoint is {good}"
         raise ValueError(

@@ -70,13 +70,13 @@ class Keeper:
         self.memory[self.stage] = Restored(
             step=step,
             module=self.module,
-            module_variables=jax.tree.map(jnp.asarray, _on_host(variables)),
+            module_variables=jax.tree.map(jnp.asarray, on_host(variables)),
             head=self.head,
             place="" if self.module is self.head else "head",
             inputs=None,
             preprocessing=self.preprocessing,
             clusters=None if clusters is None else np.asarray(clusters),
-            state=named_arrays(_on_host(state)),
+            state=named_arrays(on_host(state)),
             progress=progress or {},
             history=list(history or ()),
             metrics=metrics or {},
@@ -88,10 +88,12 @@ class Keeper:
 Writer = CheckpointWriter | Keeper
 
 
-def _on_host(tree: object) -> Any:
-    """A tree of numpy arrays, which no step of training overwrites; keys as their data."""
+def on_host(tree: object) -> Any:
+    """A tree with arrays of numpy, which no step of training overwrites; keys as their data."""
 
-    def copied(leaf: jax.Array) -> np.ndarray:
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            return leaf
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return np.array(to_host(jax.random.key_data(leaf) if is_key else leaf))
 

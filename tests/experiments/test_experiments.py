@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.machinery
 import json
+import math
 import runpy
 import shutil
 import subprocess
@@ -23,9 +24,11 @@ from flax_hmog.em.options import NAMES, USED
 from flax_hmog.recipe import models, train
 from flax_hmog.recipe import report as analyze
 from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Experiment, Gradient, Model, flat_options
+from flax_hmog.recipe.gradient import GradientStage
 from flax_hmog.recipe.inputs import prepare_inputs
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.presets import PRESETS
+from flax_hmog.recipe.watching import StageWatch
 from flax_hmog.training import logs, make_mesh, processes, restore
 from flax_hmog.training.lock import FolderLock
 
@@ -177,7 +180,7 @@ def test_a_run_of_before_an_option_had_what_is_its_default(folder, tmp_path):
 
 
 def test_a_diverging_run_says_what_happened_and_where_to_go_on(tmp_path, monkeypatch):
-    config = dataclasses.replace(SMALL, n_seeds=1, heads=DIFFERENTIABLE)
+    config = dataclasses.replace(SMALL, n_seeds=1, heads=DIFFERENTIABLE, baselines=False)
     broken = lambda self, variables, x, extra: (jax.numpy.nan * variables["params"]["bias"].sum(), {})  # noqa: E731
     monkeypatch.setattr(models.Trainable, "head_loss", broken)
     with pytest.raises(
@@ -189,6 +192,31 @@ def test_a_diverging_run_says_what_happened_and_where_to_go_on(tmp_path, monkeyp
     ruined = dataclasses.replace(config, gradient=Gradient(epochs=2, batch_size=256, learning_rate=10.0))
     with pytest.raises(ValueError, match=r"nats per sample, which was .* at best.*, after 5 steps.*Lower --gradient"):
         run(tmp_path / "ruined", ruined)
+
+
+@pytest.mark.slow
+def test_the_best_epoch_is_saved_before_a_run_fails(tmp_path, monkeypatch):
+    """Although no checkpoint was due; it is one to go on from, bit for bit."""
+    config = dataclasses.replace(SMALL, n_seeds=1, heads=DIFFERENTIABLE, baselines=False)
+    check = GradientStage._check
+
+    def stops_late(self, at, *others, worst):
+        check(self, at, *others, worst=-math.inf if at.done == 15 else worst)
+
+    def rising(self, step, variables):
+        return self.watch.look(step, self._on_host(self.output(variables, self.x), self.clusters), float(step))
+
+    late = dataclasses.replace(config, checkpoints=Checkpoints(gradient_steps=100))
+    monkeypatch.setattr(StageWatch, "look", rising)
+    monkeypatch.setattr(GradientStage, "_check", stops_late)
+    with pytest.raises(ValueError, match=r"after 15 steps.*The last good checkpoint is .*/differentiable/10\."):
+        run(tmp_path / "late", late)
+    monkeypatch.setattr(GradientStage, "_check", check)
+    run(tmp_path / "late", late)
+    run(tmp_path / "whole", late)
+    got, want = (restore(tmp_path / name / "checkpoints/seed0/differentiable") for name in ("late", "whole"))
+    assert got.progress == want.progress
+    jax.tree.map(np.testing.assert_array_equal, got.module_variables, want.module_variables)
 
 
 @pytest.mark.slow
