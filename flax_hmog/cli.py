@@ -320,8 +320,9 @@ def _described(about: dict[str, Any]) -> str:
     if about["preprocessing"] is not None:
         lines.append(f"preprocessing {about['preprocessing']}")
     if about["history"]:
-        scores = {key: value for key, value in about["history"][-1].items() if isinstance(value, float)}
-        lines.append(", ".join(f"{key} {value:.4g}" for key, value in scores.items()))
+        kept = about["progress"].get("kept") or about["history"][-1]
+        at = [f"epoch {kept['epoch']}"] if "epoch" in kept else []
+        lines.append(", ".join(at + [f"{key} {value:.4g}" for key, value in kept.items() if isinstance(value, float)]))
     lines.append(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
     return "\n    ".join(lines)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -118,11 +119,14 @@ def variants(config: Experiment) -> Iterator[tuple[str, Experiment]]:
 
 
 def final_scores(workdir: Path, seeds: range, *, has_encoder: bool = True) -> dict[str, list[Scores]]:
-    """The last scores of each stage, in the order of stages: one entry for each of the seeds."""
-    last: dict[str, dict[int, Scores]] = {}
+    """The scores that each stage ends with, in the order of stages: one entry for each of the seeds."""
+    last, best = dict[str, dict[int, Scores]](), dict[tuple[str, int], float]()
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if "accuracy" in record and record["seed"] in seeds:
+        of, criterion = (record["stage"], record["seed"]), record.get("criterion", -math.inf)
+        is_kept = criterion >= best.get(of, -math.inf) and not record.get("has_fallen")
+        if "accuracy" in record and record["seed"] in seeds and is_kept:
+            best[of] = criterion
             # the density of a head alone is nothing to compare with information
             names = ("accuracy", "nmi", "objective") if has_encoder else ("accuracy", "nmi")
             scores = {name: record[name] for name in names if name in record}

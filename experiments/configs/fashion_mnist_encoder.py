@@ -9,12 +9,13 @@ import dataclasses
 
 from experiments.configs import fashion_mnist
 from flax_hmog.recipe import Augmentation, Gradient, Rounds, Template
+from flax_hmog.recipe.presets import LEAST_STEPS
 
 CONFIG = dataclasses.replace(
     fashion_mnist.CONFIG,
     workdir="runs/fashion_mnist_encoder",
     encoder=Template("conv"),
     rounds=Rounds(distil_epochs=1),
-    gradient=Gradient(epochs=24, batch_size=256),
+    gradient=Gradient(least_steps=LEAST_STEPS, epochs=24, batch_size=256),
     augmentation=Augmentation(shift=2.0, rotation=5.0, scale=0.1, mirror=True),
 )

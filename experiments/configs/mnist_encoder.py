@@ -9,12 +9,13 @@ import dataclasses
 
 from experiments.configs import mnist
 from flax_hmog.recipe import Augmentation, Gradient, Rounds, Template
+from flax_hmog.recipe.presets import LEAST_STEPS
 
 CONFIG = dataclasses.replace(
     mnist.CONFIG,
     workdir="runs/mnist_encoder",
     encoder=Template("conv"),
     rounds=Rounds(distil_epochs=1),
-    gradient=Gradient(epochs=30, batch_size=256),
+    gradient=Gradient(least_steps=LEAST_STEPS, epochs=30, batch_size=256),
     augmentation=Augmentation(shift=3.0, rotation=15.0, scale=0.15),
 )

@@ -1,6 +1,7 @@
 """Encoders before a head, a head on an encoder as one module, and the objectives that train both."""
 
 from flax_hmog.inference.posterior import merge_output
+from flax_hmog.networks.adversarial import perturbation_radius, virtual_adversarial
 from flax_hmog.networks.encoders import MLP, Autoencoder, Clusterer, ConvNet, train_arguments
 from flax_hmog.networks.objectives import (
     combine,
@@ -15,7 +16,6 @@ from flax_hmog.networks.objectives import (
     negative_weight_entropy,
     precision_penalty,
     reconstruction,
-    virtual_adversarial,
 )
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "negative_log_likelihood",
     "negative_mutual_information",
     "negative_weight_entropy",
+    "perturbation_radius",
     "precision_penalty",
     "reconstruction",
     "train_arguments",

@@ -2,12 +2,12 @@
 
 The likelihood of the features alone collapses an encoder: shrinking all features raises it without limit. Train the
 head with it on features behind `stop_gradient`, and the encoder with an objective of the assignments: docs/encoders.md.
-Source: Krause et al. 2010 (RIM), Hu et al. 2017 (IMSAT), Ji et al. 2019 (IIC), Miyato et al. 2018 (VAT).
+Source: Krause et al. 2010 (RIM), Hu et al. 2017 (IMSAT), Ji et al. 2019 (IIC).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,6 @@ from flax_hmog.model.kinds import Array, einsum, matmul
 from flax_hmog.model.prior import with_prior
 
 ONE_OUTPUT = "Give what a head returns; joint_and_head_outputs returns two of them."
-PERTURBATION_STEP = 1e-2  # length of the step that asks for the most sensitive direction, relative to `radius`
 
 
 @public
@@ -171,48 +170,6 @@ def consistency(output: HMoGOutput, perturbed: HMoGOutput) -> Float[Array, ""]:
     _check_like("perturbed", perturbed.log_responsibilities, output.log_responsibilities)
     target = jax.lax.stop_gradient(output.log_responsibilities)
     return jnp.mean(_expectation(jnp.exp(target), target - perturbed.log_responsibilities))
-
-
-@public
-def virtual_adversarial(
-    model: Callable[[Array], HMoGOutput], x: Array, key: Array, *, radius: float, steps: int = 1
-) -> Float[Array, ""]:
-    """`consistency` under the small perturbation of each sample that changes its assignment most.
-
-    The direction is found by `steps` power iterations on the Hessian of the divergence, from a random start; no
-    gradient flows through it.
-
-    Args:
-        model: from inputs to a head's output, for example `lambda x: clusterer.apply(variables, x)`.
-        x: inputs (B, ...).
-        key: PRNG key of the start.
-        radius: Euclidean length of a sample's perturbation, in units of x.
-        steps: power iterations; each costs a forward and a backward pass.
-
-    Returns:
-        The loss (), in nats.
-
-    Raises:
-        ValueError: for a radius that is not positive.
-
-    Source: Miyato et al. 2018.
-
-    Example:
-        >>> model = lambda x: HMoGOutput(-jnp.sum(x**2, axis=-1), jax.nn.log_softmax(x), x)  # or of a `Clusterer`
-        >>> virtual_adversarial(model, jnp.eye(3), jax.random.key(0), radius=0.5).shape
-        ()
-    """
-    check_positive("radius", radius, "Use a share of the distance between samples.")
-    plain = model(x)
-    fixed = jax.lax.stop_gradient(plain)
-
-    def divergence(direction: Array) -> Array:
-        return consistency(fixed, model(x + PERTURBATION_STEP * radius * direction))
-
-    direction = _unit_rows(jax.random.normal(key, x.shape, x.dtype))
-    for _ in range(steps):
-        direction = _unit_rows(jax.grad(divergence)(direction))
-    return consistency(plain, model(x + radius * jax.lax.stop_gradient(direction)))
 
 
 @public
@@ -373,15 +330,6 @@ def _rows(output: HMoGOutput, argument: str = "output") -> Array:
     """Log-responsibilities (N, K), from (..., K)."""
     check_type(argument, output, HMoGOutput, ONE_OUTPUT)
     return output.log_responsibilities.reshape(-1, output.log_responsibilities.shape[-1])
-
-
-def _unit_rows(x: Array) -> Array:
-    """Each sample of x (B, ...) scaled to length 1; a sample of zeros stays."""
-    rows = x.reshape(x.shape[0], -1)
-    largest = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)  # whose square may be below the smallest float
-    rows = rows / jnp.where(largest > 0, largest, 1)
-    length = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1, keepdims=True))
-    return (rows / jnp.where(length > 0, length, 1)).reshape(x.shape)
 
 
 def _sum_x_log_x(p: Array) -> Array:

@@ -20,6 +20,7 @@ from flax_hmog.model.typed import Samples
 from flax_hmog.networks.augment import Augmentation
 from flax_hmog.recipe.config import EM, FEATURE_LAT_DIM, Data, Experiment, Gradient, Kind, Model, Rounds
 from flax_hmog.recipe.encoders import features_shape
+from flax_hmog.recipe.presets import LEAST_STEPS
 from flax_hmog.recipe.running import Checkpoints
 from flax_hmog.recipe.template import Template
 from flax_hmog.recipe.train import run
@@ -68,7 +69,7 @@ def fit_clusterer(
             dimensions and four components for each cluster.
         em: options of EM on x.
         rounds: options of the rounds with an encoder.
-        gradient: options of training by gradients.
+        gradient: options of training by gradients; None: as they are, with 1,000 steps of a round at least.
         optimizer: name or function of optax with its arguments, as `Template("adamw", weight_decay=1e-4)`; None for
             Adam.
         augmentation: random distortions of images; None for none.
@@ -114,7 +115,7 @@ def fit_clusterer(
         encoder=None if encoder is None else Template(_hashable(encoder)),
         rounds=rounds or Rounds(),
         em=em or EM(),
-        gradient=gradient or Gradient(),
+        gradient=gradient or Gradient(least_steps=LEAST_STEPS),
         optimizer=optimizer or Template("adam"),
         augmentation=augmentation or Augmentation(),
         heads=heads,

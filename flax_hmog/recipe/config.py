@@ -152,9 +152,10 @@ class Rounds:
     """Weight of the balance of clusters in it, above 1/2; below 1 for clusters of unequal size."""
     likelihood_weight: float = 0.05
     """Weight of the head's likelihood of the features, in nats per feature; the encoder does not see it."""
-    adversarial_radius: float = 0.0
+    adversarial_radius: float | Literal["measured"] = 0.0
     """Length of the virtual adversarial perturbation of an input, whose consistency counts as much as information; 0:
-    none. For inputs that cannot be distorted."""
+    none. `measured`: by `perturbation_radius`, a quarter of the distance between neighbours. For inputs that cannot be
+    distorted."""
     reconstruction_weight: float = 0.0
     """Weight of the squared distance of inputs from what an `autoencoder` makes of their features, per column."""
 
@@ -171,13 +172,18 @@ class Rounds:
             field.name for field in dataclasses.fields(self) if field.name.endswith(("epochs", "weight", "radius"))
         ]
         for name in names:
-            if getattr(self, name) < 0:
+            if getattr(self, name) != "measured" and getattr(self, name) < 0:
                 raise ValueError(f"Rounds: `{name}` must be at least 0; got {getattr(self, name)}. Raise it.")
         if not self.marginal_weight > 0.5:
             raise ValueError(
                 "Rounds: `marginal_weight` must be above 1/2, below which a single cluster is best; got "
                 f"{self.marginal_weight}. Raise it."
             )
+
+    @property
+    def is_adversarial(self) -> bool:
+        """True if samples are perturbed."""
+        return self.adversarial_radius != 0
 
     @property
     def clusters_features(self) -> bool:
@@ -207,9 +213,14 @@ class Gradient:
     max_fall: float = 1.0
     """A run has diverged when an epoch's loss is above the best so far, or that of the first batch, by this many nats
     per column of the inputs; with an encoder, by this many nats."""
+    least_steps: int = 0
+    """With an encoder, steps of a round at least: where the epochs have fewer, these, and those of distillation, are
+    multiplied by a whole number."""
 
     def __post_init__(self) -> None:
         check_counts(self, "epochs", "batch_size")
+        if self.least_steps < 0:
+            raise ValueError(f"Gradient: `least_steps` must be at least 0; got {self.least_steps}. Raise it.")
         for name in ("learning_rate", "max_fall"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Gradient: `{name}` must be positive; got {getattr(self, name)}. Raise it.")
@@ -308,6 +319,19 @@ class Experiment:
     def seeds(self) -> range:
         """All seeds."""
         return range(self.first_seed, self.first_seed + self.n_seeds)
+
+    def with_least_steps(self, per_epoch: int) -> Experiment:
+        """The experiment with so many more epochs that rounds have the steps that they need, for steps of an epoch."""
+        gradient, rounds = self.gradient, self.rounds
+        factor = -(-gradient.least_steps // max(gradient.epochs * per_epoch, 1))
+        if not self.has_encoder or factor <= 1:
+            return dataclasses.replace(self, gradient=dataclasses.replace(gradient, least_steps=0))
+        longer = {name: factor * getattr(rounds, name) for name in ("distil_epochs", "mixed_epochs")}
+        return dataclasses.replace(
+            self,
+            gradient=dataclasses.replace(gradient, epochs=factor * gradient.epochs, least_steps=0),
+            rounds=dataclasses.replace(rounds, **longer),
+        )
 
     def round_clusters(self, number: int) -> int:
         """Number of clusters in a round, counted from 1; 0 stands for training without rounds."""

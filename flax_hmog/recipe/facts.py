@@ -190,7 +190,7 @@ def best_stage(
 
     Without an encoder that is the held-out log-density, in the mean over seeds, or that of the rows of the fit where
     none are held out; and of the seeds, whose splits may differ, the log-density of all rows. Densities of features
-    compare with no other: with an encoder it is the objective at the end of the last round.
+    compare with no other: with an encoder it is the criterion of training in the last round.
 
     Args:
         done: finished stages and descriptions of their checkpoints.
@@ -202,7 +202,9 @@ def best_stage(
     if has_encoder:
         last = max((stage.number for stage in done if stage.is_trained), default=0)
         trained = [s for s in done if s.is_trained and s.number == last and s.head in heads and done[s]["history"]]
-        reached = {s: done[s]["history"][-1].get("objective") for s in trained}
+        reached = {
+            s: done[s].get("metrics", {}).get("criterion", done[s]["history"][-1].get("objective")) for s in trained
+        }
         return max(trained, key=lambda s: -np.inf if reached[s] is None else reached[s], default=next(iter(done)))
     left = {name: iter(seeds) for name, seeds in scores.items()}
     found = {stage: next(left[stage.name]) for stage in done}

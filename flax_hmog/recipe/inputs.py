@@ -115,6 +115,11 @@ class Batches:
         return iterator
 
 
+def even(count: int, most: int) -> np.ndarray:
+    """Numbers of all rows, or of `most` of them at even intervals."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
+
+
 def input_dim(data: Data, obs_dim: int) -> int:
     """Columns of an input, from those of the raw data."""
     return min(obs_dim, data.columns or obs_dim, data.whitened or obs_dim)

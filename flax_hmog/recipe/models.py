@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -25,6 +26,7 @@ from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import as_rep
 from flax_hmog.model.prepared import prepare
 from flax_hmog.model.typed import Variables
+from flax_hmog.networks.adversarial import virtual_adversarial
 from flax_hmog.networks.augment import distort
 from flax_hmog.networks.encoders import Clusterer
 from flax_hmog.networks.objectives import (
@@ -33,7 +35,6 @@ from flax_hmog.networks.objectives import (
     negative_joint_information,
     negative_log_likelihood,
     reconstruction,
-    virtual_adversarial,
 )
 from flax_hmog.recipe.config import Experiment, Gradient
 from flax_hmog.recipe.encoders import apply_encoder, features_shape, make_encoder
@@ -65,6 +66,7 @@ class Extra(NamedTuple):
         phases: steps after which distillation counts half, and after which it does not count.
         key_data: of the PRNG key of the run.
         step: number of the step.
+        radius: length of adversarial perturbations; 0 for none.
     """
 
     regularizer: Regularizer | None
@@ -73,6 +75,7 @@ class Extra(NamedTuple):
     phases: Any
     key_data: Any
     step: Any
+    radius: Any = np.float32(0)
 
 
 class Trainable:
@@ -151,7 +154,7 @@ class Trainable:
     def head_loss(self, variables: Variables, x: jax.Array, extra: Extra) -> tuple[jax.Array, dict[str, Any]]:
         """Loss of a head alone: negative penalised log-likelihood, which EM maximises up to the prior of components."""
         natural, regularizer = self.natural(variables), cast(Regularizer, extra.regularizer)
-        x = self._view(self._key(extra), x)
+        x = self.view(self._key(extra), x)
         dtype = self.head.projection_dtype
         density = mean_log_density(natural if dtype is None else prepare(natural, dtype), x)
         return -density - extra.share * penalty(natural, regularizer), {}
@@ -165,7 +168,7 @@ class Trainable:
         rounds = self.config.rounds
         first_key, second_key, adversarial_key, dropout_key = jax.random.split(self._key(extra), 4)
         # pairs stand side by side, so that they stay together where rows are split over devices
-        views = jnp.stack([self._view(first_key, x), self._view(second_key, x)], axis=1).reshape(-1, x.shape[-1])
+        views = jnp.stack([self.view(first_key, x), self.view(second_key, x)], axis=1).reshape(-1, x.shape[-1])
         mutable = [name for name in variables if name != "params"]
 
         def apply(method: str, x: jax.Array, *, train: bool) -> Any:
@@ -184,9 +187,10 @@ class Trainable:
             weights["distillation"], information = 1 - share, information * share
         terms["information"] = negative_joint_information(one, twin, marginal_weight=rounds.marginal_weight)
         weights["information"] = information
-        if rounds.adversarial_radius > 0:
+        if rounds.is_adversarial:
+            rngs = {"dropout": dropout_key}
             terms["consistency"] = virtual_adversarial(
-                functools.partial(apply, "__call__", train=False), x, adversarial_key, radius=rounds.adversarial_radius
+                self.module, x, adversarial_key, radius=extra.radius, variables=variables, rngs=rngs
             )
             weights["consistency"] = information
         if rounds.reconstruction_weight > 0:
@@ -207,7 +211,7 @@ class Trainable:
     def _key(self, extra: Extra) -> jax.Array:
         return jax.random.fold_in(jax.random.wrap_key_data(extra.key_data), extra.step)
 
-    def _view(self, key: jax.Array, x: jax.Array) -> jax.Array:
+    def view(self, key: jax.Array, x: jax.Array) -> jax.Array:
         """Rows distorted, if the experiment says so."""
         if self.image_shape is None or not self.config.augmentation.is_on:
             return x

@@ -130,5 +130,5 @@ def _compile_gradient(model: Trainable, state: TrainState, mesh: Mesh, obs_dim: 
     else:
         regularizer = None
     key_data, counts = number(jnp.uint32, 2), number(jnp.uint32, 2)
-    extra = Extra(regularizer, number(jnp.float32), None, counts, key_data, number(jnp.uint32))
+    extra = Extra(regularizer, number(jnp.float32), None, counts, key_data, number(jnp.uint32), number(jnp.float32))
     return jax.jit(step).lower(state, x, extra).compile()

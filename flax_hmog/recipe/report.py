@@ -29,6 +29,7 @@ COLUMNS = {
     "accuracy": "ACC",
     "labelled": "labelled rows",
 }
+KEPT = {"criterion": "criterion", "clusters_in_use": "clusters in use", "agreement": "agreement with the start"}
 FILE_WIDTH = 132  # of output that goes to no terminal
 MODELS = {
     "em": "HMoG by exact EM",
@@ -115,7 +116,7 @@ def summary(config: dict[str, Any], facts: Facts, restored: Restored, done: Stag
 
 def _criterion(config: dict[str, Any], facts: Facts, seeds: int) -> str:
     if config["encoder"]["name"] != "none":
-        return "its last round ended with the best objective"
+        return "its last round has the best criterion"
     kind = "held-out" if facts.data["test"] else "training"
     first = f"of the models it has the highest {kind} log-density"
     if len({stage.name for stage in facts.stages}) == 1:
@@ -232,7 +233,17 @@ def fit_section(done: Stages, facts: Facts) -> Section:
         )  # fmt: skip
     not_yet = [row["seed"] for row in steps if not row["converged"]]
     text = f"EM has not converged in the steps that it was given: seed {', '.join(not_yet)}." if not_yet else ""
-    return Section("Fit", text, tables=[Table(steps, "Exact EM by seed")], pictures=pictures)
+    kept = [
+        {"training of": title(s), "seed": s.seed, "epochs": about["history"][-1]["epoch"],
+         "kept epoch": about["progress"]["kept"]["epoch"]}
+        | {name: about["progress"]["kept"].get(key) for key, name in KEPT.items()}
+        | {"ends below its start": "yes" if about["progress"]["below_start"] else "no"}
+        for s, about in done.items() if about["progress"].get("kept")
+    ]  # fmt: skip
+    tables = [Table(steps, "Exact EM by seed")]
+    if kept:
+        tables.append(Table(kept, "Training by gradients: the epoch that is kept, best by its own criterion"))
+    return Section("Fit", text, tables=tables, pictures=pictures)
 
 
 def scores_section(config: dict[str, Any], facts: Facts, done: Stages, rows: list[dict[str, Any]]) -> Section:

@@ -16,8 +16,9 @@ from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.posterior import infer, merge_output
 from flax_hmog.model.conversions import moments_to_natural, natural_to_moments
 from flax_hmog.model.coordinates import Natural
+from flax_hmog.networks.adversarial import RADIUS_ROWS, perturbation_radius
 from flax_hmog.recipe.encoders import features, init_encoder, join_module, split_module, untrained_variables
-from flax_hmog.recipe.inputs import Inputs
+from flax_hmog.recipe.inputs import Inputs, even
 from flax_hmog.recipe.merge import merged_clusters
 from flax_hmog.recipe.models import Teacher, abstract_fit, is_startable
 from flax_hmog.recipe.run import LinearFit, Run, Start
@@ -46,7 +47,7 @@ class RoundStage:
             previous: variables at the end of the round before; None in the first.
         """
         if self.number == 1 and self.config.rounds.start == "nothing":
-            return Start(self._untrained())
+            return Start(self._untrained(), radius=self._radius())
         if self.run.restored(self.stage) is None:
             self._make(linear, previous)
         restored = self.run.kept(self.stage)
@@ -63,6 +64,7 @@ class RoundStage:
             join_module(encoder_variables, head_variables),
             teacher=jax.tree.map(np.asarray, teacher),
             distil_epochs=self.config.rounds.distil_epochs if self._is_fresh else 0,
+            radius=self._radius(),
         )
 
     @property
@@ -127,6 +129,12 @@ class RoundStage:
 
     def _init_encoder(self) -> dict[str, Any]:
         return init_encoder(self.model.encoder, self.key, self._first_rows())
+
+    def _radius(self) -> float:
+        radius, train = self.config.rounds.adversarial_radius, self.inputs.dataset.train
+        if radius != "measured":
+            return float(radius)
+        return perturbation_radius(self.inputs.read(train, even(len(train), RADIUS_ROWS)))
 
     def _first_rows(self) -> jax.Array:
         train = self.inputs.dataset.train

@@ -70,13 +70,13 @@ class Keeper:
         self.memory[self.stage] = Restored(
             step=step,
             module=self.module,
-            module_variables=jax.tree.map(jnp.asarray, _on_host(variables)),
+            module_variables=jax.tree.map(jnp.asarray, on_host(variables)),
             head=self.head,
             place="" if self.module is self.head else "head",
             inputs=None,
             preprocessing=self.preprocessing,
             clusters=None if clusters is None else np.asarray(clusters),
-            state=named_arrays(_on_host(state)),
+            state=named_arrays(on_host(state)),
             progress=progress or {},
             history=list(history or ()),
             metrics=metrics or {},
@@ -88,10 +88,12 @@ class Keeper:
 Writer = CheckpointWriter | Keeper
 
 
-def _on_host(tree: object) -> Any:
-    """A tree of numpy arrays, which no step of training overwrites; keys as their data."""
+def on_host(tree: object) -> Any:
+    """A tree with arrays of numpy, which no step of training overwrites; keys as their data."""
 
-    def copied(leaf: jax.Array) -> np.ndarray:
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            return leaf
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return np.array(to_host(jax.random.key_data(leaf) if is_key else leaf))
 
@@ -164,7 +166,7 @@ class Run:
             config=config,
             preprocessing=inputs.preprocessing,
             keep=self.config.checkpoints.keep,
-            best="objective",
+            best="criterion" if stage.is_trained else "objective",
         )
 
 
@@ -197,6 +199,8 @@ class Start:
         regularizer: of a head alone, or None.
         rows: number of training rows of its fit.
         clusters: cluster of each component (K,), or None where every component is one.
+        radius: length of adversarial perturbations; 0 for none.
+        natural: the model of EM that a head alone starts from, or None.
     """
 
     variables: dict[str, Any]
@@ -205,10 +209,18 @@ class Start:
     regularizer: Regularizer | None = None
     rows: int = 1
     clusters: np.ndarray | None = None
+    radius: float = 0.0
+    natural: Natural | None = None
+
+    def ends(self, config: Experiment) -> tuple[int, int]:
+        """Epochs after which distillation counts half, and after which it does not count."""
+        if self.teacher is None:
+            return 0, 0
+        return self.distil_epochs, self.distil_epochs + config.rounds.mixed_epochs
 
     def extra(self, config: Experiment, key: jax.Array, steps_per_epoch: int, done: int) -> Extra:
         """Arguments of the loss of a step besides its batch, on the host."""
         key_data = np.asarray(jax.random.key_data(key))
-        ends = self.distil_epochs, self.distil_epochs + config.rounds.mixed_epochs
-        phases = np.asarray(ends, np.uint32) * steps_per_epoch
-        return Extra(self.regularizer, np.float32(1 / self.rows), self.teacher, phases, key_data, np.uint32(done))
+        phases = np.asarray(self.ends(config), np.uint32) * steps_per_epoch
+        share, radius = np.float32(1 / self.rows), np.float32(self.radius)
+        return Extra(self.regularizer, share, self.teacher, phases, key_data, np.uint32(done), radius)

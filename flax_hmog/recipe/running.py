@@ -46,7 +46,7 @@ class Checkpoints:
     gradient_steps: int = 500
     """Steps of gradient training after which the end of the epoch is saved, or within epochs that are longer."""
     keep: int = 2
-    """Latest checkpoints that stay; that of the EM step or epoch with the best objective stays as well."""
+    """Latest checkpoints that stay; that of the best step of EM, or of the best epoch, stays as well."""
 
     def __post_init__(self) -> None:
         check_counts(self, "em_steps", "gradient_steps", "keep")

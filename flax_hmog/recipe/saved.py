@@ -51,17 +51,24 @@ def last_description(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def reported_stage(stages: list[Stage], head: str = "em") -> Stage:
-    """The stage that speaks for a run: of the first seed the last round of the head, or EM."""
+def reported_stage(stages: dict[Stage, dict[str, Any]], head: str = "em") -> Stage:
+    """The stage that speaks for a run: of the first seed the last round of the head, or EM if that is better.
+
+    Without an encoder EM is better where the head ends below it.
+    """
     seed = min(stage.seed for stage in stages)
     trained = [stage for stage in stages if stage.seed == seed and stage.head == head and stage.is_trained]
+    trained = [s for s in trained if s.number or not stages[s]["progress"].get("below_start")]
     return max(trained, key=lambda stage: stage.number, default=Stage(seed, "em"))
 
 
 def restore_run(
     folder: str | Path, *, seed: int | None = None, stage: str | None = None, allow_import: bool | str = False
 ) -> Restored:
-    """The model of a finished run: that of its first head after its last round, or of the stage that is asked for.
+    """The best model of a finished run: that of its first head after its last round, or of the stage that is asked for.
+
+    A head without an encoder that ends below the model of EM, by the density of the rows that were watched, gives way
+    to it.
 
     Args:
         folder: that of the run (train's --workdir), or of the checkpoints of one stage.
@@ -86,15 +93,16 @@ def restore_run(
     if saved_steps(folder):
         return restore(folder, allow_import=allow_import)
     config = run_config(folder)
-    done = [s for s, about in saved_stages(folder) if about is not None and about["progress"].get("done")]
-    found = [s for s in done if seed in (None, s.seed) and stage in (None, s.name)]
+    saved = {s: about for s, about in saved_stages(folder) if about is not None}
+    done = {s: about for s, about in saved.items() if about["progress"].get("done")}
+    found = {s: about for s, about in done.items() if seed in (None, s.seed) and stage in (None, s.name)}
     if not found:
         names = ", ".join(f"seed {s.seed} {s.name}" for s in done) or "none"
         raise CheckpointError(
             f"restore_run: `folder` must hold a finished stage as asked for; got {folder} with {names}. "
             "Choose one of them, or train to the end."
         )
-    chosen = found[0] if stage is not None else reported_stage(found, *list(config["heads"])[:1])
+    chosen = next(iter(found)) if stage is not None else reported_stage(found, *list(config["heads"])[:1])
     return restore(folder / chosen.folder, allow_import=own_classes(config) if allow_import is True else allow_import)
 
 

@@ -110,7 +110,9 @@ def _keep_facts(workdir: Path, file: File) -> None:
 
 
 def with_batches(config: Experiment, mesh: Mesh, n_rows: int) -> Experiment:
-    """The experiment with batches of no more than the training rows; a warning in the log says so where they shrink.
+    """The experiment with batches of no more than the training rows, and with the steps that its rounds need.
+
+    Warnings in the log say so where batches shrink and epochs are more.
 
     Raises:
         ValueError: for batches that do not fit the devices, or fewer rows than devices.
@@ -120,13 +122,18 @@ def with_batches(config: Experiment, mesh: Mesh, n_rows: int) -> Experiment:
         raise ValueError(
             f"run: `gradient.batch_size` must be a multiple of the {multiple} devices; got {size}. Change it."
         )
-    if not config.heads or size <= n_rows:
-        return config
-    fitting = n_rows // multiple * multiple
-    if not fitting:
-        raise ValueError(f"run: the training rows must be at least the {multiple} devices; got {n_rows}. Add rows.")
-    logger.warning("batches have %d rows in place of %d, as there are %d for training", fitting, size, n_rows)
-    return dataclasses.replace(config, gradient=dataclasses.replace(config.gradient, batch_size=fitting))
+    if config.heads and size > n_rows:
+        fitting = n_rows // multiple * multiple
+        if not fitting:
+            raise ValueError(f"run: the training rows must be at least the {multiple} devices; got {n_rows}. Add rows.")
+        logger.warning("batches have %d rows in place of %d, as there are %d for training", fitting, size, n_rows)
+        config = dataclasses.replace(config, gradient=dataclasses.replace(config.gradient, batch_size=fitting))
+        size = fitting
+    longer = config.with_least_steps(n_rows // size)
+    if longer.gradient.epochs != config.gradient.epochs:
+        logger.warning("rounds have %d epochs in place of %d, as one has %d steps",
+                       longer.gradient.epochs, config.gradient.epochs, n_rows // size)  # fmt: skip
+    return longer
 
 
 def _run_stages(stages: Run, file: File) -> None:
@@ -166,7 +173,13 @@ def _train_head(stages: Run, seed: int, name: str, inputs: Inputs, linear: Linea
         raise Stopped
     if not stages.config.has_encoder:
         head_variables, _ = warm_start(stages.model(name).head, linear.natural)
-        start = Start(head_variables, regularizer=linear.regularizer, rows=linear.rows, clusters=linear.clusters)
+        start = Start(
+            head_variables,
+            regularizer=linear.regularizer,
+            rows=linear.rows,
+            clusters=linear.clusters,
+            natural=linear.natural,
+        )
         GradientStage(stages, seed, name, inputs).train(start)
         return
     variables: dict[str, Any] | None = None

@@ -9,19 +9,23 @@ from flax_hmog.training.preprocessing import Affine, Log1p, Preprocessing, Selec
 from flax_hmog.training.restoring import Restored, restore, restore_like
 from flax_hmog.training.serving import export
 from flax_hmog.training.steps import TrainState, create_state, make_train_step
+from flax_hmog.training.watch import BelowStartWarning, Look, Watch
 
 __all__ = [
     "RULES",
     "Affine",
+    "BelowStartWarning",
     "CheckpointError",
     "CheckpointWriter",
     "Log1p",
+    "Look",
     "Preprocessing",
     "Program",
     "Restored",
     "SelectColumns",
     "SizeFactor",
     "TrainState",
+    "Watch",
     "Whiten",
     "batch_sharding",
     "create_state",

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.machinery
 import json
+import math
 import runpy
 import shutil
 import subprocess
@@ -23,9 +24,11 @@ from flax_hmog.em.options import NAMES, USED
 from flax_hmog.recipe import models, train
 from flax_hmog.recipe import report as analyze
 from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Experiment, Gradient, Model, flat_options
+from flax_hmog.recipe.gradient import GradientStage
 from flax_hmog.recipe.inputs import prepare_inputs
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.presets import PRESETS
+from flax_hmog.recipe.watching import StageWatch
 from flax_hmog.training import logs, make_mesh, processes, restore
 from flax_hmog.training.lock import FolderLock
 
@@ -80,6 +83,7 @@ def test_an_interrupted_run_ends_as_the_uninterrupted_one(steps, folder, tmp_pat
         assert got.state.keys() == want.state.keys()
         for leaf in want.state:
             np.testing.assert_array_equal(got.state[leaf], want.state[leaf], err_msg=leaf)
+        jax.tree.map(np.testing.assert_array_equal, got.module_variables, want.module_variables)
 
 
 @pytest.fixture(scope="module")
@@ -176,17 +180,43 @@ def test_a_run_of_before_an_option_had_what_is_its_default(folder, tmp_path):
 
 
 def test_a_diverging_run_says_what_happened_and_where_to_go_on(tmp_path, monkeypatch):
-    config = dataclasses.replace(SMALL, n_seeds=1, heads=DIFFERENTIABLE)
+    config = dataclasses.replace(SMALL, n_seeds=1, heads=DIFFERENTIABLE, baselines=False)
     broken = lambda self, variables, x, extra: (jax.numpy.nan * variables["params"]["bias"].sum(), {})  # noqa: E731
     monkeypatch.setattr(models.Trainable, "head_loss", broken)
     with pytest.raises(
-        ValueError, match=r"got nan, and leaves that are not finite: params/bias.*There is no checkpoint yet"
+        ValueError, match=r"got nan, and leaves that are not finite: params/bias.*checkpoint is .*differentiable/0\."
     ):
         run(tmp_path, config)
+    assert restore(tmp_path / "checkpoints/seed0/differentiable").step == 0  # the start
     monkeypatch.undo()
     ruined = dataclasses.replace(config, gradient=Gradient(epochs=2, batch_size=256, learning_rate=10.0))
     with pytest.raises(ValueError, match=r"nats per sample, which was .* at best.*, after 5 steps.*Lower --gradient"):
         run(tmp_path / "ruined", ruined)
+
+
+@pytest.mark.slow
+def test_the_best_epoch_is_saved_before_a_run_fails(tmp_path, monkeypatch):
+    """Although no checkpoint was due; it is one to go on from, bit for bit."""
+    config = dataclasses.replace(SMALL, n_seeds=1, heads=DIFFERENTIABLE, baselines=False)
+    check = GradientStage._check
+
+    def stops_late(self, at, *others, worst):
+        check(self, at, *others, worst=-math.inf if at.done == 15 else worst)
+
+    def rising(self, step, variables):
+        return self.watch.look(step, self._on_host(self.output(variables, self.x), self.clusters), float(step))
+
+    late = dataclasses.replace(config, checkpoints=Checkpoints(gradient_steps=100))
+    monkeypatch.setattr(StageWatch, "look", rising)
+    monkeypatch.setattr(GradientStage, "_check", stops_late)
+    with pytest.raises(ValueError, match=r"after 15 steps.*The last good checkpoint is .*/differentiable/10\."):
+        run(tmp_path / "late", late)
+    monkeypatch.setattr(GradientStage, "_check", check)
+    run(tmp_path / "late", late)
+    run(tmp_path / "whole", late)
+    got, want = (restore(tmp_path / name / "checkpoints/seed0/differentiable") for name in ("late", "whole"))
+    assert got.progress == want.progress
+    jax.tree.map(np.testing.assert_array_equal, got.module_variables, want.module_variables)
 
 
 @pytest.mark.slow
@@ -280,7 +310,7 @@ def test_a_report_is_made_of_the_checkpoints_alone(folder, monkeypatch):
     clusters = [np.argmax(model(rows).log_responsibilities, axis=1) for model in models]
     assert result["agreement"]["symmetric"] == [pytest.approx(adjusted_rand_score(*clusters))]
     for seed, score in enumerate(scores["symmetric"]):
-        (trained,) = read_metrics(folder, seed=seed, stage="symmetric", epoch=4)
+        trained = max(read_metrics(folder, seed=seed, stage="symmetric"), key=lambda record: record["criterion"])
         assert score["test_log_density"] == pytest.approx(trained["test_log_density"], rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import shutil
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from flax_hmog.model.prepared import prepare
 from flax_hmog.networks.encoders import ConvNet
 from flax_hmog.recipe import EM, Augmentation, Gradient, Model, Rounds, Template, facts
 from flax_hmog.recipe.encoders import init_encoder, make_encoder
+from flax_hmog.recipe.gradient import Position
 from flax_hmog.recipe.load import load
 from flax_hmog.recipe.models import Extra, Teacher, Trainable
 from flax_hmog.training import CheckpointError, processes, restore
@@ -108,6 +110,25 @@ def test_clusters_of_rounds():
     assert [alone.round_clusters(number) for number in (1, 2)] == [4, 4]
 
 
+def test_few_steps_of_an_epoch_make_more_epochs():
+    """Of rounds with an encoder, in proportion; what is resolved is what a run's configuration says."""
+    config = dataclasses.replace(WITH_ENCODER, gradient=Gradient(20, least_steps=1000), rounds=Rounds())
+    longer = config.with_least_steps(5)
+    assert (longer.gradient.epochs, longer.rounds.distil_epochs, longer.rounds.mixed_epochs) == (200, 20, 10)
+    as_it_is = dataclasses.replace(config, gradient=Gradient(20))
+    assert longer.gradient.least_steps == 0
+    assert config.with_least_steps(50) == as_it_is
+    alone = dataclasses.replace(SMALL, gradient=Gradient(20, least_steps=1000))
+    assert alone.with_least_steps(5) == dataclasses.replace(alone, gradient=Gradient(20))
+
+
+def test_losses_with_other_terms_are_no_divergence():
+    history = [{"epoch": n, "objective": value} for n, value in enumerate((None, -0.3, -0.1, -2.0, 1.5))]
+    at = lambda done: Position(None, 0, None, 0.9, history[: done + 1])  # noqa: E731
+    assert [at(done).best_loss((2, 3)) for done in range(5)] == [0.9, 0.3, math.inf, math.inf, -1.5]
+    assert [at(done).best_loss((0, 0)) for done in range(5)] == [0.9, 0.3, 0.1, 0.1, -1.5]
+
+
 def test_a_class_of_ours_by_import_path_is_given_what_it_has_fields_for():
     config = dataclasses.replace(
         WITH_ENCODER, encoder=Template("flax_hmog.encoders:ConvNet", features=6, normalization="layer")
@@ -137,7 +158,13 @@ def loss_at():
         phases = np.array([STEP + (passed < 1), STEP + (passed < 2)], np.uint32)
         key_data = jax.random.key_data(jax.random.key(2))
         extra = Extra(
-            None, np.float32(1), Teacher(None, factors, jnp.array(clusters)), phases, key_data, np.uint32(STEP)
+            None,
+            np.float32(1),
+            Teacher(None, factors, jnp.array(clusters)),
+            phases,
+            key_data,
+            np.uint32(STEP),
+            np.float32(0),
         )
         function, params = of_config(**weights)
         (loss, _), gradient = function(params, extra)
@@ -166,7 +193,7 @@ def test_an_encoder_does_not_see_the_likelihood(loss_at):
 
 OF_FEATURES = Rounds(start="features", n_components=10, distil_epochs=1)
 RECONSTRUCTING = dataclasses.replace(
-    ONE_ROUND, start="nothing", distil_epochs=0, reconstruction_weight=1.0, adversarial_radius=0.1
+    ONE_ROUND, start="nothing", distil_epochs=0, reconstruction_weight=1.0, adversarial_radius="measured"
 )
 
 
@@ -218,12 +245,13 @@ def test_training_with_an_encoder_ends_in_a_model_of_raw_data(options, tmp_path)
     assert linear(test.read(slice(None))).log_responsibilities.shape == (360, 4)
     assert linear.head.n_components == 8
     records = read_metrics(tmp_path, stage=f"{head}-{last}")
-    assert float(output.log_density.mean()) == pytest.approx(records[-1]["test_log_density"], rel=1e-4)
+    kept = restored.progress["kept"]
+    assert float(output.log_density.mean()) == pytest.approx(kept["test_log_density"], rel=1e-4)
     assert [record["epoch"] for record in records] == [0, 1, 2, 3]
     used = np.bincount(np.argmax(output.log_responsibilities, axis=1), minlength=4)
     assert used.min() > 0  # no collapse
     if config.rounds.start != "features":  # clusters of untrained features are nothing to improve in fifteen steps
-        assert records[-1]["nmi"] > records[0]["nmi"] + 0.04
+        assert kept["nmi"] > records[0]["nmi"] + 0.04
 
 
 DIGITS = dataclasses.replace(EXPERIMENTS["digits_encoder"], gradient=Gradient(40, 128, 2e-3))
