@@ -28,7 +28,7 @@ class Regularizer:
     They are fixed before the first step, so that the penalised log-likelihood
 
         sum_i log p(x_i) + weights sum_k log w_k + components sum_k E[log N(y; m_k, S_k)] + noise E[log N(e; 0, Psi)]
-            - shrinkage min_{C, s} sum_k KL(N(0, s_k C) || N(0, S_k)),
+            - shrinkage min_{Omega, s} sum_k KL(N(0, s_k Omega) || N(0, S_k)),
         y ~ N(component_mean, component_covariance),  e ~ N(0, noise_covariance),
 
     never decreases, and an empty component or a constant column does no harm. Pseudo-samples of `shrinkage` follow the

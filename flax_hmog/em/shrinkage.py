@@ -22,9 +22,9 @@ FIRST_STRENGTH = 2.0  # pseudo-samples per factor of the step that the choice is
 
 @jit
 def common_covariances(precision: Array, log_det: Array, used: InUse | None = None) -> tuple[Array, Array]:
-    """The nearest covariances s_k C of one shape, and twice the divergences from them.
+    """The nearest covariances s_k Omega of one shape, and twice the divergences from them.
 
-    C and s_k minimise sum_k KL(N(0, s_k C) || N(0, S_k)):  s_k = L / tr(C P_k),  C^-1 = mean_k s_k P_k.
+    Omega and s_k minimise sum_k KL(N(0, s_k Omega) || N(0, S_k)):  s_k = L / tr(Omega P_k),  Omega^-1 = mean_k s_k P_k.
 
     Args:
         precision: P_k = S_k^-1 (K, L, L).
@@ -32,7 +32,7 @@ def common_covariances(precision: Array, log_det: Array, used: InUse | None = No
         used: the parts of a padded model that count; None for all.
 
     Returns:
-        s_k C (K, L, L), and 2 KL (K,).
+        s_k Omega (K, L, L), and 2 KL (K,).
     """
     n_components, n_factors = precision.shape[0], jnp.asarray(precision.shape[1])
     share, blank = jnp.full(n_components, 1 / n_components, precision.dtype), jnp.zeros_like(precision[0])
@@ -50,7 +50,7 @@ def common_covariances(precision: Array, log_det: Array, used: InUse | None = No
     first = jnp.exp(-(log_det - jnp.sum(share * log_det)) / n_factors)
     scales: Any = jax.lax.fori_loop(0, SWEEPS, lambda _, scales: n_factors / traces(shape(scales)[0]), first)
     common, common_log_det = shape(scales)
-    # 2 KL(N(0, s C) || N(0, S)) = s tr(C P) - L - log|s C| - log|P|
+    # 2 KL(N(0, s Omega) || N(0, S)) = s tr(Omega P) - L - log|s Omega| - log|P|
     divergence = scales * traces(common) - n_factors - n_factors * jnp.log(scales) + common_log_det - log_det
     return scales[:, None, None] * common[None], jnp.where(share > 0, divergence, 0)
 
@@ -71,8 +71,8 @@ def shrunk(covariances: PositiveDefinite, rows: Array, shrinkage: Array, common:
 def estimated_shrinkage(before: Moments, after: Moments, rows: Any, shrinkage: float) -> float:
     """The number of pseudo-samples under which the scatter of components is most likely.
 
-    With P_k ~ Wishart of nu degrees of freedom and mean (s_k C)^-1, and l_ki the eigenvalues of the scatter of
-    component k in units of s_k C, the log-evidence is, up to a constant,
+    With P_k ~ Wishart of nu degrees of freedom and mean (s_k Omega)^-1, and l_ki the eigenvalues of the scatter of
+    component k in units of s_k Omega, the log-evidence is, up to a constant,
 
         sum_k (L nu log(nu) - (n_k + nu) sum_i log(nu + l_ki)) / 2 + log Gamma_L((n_k + nu) / 2) - log Gamma_L(nu / 2)
 
