@@ -7,7 +7,7 @@ from flax_hmog.em.fit import fit_em
 from flax_hmog.em.initialize import initialize_moments
 from flax_hmog.em.online import fit_online_em
 from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer
-from flax_hmog.em.result import ConvergenceWarning, EMResult, EMState, WildRowsWarning
+from flax_hmog.em.result import ConvergenceWarning, EMResult, EMState, OverfitWarning, WildRowsWarning
 from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.statistics import Statistics, expected_statistics, whiten_prior
 from flax_hmog.em.step import EMInfo, em_step, penalty
@@ -74,6 +74,7 @@ __all__ = [
     "Mixture",
     "Moments",
     "Natural",
+    "OverfitWarning",
     "PositiveDefinite",
     "Posterior",
     "Prepared",

@@ -27,8 +27,8 @@ PACKAGES = (
 SHOWN_ELSEWHERE = {"RULES", "Statistics", "WarmStartInfo"}  # a table, and what a function with an example returns
 QUESTIONS = {"What", "Where", "Whether", "Which", "Whose", "When", "How", "Of", "Why"}
 LONG = {
-    "checkpoints.md", "choosing.md", "derivations.md", "encoders.md", "images.md", "model.md", "nnx.md", "performance.md",
-    "report.md", "sharp_bits.md", "serving.md", "single_cells.md", "sklearn.md", "tables.md", "training.md",
+    "checkpoints.md", "choosing.md", "derivations.md", "encoders.md", "features.md", "images.md", "model.md", "nnx.md",
+    "performance.md", "report.md", "sharp_bits.md", "serving.md", "single_cells.md", "sklearn.md", "tables.md", "training.md",
 }  # fmt: skip
 
 

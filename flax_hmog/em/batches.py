@@ -12,10 +12,10 @@ import numpy as np
 from flax_hmog.data.framing import Framing
 from flax_hmog.data.shards import row_shards
 from flax_hmog.data.sources import as_source
-from flax_hmog.em.fit import Fit, wild_rows
+from flax_hmog.em.fit import Fit
 from flax_hmog.em.online import OnlineState, one_batch
 from flax_hmog.em.options import EMOptions, Regularizer
-from flax_hmog.em.result import EMResult
+from flax_hmog.em.result import EMResult, wild_rows
 from flax_hmog.em.step import whiten_moments
 from flax_hmog.model.checks import may_miss
 from flax_hmog.model.conversions import fits_units_of_x, moments_to_natural, own_in_units_of_x, own_moments

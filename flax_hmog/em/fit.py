@@ -21,7 +21,8 @@ from flax_hmog.em.options import EMOptions, PseudoCounts, Regularizer, chosen_op
 from flax_hmog.em.padding import InUse, Sizes, padded_sizes
 from flax_hmog.em.products import checked_products
 from flax_hmog.em.progress import progress_bar
-from flax_hmog.em.result import ConvergenceWarning, EMResult, EMState, WildRowsWarning
+from flax_hmog.em.result import ConvergenceWarning, EMResult, EMState, warn_of_overfit, wild_rows
+from flax_hmog.em.shrinkage import FIRST_STRENGTH, estimated_shrinkage
 from flax_hmog.em.statistics import accumulate
 from flax_hmog.em.step import EMInfo, diagnose, finish_step, one_step, whiten_moments, whiten_regularizer
 from flax_hmog.model.checks import OUTSIDE, check_outside_transformations, door, may_miss, named, public
@@ -142,6 +143,11 @@ class Fit:
         check_head_and_key(head, key)
         check_outside_transformations(data=data, key=key, weights=weights, labels=labels, init=options.init)
         check_full("head", head.component_structure.rep())
+        counts = options.regularizer
+        self.estimates = isinstance(counts, PseudoCounts) and counts.shrinkage == "auto"
+        if isinstance(counts, PseudoCounts) and self.estimates:
+            counts = dataclasses.replace(counts, shrinkage=FIRST_STRENGTH * head.lat_dim)
+            options = dataclasses.replace(options, regularizer=counts)
         self.head, self.options, self.dtype = head, options, head.projection_dtype
         self.products: str | None = None  # of `checked_products`, once they were
         self.source = source = as_source(data, head.obs_dim, head.param_dtype, weights, labels, head.n_components)
@@ -178,7 +184,9 @@ class Fit:
         if not isinstance(init, str):
             natural = with_prior(self._checked_model(init))
             natural = natural if self.sizes is None else self.sizes.pad(natural)
-            return self._whitened(reframe(own_moments(natural), natural.frame, self.frame), natural.frame)
+            return self._estimated(
+                *self._whitened(reframe(own_moments(natural), natural.frame, self.frame), natural.frame)
+            )
         x, weights, labels = block = self.block or self.source.sample()
         best, framing = cast(Any, None), self.source.framing
         given: Any = {"method": init, "used": self.used}
@@ -193,7 +201,17 @@ class Fit:
             wrong = "keep the likelihood bounded on these data; got no start whose objective is finite"
             remedy = "Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
             raise ValueError(f"{door()}: `regularizer` must {wrong}. {remedy}")
-        return best[1], best[2]
+        return self._estimated(*best[1:])
+
+    def _estimated(self, natural: Natural, regularizer: Regularizer | None) -> tuple[Natural, Regularizer | None]:
+        """The same with the shrinkage that one step from the model finds, where it is to be found."""
+        if regularizer is None or not self.estimates:
+            return natural, regularizer
+        updated, info, _ = self.evaluate(natural, regularizer, self.block or self.source.sample())
+        before, after = (own_moments(n if self.sizes is None else self.sizes.crop(n)) for n in (natural, updated))
+        rows = np.asarray(info.occupancy)[: self.head.n_components]
+        first = FIRST_STRENGTH * self.head.lat_dim
+        return natural, regularizer.shrinking(estimated_shrinkage(before, after, rows, first))
 
     def _checked_model(self, init: Moments | Natural | Prepared) -> Natural:
         """The model to start from, once its size is that of head and data."""
@@ -335,9 +353,10 @@ class Fit:
         return state if self.sizes is None else _of_size(state, self.sizes.crop)
 
     def finished(self, result: EMResult) -> EMResult:
-        """The result with model and regulariser in units of x, where the dtype can hold them; warns of wild rows."""
+        """The result with model and regulariser in units of x, where the dtype can hold them; its warnings."""
         left_out = wild_rows(self.source.framing, stacklevel=5)
         natural, regularizer = result.natural, result.regularizer
+        warn_of_overfit(result, stacklevel=5)
         result = dataclasses.replace(result, classes=self.source.classes, left_out=left_out)
         if natural.frame is None or not fits_units_of_x(natural):
             return result
@@ -349,19 +368,6 @@ class Fit:
         else:
             natural = self.sizes.crop(own_in_units_of_x(self.sizes.pad(natural)))
         return dataclasses.replace(result, natural=natural, regularizer=regularizer)
-
-
-def wild_rows(framing: Framing, stacklevel: int) -> tuple[int, ...]:
-    """Numbers of the rows that were left out, with a warning."""
-    if framing.wild:
-        warnings.warn(
-            f"{door()}: {len(framing.wild)} rows are left out, as an entry is more than `max_distance` = "
-            f"{framing.max_distance:g} typical distances from the median; the first is row {min(framing.wild)}. "
-            "Check them, or raise max_distance.",
-            WildRowsWarning,
-            stacklevel=stacklevel,
-        )
-    return tuple(sorted(framing.wild))
 
 
 def _of_size(state: EMState, resize: Callable[[Any], Any]) -> EMState:

@@ -24,6 +24,7 @@ from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.options import EMOptions, Regularizer, chosen_options
 from flax_hmog.em.progress import progress_bar
 from flax_hmog.em.result import EMResult
+from flax_hmog.em.shrinkage import common_of
 from flax_hmog.em.statistics import accumulate, log_likelihood, residual_mean
 from flax_hmog.em.step import maximize, penalty
 from flax_hmog.model.checks import public
@@ -82,9 +83,14 @@ def online_step(
     old = state.moments
     running = mix(state.running, batch, rate)
     average = None if state.average is None else mix(state.average, running, average_rate)
-    new = maximize(old.loadings, old.bias, running, count, regularizer)
+    new = maximize(old.loadings, old.bias, running, count, regularizer, common_target(old, regularizer))
     move = {"turn": new.loadings - old.loadings, "shift": new.bias - old.bias}
     return OnlineState(new, running.about(**move), None if average is None else average.about(**move))
+
+
+def common_target(moments: Moments, regularizer: Regularizer | None) -> Array | None:
+    """The covariances that the components of a model shrink to (K, L, L), where they do."""
+    return None if regularizer is None or regularizer.shrinkage is None else common_of(moments)
 
 
 def mix(old: ResidualMoments, new: ResidualMoments, rate: Array | float) -> ResidualMoments:
@@ -156,7 +162,9 @@ def fit_online_em(
         state, history, total = _passes(fit, state, regularizer, order_key, report)
         moments = state.moments
         if options.average:
-            moments = maximize(moments.loadings, moments.bias, state.average, total, regularizer)  # type: ignore[arg-type]
+            average: Any = state.average
+            common = common_target(moments, regularizer)
+            moments = maximize(moments.loadings, moments.bias, average, total, regularizer, common)
         _check_objective(moments.means, options.passes)
         natural = moments_to_natural(moments).in_frame(fit.frame)
         _, info, objective = fit.evaluate(natural, regularizer)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from flax_hmog.data.shards import with_auto_axes
+from flax_hmog.em.shrinkage import FIRST_STRENGTH
 from flax_hmog.model.checks import check_size, check_type, door, public
 from flax_hmog.model.coordinates import Moments, Natural, Prepared, within_covariance
 from flax_hmog.model.kinds import Array, Kind, PositiveDefinite, matmul, pytree
@@ -26,10 +27,12 @@ class Regularizer:
 
     They are fixed before the first step, so that the penalised log-likelihood
 
-        sum_i log p(x_i) + weights sum_k log w_k + components sum_k E[log N(y; m_k, S_k)] + noise E[log N(e; 0, Psi)],
+        sum_i log p(x_i) + weights sum_k log w_k + components sum_k E[log N(y; m_k, S_k)] + noise E[log N(e; 0, Psi)]
+            - shrinkage min_{Omega, s} sum_k KL(N(0, s_k Omega) || N(0, S_k)),
         y ~ N(component_mean, component_covariance),  e ~ N(0, noise_covariance),
 
-    never decreases, and an empty component or a constant column does no harm.
+    never decreases, and an empty component or a constant column does no harm. Pseudo-samples of `shrinkage` follow the
+    model: they have the shape that its components share, at the scale of each, about its own mean.
 
     Attributes:
         weights: pseudo-count added to each component's weight ().
@@ -38,6 +41,7 @@ class Regularizer:
         component_mean: (L,), in the latent basis of the model.
         component_covariance: `PositiveDefinite` (L, L), in the latent basis of the model.
         noise_covariance: of kind `obs_rep`, in squared units of x; of a model with a frame, in those of its frame.
+        shrinkage: pseudo-samples of each component's covariance about its mean (); None for none.
 
     Example:
         >>> from flax_hmog.toy import moments
@@ -52,6 +56,11 @@ class Regularizer:
     component_mean: Float[Array, " L"]
     component_covariance: PositiveDefinite
     noise_covariance: Kind
+    shrinkage: Float[Array, ""] | None = None
+
+    def shrinking(self, count: float) -> Regularizer:
+        """The same with so many pseudo-samples of each component's covariance."""
+        return dataclasses.replace(self, shrinkage=jnp.asarray(count, self.weights.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +75,9 @@ class PseudoCounts:
             `noise_floor` times their average (of full noise, along its principal axes).
         noise_floor: see `noise`; a share, not a number of samples.
         noise_share: the same, per sample of the data, where that is more than `noise`.
+        shrinkage: added to each component's covariance about its own mean; such a sample has the shape that all
+            components share, at the scale of this one. "auto" takes the number under which the scatter of the
+            components is most likely, as a fit finds it from its start: one to fifty for each factor.
 
     Example:
         >>> from flax_hmog.toy import moments
@@ -79,19 +91,33 @@ class PseudoCounts:
     noise: float = 1.0
     noise_floor: float = 1e-2
     noise_share: float = 0.0
+    shrinkage: float | Literal["auto"] = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, str):
+                if (field.name, value) != ("shrinkage", "auto"):
+                    raise ValueError(
+                        f"PseudoCounts: `{field.name}` must be a number; got {value!r}. Only shrinkage may be 'auto'."
+                    )
+                continue
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(
                     f"PseudoCounts: `{field.name}` must be at least 0; got {value!r}. Use 0 for none of this kind."
                 )
 
     def regularizer(self, moments: Moments, n_samples: float = 0.0) -> Regularizer:
-        """The pseudo-statistics of this strength for EM that starts from `moments`, on so many samples."""
+        """The pseudo-statistics of this strength for EM that starts from `moments`, on so many samples.
+
+        For shrinkage "auto" those of the step from which a fit finds the number: two for each factor.
+        """
         noise = max(self.noise, self.noise_share * n_samples)
-        return _pseudo_statistics(moments, (self.weights, self.components, noise), self.noise_floor)
+        regularizer = _pseudo_statistics(moments, (self.weights, self.components, noise), self.noise_floor)
+        count = self.shrinkage
+        if count == "auto":
+            count = FIRST_STRENGTH * moments.loadings.shape[1]
+        return regularizer.shrinking(count) if count else regularizer
 
 
 @jit

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from flax_hmog.data.framing import Framing
 from flax_hmog.em.cycles import Cycles
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.sparse import SparseInfo
 from flax_hmog.em.step import EMInfo
+from flax_hmog.model.checks import door
 from flax_hmog.model.coordinates import Natural
+
+MOST_OPTIMISM, MOST_PER_COLUMN = 4.0, 0.01  # nats per row, and per entry of one, from which on a fit is overfitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,21 @@ class EMResult:
     classes: tuple[str, ...] | None = None
     sparse: SparseInfo | None = None
     left_out: tuple[int, ...] = ()
+
+    @property
+    def optimism(self) -> float:
+        """Nats by which components make the rows of the fit likelier than new ones, on average.
+
+        A Gaussian of L dimensions that is fitted to n rows, pseudo-samples among them, costs new ones
+        L (L + 3) / (2 n) (1 + L / n) nats to second order.
+        """
+        rows, lat_dim = np.asarray(self.info.occupancy, np.float64), self.natural.interaction.shape[1]
+        counted = rows.copy()
+        if (pseudo := self.regularizer) is not None:
+            counted += float(pseudo.components) + (0.0 if pseudo.shrinkage is None else float(pseudo.shrinkage))
+        counted = np.maximum(counted, 1.0)
+        loss = lat_dim * (lat_dim + 3) / (2 * counted) * (1 + lat_dim / counted)
+        return float(rows @ loss / rows.sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,3 +125,40 @@ class WildRowsWarning(UserWarning):
         >>> str(caught[0].message)
         'fit_em: 1 rows are left out, ...the first is row 5. Check them, or raise max_distance.'
     """
+
+
+class OverfitWarning(UserWarning):
+    """Components of a fit hold few rows against their parameters, so that new rows are much less likely.
+
+    Example:
+        >>> import warnings
+        >>> warnings.filterwarnings("ignore", category=OverfitWarning)  # where these rows are all there are
+    """
+
+
+def warn_of_overfit(result: EMResult, stacklevel: int) -> None:
+    """`OverfitWarning` where components cost new rows much."""
+    obs_dim, lat_dim = result.natural.interaction.shape
+    if not result.optimism > max(MOST_OPTIMISM, MOST_PER_COLUMN * obs_dim):
+        return
+    warnings.warn(
+        f"{door()}: half of the components hold fewer than {np.median(np.asarray(result.info.occupancy)):.0f} rows for "
+        f"{lat_dim * (lat_dim + 1) // 2} entries of a covariance: new rows are about {result.optimism:.1f} nats less "
+        f"likely than these on average{'' if result.converged else ', and EM has not converged'}. Use "
+        'PseudoCounts(shrinkage="auto"), or lower lat_dim or n_components; `select` compares them on held-out rows.',
+        OverfitWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def wild_rows(framing: Framing, stacklevel: int) -> tuple[int, ...]:
+    """Numbers of the rows that were left out, with a warning."""
+    if framing.wild:
+        warnings.warn(
+            f"{door()}: {len(framing.wild)} rows are left out, as an entry is more than `max_distance` = "
+            f"{framing.max_distance:g} typical distances from the median; the first is row {min(framing.wild)}. "
+            "Check them, or raise max_distance.",
+            WildRowsWarning,
+            stacklevel=stacklevel,
+        )
+    return tuple(sorted(framing.wild))

@@ -15,6 +15,7 @@ from flax_hmog.data.shards import Shards, row_shards
 from flax_hmog.em.missing import IncompleteStatistics
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.padding import InUse
+from flax_hmog.em.shrinkage import common_covariances, shrunk
 from flax_hmog.em.statistics import (
     Densities,
     Statistics,
@@ -187,13 +188,16 @@ def next_moments(
     """M-step: the model that maximises the expected (penalised) log-likelihood; its prior whitened if unpenalised."""
     loadings = matmul(basis_loadings(factors), factors.basis)
     mean = residual_mean(factors, statistics)
-    moments = maximize(loadings, factors.bias, mean, statistics.count, regularizer, used)
+    common = None
+    if regularizer is not None and regularizer.shrinkage is not None:
+        common = common_covariances(factors.natural.prior.precision.entries, factors.prior_log_det, used)[0]
+    moments = maximize(loadings, factors.bias, mean, statistics.count, regularizer, common, used)
     return whiten_moments(moments) if regularizer is None else moments
 
 
 def maximize(
     loadings: Array, bias: Array, mean: ResidualMoments, count: Array | float, regularizer: Regularizer | None,
-    used: InUse | None = None,
+    common: Array | None = None, used: InUse | None = None,
 ) -> Moments:  # fmt: skip
     """The model with these average statistics of (x - b - W y, y, z), and with pseudo-samples.
 
@@ -205,6 +209,7 @@ def maximize(
         mean: of `residual_mean`.
         count: number of samples that the averages stand for.
         regularizer: pseudo-statistics or None.
+        common: `common_covariances` that components shrink to (K, L, L), where the regulariser has such pseudo-samples.
         used: the parts of the models that count; None for all.
 
     Returns:
@@ -226,6 +231,8 @@ def maximize(
         n_components = weights.shape[0] if used is None else used.n_components
         weights = (weights + r.weights / count) / (1 + n_components * r.weights / count)
     means, covariances = component_moments(mass, first, second)
+    if common is not None and regularizer is not None:
+        covariances = shrunk(covariances, count * mass, regularizer.shrinkage, common)  # type: ignore[arg-type]
     moments = Moments(loadings + turn, bias + shift, noise, weights, means, covariances)
     return moments if used is None else used.masked(moments)
 
@@ -274,6 +281,9 @@ def _penalty(
     if used is not None:
         component, log_weights = (jnp.where(used.components, term, 0) for term in (component, log_weights))
     weights = r.weights * jnp.sum(log_weights)
+    if r.shrinkage is not None:
+        divergence = common_covariances(natural.prior.precision.entries, log_det, used)[1]
+        weights = weights - r.shrinkage * jnp.sum(divergence) / 2
     return weights - (r.components * jnp.sum(component) + r.noise * noise) / 2
 
 

@@ -7,6 +7,7 @@ from flax_hmog.data.files import File
 from flax_hmog.networks.augment import Augmentation
 from flax_hmog.recipe.clusterer import fit_clusterer
 from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model, Rounds
+from flax_hmog.recipe.features import FeatureClusters, fit_features
 from flax_hmog.recipe.saved import restore_run
 from flax_hmog.recipe.template import Template
 
@@ -15,11 +16,13 @@ __all__ = [
     "Augmentation",
     "Data",
     "Experiment",
+    "FeatureClusters",
     "File",
     "Gradient",
     "Model",
     "Rounds",
     "Template",
     "fit_clusterer",
+    "fit_features",
     "restore_run",
 ]

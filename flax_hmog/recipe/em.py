@@ -54,7 +54,7 @@ class EMStage:
         if natural.frame is not None:  # heads have their noise in units of x
             noise = regularizer.noise_covariance.scaled(natural.frame.unit)
             regularizer = dataclasses.replace(regularizer, noise_covariance=noise)
-        regularizer = dataclasses.replace(regularizer, components=np.zeros((), np.float32))
+        regularizer = dataclasses.replace(regularizer, components=np.zeros((), np.float32), shrinkage=None)
         return LinearFit(natural, regularizer, restored.progress["rows"], restored.clusters)
 
     def _fit(self, restored: Restored | None) -> None:

@@ -20,7 +20,7 @@ from flax_hmog.data.framing import share_bounds
 from flax_hmog.em.fit import Fit, fit_em
 from flax_hmog.em.options import EMOptions
 from flax_hmog.em.padding import padded_sizes
-from flax_hmog.em.result import ConvergenceWarning, WildRowsWarning
+from flax_hmog.em.result import ConvergenceWarning, OverfitWarning, WildRowsWarning
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.model.checks import check_size, door
 from flax_hmog.model.coordinates import Natural
@@ -125,8 +125,8 @@ class Fits:
         start = time.process_time()
         x, weights = self._training(setting, chosen)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            warnings.simplefilter("ignore", WildRowsWarning)
+            for known in (ConvergenceWarning, OverfitWarning, WildRowsWarning):  # the table shows what they say
+                warnings.simplefilter("ignore", known)
             head = setting.head(x.shape[1])
             options = options_of(setting.obs_rep, self.options, self.rows.x)
             result = fit_em(head, x, key, weights=weights, options=options, missing=self.rows.missing)
