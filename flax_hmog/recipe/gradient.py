@@ -167,7 +167,7 @@ class GradientStage:
         return {"opt_state": state.opt_state, "step": state.step, "loss_sum": at.loss_sum, "key": self.key}
 
     def _checkpoint(self, at: Position, watch: StageWatch, position: object, start: Start) -> dict[str, Any]:
-        """What a save takes: where training stands and the best epoch; at the end the best epoch alone."""
+        """Arguments of a save: where training stands and the best epoch; at the end the best epoch alone."""
         is_done, seen = at.done == len(self.batches), dict(watch.watch.seen)
         is_best = self._best(seen) == at.done
         variables, state, look = at.state.variables, self._arrays(at), at.history[-1]
