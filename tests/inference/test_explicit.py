@@ -98,7 +98,8 @@ print(json.dumps(report))
 
 
 @pytest.mark.parametrize(
-    ("count", "kinds"), [(1, "Explicit"), *(pytest.param(n, "Auto,Explicit", marks=pytest.mark.slow) for n in (2, 4))]
+    ("count", "kinds"),
+    [(1, "Explicit"), *(pytest.param(*of, marks=pytest.mark.slow) for of in ((2, "Explicit"), (4, "Auto,Explicit")))],
 )
 def test_results_are_those_of_one_device(count, kinds):
     environment = on_cpus(count)

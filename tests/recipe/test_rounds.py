@@ -266,7 +266,6 @@ TWO_ROUNDS = {
     "options",
     [
         pytest.param({}, id="differentiable"),
-        pytest.param({"heads": (Template("symmetric", lat_dim=8),)}, id="symmetric"),
         pytest.param({"heads": (Template("analytic", lat_dim=8),)}, id="analytic"),
         pytest.param(TWO_ROUNDS, id="two rounds"),
     ],
