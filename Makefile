@@ -43,11 +43,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv --without-pip $(VENV)
 
 $(VENV)/.%: $(BIN)/python pyproject.toml
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -e ".[$*]"
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --no-compile --disable-pip-version-check -e ".[$*]"
 	touch $@
 
 .venv-onnx/.ready: pyproject.toml
 	$(PYTHON) -m venv --without-pip .venv-onnx
-	$(PYTHON) -m pip --python .venv-onnx/bin/python install --quiet --disable-pip-version-check "jax2onnx~=0.17.1" jaxtyping rich
-	$(PYTHON) -m pip --python .venv-onnx/bin/python install --quiet --disable-pip-version-check --no-deps -e .
+	$(PYTHON) -m pip --python .venv-onnx/bin/python install --quiet --no-compile --disable-pip-version-check "jax2onnx~=0.17.1" jaxtyping rich
+	$(PYTHON) -m pip --python .venv-onnx/bin/python install --quiet --no-compile --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -65,7 +65,7 @@ def test_a_head_and_an_optimizer_by_import_path(files):
     options = ["--heads.SphericalHMoG.signal-bound", "9", "--optimizer.momentum", "0.5", "--model.obs-rep", "scale"]
     more = ["--gradient.schedule", "linear", "--gradient.warmup", "0.5", "--model.projection-dtype", "bfloat16"]
     assert main(["train", "synthetic", *names, *options, *more, *SMALL, "--workdir", "run"]) == 0
-    head = restore_run("run", allow_import=True).head
+    head = restore_run("run", stage="SphericalHMoG", allow_import=True).head
     assert type(head) is SphericalHMoG
     assert (head.n_components, head.obs_rep, head.signal_bound) == (6, "scale", 9)
     assert head.projection_dtype == restore_run("run", stage="em").head.projection_dtype == "bfloat16"
