@@ -99,7 +99,8 @@ class PseudoCounts:
             if isinstance(value, str):
                 if (field.name, value) != ("shrinkage", "auto"):
                     raise ValueError(
-                        f"PseudoCounts: `{field.name}` must be a number; got {value!r}. Only shrinkage may be 'auto'."
+                        f"PseudoCounts: `{field.name}` must be a number, or for shrinkage 'auto'; got {value!r}. "
+                        "Give one."
                     )
                 continue
             if not (math.isfinite(value) and value >= 0):

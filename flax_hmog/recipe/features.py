@@ -55,7 +55,9 @@ class FeatureClusters:
 
     def __call__(self, features: object) -> np.ndarray:
         """Probabilities (B, n_clusters) of new features (B, F), each averaged with its neighbours of the fit."""
-        rows = _unit_rows(features)
+        rows = _unit_rows(features, self.layers.shape[-1])
+        if not rows.shape[0]:
+            return np.zeros((0, self.probabilities.shape[1]), self.probabilities.dtype)
         here, own = rows, float(np.sqrt(2 * self.n_neighbors + 1))
         if self.n_neighbors:
             nearest = _neighbors(rows, self.layers[0], self.n_neighbors)
@@ -100,7 +102,7 @@ def fit_features(
     if not 0 <= n_neighbors < count:
         raise ValueError(
             f"fit_features: `n_neighbors` must be at least 0 and below the number of rows {count}; got {n_neighbors}. "
-            "Ten are usual."
+            "Give fewer; 0 takes rows as they are."
         )
     if n_components is None:
         n_components = max(n_clusters, min(2 * n_clusters, count // ROWS_PER_COMPONENT))
@@ -127,10 +129,15 @@ def fit_features(
     return FeatureClusters(assignments, probabilities, fitted.natural, clusters, kept, hubs, n_neighbors)
 
 
-def _unit_rows(features: object) -> Array:
+def _unit_rows(features: object, columns: int | None = None) -> Array:
+    """Rows at unit length; those of a fit, or with so many columns as it had."""
     rows = np.asarray(features, np.float32)
-    if rows.ndim != 2 or not rows.size:
-        raise ValueError(f"fit_features: `features` must have shape (N, F); got {rows.shape}. Give one row per sample.")
+    is_known = rows.size > 0 if columns is None else rows.shape[1:] == (columns,)
+    if rows.ndim != 2 or not is_known:
+        wanted = "(N, F)" if columns is None else f"(N, {columns})"
+        raise ValueError(
+            f"fit_features: `features` must have shape {wanted}; got {rows.shape}. Give one row per sample."
+        )
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     if not (np.isfinite(length) & (length > 0)).all():
         bad = int((~(np.isfinite(length) & (length > 0))).argmax())
@@ -143,17 +150,18 @@ def _unit_rows(features: object) -> Array:
 
 def _neighbors(rows: Array, others: Array, count: int, itself: bool = False) -> Array:
     """Numbers of the nearest of the others by cosine (B, count), never the row itself where it is one of them."""
+    blocks = [(rows[start : start + BLOCK], jnp.asarray(start)) for start in range(0, rows.shape[0], BLOCK)]
+    return jnp.concatenate([_nearest(*block, others, count=count, itself=itself) for block in blocks])
 
-    @jit(static_argnames="wanted")
-    def nearest(block: Array, first: Array, wanted: int) -> Array:
-        likeness = matmul(block, others.T)
-        if itself:
-            own = first + jnp.arange(block.shape[0])
-            likeness = likeness.at[jnp.arange(block.shape[0]), own].set(-jnp.inf)
-        return jax.lax.top_k(likeness, wanted)[1]
 
-    starts = range(0, rows.shape[0], BLOCK)
-    return jnp.concatenate([nearest(rows[start : start + BLOCK], jnp.asarray(start), count) for start in starts])
+@jit(static_argnames=("count", "itself"))
+def _nearest(block: Array, first: Array, others: Array, *, count: int, itself: bool) -> Array:
+    """`_neighbors` of a block whose first row has this number."""
+    likeness = matmul(block, others.T)
+    if itself:
+        own = first + jnp.arange(block.shape[0])
+        likeness = likeness.at[jnp.arange(block.shape[0]), own].set(-jnp.inf)
+    return jax.lax.top_k(likeness, count)[1]
 
 
 @jit(static_argnames="both")

@@ -30,6 +30,9 @@ def test_clusters_of_rows_and_of_new_ones(found: FeatureClusters):
     assert normalized_mutual_info_score(new_z, found(new).argmax(axis=1)) > 0.9
     np.testing.assert_allclose(found(new).sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(found(3 * new[:5]), found(new[:5]), atol=1e-4)  # lengths count nothing
+    assert found(new[:0]).shape == found(new[:5])[:0].shape
+    with pytest.raises(ValueError, match=r"must have shape \(N, \d+\); got \(5, 2\)"):
+        found(new[:5, :2])
 
 
 def test_averages_are_those_of_the_normalised_graph():
