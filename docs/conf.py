@@ -11,6 +11,8 @@ version = release = installed_version("flax-hmog")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_title = f"flax-hmog {version}"
 smartquotes = False  # a prime is a transpose here
 
