@@ -22,20 +22,22 @@ TIMES = ("seconds", "samples_per_second")
 
 
 class StopAt:
-    """A request to stop after so many steps of the run, which stays made."""
+    """A request to stop after so many steps of the run, which stays made; or an end without a save."""
 
-    def __init__(self, step):
-        self.left, self.received = step, False
+    def __init__(self, step, *, killed):
+        self.left, self.received, self.killed = step, False, killed
 
     def is_made(self):
         self.left -= 1
+        if self.killed and self.left == 0:
+            raise InterruptedError
         self.received |= self.left == 0
         return self.received
 
 
-def run(workdir, config=SMALL, stop_at=10**9, command=None, **options):
+def run(workdir, config=SMALL, stop_at=10**9, command=None, *, killed=False, **options):
     config = dataclasses.replace(config, workdir=str(workdir), **options)
-    train.run(config, Console(quiet=True), StopAt(stop_at), command=command)
+    train.run(config, Console(quiet=True), StopAt(stop_at, killed=killed), command=command)
 
 
 def read_metrics(folder, **wanted):

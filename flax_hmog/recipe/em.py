@@ -59,8 +59,9 @@ class EMStage:
 
     def _fit(self, restored: Restored | None) -> None:
         config, log, stage = self.config, self.run.log, self.stage
-        done = restored.progress["steps"] if restored else 0
-        log.begin(stage, f"seed {stage.seed}: EM", config.n_restarts * (config.max_steps + 1), done)
+        saved = restored.progress["steps"] if restored else None
+        log.begin(stage, f"seed {stage.seed}: EM", config.n_restarts * (config.max_steps + 1), saved)
+        done = saved or 0
         x, weights = self.inputs.rows(self.inputs.dataset.train, config.rows, stage.seed)
         count = int(jnp.sum(weights))
         started = time.perf_counter()

@@ -83,9 +83,9 @@ class GradientStage:
         """
         run, per_epoch, total = self.run, self.batches.per_epoch, len(self.batches)
         restored = run.restored(self.stage)
-        done = restored.step if restored else 0
-        run.log.begin(self.stage, f"seed {self.stage.seed}: {self.stage.name} head", total, done)
-        if restored is not None and done == total:
+        saved = restored.step if restored else None
+        run.log.begin(self.stage, f"seed {self.stage.seed}: {self.stage.name} head", total, saved)
+        if restored is not None and saved == total:
             return restored.module_variables
         at = self._first_position(start) if restored is None else self._restored_position(restored)
         step = self.model.step(at.state, run.mesh)

@@ -75,7 +75,7 @@ class RoundStage:
     def _make(self, linear: LinearFit, previous: dict[str, Any] | None) -> None:
         """The clusters, of the inputs or of what an encoder makes of them, and the start for them."""
         config, encoder = self.config, self.model.encoder
-        self.run.log.begin(self.stage, f"seed {self.stage.seed}: clusters of round {self.number}", 1, 0)
+        self.run.log.begin(self.stage, f"seed {self.stage.seed}: clusters of round {self.number}", 1)
         x, weights = self.inputs.rows(self.inputs.dataset.train, config.em.rows, self.stage.seed)
         trained, trained_head = split_module(previous) if previous else (None, {})
         own = trained if trained is not None and not self._is_fresh else self._init_encoder()

@@ -105,11 +105,12 @@ class Log:
         for close in self.closers:
             close()
 
-    def begin(self, stage: Stage, description: str, total: int, done: int) -> None:
-        """Show a stage that is resumed after `done` of `total` steps, and take back what was written after them."""
+    def begin(self, stage: Stage, description: str, total: int, saved: int | None = None) -> None:
+        """Show a stage of `total` steps, and take back what was written after the `saved` ones; None is no checkpoint."""
+        done = saved or 0
         self.progress.reset(self.task, description=description, total=total, completed=done, rate="", visible=True)
         self.at = stage.name, done, total
-        self._rewind(stage, done)
+        self._rewind(stage, saved)
 
     def advance(self, steps: int = 1) -> None:
         """Show that some steps more are done."""
@@ -138,10 +139,10 @@ class Log:
             for writer in self.writers:
                 writer({name: value for name, value in named.items() if isinstance(value, int | float)}, step)
 
-    def _rewind(self, stage: Stage, done: int) -> None:
+    def _rewind(self, stage: Stage, saved: int | None) -> None:
         if self.is_first and self.path is not None and self.path.exists():
             lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if _is_before(line, stage, done)]
+            kept = [line for line in lines if _is_kept(line, stage, saved)]
             if kept != lines:
                 new = self.path.with_suffix(".new")
                 new.write_text("".join(line + "\n" for line in kept))
@@ -169,10 +170,11 @@ class Log:
         self.writers.append(lambda metrics, step: run.log(metrics | {"step": step}))
 
 
-def _is_before(line: str, stage: Stage, done: int) -> bool:
-    """True if a line is one that the stage, resumed after `done` steps, will not write again."""
+def _is_kept(line: str, stage: Stage, saved: int | None) -> bool:
+    """True if a line is one that the stage, resumed after the `saved` steps, will not write again."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError:  # cut off when the process was killed
         return False
-    return (record["seed"], record["stage"]) != (stage.seed, stage.name) or 0 <= record["step"] <= done > 0
+    is_of_others = (record["seed"], record["stage"]) != (stage.seed, stage.name)
+    return is_of_others or (saved is not None and record["step"] <= saved)

@@ -64,12 +64,17 @@ def test_a_finished_run_does_nothing_more(folder):
         pytest.param(5, id="end of a start", marks=pytest.mark.slow),
         pytest.param(14, id="first epoch", marks=pytest.mark.slow),
         pytest.param(26, id="between epochs", marks=pytest.mark.slow),
+        pytest.param(-13, id="killed in the first epoch"),
+        pytest.param(-25, id="killed after an epoch", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_ends_as_the_uninterrupted_one(steps, folder, tmp_path):
-    """Bit for bit: every array, position, record and line. Ten steps of EM, then twenty of each head."""
-    with pytest.raises(processes.Stopped):
-        run(tmp_path, n_seeds=1, heads=DIFFERENTIABLE, stop_at=steps)
+    """Bit for bit: every array, position, record and line. Ten steps of EM, then twenty of each head.
+
+    Killed runs, after minus so many steps, save nothing on their way out.
+    """
+    with pytest.raises(processes.Stopped if steps > 0 else InterruptedError):
+        run(tmp_path, n_seeds=1, heads=DIFFERENTIABLE, stop_at=abs(steps), killed=steps < 0)
     run(tmp_path, n_seeds=1, heads=DIFFERENTIABLE)
     for name in ("em", "differentiable"):
         assert without_times(read_metrics(tmp_path, stage=name)) == without_times(
