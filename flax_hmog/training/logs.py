@@ -106,7 +106,7 @@ class Log:
             close()
 
     def begin(self, stage: Stage, description: str, total: int, saved: int | None = None) -> None:
-        """Show a stage of `total` steps, and take back what was written after the `saved` ones; None is no checkpoint."""
+        """Show a stage of `total` steps, and take back what was written after the last checkpoint, of step `saved`."""
         done = saved or 0
         self.progress.reset(self.task, description=description, total=total, completed=done, rate="", visible=True)
         self.at = stage.name, done, total
