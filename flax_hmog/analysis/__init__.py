@@ -4,6 +4,7 @@ Figures need matplotlib (`pip install "flax-hmog[plots]"`), merges and metrics s
 all of these and jinja2 (extra `report`).
 """
 
+from flax_hmog.analysis.affinity import component_affinity
 from flax_hmog.analysis.clusters import (
     ComponentSummary,
     cluster_differences,
@@ -15,6 +16,7 @@ from flax_hmog.analysis.clusters import (
     merge_clusters,
     merged_responsibilities,
 )
+from flax_hmog.analysis.coherence import ClusterLinks, cluster_links, refine_modularity
 from flax_hmog.analysis.criteria import InformationCriteria, information_criteria, n_parameters
 from flax_hmog.analysis.elements import (
     Cell,
@@ -27,7 +29,7 @@ from flax_hmog.analysis.elements import (
     mean_and_sd,
 )
 from flax_hmog.analysis.loadings import CanonicalLoadings, LatentAxes, canonical_loadings, discriminant_axes
-from flax_hmog.analysis.merging import component_affinity, information_hierarchy, merge_components, refine_information
+from flax_hmog.analysis.merging import information_hierarchy, merge_components, refine_information
 from flax_hmog.analysis.metrics import clustering_metrics, contingency_table
 from flax_hmog.analysis.plots import plot_latent_space, plot_loadings, plot_objective, plot_prototypes
 from flax_hmog.analysis.relations import plot_co_assignment, plot_contingency, plot_dendrogram
@@ -36,6 +38,7 @@ from flax_hmog.analysis.report import write_report
 __all__ = [
     "CanonicalLoadings",
     "Cell",
+    "ClusterLinks",
     "ComponentSummary",
     "Gallery",
     "InformationCriteria",
@@ -47,6 +50,7 @@ __all__ = [
     "canonical_loadings",
     "cluster_differences",
     "cluster_hierarchy",
+    "cluster_links",
     "cluster_prototypes",
     "clustering_metrics",
     "co_assignment",
@@ -71,5 +75,6 @@ __all__ = [
     "plot_objective",
     "plot_prototypes",
     "refine_information",
+    "refine_modularity",
     "write_report",
 ]

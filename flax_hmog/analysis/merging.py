@@ -7,61 +7,32 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float, Int
 
+from flax_hmog.analysis.affinity import TEMPERATURE, affinity_of, as_log_responsibilities, in_order, joint_table
 from flax_hmog.analysis.clusters import as_membership, merge_clusters
-from flax_hmog.analysis.inputs import as_array
-from flax_hmog.model.checks import check_positive, check_size, door, public
+from flax_hmog.analysis.coherence import ISOLATED, cluster_links, join_by_links, refine_modularity
+from flax_hmog.model.checks import check_size, public
 from flax_hmog.model.optional import require
 from flax_hmog.model.typed import Floats, Samples
 
-TEMPERATURE = 16.0
 SMALLEST_GAIN = 1e-12  # nats
-ISOLATED = 1e-9  # affinity of components without a common sample, relative to the average
-
-
-@public
-def component_affinity(log_responsibilities: Samples, *, temperature: float = TEMPERATURE) -> Float[np.ndarray, "K K"]:
-    """Affinity of two components: the samples of which they are the first and second choice.
-
-    With i and j the most and second most probable components of sample n,
-
-        A_ij += s_i s_j,   A_ji += s_i s_j,   A_ii += s_i^2,   A_jj += s_j^2,   s_k = r_nk ** (1 / temperature)
-
-    In many dimensions responsibilities are almost always 0 or 1, the more so the longer a model is fitted, and
-    co-assignment then rests on a few samples. The second choice shows which components are neighbours even
-    where it is improbable, and the temperature makes it count. Further choices add more noise than information.
-
-    Args:
-        log_responsibilities: log p(z = k | x) (..., K), natural logarithm; -inf is allowed.
-        temperature: from 1 (products of responsibilities) upwards (counts of samples); from 8 on the
-            result depends little on it.
-
-    Returns:
-        Affinities (K, K), symmetric, at least 0.
-
-    Raises:
-        TypeError: if `log_responsibilities` holds no real numbers.
-        ValueError: unless they are logarithms of probabilities, or for a temperature that is not positive.
-
-    Source: Martinetz and Schulten 1994 (first and second choice as neighbours).
-
-    Example:
-        >>> component_affinity(np.log([[0.6, 0.4], [0.3, 0.7]])).shape
-        (2, 2)
-    """
-    return _affinity(_log_responsibilities(log_responsibilities), temperature)
+SPLIT, MORE_COHERENT = 0.05, 3.0  # a link between clusters, and a ratio, from which clusters by links are taken
 
 
 @public
 def merge_components(
     log_responsibilities: Samples, n_clusters: int, *, temperature: float = TEMPERATURE
 ) -> Int[np.ndarray, " K"]:
-    """Merge the components of a mixture so that the clusters keep the most information about each other. Deterministic.
+    """Merge the components of a mixture to clusters of any size, by the samples between them. Deterministic.
 
-    Two components that neighbour each other (`component_affinity`) mostly belong to one cluster. Of all ways to merge,
-    the one is sought for which the cluster of one of two neighbours has the most information on that of the other:
+    Two components that neighbour each other (`component_affinity`) mostly belong to one cluster. First that way to
+    merge is sought for which the cluster of one of two neighbours has the most information on that of the other:
     clusters that lie apart, and are of similar size where the data leave it open. `refine_information` improves two
-    starts, a normalised cut and the first merges of `information_hierarchy`; the better result is taken.
-    docs/results.md compares this with other ways.
+    starts, a normalised cut and the first merges of `information_hierarchy`.
+
+    Where one class is much larger than the others, this splits it, and puts together small ones that have little in
+    common. `cluster_links` shows it. So where a cluster holds more than a twentieth of another one's neighbours,
+    clusters of any size are made by the strongest links and improved by `refine_modularity`, and taken where they are
+    more than three times as coherent. docs/results.md compares this with other ways.
 
     Args:
         log_responsibilities: log p(z = k | x) (..., K), of the samples that the model was fitted to.
@@ -77,24 +48,25 @@ def merge_components(
         TypeError: if `log_responsibilities` holds no real numbers.
         ValueError: for a number of clusters that is out of bounds, or as in `component_affinity`.
 
-    Source: Slonim and Tishby 1999 (information); Shi and Malik 2000 (cut).
+    Source: Slonim and Tishby 1999 (information); Shi and Malik 2000 (cut); Reichardt and Bornholdt 2006 (modularity).
 
     Example:
         >>> responsibilities = np.array([[0.6, 0.39, 0.01], [0.39, 0.6, 0.01], [0.01, 0.02, 0.97]])
         >>> merge_components(np.log(responsibilities), 2).tolist()
         [0, 0, 1]
     """
-    rows = _log_responsibilities(log_responsibilities)
+    rows = as_log_responsibilities(log_responsibilities)
     count = rows.shape[1]
     check_size("n_clusters", n_clusters, at_most=count)
     if n_clusters in (1, count):
         return np.arange(count) if n_clusters > 1 else np.zeros(count, int)
-    affinity = _affinity(rows, temperature)
-    starts = normalized_cut(affinity, n_clusters), merge_clusters(information_hierarchy(affinity), n_clusters)
-    # a cut may leave a cluster without nodes, greedy merges never do
-    refined = [refine_information(affinity, start) for start in starts if start.max() + 1 == n_clusters]
-    best, _ = max(refined, key=lambda found: found[1])
-    return best
+    affinity = affinity_of(rows, temperature)
+    informative = most_informative(affinity, n_clusters)
+    links = cluster_links(affinity, informative)
+    if links.between <= SPLIT:
+        return informative
+    linked, _ = refine_modularity(affinity, join_by_links(joint_table(affinity), n_clusters))
+    return linked if cluster_links(affinity, linked).coherence > MORE_COHERENT * links.coherence else informative
 
 
 @public
@@ -117,7 +89,7 @@ def normalized_cut(affinity: np.ndarray, n_clusters: int) -> Int[np.ndarray, " K
     # a node without any neighbour would leave the graph in pieces, of which eigenvectors say nothing
     connected = affinity + ISOLATED * affinity.mean()
     cut = cluster.SpectralClustering(n_clusters, affinity="precomputed", assign_labels="cluster_qr", random_state=0)
-    return _in_order(cut.fit_predict(connected))
+    return in_order(cut.fit_predict(connected))
 
 
 @public
@@ -147,11 +119,12 @@ def information_hierarchy(affinity: Samples, *, labels: Samples | None = None) -
     Source: Slonim and Tishby 1999.
 
     Example:
+        >>> from flax_hmog.analysis import component_affinity
         >>> responsibilities = np.array([[0.6, 0.39, 0.01], [0.39, 0.6, 0.01], [0.01, 0.02, 0.97]])
         >>> information_hierarchy(component_affinity(np.log(responsibilities))).shape
         (2, 4)
     """
-    table = _joint_table(affinity)
+    table = joint_table(affinity)
     count = len(table)
     # gain_ij: what merging rows i and j adds to sum_jk P_jk log P_jk, with all columns as they are
     gain, alive = np.zeros((count, count)), np.arange(count)
@@ -219,7 +192,7 @@ def refine_information(affinity: Samples, labels: Samples) -> tuple[Int[np.ndarr
         >>> labels.tolist(), round(information, 2)
         ([0, 0, 1], 0.5)
     """
-    table = _joint_table(affinity)
+    table = joint_table(affinity)
     membership = as_membership(labels, len(table))
     moved, each = membership.argmax(axis=1), np.arange(membership.shape[1])
     linked = table @ membership  # of components with clusters (K, C)
@@ -239,28 +212,15 @@ def refine_information(affinity: Samples, labels: Samples) -> tuple[Int[np.ndarr
                 merged, has_moved, moved[component] = _with_component(rest, new, others, own), True, new
                 linked[:, old] -= table[:, component]
                 linked[:, new] += table[:, component]
-    return _in_order(moved), float(_x_log_x(merged).sum() - 2 * _x_log_x(merged.sum(axis=0)).sum())
+    return in_order(moved), float(_x_log_x(merged).sum() - 2 * _x_log_x(merged.sum(axis=0)).sum())
 
 
-def _affinity(rows: Floats, temperature: float) -> Floats:
-    """Affinities (K, K) of checked log-responsibilities (N, K)."""
-    check_positive("temperature", temperature, f"Use {TEMPERATURE}.")
-    count = rows.shape[1]
-    if count == 1:
-        return np.array([[float(len(rows))]])
-    # the best, and the best of the others: faster than a partition of every row
-    each, choices = np.arange(len(rows)), np.empty((len(rows), 2), int)
-    choices[:, 0] = rows.argmax(axis=1)
-    first = rows[each, choices[:, 0]]
-    rows[each, choices[:, 0]] = -np.inf
-    choices[:, 1] = rows.argmax(axis=1)
-    rows[each, choices[:, 0]] = first
-    share = np.exp(np.stack([first, rows[each, choices[:, 1]]], axis=1) / temperature)
-    affinity = np.zeros((count, count))
-    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        pair = choices[:, a] * count + choices[:, b]
-        affinity += np.bincount(pair, share[:, a] * share[:, b], count**2).reshape(count, count)
-    return affinity
+def most_informative(affinity: Floats, n_clusters: int) -> Int[np.ndarray, " K"]:
+    """The better of two clusterings, refined by moves that raise the information."""
+    starts = normalized_cut(affinity, n_clusters), merge_clusters(information_hierarchy(affinity), n_clusters)
+    # a cut may leave a cluster without nodes, greedy merges never do
+    refined = [refine_information(affinity, start) for start in starts if start.max() + 1 == n_clusters]
+    return max(refined, key=lambda found: found[1])[0]
 
 
 def _with_component(merged: Floats, cluster: int, others: Floats, own: float) -> Floats:
@@ -278,20 +238,6 @@ def _gains(rest: Floats, others: Floats, own: float) -> Floats:
     corner, linked = np.diag(rest), rest.sum(axis=1) + others
     joint = 2 * (row.sum(axis=1) - np.diag(row)) + _x_log_x(corner + 2 * others + own) - _x_log_x(corner)
     return cast(Floats, joint - 2 * (_x_log_x(linked + others.sum() + own) - _x_log_x(linked)))
-
-
-def _joint_table(affinity: Samples) -> Floats:
-    """Affinities as a joint distribution of two components (K, K)."""
-    table = as_array("affinity", affinity, 2, "(K, K)")
-    count = len(table)
-    scale = float(np.abs(table).max())
-    is_symmetric = table.shape == (count, count) and np.allclose(table, table.T, atol=1e-9 * scale)
-    if not is_symmetric or table.min() < 0 or scale == 0:
-        raise ValueError(
-            f"{door()}: `affinity` must be symmetric, (K, K), at least 0 and not all 0; got shape {table.shape}. "
-            "Use component_affinity."
-        )
-    return cast(Floats, (table + table.T) / (2 * table.sum()))
 
 
 def _add_row_gain(gain: Floats, table: Floats, column: int, sign: int) -> None:
@@ -319,26 +265,3 @@ def _information_loss(table: Floats, marginal: Floats, gain: Floats, left: np.nd
 
 def _x_log_x(p: Floats) -> Floats:
     return p * np.log(np.where(p > 0, p, 1))
-
-
-def _in_order(labels: np.ndarray) -> np.ndarray:
-    """The same clusters, numbered in the order of their first members."""
-    _, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[numbers]
-
-
-def _log_responsibilities(value: object) -> Floats:
-    """Log-responsibilities (N, K) in float64, from (..., K)."""
-    array = np.asarray(value)
-    array = array.reshape(-1, array.shape[-1]) if array.ndim > 2 else array
-    if array.dtype.kind == "f":
-        array = np.maximum(array, -1e30, dtype=np.float64)
-    array = as_array("log_responsibilities", array, 2, "(..., K)")
-    total = np.exp(array).sum(axis=1)
-    worst = int(np.abs(total - 1).argmax())
-    if abs(total[worst] - 1) > 1e-3:
-        raise ValueError(
-            f"{door()}: `log_responsibilities` must be logarithms of probabilities that sum to 1 in each row; got sum "
-            f"{total[worst]:.6g} in row {worst}. Use the output's log_responsibilities."
-        )
-    return array

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from flax_hmog.analysis.affinity import component_affinity
 from flax_hmog.analysis.clusters import as_membership
-from flax_hmog.analysis.merging import component_affinity
 from flax_hmog.analysis.pictures import LARGEST, as_bytes
 from flax_hmog.data.labels import is_known
 
