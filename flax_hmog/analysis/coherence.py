@@ -14,7 +14,7 @@ from flax_hmog.model.checks import check_positive, public
 from flax_hmog.model.typed import Floats, Samples
 
 RESOLUTION = 0.5
-SMALLEST = 0.05  # of an average cluster: what is smaller is a splinter
+SMALLEST, PART = 0.05, 0.1  # of an average cluster: what is smaller is a splinter, and no part of a cluster that counts
 ISOLATED = 1e-9  # affinity of components without a common sample, relative to the average
 SMALLEST_GAIN, TINY = 1e-12, 1e-300
 
@@ -101,7 +101,7 @@ def cluster_links(affinity: Samples, labels: Samples) -> ClusterLinks:
 
     The link of two groups of components is the affinity between them over all affinity of the smaller one: the share of
     its samples' neighbours that the other one holds. Within a cluster, components are joined by their strongest links,
-    and the weakest one that joins two parts counts; parts below a twentieth of an average cluster are left out.
+    and the weakest one that joins two parts counts; parts below a tenth of an average cluster are left out.
 
     Args:
         affinity: (K, K), symmetric, at least 0, as `component_affinity` gives it.
@@ -129,7 +129,7 @@ def cluster_links(affinity: Samples, labels: Samples) -> ClusterLinks:
         groups = _Groups(table[np.ix_(members, members)], np.minimum, degree[members])
         for _ in range(int(members.sum()) - 1):
             link, smaller = groups.join()
-            if smaller >= SMALLEST / len(between):
+            if smaller >= PART / len(between):
                 weakest = min(weakest, link)
     return ClusterLinks(weakest, max(float(between.max()), 0.0))
 
