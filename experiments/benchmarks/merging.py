@@ -35,6 +35,7 @@ from flax_hmog.analysis import (
     merge_clusters,
     merge_components,
     merged_responsibilities,
+    refine_modularity,
 )
 from flax_hmog.analysis.affinity import joint_table
 from flax_hmog.analysis.coherence import join_by_links
@@ -179,6 +180,13 @@ def others(
         "average linkage of affinity",
         merge_clusters(linked(1 - affinity / root[:, None] / root, "average"), n_clusters),
     )
+    table = joint_table(affinity)
+    yield "links over the smaller degree", join_by_links(table, n_clusters, np.minimum)
+    yield "links over the product of degrees", join_by_links(table, n_clusters, np.multiply)
+    for resolution in (0.3, 0.5, 1.0):
+        starts = join_by_links(table, n_clusters), most_informative(affinity, n_clusters)
+        refined = [refine_modularity(affinity, start, resolution=resolution) for start in starts]
+        yield f"modularity, resolution {resolution:g}", max(refined, key=lambda found: found[1])[0]
     yield "information, greedy", merge_clusters(information_hierarchy(affinity), n_clusters)
     for temperature in (1.0, 4.0, 8.0, 32.0):
         warm = component_affinity(log_responsibilities, temperature=temperature)

@@ -134,13 +134,20 @@ def cluster_links(affinity: Samples, labels: Samples) -> ClusterLinks:
     return ClusterLinks(weakest, max(float(between.max()), 0.0))
 
 
-def join_by_links(table: Floats, n_clusters: int) -> Int[np.ndarray, " K"]:
+def geometric_mean(one: Floats, other: Floats) -> Floats:
+    """Of two degrees: between the smaller, by which large groups take in all others, and their product."""
+    return np.sqrt(one * other)
+
+
+def join_by_links(
+    table: Floats, n_clusters: int, mean: Callable[[Floats, Floats], Floats] = geometric_mean
+) -> Int[np.ndarray, " K"]:
     """Clusters of nodes (K, K) by joining the two groups that are linked most, until so many are left.
 
-    Once so many are no splinters, the splinters join what they are linked with. Links are relative to the geometric
-    mean of what the groups have in all.
+    Once so many are no splinters, the splinters join what they are linked with. Links are relative to a mean of what
+    the groups have in all.
     """
-    groups, smallest = _Groups(table, lambda one, other: np.sqrt(one * other)), SMALLEST / n_clusters
+    groups, smallest = _Groups(table, mean), SMALLEST / n_clusters
     for _ in range(len(table) - n_clusters):
         is_splinter = groups.is_alive & (groups.degree < smallest)
         is_full = np.sum(groups.is_alive & ~is_splinter) <= n_clusters
