@@ -190,8 +190,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, help="which seed; without it, the first")
-    parser.add_argument("--stage", help="em, differentiable, differentiable-2, ...; without it, the last")
+    parser.add_argument("--seed", type=int, help="which seed; without it, the one of the best model")
+    parser.add_argument("--stage", help="em, differentiable, differentiable-2, ...; without it, the best")
     _add_import(parser)
 
 
@@ -205,6 +205,11 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 def _restored(options: argparse.Namespace) -> Restored:
     return restore_run(options.run, seed=options.seed, stage=options.stage, allow_import=options.allow_import)
+
+
+def _say_origin(model: Restored) -> None:
+    """The seed, the stage and the step of a model, beside what goes to the standard output."""
+    print(f"model: {model.origin}", file=sys.stderr)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -226,6 +231,7 @@ def _predict(options: argparse.Namespace) -> None:
     lines = itertools.chain([next(lines)], lines)  # rows that do not fit are found before a file is replaced
     if options.out is None:
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+        _say_origin(model)
         return
     try:
         with options.out.open("w", newline="") as out:
@@ -235,6 +241,7 @@ def _predict(options: argparse.Namespace) -> None:
             f"predict: `--out` must be a file that can be written to; got {error}. Choose another."
         ) from None
     print(f"{rows.shape[0]} rows: {options.out}")
+    _say_origin(model)
 
 
 def _rows_of(file: File, names: list[str] | None) -> Any:
@@ -289,7 +296,9 @@ def predictions(model: Restored, rows: Any, *, each: bool = False) -> Iterator[l
 
 
 def _export(options: argparse.Namespace) -> None:
-    write_program(export(_restored(options)), options.out)
+    model = _restored(options)
+    write_program(export(model), options.out)
+    _say_origin(model)
     print(f"program: {options.out}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,13 +22,16 @@ from flax_hmog.networks.augment import Augmentation
 from flax_hmog.recipe.config import EM, FEATURE_LAT_DIM, Data, Experiment, Gradient, Kind, Model, Rounds
 from flax_hmog.recipe.encoders import features_shape
 from flax_hmog.recipe.presets import LEAST_STEPS
+from flax_hmog.recipe.run import Run
 from flax_hmog.recipe.running import Checkpoints
+from flax_hmog.recipe.saved import best_stage
 from flax_hmog.recipe.template import Template
 from flax_hmog.recipe.train import run
 from flax_hmog.training.logs import OnEpoch, OnStep, Stage
 from flax_hmog.training.processes import StopRequest
 from flax_hmog.training.restoring import Restored
 
+logger = logging.getLogger(__name__)
 PER_CLUSTER = 4  # components of EM for each cluster, where nothing else is said
 NEVER = 2**31  # steps between checkpoints that stay in memory
 
@@ -64,7 +68,8 @@ def fit_clusterer(
         n_clusters: number of clusters.
         key: PRNG key; `jax.random.key(s)` gives what `hmog train --first-seed s` does.
         head: any head, trained on the features, or by itself on x after EM, which has its size and noise then; None
-            takes a `DifferentiableHMoG` with an encoder, and without one EM is all.
+            takes a `DifferentiableHMoG` with an encoder, and without one EM is all. A head by itself that ends below
+            EM gives way to it (`restore_run(workdir, stage=...)` has both).
         model: latent dimension, number of components and kinds of the mixture that EM fits to x; None takes 10
             dimensions and four components for each cluster.
         em: options of EM on x.
@@ -83,8 +88,9 @@ def fit_clusterer(
         progress: show a progress bar.
 
     Returns:
-        `Restored`: called with rows it gives `HMoGOutput` of the clusters; `head`, `encoder`, their variables,
-        `clusters` (of each component, where they are merged) and `history`. `flax_hmog.training.export` takes it.
+        `Restored`, the model that `restore_run` takes of such a run: called with rows it gives `HMoGOutput` of the
+        clusters; `head`, `encoder`, their variables, `clusters` (of each component, where they are merged), `history`
+        and `origin`, the stage. `flax_hmog.training.export` takes it.
 
     Raises:
         ValueError: for data, options or an encoder that do not fit each other, or training that has failed.
@@ -127,12 +133,23 @@ def fit_clusterer(
             require(package, "train")
     console, stop = Console(quiet=not progress), StopRequest(listens=False)
     stages = run(config, console, stop, file=file, on_step=on_step, on_epoch=on_epoch)
+    return _best(stages, seed)
+
+
+def _best(stages: Run, seed: int) -> Restored:
+    """The model that speaks for a run of one seed."""
+    config = stages.config
     number = config.rounds.count if config.has_encoder else 0
-    if not heads:
-        return stages.kept(Stage(seed, "em"))
-    (label,) = config.labels
-    last = stages.model(label, number)
-    return dataclasses.replace(stages.kept(Stage(seed, label, number)), module=last.module, head=last.head)
+    ends = [Stage(seed, "em"), *(Stage(seed, label, number) for label in config.labels)]
+    found = {stage: stages.kept(stage) for stage in ends}
+    best = best_stage({stage: vars(restored) for stage, restored in found.items()})
+    if best.is_trained:
+        trained = stages.model(best.head, number)
+        return dataclasses.replace(found[best], module=trained.module, head=trained.head)
+    for stage in ends[1:]:
+        logger.warning("fit_clusterer: the head ends below EM, whose model is returned; the head is "
+                       "restore_run(workdir, stage=%r)", stage.name)  # fmt: skip
+    return found[best]
 
 
 def _heads(encoder: nn.Module | None, head: Head | None, obs_dim: int) -> tuple[Template, ...]:

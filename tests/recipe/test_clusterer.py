@@ -11,9 +11,20 @@ from sklearn.datasets import load_digits
 
 from flax_hmog import DifferentiableHMoG, SymmetricHMoG
 from flax_hmog.networks import MLP
-from flax_hmog.recipe import EM, Augmentation, Data, Experiment, Gradient, Model, Rounds, Template, fit_clusterer
+from flax_hmog.recipe import (
+    EM,
+    Augmentation,
+    Data,
+    Experiment,
+    Gradient,
+    Model,
+    Rounds,
+    Template,
+    fit_clusterer,
+    restore_run,
+)
 from flax_hmog.recipe.train import run
-from flax_hmog.training import export
+from flax_hmog.training import BelowStartWarning, export
 from flax_hmog.training.processes import StopRequest
 
 X = load_digits().data[:300].astype(np.float32)
@@ -76,14 +87,21 @@ def test_any_encoder_will_do():
     np.testing.assert_allclose(export(found)(X)["log_density"], output.log_density, rtol=1e-4)
 
 
-def test_without_an_encoder_em_is_all_or_a_head_follows():
+def test_without_an_encoder_em_is_all_or_a_head_follows(tmp_path, caplog):
     found = fit(None)
     assert found.clusters.shape == (6,)
     assert found(X).log_responsibilities.shape == (300, 4)
-    head = DifferentiableHMoG(2, 5, signal_bound=99.0)
+    head = DifferentiableHMoG(2, 5, signal_bound=99.0, pst_rep="full")
     trained = fit(None, head=head)
     assert trained.head == head
     assert trained.clusters.shape == (5,)
+    restricted = head.copy(pst_rep="scale")
+    with pytest.warns(BelowStartWarning):  # and what is returned is what the folder says
+        found = fit(None, head=restricted, workdir=tmp_path)
+    assert_same(found, restore_run(tmp_path))
+    assert found.origin.startswith(str(tmp_path / "checkpoints/seed0/em"))
+    assert "the head ends below EM, whose model is returned" in caplog.text
+    assert restore_run(tmp_path, stage="differentiable").head == restricted
 
 
 @pytest.mark.parametrize(
