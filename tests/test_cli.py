@@ -158,6 +158,7 @@ def test_a_first_column_without_a_name_is_no_input(tmp_path, caplog):
     for name in ("numbered.csv", "called.csv"):
         file = read_file(tmp_path / name)
         assert file.column_names == ("a", "b")
+        assert list(file.identifier[1]) == ([0, 1] if name == "numbered.csv" else ["first", "second"])
         np.testing.assert_array_equal(file.rows, [[1, 2], [3, 4]])
         assert f"{name}: the first column, which has no name, is left out" in caplog.text
 

@@ -10,14 +10,17 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".csv", ".parquet")
+Identifier = tuple[str, Any]
+"""Name and values (N,) of what names the rows."""
 UNNAMED = "Unnamed: 0"  # as pandas calls a first column without a name, which holds numbers or names of the rows
 
 
-def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[str, ...]]:
-    """Rows (N, D), the column of labels or None, and the names of the columns (D,).
+def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[str, ...], Identifier | None]:
+    """Rows (N, D), the column of labels or None, the names of the columns (D,), and what names the rows, if anything.
 
     Columns of text and a first one without a name, as row numbers have none, are left out, with a message in the log;
-    missing numbers are NaN.
+    missing numbers are NaN. Rows are named by an index, by that first column, or else by the first column of text in
+    which no two rows share a value.
 
     Args:
         path: a .csv whose first line names the columns, or a .parquet.
@@ -27,9 +30,12 @@ def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[s
         ValueError: without pandas (and pyarrow), for a column that is not there, or one of numbers and text.
     """
     table = read_frame(path)
+    identifier = index_of(table)
     names = [str(name) for name in table.columns]
     if path.suffix == ".csv" and (names[:1] == [UNNAMED] != [labels] or type(table.index).__name__ != "RangeIndex"):
         logger.warning("%s: the first column, which has no name, is left out", path)
+        if identifier is None:
+            identifier = "row", table[UNNAMED].to_numpy()
         table = table.drop(columns=UNNAMED, errors="ignore")
         names = [name for name in names if name != UNNAMED]
     found = None
@@ -46,6 +52,9 @@ def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[s
         column = _numbers(path, name, table.iloc[:, number])
         if column is None:
             left_out.append(name)
+            text = table.iloc[:, number]
+            if identifier is None and text.notna().all() and text.is_unique:
+                identifier = name, text.to_numpy()
         else:
             kept.append(name)
             columns.append(column)
@@ -53,7 +62,15 @@ def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[s
         logger.warning("%s: columns without numbers are left out: %s", path, _some(left_out))
     if not columns:
         raise ValueError(f"read_file: {path} must have columns of numbers; got {_some(names)}. Encode them as numbers.")
-    return np.column_stack(columns), found, tuple(kept)
+    return np.column_stack(columns), found, tuple(kept), identifier
+
+
+def index_of(table: Any) -> Identifier | None:
+    """The index of a table of pandas, or the `obs_names` of an AnnData, with its name; None where it only counts."""
+    index: Any = getattr(table, "obs_names", getattr(table, "index", None))
+    if not hasattr(index, "to_numpy") or type(index).__name__ == "RangeIndex":
+        return None
+    return str(index.name or ("index" if hasattr(table, "index") else "obs_names")), index.to_numpy()
 
 
 def read_frame(path: Path) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from flax_hmog.data.files import File
+from flax_hmog.data.tables import index_of
 from flax_hmog.model.checks import named
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import as_rep
@@ -181,4 +182,4 @@ def _as_file(x: object, encoder: Any) -> File:
         raise ValueError(f"fit_clusterer: `x` must have shape (N, D) or (N, H, W); got {rows.shape}. Reshape it.")
     if rows.dtype.kind not in "biuf":
         raise ValueError(f"fit_clusterer: `x` must hold real numbers; got dtype {rows.dtype}. Convert it first.")
-    return File(rows, image_shape=image_shape)
+    return File(rows, image_shape=image_shape, identifier=index_of(x))

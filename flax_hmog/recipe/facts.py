@@ -195,6 +195,7 @@ def subject(restored: Restored, dataset: Dataset) -> Subject:
         numbers=part.index,
         clusters=np.arange(n_components) if restored.clusters is None else restored.clusters,
         labels=labels,
+        identifier=dataset.identifier and (dataset.identifier[0], dataset.identifier[1][part.index]),
         fitted=(np.arange(len(numbers)) < len(train))[order],
         column_names=dataset.column_names,
         image_shape=dataset.image_shape,

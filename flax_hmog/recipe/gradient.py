@@ -173,7 +173,7 @@ class GradientStage:
         is_best = self._best(seen) == at.done
         variables, state, look = at.state.variables, self._arrays(at), at.history[-1]
         first_loss = None if math.isnan(at.first_loss) else at.first_loss
-        progress = {"done": is_done, "position": position, "first_loss": first_loss, "watch": seen}
+        progress: dict[str, Any] = {"done": is_done, "position": position, "first_loss": first_loss, "watch": seen}
         if is_done:
             variables = at.best or variables
             progress["below_start"] = watch.watch.is_below_start()

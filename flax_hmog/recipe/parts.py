@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from flax_hmog.analysis.metrics import clustering_metrics
+from flax_hmog.data.tables import Identifier
 from flax_hmog.model.optional import require
 from flax_hmog.model.typed import HasShape, Rows
 
@@ -97,6 +98,7 @@ class Dataset:
         test: rows to evaluate on.
         image_shape: of a row, where rows are images.
         column_names: of the columns, where they have any.
+        identifier: name and values (N,) of what names the rows, where there is something.
         source: the file that holds the rows, if there is one.
     """
 
@@ -105,6 +107,7 @@ class Dataset:
     test: Part
     image_shape: tuple[int, ...] | None = None
     column_names: tuple[str, ...] | None = None
+    identifier: Identifier | None = None
     source: str | None = None
 
     @property

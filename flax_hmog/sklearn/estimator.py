@@ -11,6 +11,7 @@ from sklearn.base import ClusterMixin
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from flax_hmog.analysis.merging import merge_components
+from flax_hmog.data.tables import index_of
 from flax_hmog.em.batches import Learnt, learnt_from, next_batch
 from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.model.checks import allowing, named
@@ -291,7 +292,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
 
         Args:
             path: of the file.
-            X: rows (N, D).
+            X: rows (N, D); the index of a table of pandas, and obs_names, name them on the page.
             y: known labels (N,), for comparison only; some may be missing.
             title: of the page.
             image_shape: (height, width) or (height, width, 3) of a row, where rows are images.
@@ -316,7 +317,8 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
             require(package, "report")
         from flax_hmog.sklearn.report import write_page  # which only this method needs
 
-        return write_page(self, path, rows, y, title=title, image_shape=image_shape, selection=selection)
+        options = {"title": title, "image_shape": image_shape, "selection": selection, "identifier": index_of(X)}
+        return write_page(self, path, rows, y, **options)
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.summary()}" if hasattr(self, "natural_") else repr(self)

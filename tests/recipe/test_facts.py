@@ -34,7 +34,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("facts")
     rng = np.random.default_rng(0)
     rows = (np.arange(120) % 3)[:, None] * np.array([4.0, 3, 2, 1, 0]) + rng.standard_normal((120, 5))
-    np.savetxt(folder / "rows.csv", rows, delimiter=",", header=",".join(NAMES), comments="")
+    named = np.column_stack([rows.astype(object), [f"site <{n}>" for n in range(120)]])
+    np.savetxt(folder / "rows.csv", named, "%s", ",", header=",".join([*NAMES, "site"]), comments="")
     data = Data("file", path=str(folder / "rows.csv"), scale="standard")
     run(folder / "run", data=data, n_seeds=1, command="hmog train file --data.path 'rows.csv'", **OPTIONS)
     return folder
@@ -50,8 +51,11 @@ def test_a_report_needs_the_data_no_more(made, tmp_path, capsys):
     assert main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     for text in ("hmog train file --data.path &#39;rows.csv&#39;", before.data["sha256"], "distinguished by", "a\u00a0=",
-                 "3 clusters of 4 components", "--seed 0 --stage em", "96 for training, 24 held out"):  # fmt: skip
+                 "3 clusters of 4 components", "named by &#39;site&#39; of the source", "--seed 0 --stage em", "96 for training, 24 held out"):  # fmt: skip
         assert text in page, text
+    for cluster in before.portrait.typical:
+        members = before.portrait.row[cluster[cluster >= 0]]
+        assert ", ".join(f"site &lt;{row}&gt;" for row in members) in page
     for absent in ("Beside the labels", "Training of heads", "NMI", "Agreement", "Selection"):  # which it does not have
         assert absent not in page, absent
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -78,7 +82,7 @@ def test_facts_are_noted_anew_where_a_run_goes_on(made, tmp_path, monkeypatch):
     run(tmp_path / "run", data=data, n_seeds=3, **OPTIONS)
     kept = Facts.load(tmp_path / "run")
     models = [restore_run(tmp_path / "run", seed=seed) for seed in range(3)]
-    rows = np.loadtxt(made / "rows.csv", delimiter=",", skiprows=1)
+    rows = np.loadtxt(made / "rows.csv", delimiter=",", skiprows=1, usecols=range(5))
     densities = [m(rows).log_density.mean() - np.log(m.preprocessing.steps[0].scale).sum() for m in models]
     np.testing.assert_allclose([m.progress["log_density"] for m in models], densities, rtol=1e-5)
     assert kept.described.seed == int(np.argmax(densities)) > 0
