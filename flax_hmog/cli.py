@@ -22,11 +22,12 @@ from rich.console import Console
 from flax_hmog.data.files import File, read_file
 from flax_hmog.inference.posterior import infer
 from flax_hmog.recipe.config import Experiment
+from flax_hmog.recipe.describe import describe_run
 from flax_hmog.recipe.options import parse_experiment
 from flax_hmog.recipe.plan import print_plan
 from flax_hmog.recipe.presets import PRESETS
 from flax_hmog.recipe.report import report_run
-from flax_hmog.recipe.saved import restore_run, run_columns, run_config, saved_stages
+from flax_hmog.recipe.saved import restore_run, run_columns
 from flax_hmog.recipe.tables import ABOUT as ABOUT_FIT
 from flax_hmog.recipe.tables import (
     add_column_options,
@@ -184,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     exported = add("export", _export, "One program from raw rows to clusters, for any batch size (docs/serving.md).")
     exported.add_argument("out", type=Path, help="file of the program")
     _add_choice(exported)
-    about = "Data, model and scores of every stage that a run has saved; clusters and columns of a model of hmog fit."
+    about = "Data, models, scores, times and command of a run; clusters and columns of a model of hmog fit."
     add("describe", _describe, about, of_a_run=or_file)
     return parser
 
@@ -306,34 +307,7 @@ def _describe(options: argparse.Namespace) -> None:
     if options.run.suffix == ".npz":
         describe_command(options)
         return
-    print(f"data {run_config(options.run)['data']}")
-    for stage, about in saved_stages(options.run):
-        print(f"seed {stage.seed}, {stage.name}: " + ("no checkpoint yet" if about is None else _described(about)))
-
-
-def _called(value: object) -> str:
-    """A module or argument as a checkpoint describes it, in one line."""
-    if isinstance(value, dict) and "class" in value:
-        given = {key: entry for key, entry in value["arguments"].items() if entry is not None}
-        return f"{value['class']}({', '.join(f'{key}={_called(entry)}' for key, entry in given.items())})"
-    return str(next(iter(value.values()))) if isinstance(value, dict) and len(value) == 1 else str(value)
-
-
-def _described(about: dict[str, Any]) -> str:
-    state = "finished" if about["progress"].get("done") else "not finished"
-    lines = [f"{state}, {about['step']} steps"]
-    parts = ("module",) if "module" in about else ("encoder", "head")  # as formats before 6 have them
-    lines += [f"{name} {_called(about[name])}" for name in parts if about[name] is not None]
-    if about["clusters"] is not None:
-        lines.append(f"{len(about['clusters'])} components, merged to {max(about['clusters']) + 1} clusters")
-    if about["preprocessing"] is not None:
-        lines.append(f"preprocessing {about['preprocessing']}")
-    if about["history"]:
-        kept = about["progress"].get("kept") or about["history"][-1]
-        at = [f"epoch {kept['epoch']}"] if "epoch" in kept else []
-        lines.append(", ".join(at + [f"{key} {value:.4g}" for key, value in kept.items() if isinstance(value, float)]))
-    lines.append(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
-    return "\n    ".join(lines)
+    print(describe_run(options.run))
 
 
 if __name__ == "__main__":

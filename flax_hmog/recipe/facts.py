@@ -6,7 +6,6 @@ They are kept in the run's folder, so that a report needs the data no more.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 from collections.abc import Iterable
 from itertools import combinations
@@ -24,7 +23,7 @@ from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Data
 from flax_hmog.recipe.load import load, read_data
 from flax_hmog.recipe.parts import Dataset, Part
-from flax_hmog.recipe.saved import best_stage, own_classes, run_config, saved_stages
+from flax_hmog.recipe.saved import best_stage, own_classes, run_config, run_date, run_seconds, saved_stages
 from flax_hmog.recipe.scores import own_scores
 from flax_hmog.training import CheckpointError, Restored, restore
 from flax_hmog.training.logs import Stage
@@ -171,8 +170,8 @@ def collect(folder: Path, *, file: File | None = None, allow_import: bool = Fals
         agreement={name: pair_agreement(found) for name, found in clusters.items()},
         in_use={name: clusters_in_use(found) for name, found in clusters.items()},
         data=_about_data(first),
-        date=_date(folder),
-        seconds=_seconds(folder),
+        date=run_date(folder),
+        seconds=run_seconds(folder),
         portrait=portray(subject(models[described], datasets[described.seed])),
     )
 
@@ -266,18 +265,3 @@ def _about_data(dataset: Dataset) -> dict[str, Any]:
         "sha256": dataset.digest if is_small else None,
         "fingerprint": dataset.fingerprint,
     }
-
-
-def _date(folder: Path) -> str:
-    """The time at which the last checkpoint was written."""
-    written = max(path.stat().st_mtime for path in folder.glob("checkpoints/*/*/*"))
-    return datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="minutes")
-
-
-def _seconds(folder: Path) -> float | None:
-    """Seconds of training that the log of the run has noted."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        return float(sum(json.loads(line).get("seconds", 0.0) for line in lines)) if lines else None
-    except (OSError, ValueError):
-        return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -81,6 +82,17 @@ def best_stage(stages: dict[Stage, dict[str, Any]]) -> Stage:
     return max((stage for stage in stages if stage.name == best), key=lambda stage: _of_all_rows(stages[stage]))
 
 
+def why_best(stages: Collection[Stage], *, has_encoder: bool, held_out: bool) -> str:
+    """The reason for which `best_stage` takes the one that it takes, as the end of a sentence."""
+    if has_encoder:
+        return "its last round has the best criterion"
+    if len({stage.name for stage in stages}) == 1:
+        return "of the seeds it has the highest log-density of all rows"
+    kind = "held-out" if held_out else "training"
+    seeds = ", and of the seeds the highest log-density of all rows" if len({s.seed for s in stages}) > 1 else ""
+    return f"of the models it has the highest {kind} log-density{seeds}"
+
+
 def _criterion(about: dict[str, Any]) -> float:
     """The criterion of training, or the objective where a former version has none."""
     history = about["history"] or [{}]
@@ -101,7 +113,8 @@ def _of_all_rows(about: dict[str, Any]) -> float:
     kept = about["progress"].get("kept") or (about["history"] or [{}])[-1]
     if "test_log_density" in kept:
         return float(kept["test_log_density"])
-    return float(about["metrics"]["objective"]) if "objective" in about["metrics"] else _criterion(about)
+    metrics = about.get("metrics") or {}
+    return float(metrics["objective"]) if "objective" in metrics else _criterion(about)
 
 
 def restore_run(
@@ -174,6 +187,27 @@ def run_command(folder: Path) -> str | None:
     """The command that a run was made by; None where it was made by a function, or by a former version."""
     command = _run_file(folder).get("command")
     return None if command is None else str(command)
+
+
+def run_contents(folder: Path) -> str | None:
+    """Shape and digest of the rows of a run, as "(600, 6) 3f..."; None for a former version."""
+    found = _run_file(folder).get("result_options", {}).get("contents of the data")
+    return None if found is None else str(found)
+
+
+def run_date(folder: Path) -> str:
+    """The time at which the last checkpoint was written."""
+    written = max(path.stat().st_mtime for path in folder.glob("checkpoints/*/*/*"))
+    return datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="minutes")
+
+
+def run_seconds(folder: Path) -> float | None:
+    """Seconds of training that the log of the run has noted."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return float(sum(json.loads(line).get("seconds", 0.0) for line in lines)) if lines else None
+    except (OSError, ValueError):
+        return None
 
 
 def _run_file(folder: Path) -> dict[str, Any]:
