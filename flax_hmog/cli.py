@@ -227,6 +227,10 @@ def _predict(options: argparse.Namespace) -> None:
     if options.out is not None and options.out.exists() and options.out.samefile(options.rows):
         raise ValueError(f"predict: `--out` must be another file than the rows; got {options.out}. Choose another.")
     file = read_file(options.rows, options.labels, layer=options.layer, obsm=options.obsm)
+    if file.image_shape is not None and model.preprocessing is not None:
+        model.preprocessing(
+            np.zeros((1, *file.image_shape), np.float32)
+        )  # images of another shape have as many columns
     rows = _rows_of(file, run_columns(options.run))
     lines = predictions(model, rows, each=options.probabilities)
     lines = itertools.chain([next(lines)], lines)  # rows that do not fit are found before a file is replaced

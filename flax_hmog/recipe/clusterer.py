@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -175,11 +176,22 @@ def _hashable(value: object) -> Any:
 def _as_file(x: object, encoder: Any) -> File:
     """Rows (N, D) with what is known of them."""
     rows = x.tocsr() if hasattr(x, "tocsr") else np.asarray(x)
-    image_shape = rows.shape[1:] if rows.ndim > 2 else getattr(encoder, "image_shape", None)
+    if rows.ndim not in (2, 3, 4) or not all(rows.shape):
+        raise ValueError(
+            f"fit_clusterer: `x` must have shape (N, D), (N, H, W) or (N, H, W, C); got {rows.shape}. Reshape it."
+        )
+    given, wanted = rows.shape, getattr(encoder, "image_shape", None)
+    image_shape: Any = wanted if rows.ndim == 2 else given[1:]
+    if image_shape is not None and image_shape[2:] == (1,):
+        image_shape = image_shape[:2]
     if rows.ndim > 2:
         rows = rows.reshape(rows.shape[0], -1)
-    if rows.ndim != 2 or not rows.shape[0]:
-        raise ValueError(f"fit_clusterer: `x` must have shape (N, D) or (N, H, W); got {rows.shape}. Reshape it.")
+    fits = wanted is None or (image_shape in (wanted, wanted[:2]) and rows.shape[1] == math.prod(wanted))
+    if wanted is not None and not fits:
+        raise ValueError(
+            f"fit_clusterer: `x` must have shape (N, {', '.join(map(str, wanted))}) or (N, {math.prod(wanted)}), as "
+            f"the encoder's image_shape; got {given}. Give the encoder the shape of the images, channels last."
+        )
     if rows.dtype.kind not in "biuf":
         raise ValueError(f"fit_clusterer: `x` must hold real numbers; got dtype {rows.dtype}. Convert it first.")
     return File(rows, image_shape=image_shape, identifier=index_of(x))

@@ -47,7 +47,7 @@ def choose(
     is_whole = ~np.isnan(part).any(axis=1)
     part = part[is_whole] if is_whole.mean() >= ENOUGH else filled_rows(part, random_state)
     kept = ~scattered(part, np.ones(len(part)))
-    part = _without_constants(part[kept], random_state)
+    part = part[kept]
     tried: dict[tuple[int, int], HMoG] = {}
 
     def bic(size: tuple[int, int]) -> float:
@@ -115,14 +115,6 @@ def n_separate(responsibilities: np.ndarray) -> int:
         responsibilities[:, j] += responsibilities[:, i]
         responsibilities = np.delete(responsibilities, i, axis=1)
     return count
-
-
-def _without_constants(rows: np.ndarray, seed: int) -> np.ndarray:
-    """Rows whose constant columns hold noise: pseudo-samples bound their density, differently for every size."""
-    is_constant = rows.min(axis=0) == rows.max(axis=0)
-    noise = np.random.default_rng(seed).normal(size=rows.shape)
-    moved: np.ndarray = np.where(is_constant, rows + np.maximum(1, np.abs(rows)) * noise, rows)
-    return moved
 
 
 def filled_rows(rows: np.ndarray, seed: int) -> np.ndarray:

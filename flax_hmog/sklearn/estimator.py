@@ -65,6 +65,8 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
         background_: `Background`: `share`, `center` and `unit`; None for a model without one.
         offset_: see `decision_function`.
         criteria_: `InformationCriteria` on the rows of the fit: `.bic`, `.aic`, `.icl`, `.log_likelihood`.
+        data_min_: smallest value of each column in the fit (D,).
+        data_max_: the largest (D,). A column where they are equal has no part in criteria and `score`.
         cluster_of_component_: (n_components,), or None without a merge.
         classes_: names of the first components (array), where `y` had names; None otherwise.
         objective_history_: penalised mean log-density before the first step and after each.
@@ -185,6 +187,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
         if self.background:
             raise ValueError("partial_fit: `background` must be False; got True. Leave it out, or use fit.")
         learnt: Learnt | None = getattr(self, "_learnt", None)
+        before = None if learnt is None else np.stack([self.data_min_, self.data_max_])
         X = self._checked(X, reset=learnt is None, ensure_min_samples=2)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
         labels = y if self.semi_supervised else None
@@ -210,7 +213,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
         if self.n_clusters is not None:
             rows, _ = self._sampled(DRAWS, 0)
             self.cluster_of_component_ = merge_components(self._inferred(rows).log_responsibilities, self.n_clusters)
-        self._describe(X, self._inferred(X), weights, left_out)
+        self._describe(X, self._inferred(X), weights, left_out, before)
         return self
 
     def summary(self) -> Summary:
