@@ -35,6 +35,7 @@ from flax_hmog.recipe.tables import (
     describe_command,
     fit_command,
     predict_command,
+    report_command,
     select_of_file,
     sweep_of_file,
 )
@@ -53,6 +54,7 @@ from a mixture. Every row gets the probability of every cluster, and a density.
   hmog fit customers.csv --out model.npz --assignments clusters.csv
                                                       a table: its clusters, outliers and factors, nothing to prepare
   hmog predict model.npz new.csv --out clusters.csv   the same for new rows
+  hmog report model.npz customers.csv                 a page with the clusters, their members and a map: model.html
 
   hmog train digits                                   a first run, on scikit-learn's digits (a minute)
   hmog report runs/digits                             its scores and figures: runs/digits/report.html
@@ -163,8 +165,16 @@ def _parser() -> argparse.ArgumentParser:
     add_column_options(swept)
     add_sweep_options(swept)
     add("train", None, TRAIN, of_a_run=None).add_argument("name", choices=list(PRESETS), help="what to train on")
-    _add_import(add("report", _report, "Scores, figures and a page, report.html, from the checkpoints of a run."))
     or_file = ", or a file of hmog fit"
+    about = "Scores, figures and a page: of a run from its checkpoints, of a model of hmog fit from rows."
+    report = add("report", _report, about, of_a_run=or_file)
+    report.add_argument(
+        "rows", type=Path, nargs="?", help="with a model of hmog fit: the file of its rows, or of others"
+    )
+    report.add_argument("--out", type=Path, help="with a model of hmog fit: the page; without it, beside the model")
+    report.add_argument("--layer", help="of an .h5ad, instead of X")
+    report.add_argument("--obsm", help="of an .h5ad, instead of X")
+    _add_import(report)
     about = "The cluster of every row of a file, one line per row under a header."
     predict = add("predict", _predict, about, of_a_run=or_file)
     predict.add_argument("rows", type=Path, help=".npy, .npz, .csv, .parquet or .h5ad, raw as in training")
@@ -214,6 +224,11 @@ def _say_origin(model: Restored) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    if options.run.suffix == ".npz":
+        report_command(options)
+        return
+    if options.rows is not None:
+        raise ValueError(f"report: `rows` must be left out for a run, which knows its own; got {options.rows}.")
     report_run(options.run, allow_import=options.allow_import)
 
 

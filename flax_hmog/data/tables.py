@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 SUFFIXES = (".csv", ".parquet")
+LINES, SNIFFED = 50, 100_000  # lines and cells that tell how a .csv is written
 Identifier = tuple[str, Any]
 """Name and values (N,) of what names the rows."""
 UNNAMED = "Unnamed: 0"  # as pandas calls a first column without a name, which holds numbers or names of the rows
@@ -53,7 +56,7 @@ def read_table(path: Path, labels: str | None) -> tuple[np.ndarray, Any, tuple[s
         if column is None:
             left_out.append(name)
             text = table.iloc[:, number]
-            if identifier is None and text.notna().all() and text.is_unique:
+            if identifier is None and not is_nested(text) and text.notna().all() and text.is_unique:
                 identifier = name, text.to_numpy()
         else:
             kept.append(name)
@@ -97,27 +100,62 @@ def _read(path: Path) -> Any:
 
         if path.stat().st_size == 0:
             raise ValueError("an empty file")
-        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        return pd.read_csv(path, **_dialect(path, pd)) if path.suffix == ".csv" else pd.read_parquet(path)
     except ImportError:
         packages = "pandas" if path.suffix == ".csv" else "pandas and pyarrow"
         raise ValueError(
             f"read_file: {path.name} must be read by {packages}; got no such package. "
             f"Install it: pip install {packages.replace(' and', '')}."
         ) from None
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
+    except ValueError as error:  # pandas' and pyarrow's parser errors are ValueErrors
+        remedy = "Save it as UTF-8." if isinstance(error, UnicodeDecodeError) else "Copy it again."
         raise ValueError(
-            f"read_file: {path} must be a readable {path.suffix} file; got {type(error).__name__}: {error}. "
-            "Copy it again."
+            f"read_file: {path} must be a readable {path.suffix} file; got {type(error).__name__}: {error}. {remedy}"
         ) from error
+
+
+def _dialect(path: Path, pd: Any) -> dict[str, Any]:
+    """The separator of a .csv, its decimal sign, and its columns of numerals with leading zeros, which are text."""
+    with path.open(encoding="utf-8-sig") as file:
+        lines = list(itertools.islice(file, LINES))
+    separator = max(",;\t|", key=lines[0].count)
+    options: dict[str, Any] = {"sep": separator}
+    if separator != "," and any(re.search(r"\d,\d", line) for line in lines[1:]):
+        options["decimal"] = ","
+    if separator != ",":
+        decimal = " and decimals by ','" if "decimal" in options else ""
+        logger.warning("%s: columns are separated by %r%s", path, separator, decimal)
+    count = max(SNIFFED // (lines[0].count(separator) + 1), 20)
+    head = pd.read_csv(path, dtype=str, nrows=count, **options)
+    return options | {"dtype": {name: str for name in head.columns if is_code(head[name])}}
+
+
+def is_code(column: Any) -> bool:
+    """True for text of numerals of which some begin with a zero, as customers and post codes have them."""
+    text = column.dropna()
+    return (
+        bool(len(text))
+        and bool(text.map(lambda value: isinstance(value, str) and value.isdecimal()).all())
+        and any(len(value) > 1 and value.startswith("0") for value in text)
+    )
+
+
+def is_nested(column: Any) -> bool:
+    """True for a column of lists, records or other values that hold several."""
+    return column.dtype == object and any(isinstance(value, list | dict | set | tuple | np.ndarray) for value in column)
 
 
 def _numbers(path: Path, name: str, column: Any) -> np.ndarray | None:
     """A column as numbers, NaN where missing; None for text."""
     import pandas as pd
 
+    if column.isna().all():
+        return None
     if pd.api.types.is_numeric_dtype(column.dtype):
         missing = bool(column.isna().any())
         return column.to_numpy(dtype=np.float64, na_value=np.nan) if missing else np.asarray(column.to_numpy())
+    if is_nested(column) or is_code(column):
+        return None
     as_numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     is_text = np.isnan(as_numbers) & ~column.isna().to_numpy()
     if is_text.all() or pd.api.types.is_datetime64_any_dtype(column.dtype):
@@ -130,7 +168,7 @@ def _numbers(path: Path, name: str, column: Any) -> np.ndarray | None:
             f"read_file: column {name!r} of {path} must hold numbers; got {column.iloc[row]!r} in row {row} (counted "
             "from 0). Correct it, or leave the column out."
         )
-    return as_numbers if not column.isna().all() else None
+    return as_numbers
 
 
 def _is_number(name: str) -> bool:

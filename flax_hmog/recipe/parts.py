@@ -153,6 +153,11 @@ def split_parts(
     count = rows.shape[0]
     if n_train is None and test_share == 0:
         n_train = count
+    if n_train is None and count < 2:
+        raise ValueError(
+            f"load: the data must have at least 2 rows, so that some are held out; got {count}. Add rows, or give "
+            "--data.test-share 0."
+        )
     if n_train is None:
         split = require("sklearn.model_selection", "train").train_test_split
         train, test = split(np.arange(count), test_size=test_share, random_state=seed)

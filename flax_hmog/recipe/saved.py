@@ -211,6 +211,11 @@ def run_seconds(folder: Path) -> float | None:
 
 
 def _run_file(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        raise CheckpointError(
+            f"restore_run: `folder` must be the folder of a run; got the file {folder}. Give the folder, or a model of "
+            "hmog fit, which ends in .npz."
+        )
     try:
         content = json.loads((folder / "config.json").read_text())
         return cast(dict[str, Any], content | {"config": content["config"]})

@@ -230,7 +230,9 @@ def rows_to_compare(
             stacklevel=4,
         )
     if (count := int(kept.sum())) < 2 * n_folds:
-        raise ValueError(f"{door()}: `x` must have at least 2 rows for each fold; got {count}. Lower n_folds.")
+        raise ValueError(
+            f"{door()}: `x` must have at least 2 rows for each fold; got {count}. Add rows, or lower n_folds."
+        )
     effective = np.asarray(effective_weights(check_weights(share[kept], (count,), np.float32)), np.float64)
     folds, given = folds_of(count, n_folds, FOLD_SEED), given[kept]
     columns = np.all([varies(given[folds != fold]) for fold in range(n_folds)], axis=0)
