@@ -179,6 +179,10 @@ def test_roles_of_columns():
         (["report", "model.npz"], "`rows` must be a file of rows for a model of hmog fit; got none"),
         (["report", "rows.csv"], "must be the folder of a run; got the file rows.csv"),
         (["describe", "nowhere.npz"], "got nowhere.npz, which is not there. Check the path"),
+        (
+            ["predict", "model.npz", "rows.csv", "--id", "name"],
+            "`id` must name a column; got 'name'. Choose one of cust",
+        ),
         (["predict", "model.npz", "narrow.csv"], "the columns of the model; got none named 'v1', 8 of 9 missing"),
         (["predict", "rows.npz", "rows.csv"], "`path` must be a file that flax_hmog.save wrote"),
     ],

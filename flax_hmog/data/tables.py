@@ -156,7 +156,8 @@ def _numbers(path: Path, name: str, column: Any) -> np.ndarray | None:
         return column.to_numpy(dtype=np.float64, na_value=np.nan) if missing else np.asarray(column.to_numpy())
     if is_nested(column) or is_code(column):
         return None
-    as_numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    parsed = pd.to_numeric(column, errors="coerce")
+    as_numbers: np.ndarray = parsed.to_numpy(dtype=np.float64, na_value=np.nan)
     is_text = np.isnan(as_numbers) & ~column.isna().to_numpy()
     if is_text.all() or pd.api.types.is_datetime64_any_dtype(column.dtype):
         return None

@@ -125,8 +125,8 @@ def report_command(options: argparse.Namespace) -> None:
     """Write the page of a model of `hmog fit` on the rows of a file."""
     if options.rows is None:
         raise ValueError(
-            f"report: `rows` must be a file of rows for a model of hmog fit; got none. Give it: hmog report {options.run} "
-            "ROWS.csv."
+            "report: `rows` must be a file of rows for a model of hmog fit; got none. Give it: hmog report "
+            f"{options.run} ROWS.csv."
         )
     out = options.run.with_suffix(".html") if options.out is None else options.out
     print(f"report: {_tables().report_table(options.run, options.rows, out, layer=options.layer, obsm=options.obsm)}")

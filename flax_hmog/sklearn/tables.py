@@ -14,6 +14,7 @@ from flax_hmog.data.files import read_file
 from flax_hmog.data.tables import SUFFIXES, UNNAMED, read_frame
 from flax_hmog.model.optional import require
 from flax_hmog.model_file import load, save
+from flax_hmog.selection.table import Selection
 from flax_hmog.sklearn.arguments import check_contamination
 from flax_hmog.sklearn.choice import choose
 from flax_hmog.sklearn.estimator import HMoG
@@ -119,6 +120,9 @@ def predict_table(
     _check_out(out, path)
     model, table, columns = _loaded(model_path, path, layer, obsm)
     if identifier is not None:
+        if identifier not in table:
+            names = listed([str(name) for name in table.columns])
+            raise ValueError(f"predict: `id` must name a column; got {identifier!r}. Choose one of {names}.")
         columns = dataclasses.replace(columns, identifier=identifier)
     found = assigned(model, columns, table, rows_of(table, columns), each=each)
     if out is not None:
@@ -152,7 +156,9 @@ def report_table(model_path: Path, path: Path, out: Path, *, layer: str | None =
 
 
 def describe_table(model_path: Path) -> str:
-    """The contents of a file of `fit_table` or `HMoG.save`, in lines."""
+    """The contents of a file of `fit_table`, `HMoG.save` or `Selection.save`, in lines."""
+    if "selection" in load(model_path).notes:
+        return str(Selection.load(model_path))
     model, columns = HMoG.load(model_path), columns_of(model_path)
     lines = [str(model)]
     if columns is not None:
