@@ -24,7 +24,7 @@ def check_columns(X: Any, allows_missing: bool) -> None:
     if len(set(names)) < len(names):
         several = max(names, key=names.count)
         raise ValueError(
-            f"HMoG: `X` must have columns of different names; got {several!r} {names.count(several)} times. Rename them."
+            f"HMoG: `X` must have columns of different names; got {several!r} {names.count(several)} times. Rename one."
         )
     with named("HMoG"), allowing("nan" if allows_missing else "refuse"):
         rows = in_memory("X", X)
