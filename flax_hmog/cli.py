@@ -22,11 +22,12 @@ from rich.console import Console
 from flax_hmog.data.files import File, read_file
 from flax_hmog.inference.posterior import infer
 from flax_hmog.recipe.config import Experiment
+from flax_hmog.recipe.describe import describe_run
 from flax_hmog.recipe.options import parse_experiment
 from flax_hmog.recipe.plan import print_plan
 from flax_hmog.recipe.presets import PRESETS
 from flax_hmog.recipe.report import report_run
-from flax_hmog.recipe.saved import restore_run, run_columns, run_config, saved_stages
+from flax_hmog.recipe.saved import restore_run, run_columns
 from flax_hmog.recipe.tables import ABOUT as ABOUT_FIT
 from flax_hmog.recipe.tables import (
     add_column_options,
@@ -34,6 +35,7 @@ from flax_hmog.recipe.tables import (
     describe_command,
     fit_command,
     predict_command,
+    report_command,
     select_of_file,
     sweep_of_file,
 )
@@ -52,6 +54,7 @@ from a mixture. Every row gets the probability of every cluster, and a density.
   hmog fit customers.csv --out model.npz --assignments clusters.csv
                                                       a table: its clusters, outliers and factors, nothing to prepare
   hmog predict model.npz new.csv --out clusters.csv   the same for new rows
+  hmog report model.npz customers.csv                 a page with the clusters, their members and a map: model.html
 
   hmog train digits                                   a first run, on scikit-learn's digits (a minute)
   hmog report runs/digits                             its scores and figures: runs/digits/report.html
@@ -162,8 +165,16 @@ def _parser() -> argparse.ArgumentParser:
     add_column_options(swept)
     add_sweep_options(swept)
     add("train", None, TRAIN, of_a_run=None).add_argument("name", choices=list(PRESETS), help="what to train on")
-    _add_import(add("report", _report, "Scores, figures and a page, report.html, from the checkpoints of a run."))
     or_file = ", or a file of hmog fit"
+    about = "Scores, figures and a page: of a run from its checkpoints, of a model of hmog fit from rows."
+    report = add("report", _report, about, of_a_run=or_file)
+    report.add_argument(
+        "rows", type=Path, nargs="?", help="with a model of hmog fit: the file of its rows, or of others"
+    )
+    report.add_argument("--out", type=Path, help="with a model of hmog fit: the page; without it, beside the model")
+    report.add_argument("--layer", help="of an .h5ad, instead of X")
+    report.add_argument("--obsm", help="of an .h5ad, instead of X")
+    _add_import(report)
     about = "The cluster of every row of a file, one line per row under a header."
     predict = add("predict", _predict, about, of_a_run=or_file)
     predict.add_argument("rows", type=Path, help=".npy, .npz, .csv, .parquet or .h5ad, raw as in training")
@@ -184,14 +195,14 @@ def _parser() -> argparse.ArgumentParser:
     exported = add("export", _export, "One program from raw rows to clusters, for any batch size (docs/serving.md).")
     exported.add_argument("out", type=Path, help="file of the program")
     _add_choice(exported)
-    about = "Data, model and scores of every stage that a run has saved; clusters and columns of a model of hmog fit."
+    about = "Data, models, scores, times and command of a run; clusters and columns of a model of hmog fit."
     add("describe", _describe, about, of_a_run=or_file)
     return parser
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, help="which seed; without it, the first")
-    parser.add_argument("--stage", help="em, differentiable, differentiable-2, ...; without it, the last")
+    parser.add_argument("--seed", type=int, help="which seed; without it, the one of the best model")
+    parser.add_argument("--stage", help="em, differentiable, differentiable-2, ...; without it, the best")
     _add_import(parser)
 
 
@@ -207,7 +218,17 @@ def _restored(options: argparse.Namespace) -> Restored:
     return restore_run(options.run, seed=options.seed, stage=options.stage, allow_import=options.allow_import)
 
 
+def _say_origin(model: Restored) -> None:
+    """The seed, the stage and the step of a model, beside what goes to the standard output."""
+    print(f"model: {model.origin}", file=sys.stderr)
+
+
 def _report(options: argparse.Namespace) -> None:
+    if options.run.suffix == ".npz":
+        report_command(options)
+        return
+    if options.rows is not None:
+        raise ValueError(f"report: `rows` must be left out for a run, which knows its own; got {options.rows}.")
     report_run(options.run, allow_import=options.allow_import)
 
 
@@ -221,11 +242,16 @@ def _predict(options: argparse.Namespace) -> None:
     if options.out is not None and options.out.exists() and options.out.samefile(options.rows):
         raise ValueError(f"predict: `--out` must be another file than the rows; got {options.out}. Choose another.")
     file = read_file(options.rows, options.labels, layer=options.layer, obsm=options.obsm)
+    if file.image_shape is not None and model.preprocessing is not None:
+        model.preprocessing(
+            np.zeros((1, *file.image_shape), np.float32)
+        )  # images of another shape have as many columns
     rows = _rows_of(file, run_columns(options.run))
     lines = predictions(model, rows, each=options.probabilities)
     lines = itertools.chain([next(lines)], lines)  # rows that do not fit are found before a file is replaced
     if options.out is None:
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
+        _say_origin(model)
         return
     try:
         with options.out.open("w", newline="") as out:
@@ -235,6 +261,7 @@ def _predict(options: argparse.Namespace) -> None:
             f"predict: `--out` must be a file that can be written to; got {error}. Choose another."
         ) from None
     print(f"{rows.shape[0]} rows: {options.out}")
+    _say_origin(model)
 
 
 def _rows_of(file: File, names: list[str] | None) -> Any:
@@ -289,7 +316,9 @@ def predictions(model: Restored, rows: Any, *, each: bool = False) -> Iterator[l
 
 
 def _export(options: argparse.Namespace) -> None:
-    write_program(export(_restored(options)), options.out)
+    model = _restored(options)
+    write_program(export(model), options.out)
+    _say_origin(model)
     print(f"program: {options.out}")
 
 
@@ -297,34 +326,7 @@ def _describe(options: argparse.Namespace) -> None:
     if options.run.suffix == ".npz":
         describe_command(options)
         return
-    print(f"data {run_config(options.run)['data']}")
-    for stage, about in saved_stages(options.run):
-        print(f"seed {stage.seed}, {stage.name}: " + ("no checkpoint yet" if about is None else _described(about)))
-
-
-def _called(value: object) -> str:
-    """A module or argument as a checkpoint describes it, in one line."""
-    if isinstance(value, dict) and "class" in value:
-        given = {key: entry for key, entry in value["arguments"].items() if entry is not None}
-        return f"{value['class']}({', '.join(f'{key}={_called(entry)}' for key, entry in given.items())})"
-    return str(next(iter(value.values()))) if isinstance(value, dict) and len(value) == 1 else str(value)
-
-
-def _described(about: dict[str, Any]) -> str:
-    state = "finished" if about["progress"].get("done") else "not finished"
-    lines = [f"{state}, {about['step']} steps"]
-    parts = ("module",) if "module" in about else ("encoder", "head")  # as formats before 6 have them
-    lines += [f"{name} {_called(about[name])}" for name in parts if about[name] is not None]
-    if about["clusters"] is not None:
-        lines.append(f"{len(about['clusters'])} components, merged to {max(about['clusters']) + 1} clusters")
-    if about["preprocessing"] is not None:
-        lines.append(f"preprocessing {about['preprocessing']}")
-    if about["history"]:
-        kept = about["progress"].get("kept") or about["history"][-1]
-        at = [f"epoch {kept['epoch']}"] if "epoch" in kept else []
-        lines.append(", ".join(at + [f"{key} {value:.4g}" for key, value in kept.items() if isinstance(value, float)]))
-    lines.append(", ".join(f"{name} {version}" for name, version in about["versions"].items()))
-    return "\n    ".join(lines)
+    print(describe_run(options.run))
 
 
 if __name__ == "__main__":

@@ -157,6 +157,10 @@ def load(path: str | Path) -> SavedModel:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(str(arrays.pop("header")))
         natural = _natural(header, arrays)
+    except FileNotFoundError:
+        raise ValueError(
+            f"load: `path` must be a file that flax_hmog.save wrote; got {path}, which is not there. Check the path."
+        ) from None
     except Exception as error:  # whatever reads a damaged archive, raises
         raise ValueError(
             f"load: `path` must be a file that flax_hmog.save wrote; got {path}, {type(error).__name__}: {error}. "

@@ -77,8 +77,15 @@ def test_a_run_is_reported_described_and_exported(work, capsys):
     assert json.loads((work / "run" / "result.json").read_text())["scores"].keys() == {"em", "differentiable"}
     assert main(["describe", str(work / "run")]) == 0
     said = capsys.readouterr().out
-    for part in ("seed 0, em: finished", "DifferentiableHMoG(lat_dim=3, n_components=6", "merged to 4 clusters"):
+    for part in ("rows.csv: 400 rows of 64 columns, 320 of them for training", "; then differentiable", "6 components merged to 4",
+                 f"command    hmog train file --data.path {work}", "changed    model.lat_dim 3,", " s of training",
+                 "of the models it has the highest held-out log-density", "HMoG(lat_dim=3, n_components=6"):  # fmt: skip
         assert part in said
+    heading, *lines = (line.split() for line in said.splitlines()[-3:])
+    assert {"seed", "stage", "steps", "NMI", "ARI", "ACC"} <= set(heading)
+    assert [line[:3] for line in lines] == [["0", name, "finished"] for name in ("em", "differentiable")]
+    described = json.loads((work / "run" / "result.json").read_text())["described"]["stage"]
+    assert [line[1] for line in lines if line[-1] == "described"] == [described]
     assert main(["export", str(work / "run"), str(work / "program")]) == 0
     x = np.load(work / "rows.npy").astype(np.float32)
     got = load_program(work / "program")(x)["log_density"]
@@ -158,6 +165,7 @@ def test_a_first_column_without_a_name_is_no_input(tmp_path, caplog):
     for name in ("numbered.csv", "called.csv"):
         file = read_file(tmp_path / name)
         assert file.column_names == ("a", "b")
+        assert list(file.identifier[1]) == ([0, 1] if name == "numbered.csv" else ["first", "second"])
         np.testing.assert_array_equal(file.rows, [[1, 2], [3, 4]])
         assert f"{name}: the first column, which has no name, is left out" in caplog.text
 

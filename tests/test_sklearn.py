@@ -251,6 +251,11 @@ def test_columns_of_all_units_and_constant_ones():
     np.testing.assert_allclose(model.means_[:, :-1], plain.means_ * UNITS, rtol=1e-2)
 
 
+def test_columns_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="columns of different names; got 'a' 2 times"):
+        small().fit(pd.DataFrame(np.ones((9, 3)), columns=["a", "a", "b"]))
+
+
 def test_wild_rows_are_the_lowest(fitted):
     x, z = table()
     wild = np.arange(0, 300, 15)

@@ -1,5 +1,7 @@
 """`hmog fit` and `hmog predict` on tables: from a file to a line for each row, with every decision said."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,9 +10,17 @@ from wild_table import wild_table
 
 from flax_hmog.cli import main
 from flax_hmog.data.columns import Columns, choose_columns, rows_of
+from flax_hmog.data.files import read_file
+from flax_hmog.data.tables import read_frame
 from flax_hmog.sklearn import HMoG
 from flax_hmog.sklearn.choice import filled_rows, n_separate
 
+MISTAKEN = {
+    "one.csv": "a\n1\n",
+    "still.csv": "a\n1\n1\n1\n",
+    "wild.csv": "a,b\n1,2\n3,-inf\n",
+    "latin.csv": "näme\n1\n2\n",
+}
 COLUMNS = ["cluster", "probability", "second_cluster", "second_probability", "outlier_score", "is_outlier"]
 
 
@@ -156,6 +166,23 @@ def test_roles_of_columns():
         (["fit", "rows.csv", "--assignments", "out.txt"], "must end in .csv, .parquet or"),
         (["fit", "rows.csv", "--assignments", "rows.csv"], "`--out` must be another file than the rows"),
         (["fit", "text.csv"], "the table must have columns of numbers; got name"),
+        (["fit", "rows.csv", "--out", "model.txt"], "`--out` must end in .npz; got model.txt"),
+        (
+            ["fit", "rows.csv", "--out", "nowhere/model.npz"],
+            "must lie in a folder that is there; got nowhere/model.npz",
+        ),
+        (["fit", "rows.csv", "--clusters", "500"], "`--clusters` must be at most the 400 rows; got 500"),
+        (["fit", "one.csv"], "the table must have at least 2 rows; got 1"),
+        (["select", "still.csv", "--n-components", "2", "--lat-dim", "1"], "a column of numbers that vary; got 1"),
+        (["fit", "wild.csv"], "column 'b' must hold finite numbers; got -inf in row 1, counted from 0"),
+        (["fit", "latin.csv"], "Save it as UTF-8"),
+        (["report", "model.npz"], "`rows` must be a file of rows for a model of hmog fit; got none"),
+        (["report", "rows.csv"], "must be the folder of a run; got the file rows.csv"),
+        (["describe", "nowhere.npz"], "got nowhere.npz, which is not there. Check the path"),
+        (
+            ["predict", "model.npz", "rows.csv", "--id", "name"],
+            "`id` must name a column; got 'name'. Choose one of cust",
+        ),
         (["predict", "model.npz", "narrow.csv"], "the columns of the model; got none named 'v1', 8 of 9 missing"),
         (["predict", "rows.npz", "rows.csv"], "`path` must be a file that flax_hmog.save wrote"),
     ],
@@ -165,10 +192,42 @@ def test_mistakes_are_one_line(work, arguments, message, capsys, monkeypatch):
     pd.DataFrame({"name": ["a", "b"]}).to_csv("text.csv", index=False)
     pd.DataFrame({"v0": [1.0]}).to_csv("narrow.csv", index=False)
     np.savez("rows.npz", X=np.ones((2, 2)))
+    for name, text in MISTAKEN.items():
+        Path(name).write_bytes(text.encode("latin1"))
     assert main(arguments) == 1
     shown = capsys.readouterr()
     assert message in shown.err
     assert len(shown.err.splitlines()) == 1
+
+
+def test_tables_as_others_write_them(tmp_path, caplog):
+    """Semicolons and decimal commas, tabs, codes with leading zeros, lists, one category, numbers with signs."""
+    table = pd.DataFrame({"id": ["007", "012", "100"], "zip": ["0100"] * 3, "a": [1.5, 2.25, -3], "gone": [None] * 3})
+    table["rate"] = ["1.5%", "2%", "13.5%"]
+    table.to_csv(tmp_path / "semicolon.csv", index=False, sep=";", decimal=",")
+    table.to_csv(tmp_path / "tab.csv", index=False, sep="\t")
+    table.to_csv(tmp_path / "comma.csv", index=False)
+    table.assign(nested=[[1], [2], []], held=[{"x": 1}] * 3).to_parquet(tmp_path / "nested.parquet")
+    for name in ("semicolon.csv", "tab.csv", "comma.csv", "nested.parquet"):
+        found = read_frame(tmp_path / name)
+        columns = choose_columns(found)
+        assert (columns.identifier, columns.numbers) == ("id", ("a",))
+        assert list(found.id) == ["007", "012", "100"]
+        np.testing.assert_array_equal(rows_of(found, columns)[:, 0], [1.5, 2.25, -3])
+        assert columns.left_out["zip"] == "text of 1 values, which --one-hot zip takes"
+        assert columns.left_out["rate"] == "text of 3 values as '1.5%'; write plain numbers to have it take part"
+        assert columns.left_out.get("nested", "lists or records") == "lists or records"
+        file = read_file(tmp_path / name)  # as hmog train does
+        assert (file.column_names, file.identifier[0], list(file.identifier[1])) == (("a",), "id", list(table.id))
+    assert "semicolon.csv: columns are separated by ';' and decimals by ','" in caplog.text
+    assert choose_columns(table, one_hot=["gone"]).left_out["gone"] == "empty"
+
+
+def test_a_model_of_a_table_has_a_page(work):
+    assert main(["report", str(work / "model.npz"), str(work / "rows.csv")]) == 0
+    page, found = (work / "model.html").read_text(), pd.read_csv(work / "out.csv")
+    assert "named by &#39;customer&#39; of the source" in page
+    assert all(str(name) in page for name in found.customer[found.is_outlier])
 
 
 def test_components_that_overlap_are_one_cluster():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
 from flax_hmog.data.rows import check_weights
 from flax_hmog.inference.posterior import HMoGOutput, infer_blocks
 from flax_hmog.model.checks import public
+from flax_hmog.model.conversions import moments_to_natural, own_moments
 from flax_hmog.model.coordinates import Natural, Prepared, check_natural
+from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import PositiveDefinite
 from flax_hmog.model.structure import Structure
 from flax_hmog.model.typed import Data, Samples
@@ -92,6 +95,25 @@ def criteria_of(natural: Natural | Prepared, output: HMoGOutput, weights: Sample
         n_samples=float(share.sum()),
         entropy=float(share @ entropies),
     )
+
+
+def of_columns(natural: Natural, columns: np.ndarray) -> Natural:
+    """The model of some of the columns (D,) alone, which True stands for: the marginal of their density.
+
+    A column that was constant in a fit has a density that pseudo-samples alone bound, differently for every size: what
+    compares sizes is the density of the others.
+    """
+    moments, noise, frame = own_moments(natural), natural.observable_precision, natural.frame
+    if noise.is_diagonal or noise.is_isotropic:
+        own = type(noise).from_diagonal(moments.noise.diagonal()[columns])
+    else:
+        own = type(noise).project(moments.noise.dense()[columns][:, columns])
+    kept: dict[str, Any] = {"loadings": moments.loadings[columns], "bias": moments.bias[columns], "noise": own}
+    marginal = moments_to_natural(dataclasses.replace(moments, **kept))
+    if frame is None:
+        return marginal
+    origin, unit = frame.exact()
+    return dataclasses.replace(marginal, frame=Frame.of(origin[columns], unit[columns], frame.unit.dtype))
 
 
 @public

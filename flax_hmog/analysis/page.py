@@ -83,7 +83,7 @@ def clusters_section(portrait: Portrait) -> Section:
         for kind in ("typical", "doubtful", "atypical"):
             places = getattr(portrait, kind)[c]
             places = places[places >= 0]
-            row[kind] = Cell(", ".join(map(str, portrait.row[places])), pictures=places.tolist() if is_image else ())
+            row[kind] = Cell(", ".join(portrait.names[places]), pictures=places.tolist() if is_image else ())
         if portrait.is_merged:
             row["components"] = ", ".join(map(str, np.flatnonzero(portrait.clusters == c)))
         rows.append(row)
@@ -94,10 +94,12 @@ def clusters_section(portrait: Portrait) -> Section:
         "brackets how far it is from the mean of all rows, in standard deviations of the column."
     )
     merged = ", each of one or several components of the mixture" if portrait.is_merged else ""
+    column = about.get("identifier")
+    named = f"named by {column!r} of the source" if column else "numbers of rows, counted from 0 in the source"
     text = (
         f"{len(order)} clusters{merged}, over {_rows(portrait)}. Certainty is the mean probability of a cluster over "
         f"its rows.{unit}"
-        "\n\nMembers are numbers of rows, counted from 0 in the source: typical ones have the highest density, of each "
+        f"\n\nMembers are {named}: typical ones have the highest density, of each "
         "component in turn; doubtful ones the least probability of their cluster; atypical ones the lowest density. "
         "The button in front of a cluster dims everything else on this page."
     )
@@ -125,7 +127,8 @@ def _members_table(portrait: Portrait, order: list[int]) -> Table:
 def row_details(portrait: Portrait, place: int) -> dict[str, Any]:
     """The line of a row of the sample."""
     is_single = len(portrait.cluster_rows) == 1
-    details: dict[str, Any] = {
+    details: dict[str, Any] = {} if portrait.identifiers is None else {"identifier": str(portrait.names[place])}
+    details |= {
         "row": int(portrait.row[place]),
         "probability": float(portrait.probability[place]),
         "next cluster": None if is_single else int(portrait.second[place]),

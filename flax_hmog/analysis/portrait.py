@@ -13,6 +13,7 @@ from flax_hmog.analysis.affinity import component_affinity
 from flax_hmog.analysis.clusters import as_membership
 from flax_hmog.analysis.pictures import LARGEST, as_bytes
 from flax_hmog.data.labels import is_known
+from flax_hmog.data.tables import Identifier
 
 BLOCK_ROWS, BLOCK_ENTRIES = 4096, 2**22  # that are read at once, at most
 MOST_ROWS = 100_000  # that are looked at, at even intervals of more
@@ -22,6 +23,8 @@ COLUMNS_KEPT = 4  # of a sampled row: those that are farthest from the average
 BINS = 20  # of the certainty
 SMALL_SHARE = 0.05  # of a cluster's rows, below which a component is not typical of it
 LOWEST = 20  # rows of lowest density
+LONGEST = 60  # characters of an identifier
+OPTIONAL = ("pictures", "identifiers")
 CAPPING_ROWS = (
     2048  # whose quantiles of 1 and 99 % bound a column: values beyond by more than their distance are capped
 )
@@ -37,6 +40,7 @@ class Subject:
         numbers: number of each row in its source (N,).
         clusters: cluster of each component (K,).
         labels: known labels as text (N,), "" where there is none; None without labels.
+        identifier: name and values (N,) of what names the rows; None for their numbers.
         fitted: True for the rows that the model was fitted to (N,); None for all.
         column_names: (D,), or None.
         image_shape: of a row, where rows are images.
@@ -47,6 +51,7 @@ class Subject:
     numbers: np.ndarray
     clusters: np.ndarray
     labels: np.ndarray | None = None
+    identifier: Identifier | None = None
     fitted: np.ndarray | None = None
     column_names: tuple[str, ...] | None = None
     image_shape: tuple[int, ...] | None = None
@@ -59,7 +64,8 @@ class Portrait:
     Rows of the sample (M,) are members of clusters and an even choice.
 
     Attributes:
-        about: "rows", how many were looked at, "of", out of how many, and "labels" and "columns", their names or None.
+        about: "rows", how many were looked at, "of", out of how many, and "labels", "columns" and "identifier", their
+            names or None.
         clusters: cluster of each component (K,).
         cluster_rows: number of rows in each cluster (C,).
         component_rows: number of rows of which a component is the most probable (K,).
@@ -88,6 +94,7 @@ class Portrait:
         columns: numbers of the columns in which a row is farthest from the average (M, 4); none for images.
         values: of these columns (M, 4).
         pictures: rows as pictures (M, h, w) or (M, h, w, 3), uint8; None unless they are images.
+        identifiers: of the rows, as text (M,); None where their numbers name them.
     """
 
     about: dict[str, Any]
@@ -118,11 +125,17 @@ class Portrait:
     columns: np.ndarray
     values: np.ndarray
     pictures: np.ndarray | None
+    identifiers: np.ndarray | None = None
 
     @property
     def is_merged(self) -> bool:
         """True if any cluster has several components."""
         return len(self.cluster_rows) < len(self.clusters)
+
+    @property
+    def names(self) -> np.ndarray:
+        """Identifiers of rows, or their numbers, as text (M,)."""
+        return self.row.astype(str) if self.identifiers is None else self.identifiers
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Its arrays by name, as `from_arrays` takes them."""
@@ -134,8 +147,9 @@ class Portrait:
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Portrait:
         """The portrait of these arrays."""
         names = [field.name for field in dataclasses.fields(cls)]
-        fields: dict[str, Any] = {name: arrays[name] for name in names if name not in ("about", "pictures")}
-        return cls(about=json.loads(str(arrays["about"])), pictures=arrays.get("pictures"), **fields)
+        fields: dict[str, Any] = {name: arrays[name] for name in names if name not in ("about", *OPTIONAL)}
+        fields |= {name: arrays.get(name) for name in OPTIONAL}
+        return cls(about=json.loads(str(arrays["about"])), **fields)
 
 
 def portray(subject: Subject) -> Portrait:
@@ -155,13 +169,24 @@ def portray(subject: Subject) -> Portrait:
     names, label, counts = _labels(subject, rows, seen["cluster"], len(sums.cluster_rows))
     sample = {name: values[chosen] for name, values in seen.items()}
     named = None if subject.column_names is None else list(subject.column_names)
+    identifier, identifiers = None, None
+    if subject.identifier is not None:
+        identifier, values = subject.identifier
+        identifiers = np.array([str(value)[:LONGEST] for value in values[rows[chosen]]])
     return Portrait(
-        about={"rows": len(rows), "of": len(subject.numbers), "labels": names, "columns": named},
+        about={
+            "rows": len(rows),
+            "of": len(subject.numbers),
+            "labels": names,
+            "columns": named,
+            "identifier": identifier,
+        },
         clusters=np.asarray(subject.clusters),
         counts=counts,
         row=np.asarray(subject.numbers)[rows[chosen]],
         even=np.isin(chosen, even),
         label=label[chosen],
+        identifiers=identifiers,
         **{kind: place[places] for kind, places in members.items()},
         **sample,
         **sums.results(),

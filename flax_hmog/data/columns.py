@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from flax_hmog.data.tables import is_code, is_nested
 
 MOST_CATEGORIES = 20  # of a column of text that may be taken for categories
 MOST_WORDS = 5  # different ones among the numbers of a column, as "unknown" or "-"
@@ -71,11 +74,19 @@ def choose_columns(
         column = table.iloc[:, position]
         if name == identifier or name in left_out:
             continue
+        if is_nested(column):
+            left_out[name] = "lists or records"
+            continue
         parsed, others = as_numbers(column)
-        is_numeric = bool(np.isfinite(parsed).any()) and len(others) <= MOST_WORDS and not is_date(column)
+        is_numeric = (
+            not is_code(column)
+            and bool(np.isfinite(parsed).any())
+            and len(others) <= MOST_WORDS
+            and not is_date(column)
+        )
         if name in one_hot or (one_hot and "all" in one_hot and is_text(column) and not is_numeric):
             values = tuple(sorted(map(str, column.dropna().unique())))
-            if 0 < len(values) <= MOST_CATEGORIES or name in one_hot:
+            if values and (len(values) <= MOST_CATEGORIES or name in one_hot):
                 categories[name] = values
                 continue
         if is_numeric and identifier is None and is_count(column):
@@ -115,6 +126,12 @@ def rows_of(table: Any, columns: Columns) -> np.ndarray:
         if len(others) > MOST_WORDS:
             raise ValueError(
                 f"predict: column {name!r} must hold numbers; got {listed(others)}. Correct it, or fit without it."
+            )
+        if np.isinf(parsed).any():
+            row = int(np.isinf(parsed).argmax())
+            raise ValueError(
+                f"fit: column {name!r} must hold finite numbers; got {parsed[row]} in row {row}, counted from 0. Leave "
+                "the cell empty where it is missing."
             )
         parts.append(parsed)
     return np.column_stack(parts)
@@ -159,7 +176,9 @@ def reason(name: str, column: Any) -> str:
         return "empty"
     if is_date(column):
         return "dates"
-    count = column.nunique()
+    count, first = column.nunique(), str(column.dropna().iloc[0])
+    if re.fullmatch(r"[-+]?[^\w\s]?\s?\d[\d.,' ]*\s?[^\w\s]?", first) and not first.isdecimal():
+        return f"text of {count} values as {first!r}; write plain numbers to have it take part"
     return f"text of {count} values" + (f", which --one-hot {name} takes" if count <= MOST_CATEGORIES else "")
 
 

@@ -239,9 +239,10 @@ def _from_table(argument: str, table: Any) -> np.ndarray:
     for name, column in zip(names, columns, strict=True):
         values = in_memory(f"{argument}[{str(name)!r}]", column)
         if values.dtype.kind not in "biuf" or values.ndim != 1:
+            held = values.dtype if values.ndim == 1 else "lists"
             raise TypeError(
-                f"{door()}: `{argument}` must hold real numbers in every column; got {values.dtype} in column "
-                f"{name!r}. Leave this column out, or encode it as numbers."
+                f"{door()}: `{argument}` must hold real numbers in every column; got {held} in column {name!r}. "
+                "Leave this column out, or encode it as numbers."
             )
         if values.dtype.kind == "f" and np.isnan(values).any() and not may_miss():
             _refuse_missing(f"{argument}[{str(name)!r}]", np.isnan(values), "that are (NaN or null)")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flax_hmog.data.labels import encode_labels
-from flax_hmog.data.tables import SUFFIXES, read_table
+from flax_hmog.data.tables import SUFFIXES, Identifier, index_of, read_table
 from flax_hmog.model.checks import public
 from flax_hmog.model.optional import require
 from flax_hmog.model.typed import Samples
@@ -33,6 +33,7 @@ class File:
         image_shape: of a row, where rows were images.
         class_names: of the labels, where they are no integers or some are unknown.
         column_names: of the columns, where the file says so.
+        identifier: name and values (N,) of what names the rows, where the file says so.
         title: name of the data in a report.
         source: path of the file, where there is one.
 
@@ -47,6 +48,7 @@ class File:
     image_shape: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
     column_names: tuple[str, ...] | None = None
+    identifier: Identifier | None = None
     title: str = "The data"
     source: str | None = None
 
@@ -151,8 +153,8 @@ def _read_npy(path: Path, labels: str | None) -> File:
 
 
 def _read_table(path: Path, labels: str | None) -> File:
-    rows, found, names = read_table(path, labels)
-    return File(rows, found, column_names=names)
+    rows, found, names, identifier = read_table(path, labels)
+    return File(rows, found, column_names=names, identifier=identifier)
 
 
 def _read_npz(path: Path, labels: str | None) -> File:
@@ -213,7 +215,8 @@ def _read_h5ad(layer: str | None, obsm: str | None, path: Path, labels: str | No
                 f"read_file: `data.labels` must be a column of obs; got {labels!r}. Choose one of {list(table.obs)}."
             )
         found = table.obs[labels]
-    return File(rows, found, column_names=None if names is None else tuple(map(str, names)))
+    columns = None if names is None else tuple(map(str, names))
+    return File(rows, found, column_names=columns, identifier=index_of(table))
 
 
 def _load_sparse(path: Path) -> Any:

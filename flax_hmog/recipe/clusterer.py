@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from flax_hmog.data.files import File
+from flax_hmog.data.tables import index_of
 from flax_hmog.model.checks import named
 from flax_hmog.model.head import Head
 from flax_hmog.model.kinds import as_rep
@@ -21,13 +24,16 @@ from flax_hmog.networks.augment import Augmentation
 from flax_hmog.recipe.config import EM, FEATURE_LAT_DIM, Data, Experiment, Gradient, Kind, Model, Rounds
 from flax_hmog.recipe.encoders import features_shape
 from flax_hmog.recipe.presets import LEAST_STEPS
+from flax_hmog.recipe.run import Run
 from flax_hmog.recipe.running import Checkpoints
+from flax_hmog.recipe.saved import best_stage
 from flax_hmog.recipe.template import Template
 from flax_hmog.recipe.train import run
 from flax_hmog.training.logs import OnEpoch, OnStep, Stage
 from flax_hmog.training.processes import StopRequest
 from flax_hmog.training.restoring import Restored
 
+logger = logging.getLogger(__name__)
 PER_CLUSTER = 4  # components of EM for each cluster, where nothing else is said
 NEVER = 2**31  # steps between checkpoints that stay in memory
 
@@ -64,7 +70,8 @@ def fit_clusterer(
         n_clusters: number of clusters.
         key: PRNG key; `jax.random.key(s)` gives what `hmog train --first-seed s` does.
         head: any head, trained on the features, or by itself on x after EM, which has its size and noise then; None
-            takes a `DifferentiableHMoG` with an encoder, and without one EM is all.
+            takes a `DifferentiableHMoG` with an encoder, and without one EM is all. A head by itself that ends below
+            EM gives way to it (`restore_run(workdir, stage=...)` has both).
         model: latent dimension, number of components and kinds of the mixture that EM fits to x; None takes 10
             dimensions and four components for each cluster.
         em: options of EM on x.
@@ -83,8 +90,9 @@ def fit_clusterer(
         progress: show a progress bar.
 
     Returns:
-        `Restored`: called with rows it gives `HMoGOutput` of the clusters; `head`, `encoder`, their variables,
-        `clusters` (of each component, where they are merged) and `history`. `flax_hmog.training.export` takes it.
+        `Restored`, the model that `restore_run` takes of such a run: called with rows it gives `HMoGOutput` of the
+        clusters; `head`, `encoder`, their variables, `clusters` (of each component, where they are merged), `history`
+        and `origin`, the stage. `flax_hmog.training.export` takes it.
 
     Raises:
         ValueError: for data, options or an encoder that do not fit each other, or training that has failed.
@@ -127,12 +135,23 @@ def fit_clusterer(
             require(package, "train")
     console, stop = Console(quiet=not progress), StopRequest(listens=False)
     stages = run(config, console, stop, file=file, on_step=on_step, on_epoch=on_epoch)
+    return _best(stages, seed)
+
+
+def _best(stages: Run, seed: int) -> Restored:
+    """The model that speaks for a run of one seed."""
+    config = stages.config
     number = config.rounds.count if config.has_encoder else 0
-    if not heads:
-        return stages.kept(Stage(seed, "em"))
-    (label,) = config.labels
-    last = stages.model(label, number)
-    return dataclasses.replace(stages.kept(Stage(seed, label, number)), module=last.module, head=last.head)
+    ends = [Stage(seed, "em"), *(Stage(seed, label, number) for label in config.labels)]
+    found = {stage: stages.kept(stage) for stage in ends}
+    best = best_stage({stage: vars(restored) for stage, restored in found.items()})
+    if best.is_trained:
+        trained = stages.model(best.head, number)
+        return dataclasses.replace(found[best], module=trained.module, head=trained.head)
+    for stage in ends[1:]:
+        logger.warning("fit_clusterer: the head ends below EM, whose model is returned; the head is "
+                       "restore_run(workdir, stage=%r)", stage.name)  # fmt: skip
+    return found[best]
 
 
 def _heads(encoder: nn.Module | None, head: Head | None, obs_dim: int) -> tuple[Template, ...]:
@@ -157,11 +176,22 @@ def _hashable(value: object) -> Any:
 def _as_file(x: object, encoder: Any) -> File:
     """Rows (N, D) with what is known of them."""
     rows = x.tocsr() if hasattr(x, "tocsr") else np.asarray(x)
-    image_shape = rows.shape[1:] if rows.ndim > 2 else getattr(encoder, "image_shape", None)
+    if rows.ndim not in (2, 3, 4) or not all(rows.shape):
+        raise ValueError(
+            f"fit_clusterer: `x` must have shape (N, D), (N, H, W) or (N, H, W, C); got {rows.shape}. Reshape it."
+        )
+    given, wanted = rows.shape, getattr(encoder, "image_shape", None)
+    image_shape: Any = wanted if rows.ndim == 2 else given[1:]
+    if image_shape is not None and image_shape[2:] == (1,):
+        image_shape = image_shape[:2]
     if rows.ndim > 2:
         rows = rows.reshape(rows.shape[0], -1)
-    if rows.ndim != 2 or not rows.shape[0]:
-        raise ValueError(f"fit_clusterer: `x` must have shape (N, D) or (N, H, W); got {rows.shape}. Reshape it.")
+    fits = wanted is None or (image_shape in (wanted, wanted[:2]) and rows.shape[1] == math.prod(wanted))
+    if wanted is not None and not fits:
+        raise ValueError(
+            f"fit_clusterer: `x` must have shape (N, {', '.join(map(str, wanted))}) or (N, {math.prod(wanted)}), as "
+            f"the encoder's image_shape; got {given}. Give the encoder the shape of the images, channels last."
+        )
     if rows.dtype.kind not in "biuf":
         raise ValueError(f"fit_clusterer: `x` must hold real numbers; got dtype {rows.dtype}. Convert it first.")
-    return File(rows, image_shape=image_shape)
+    return File(rows, image_shape=image_shape, identifier=index_of(x))

@@ -25,7 +25,7 @@ from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.recipe.merge import merged_clusters
 from flax_hmog.recipe.models import abstract_fit
 from flax_hmog.recipe.run import LinearFit, Run, Writer
-from flax_hmog.recipe.scores import baseline_scores, evaluate
+from flax_hmog.recipe.scores import baseline_scores, evaluate, of_all_rows
 from flax_hmog.training import restore_like
 from flax_hmog.training.logs import Stage
 from flax_hmog.training.processes import Stopped
@@ -97,6 +97,7 @@ class EMStage:
                 "objective": result.objective_history.tolist(),
                 "converged": result.converged,
                 "baselines": baseline_scores(self.inputs, self.run.config, stage.seed),
+                "log_density": of_all_rows(float(result.info.log_likelihood), count, self.inputs, metrics),
             }
             # a model that float32 cannot hold in units of the inputs: what it loses is warned of
             has_frame = result.natural.frame is not None

@@ -6,7 +6,6 @@ They are kept in the run's folder, so that a report needs the data no more.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 from collections.abc import Iterable
 from itertools import combinations
@@ -24,7 +23,7 @@ from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Data
 from flax_hmog.recipe.load import load, read_data
 from flax_hmog.recipe.parts import Dataset, Part
-from flax_hmog.recipe.saved import own_classes, run_config, saved_stages
+from flax_hmog.recipe.saved import best_stage, own_classes, run_config, run_date, run_seconds, saved_stages
 from flax_hmog.recipe.scores import own_scores
 from flax_hmog.training import CheckpointError, Restored, restore
 from flax_hmog.training.logs import Stage
@@ -121,7 +120,7 @@ def run_facts(
         ValueError: where none are kept, and the data are not there.
     """
     kept, stages = Facts.load(folder), {stage: about["step"] for stage, about in done.items()}
-    if kept is not None and kept.stages == stages:
+    if kept is not None and kept.stages == stages and kept.described == best_stage(done):
         return kept
     facts = collect(folder, file=file, allow_import=allow_import or file is not None)
     facts.save(folder)
@@ -163,8 +162,7 @@ def collect(folder: Path, *, file: File | None = None, allow_import: bool = Fals
     first = next(iter(datasets.values()))
     same = {name: [m for s, m in models.items() if s.name == name] for name in {s.name: 0 for s in models}}
     clusters = {name: clusters_of(seeds, _some(first.train)) for name, seeds in same.items() if len(seeds) > 1}
-    described = best_stage(done, scores, list(config["heads"]), has_encoder=config["encoder"]["name"] != "none",
-                           sizes={seed: (len(d.train), len(d.test)) for seed, d in datasets.items()})  # fmt: skip
+    described = best_stage(done)
     return Facts(
         stages={stage: about["step"] for stage, about in done.items()},
         described=described,
@@ -172,56 +170,10 @@ def collect(folder: Path, *, file: File | None = None, allow_import: bool = Fals
         agreement={name: pair_agreement(found) for name, found in clusters.items()},
         in_use={name: clusters_in_use(found) for name, found in clusters.items()},
         data=_about_data(first),
-        date=_date(folder),
-        seconds=_seconds(folder),
+        date=run_date(folder),
+        seconds=run_seconds(folder),
         portrait=portray(subject(models[described], datasets[described.seed])),
     )
-
-
-def best_stage(
-    done: dict[Stage, dict[str, Any]],
-    scores: dict[str, list[dict[str, float]]],
-    heads: list[str],
-    *,
-    has_encoder: bool,
-    sizes: dict[int, tuple[int, int]],
-) -> Stage:
-    """The stage whose model is best by its own criterion.
-
-    Without an encoder that is the held-out log-density, in the mean over seeds, or that of the rows of the fit where
-    none are held out; and of the seeds, whose splits may differ, the log-density of all rows. Densities of features
-    compare with no other: with an encoder it is the criterion of training in the last round.
-
-    Args:
-        done: finished stages and descriptions of their checkpoints.
-        scores: of models, one for each seed.
-        heads: labels of heads, as configured.
-        has_encoder: True for a run in rounds.
-        sizes: training and test rows of each seed.
-    """
-    if has_encoder:
-        last = max((stage.number for stage in done if stage.is_trained), default=0)
-        trained = [s for s in done if s.is_trained and s.number == last and s.head in heads and done[s]["history"]]
-        reached = {
-            s: done[s].get("metrics", {}).get("criterion", done[s]["history"][-1].get("objective")) for s in trained
-        }
-        return max(trained, key=lambda s: -np.inf if reached[s] is None else reached[s], default=next(iter(done)))
-    left = {name: iter(seeds) for name, seeds in scores.items()}
-    found = {stage: next(left[stage.name]) for stage in done}
-    names = list(dict.fromkeys(stage.name for stage in done))
-    seeds = [s for s in sizes if all(any(t.seed == s and t.name == name for t in done) for name in names)]
-
-    def held_out(name: str) -> float:
-        of_seeds = [found[stage] for stage in done if stage.name == name and stage.seed in seeds]
-        return float(np.mean([s.get("test_log_density", s["train_log_density"]) for s in of_seeds]))
-
-    best = max(names, key=held_out) if seeds else "em"
-
-    def of_all_rows(stage: Stage) -> float:
-        of_part = [found[stage].get(f"{part}_log_density", 0.0) for part in ("train", "test")]
-        return float(np.average(of_part, weights=sizes[stage.seed]))
-
-    return max((stage for stage in done if stage.name == best), key=of_all_rows)
 
 
 def subject(restored: Restored, dataset: Dataset) -> Subject:
@@ -242,6 +194,7 @@ def subject(restored: Restored, dataset: Dataset) -> Subject:
         numbers=part.index,
         clusters=np.arange(n_components) if restored.clusters is None else restored.clusters,
         labels=labels,
+        identifier=dataset.identifier and (dataset.identifier[0], dataset.identifier[1][part.index]),
         fitted=(np.arange(len(numbers)) < len(train))[order],
         column_names=dataset.column_names,
         image_shape=dataset.image_shape,
@@ -312,18 +265,3 @@ def _about_data(dataset: Dataset) -> dict[str, Any]:
         "sha256": dataset.digest if is_small else None,
         "fingerprint": dataset.fingerprint,
     }
-
-
-def _date(folder: Path) -> str:
-    """The time at which the last checkpoint was written."""
-    written = max(path.stat().st_mtime for path in folder.glob("checkpoints/*/*/*"))
-    return datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="minutes")
-
-
-def _seconds(folder: Path) -> float | None:
-    """Seconds of training that the log of the run has noted."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        return float(sum(json.loads(line).get("seconds", 0.0) for line in lines)) if lines else None
-    except (OSError, ValueError):
-        return None

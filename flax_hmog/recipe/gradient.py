@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_hmog.inference.likelihood import mean_log_density
 from flax_hmog.inference.posterior import HMoGOutput, infer
 from flax_hmog.recipe.encoders import features, split_module
 from flax_hmog.recipe.inputs import Batches, Inputs
 from flax_hmog.recipe.run import Run, Start, Writer, on_host
-from flax_hmog.recipe.scores import evaluate
+from flax_hmog.recipe.scores import evaluate, of_all_rows
 from flax_hmog.recipe.watching import StageWatch
 from flax_hmog.training import Restored, create_state, restore_like
 from flax_hmog.training.describe import named_arrays
@@ -172,12 +173,14 @@ class GradientStage:
         is_best = self._best(seen) == at.done
         variables, state, look = at.state.variables, self._arrays(at), at.history[-1]
         first_loss = None if math.isnan(at.first_loss) else at.first_loss
-        progress = {"done": is_done, "position": position, "first_loss": first_loss, "watch": seen}
+        progress: dict[str, Any] = {"done": is_done, "position": position, "first_loss": first_loss, "watch": seen}
         if is_done:
             variables = at.best or variables
             progress["below_start"] = watch.watch.is_below_start()
             epoch = (self._best(seen) or 0) // self.batches.per_epoch
             progress["kept"] = next((record for record in at.history if record["epoch"] == epoch), None)
+            if self.model.encoder is None:
+                progress["log_density"] = self._log_density(variables, progress["kept"] or look)
         elif at.best is not None and not is_best:
             state["best"] = at.best
         # what an epoch's end is worth says nothing of a later step
@@ -229,6 +232,12 @@ class GradientStage:
             return infer(self.model.natural(variables), x)
         encoder_variables, head_variables = split_module(variables)
         return infer(self.model.natural(head_variables), features(self.model.encoder, encoder_variables, x))
+
+    def _log_density(self, variables: dict[str, Any], metrics: dict[str, float]) -> float:
+        """Mean log-density of the rows of both parts, as many of them as EM takes."""
+        x, weights = self.inputs.rows(self.inputs.dataset.train, self.run.config.em.rows, self.stage.seed)
+        train = float(mean_log_density(self.model.natural(variables), x, weights))
+        return of_all_rows(train, int(jnp.sum(weights)), self.inputs, metrics)
 
     def _max_fall(self) -> float:
         """Nats per sample by which a loss may be above the best."""

@@ -180,7 +180,7 @@ def _raw_row_message(dataset: Dataset, count: int, row: int, column: int, value:
 def prepare_inputs(data: Data, dataset: Dataset, mesh: Mesh) -> Inputs:
     """The inputs of a data set, their preprocessing fitted on the training part; each process reads only its share."""
     check_raw_rows(data, dataset)
-    part, preprocessing = dataset.train, Preprocessing((), dataset.obs_dim)
+    part, preprocessing = dataset.train, Preprocessing((), dataset.obs_dim, dataset.image_shape)
     process, count = jax.process_index(), jax.process_count()
     share = slice(len(part) * process // count, len(part) * (process + 1) // count)
 

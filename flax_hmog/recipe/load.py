@@ -37,7 +37,9 @@ def load(data: Data, seed: int, file: File | None = None) -> Dataset:
         train = parts["train"]
         drawn = np.random.default_rng(seed).choice(len(train), _kept_rows(data, len(train)), replace=False)
         parts["train"] = dataclasses.replace(train, index=train.index[np.sort(drawn)])
-    about: dict[str, Any] = {name: getattr(file, name) for name in ("image_shape", "column_names", "source")}
+    about: dict[str, Any] = {
+        name: getattr(file, name) for name in ("image_shape", "column_names", "identifier", "source")
+    }
     return Dataset(data.title or file.title, **parts, **about)
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from flax_hmog.analysis.metrics import clustering_metrics
+from flax_hmog.data.tables import Identifier
 from flax_hmog.model.optional import require
 from flax_hmog.model.typed import HasShape, Rows
 
@@ -97,6 +98,7 @@ class Dataset:
         test: rows to evaluate on.
         image_shape: of a row, where rows are images.
         column_names: of the columns, where they have any.
+        identifier: name and values (N,) of what names the rows, where there is something.
         source: the file that holds the rows, if there is one.
     """
 
@@ -105,6 +107,7 @@ class Dataset:
     test: Part
     image_shape: tuple[int, ...] | None = None
     column_names: tuple[str, ...] | None = None
+    identifier: Identifier | None = None
     source: str | None = None
 
     @property
@@ -150,6 +153,11 @@ def split_parts(
     count = rows.shape[0]
     if n_train is None and test_share == 0:
         n_train = count
+    if n_train is None and count < 2:
+        raise ValueError(
+            f"load: the data must have at least 2 rows, so that some are held out; got {count}. Add rows, or give "
+            "--data.test-share 0."
+        )
     if n_train is None:
         split = require("sklearn.model_selection", "train").train_test_split
         train, test = split(np.arange(count), test_size=test_share, random_state=seed)

@@ -17,7 +17,7 @@ from flax_hmog.analysis.page import model_sections, page_images, selection_secti
 from flax_hmog.model_file import load
 from flax_hmog.recipe.card import card_section
 from flax_hmog.recipe.facts import Facts, finished_stages, run_facts
-from flax_hmog.recipe.saved import own_classes, run_config
+from flax_hmog.recipe.saved import own_classes, run_config, why_best
 from flax_hmog.training import Restored, restore
 from flax_hmog.training.logs import Stage
 
@@ -106,22 +106,10 @@ def summary(config: dict[str, Any], facts: Facts, restored: Restored, done: Stag
         f"{data['train'] + data['test']:,} rows of {data['obs_dim']:,} columns: {n_clusters} clusters{merged}, with "
         f"{natural.interaction.shape[1]} factors{before}."
     )
-    seeds = len({stage.seed for stage in done})
     if len(done) > 1:
-        found += (
-            f" Described is {title(facts.described)}, seed {facts.described.seed}: {_criterion(config, facts, seeds)}."
-        )
+        reason = why_best(facts.stages, has_encoder=encoder != "none", held_out=bool(data["test"]))
+        found += f" Described is {title(facts.described)}, seed {facts.described.seed}: {reason}."
     return "\n\n".join([found, *losses(facts, done, restricted_heads(config))])
-
-
-def _criterion(config: dict[str, Any], facts: Facts, seeds: int) -> str:
-    if config["encoder"]["name"] != "none":
-        return "its last round has the best criterion"
-    kind = "held-out" if facts.data["test"] else "training"
-    first = f"of the models it has the highest {kind} log-density"
-    if len({stage.name for stage in facts.stages}) == 1:
-        return "of the seeds it has the highest log-density of all rows"
-    return first + (", and of the seeds the highest log-density of all rows" if seeds > 1 else "")
 
 
 def restricted_heads(config: dict[str, Any]) -> dict[str, str]:

@@ -82,6 +82,7 @@ class Keeper:
             metrics=metrics or {},
             config=self.config,
             versions={},
+            origin=str(self.stage.folder / str(step)),
         )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from flax_hmog.training.describe import CheckpointError
 from flax_hmog.training.files import read_description, saved_steps
@@ -14,6 +18,7 @@ from flax_hmog.training.logs import Stage
 from flax_hmog.training.restoring import Restored, restore
 
 HEADS = ("differentiable", "symmetric", "analytic")  # of runs whose configuration names those of its last start only
+LEAST_LOSS = 0.01  # nats per row by which EM must be better than a head that has started from it
 
 
 def saved_stages(folder: Path) -> Iterator[tuple[Stage, dict[str, Any] | None]]:
@@ -51,29 +56,80 @@ def last_description(folder: Path) -> dict[str, Any]:
         ) from None
 
 
-def reported_stage(stages: dict[Stage, dict[str, Any]], head: str = "em") -> Stage:
-    """The stage that speaks for a run: of the first seed the last round of the head, or EM if that is better.
+def best_stage(stages: dict[Stage, dict[str, Any]]) -> Stage:
+    """The stage that speaks for a run: that of the best model by the run's own criterion, without labels.
 
-    Without an encoder EM is better where the head ends below it.
+    With an encoder, where densities compare with no other, the criterion is that of training in the last round. Without
+    one it is the held-out log-density, in the mean over seeds, or that of the rows of the fit where none are held out;
+    of the seeds, whose splits may differ, the log-density of all rows. EM gives way to a head that has lost no more
+    than 0.01 nats of it.
+
+    Args:
+        stages: finished stages with the descriptions of their checkpoints.
     """
-    seed = min(stage.seed for stage in stages)
-    trained = [stage for stage in stages if stage.seed == seed and stage.head == head and stage.is_trained]
-    trained = [s for s in trained if s.number or not stages[s]["progress"].get("below_start")]
-    return max(trained, key=lambda stage: stage.number, default=Stage(seed, "em"))
+    last = max(stage.number for stage in stages)
+    if last:
+        trained = [stage for stage in stages if stage.is_trained and stage.number == last]
+        return max(trained, key=lambda stage: _criterion(stages[stage]), default=next(iter(stages)))
+    names = sorted(dict.fromkeys(stage.name for stage in stages), key="em".__eq__)
+    seeds = [seed for seed in {s.seed: 0 for s in stages} if all(Stage(seed, name) in stages for name in names)]
+
+    def in_the_mean(name: str) -> float:
+        densities = [_held_out(stages[Stage(seed, name)]) for seed in seeds]
+        return float(np.mean(densities)) - (LEAST_LOSS if name == "em" else 0.0)
+
+    best = max(names, key=in_the_mean) if seeds else "em"
+    return max((stage for stage in stages if stage.name == best), key=lambda stage: _of_all_rows(stages[stage]))
+
+
+def why_best(stages: Collection[Stage], *, has_encoder: bool, held_out: bool) -> str:
+    """The reason for which `best_stage` takes the one that it takes, as the end of a sentence."""
+    if has_encoder:
+        return "its last round has the best criterion"
+    if len({stage.name for stage in stages}) == 1:
+        return "of the seeds it has the highest log-density of all rows"
+    kind = "held-out" if held_out else "training"
+    seeds = ", and of the seeds the highest log-density of all rows" if len({s.seed for s in stages}) > 1 else ""
+    return f"of the models it has the highest {kind} log-density{seeds}"
+
+
+def _criterion(about: dict[str, Any]) -> float:
+    """The criterion of training, or the objective where a former version has none."""
+    history = about["history"] or [{}]
+    found = (about.get("metrics") or {}).get("criterion", history[-1].get("objective"))
+    return -math.inf if found is None else float(found)
+
+
+def _held_out(about: dict[str, Any]) -> float:
+    """Mean log-density of the test part, or where there is none of the rows of the fit."""
+    kept = about["progress"].get("kept") or (about["history"] or [{}])[-1]
+    return float(kept["test_log_density"]) if "test_log_density" in kept else _of_all_rows(about)
+
+
+def _of_all_rows(about: dict[str, Any]) -> float:
+    """Mean log-density of all rows; former versions have that of the test part, or the objective of the fit."""
+    if "log_density" in about["progress"]:
+        return float(about["progress"]["log_density"])
+    kept = about["progress"].get("kept") or (about["history"] or [{}])[-1]
+    if "test_log_density" in kept:
+        return float(kept["test_log_density"])
+    metrics = about.get("metrics") or {}
+    return float(metrics["objective"]) if "objective" in metrics else _criterion(about)
 
 
 def restore_run(
     folder: str | Path, *, seed: int | None = None, stage: str | None = None, allow_import: bool | str = False
 ) -> Restored:
-    """The best model of a finished run: that of its first head after its last round, or of the stage that is asked for.
+    """The best model of a finished run, or of the seed and stage that are asked for; `origin` says which it is.
 
-    A head without an encoder that ends below the model of EM, by the density of the rows that were watched, gives way
-    to it.
+    It is best by the run's own criterion, without labels: the model that `hmog report` describes, and that
+    `hmog predict` and `hmog export` take. Without an encoder that is the highest held-out log-density, in the mean over
+    seeds, and of the seeds the highest log-density of all rows; with one the criterion of training in the last round.
 
     Args:
         folder: that of the run (train's --workdir), or of the checkpoints of one stage.
-        seed: which seed; None takes the first.
-        stage: as its folder is called: "em", "differentiable", "differentiable-2"; None takes the last.
+        seed: which seed; None takes the best.
+        stage: as its folder is called: "em", "differentiable", "differentiable-2"; None takes the best.
         allow_import: of `restore`.
 
     Raises:
@@ -102,8 +158,9 @@ def restore_run(
             f"restore_run: `folder` must hold a finished stage as asked for; got {folder} with {names}. "
             "Choose one of them, or train to the end."
         )
-    chosen = next(iter(found)) if stage is not None else reported_stage(found, *list(config["heads"])[:1])
-    return restore(folder / chosen.folder, allow_import=own_classes(config) if allow_import is True else allow_import)
+    return restore(
+        folder / best_stage(found).folder, allow_import=own_classes(config) if allow_import is True else allow_import
+    )
 
 
 def own_classes(config: dict[str, Any]) -> list[str]:
@@ -132,7 +189,33 @@ def run_command(folder: Path) -> str | None:
     return None if command is None else str(command)
 
 
+def run_contents(folder: Path) -> str | None:
+    """Shape and digest of the rows of a run, as "(600, 6) 3f..."; None for a former version."""
+    found = _run_file(folder).get("result_options", {}).get("contents of the data")
+    return None if found is None else str(found)
+
+
+def run_date(folder: Path) -> str:
+    """The time at which the last checkpoint was written."""
+    written = max(path.stat().st_mtime for path in folder.glob("checkpoints/*/*/*"))
+    return datetime.datetime.fromtimestamp(written, datetime.UTC).isoformat(timespec="minutes")
+
+
+def run_seconds(folder: Path) -> float | None:
+    """Seconds of training that the log of the run has noted."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return float(sum(json.loads(line).get("seconds", 0.0) for line in lines)) if lines else None
+    except (OSError, ValueError):
+        return None
+
+
 def _run_file(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        raise CheckpointError(
+            f"restore_run: `folder` must be the folder of a run; got the file {folder}. Give the folder, or a model of "
+            "hmog fit, which ends in .npz."
+        )
     try:
         content = json.loads((folder / "config.json").read_text())
         return cast(dict[str, Any], content | {"config": content["config"]})

@@ -14,6 +14,7 @@ from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.inputs import Inputs
 from flax_hmog.recipe.parts import Part
 from flax_hmog.recipe.template import imported
+from flax_hmog.training import Affine
 from flax_hmog.training.processes import to_host
 
 
@@ -45,6 +46,23 @@ def evaluate(
         assignments = to_host(jnp.argmax(output.log_responsibilities, axis=-1))[: len(part)]
         metrics |= part.agreement(assignments)
     return metrics | own_scores(scores, jax.tree.map(lambda leaf: to_host(leaf)[: len(part)], output), part)
+
+
+def of_all_rows(train: float, count: int, inputs: Inputs, metrics: dict[str, float]) -> float:
+    """Mean log-density of the rows of both parts, in their units before they were scaled.
+
+    Seeds split the rows differently, and scale them by what they train on; by this number they compare.
+
+    Args:
+        train: mean log-density of the training rows.
+        count: number of these.
+        inputs: the data.
+        metrics: of `evaluate`.
+    """
+    held_out = len(inputs.dataset.test)
+    scales = [np.log(step.scale).sum() for step in inputs.preprocessing.steps if isinstance(step, Affine)]
+    mean = (count * train + held_out * metrics.get("test_log_density", 0.0)) / (count + held_out)
+    return mean - float(sum(scales))
 
 
 def own_scores(paths: Iterable[str], output: HMoGOutput, part: Part) -> dict[str, float]:

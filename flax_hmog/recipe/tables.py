@@ -104,6 +104,7 @@ def _rows_to_compare(options: argparse.Namespace) -> tuple[np.ndarray, list[str]
     table = tables.read_rows(options.rows, options.layer, options.obsm)
     columns = choose_columns(table, options.id, options.one_hot, options.leave_out)
     rows = rows_of(table, columns)
+    tables.check_table(rows)
     print(*tables.described(options.rows, table, columns, rows)[:-1], sep="\n")
     wild = scattered(rows, np.ones(len(rows)))
     print(f"  wild         {int(wild.sum())} rows far from all others; left out, as is what is constant")
@@ -118,6 +119,17 @@ def predict_command(options: argparse.Namespace) -> None:
     found = _tables().predict_table(options.run, options.rows, options.out, **given)
     if options.out is None:
         found.to_csv(sys.stdout, index=False, float_format="%.7g")
+
+
+def report_command(options: argparse.Namespace) -> None:
+    """Write the page of a model of `hmog fit` on the rows of a file."""
+    if options.rows is None:
+        raise ValueError(
+            "report: `rows` must be a file of rows for a model of hmog fit; got none. Give it: hmog report "
+            f"{options.run} ROWS.csv."
+        )
+    out = options.run.with_suffix(".html") if options.out is None else options.out
+    print(f"report: {_tables().report_table(options.run, options.rows, out, layer=options.layer, obsm=options.obsm)}")
 
 
 def describe_command(options: argparse.Namespace) -> None:

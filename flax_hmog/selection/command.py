@@ -131,7 +131,10 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers, as 2,4,8; got {text!r}") from None
 
 
 def _names(text: str) -> tuple[str, ...]:

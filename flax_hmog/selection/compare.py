@@ -113,13 +113,15 @@ def select(
     scores = _beside_the_best(compared, rows.weights)
     number, agrees, reasons = verdict_of(scores, n_clusters, share_bounds(rows.x))
     best = compared[number]
+    if not rows.columns.all():
+        best.refit(fits, n_clusters)
     assignments = np.full(len(kept), -1)
     assignments[kept] = best.assignments
     return Selection(
         rows=scores,
         recommended=number,
         agrees=agrees,
-        reasons=(*reasons, *_constants(rows.x)),
+        reasons=(*reasons, *_constants(rows.columns)),
         natural=cast(Natural, best.natural),
         clusters=cast(np.ndarray, best.clusters),
         assignments=assignments,
@@ -137,6 +139,15 @@ class _Compared:
         self.clusters: np.ndarray | None = None  # of its components
         self.assignments: np.ndarray | None = None  # of the rows
         self.held_out: Floats | None = None  # log-densities of the rows
+        self.seed = 0  # of the best fit
+
+    def refit(self, fits: Fits, n_clusters: int | None) -> None:
+        """Fit all columns, those that were not compared among them."""
+        rows = fits.rows
+        found = fits.fit(self.setting, rows.given, rows.weights, self.seed)
+        output = ModelOfFewSizes(found.natural, LEAST_ROWS)(rows.given, rows.missing)
+        self.natural, (self.clusters, probabilities) = found.natural, _clusters(output, n_clusters)
+        self.assignments = probabilities.argmax(axis=1)
 
     def run(self, fits: Fits, probe: Probe, n_clusters: int | None, n_seeds: int) -> None:
         """Fit and score; what fails is kept with its cause."""
@@ -167,7 +178,7 @@ class _Compared:
         log_likelihood, parameters = float(weights @ log_density), n_parameters(of_all[best].natural)
         bic, entropy = parameters * np.log(total) - 2 * log_likelihood, weighted_entropy(probabilities, weights)
         mean, error = _mean_and_error(held_out, weights)
-        self.natural, self.clusters = of_all[best].natural, clusters
+        self.natural, self.clusters, self.seed = of_all[best].natural, clusters, best
         self.assignments, self.held_out = assigned[best], held_out
         self.scores = dataclasses.replace(
             self.scores,
@@ -219,19 +230,32 @@ def rows_to_compare(
             stacklevel=4,
         )
     if (count := int(kept.sum())) < 2 * n_folds:
-        raise ValueError(f"{door()}: `x` must have at least 2 rows for each fold; got {count}. Lower n_folds.")
+        raise ValueError(
+            f"{door()}: `x` must have at least 2 rows for each fold; got {count}. Add rows, or lower n_folds."
+        )
     effective = np.asarray(effective_weights(check_weights(share[kept], (count,), np.float32)), np.float64)
-    return Rows(given[kept], effective, folds_of(count, n_folds, FOLD_SEED), missing), kept, tuple(wild)
+    folds, given = folds_of(count, n_folds, FOLD_SEED), given[kept]
+    columns = np.all([varies(given[folds != fold]) for fold in range(n_folds)], axis=0)
+    if not columns.any():
+        raise ValueError(f"{door()}: `x` must have columns that vary outside every fold; got none. Add rows.")
+    x = given if columns.all() else given[:, columns]
+    return Rows(x, effective, folds, missing, columns, given), kept, tuple(wild)
 
 
-def _constants(x: np.ndarray) -> list[str]:
-    """A sentence on columns that are constant, if any."""
-    found = np.flatnonzero(np.nanmin(x, axis=0) == np.nanmax(x, axis=0))
+def varies(x: np.ndarray) -> np.ndarray:
+    """True for the columns (D,) of rows (N, D) with more than one value, of those that are not missing."""
+    varies: np.ndarray = np.fmin.reduce(x, axis=0) < np.fmax.reduce(x, axis=0)
+    return varies
+
+
+def _constants(columns: np.ndarray) -> list[str]:
+    """A sentence on columns that take no part, if any."""
+    found = np.flatnonzero(~columns)
     if not len(found):
         return []
     return [
-        f"{len(found)} of {x.shape[1]} columns are constant, the first is {found[0]}: pseudo-samples alone bound "
-        "their density, each number of factors otherwise, so that all densities and BIC move. Leave them out."
+        f"{len(found)} of {len(columns)} columns are constant outside a fold, the first is {found[0]}: they have no "
+        "part in densities and criteria, and the recommended model has them from a fit of its own."
     ]
 
 

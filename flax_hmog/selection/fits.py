@@ -68,16 +68,21 @@ class Rows:
     """The rows that settings are compared on.
 
     Attributes:
-        x: rows (N, D).
+        x: rows (N, D'), of the columns that are compared.
         weights: (N,), that sum to the number of rows they stand for.
         folds: the fold of each row (N,).
         missing: as in `fit_em`.
+        columns: True for the columns (D,) that vary in all training parts; densities of others compare with none, as
+            pseudo-samples alone bound them.
+        given: rows (N, D) of all columns.
     """
 
     x: np.ndarray
     weights: np.ndarray
     folds: np.ndarray
     missing: str
+    columns: np.ndarray
+    given: np.ndarray
 
 
 class Fits:
@@ -99,12 +104,11 @@ class Fits:
 
     def of_all(self, setting: Setting, seed: int) -> Found:
         """The fit to all rows with a seed."""
-        return self._found(setting, f"seed{seed}", None, jax.random.fold_in(self.key, seed))
+        return self._found(setting, f"seed{seed}", None, seed)
 
     def without(self, setting: Setting, fold: int) -> Found:
         """The fit to the rows outside a fold."""
-        key = jax.random.fold_in(self.key, fold)
-        return self._found(setting, f"without{fold}", self.rows.folds != fold, key)
+        return self._found(setting, f"without{fold}", self.rows.folds != fold, fold)
 
     def failure(self, setting: Setting) -> str | None:
         """The cause for which a fit of the setting has failed before."""
@@ -117,13 +121,20 @@ class Fits:
         if path is not None:
             _write(path, {"cause": cause})
 
-    def _found(self, setting: Setting, role: str, chosen: np.ndarray | None, key: Array) -> Found:
+    def _found(self, setting: Setting, role: str, chosen: np.ndarray | None, seed: int) -> Found:
         path = self._path(setting, f"{role}.npz")
         if path is not None and path.exists():
             kept = load(path)
             return Found(kept.natural, **kept.notes)
-        start = time.process_time()
         x, weights = self._training(setting, chosen)
+        found = self.fit(setting, x, weights, seed)
+        if path is not None:
+            write_model(found.natural, path, notes={name: v for name, v in vars(found).items() if name != "natural"})
+        return found
+
+    def fit(self, setting: Setting, x: np.ndarray, weights: np.ndarray, seed: int) -> Found:
+        """A fit of rows (N, D)."""
+        key, start = jax.random.fold_in(self.key, seed), time.process_time()
         with warnings.catch_warnings():
             for known in (ConvergenceWarning, OverfitWarning, WildRowsWarning):  # the table shows what they say
                 warnings.simplefilter("ignore", known)
@@ -135,8 +146,6 @@ class Fits:
             "converged": result.converged,
             "seconds": time.process_time() - start,
         }
-        if path is not None:
-            write_model(result.natural, path, notes=notes)
         return Found(result.natural, **notes)
 
     def _training(self, setting: Setting, chosen: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

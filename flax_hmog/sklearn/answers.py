@@ -105,6 +105,8 @@ class FittedMixture(ClassNamePrefixFeaturesOutMixin, TransformerMixin, FittedMod
     def score_samples(self, X: Any) -> np.ndarray:
         """The log-density of every row, in nats; that of clusters and background, where there is one.
 
+        Columns that were constant in the fit carry none, so that fits of all sizes, and folds, compare.
+
         Args:
             X: rows (N, D).
 

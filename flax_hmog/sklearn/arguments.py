@@ -19,7 +19,13 @@ def precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def check_columns(X: Any, allows_missing: bool) -> None:
-    """TypeError or ValueError, by name, for a column of a table that does not hold numbers in all rows."""
+    """TypeError or ValueError, by name, for a column of a table that does not hold numbers in all rows, or its name."""
+    names = list(map(str, X.columns))
+    if len(set(names)) < len(names):
+        several = max(names, key=names.count)
+        raise ValueError(
+            f"HMoG: `X` must have columns of different names; got {several!r} {names.count(several)} times. Rename one."
+        )
     with named("HMoG"), allowing("nan" if allows_missing else "refuse"):
         rows = in_memory("X", X)
     if allows_missing:

@@ -58,6 +58,10 @@ class Background:
         is_constant = np.nanmin(rows, axis=0) == np.nanmax(rows, axis=0)
         return cls(share, center, np.where(is_constant, unit * STILL / math.sqrt(len(rows)), unit))
 
+    def of_columns(self, columns: np.ndarray) -> Background:
+        """That of some of the columns, which True stands for."""
+        return Background(self.share, self.center[columns], self.unit[columns])
+
     def log_density(self, rows: np.ndarray) -> Floats:
         """Log-density of the background (N,) for rows (N, D)."""
         z = (np.asarray(rows, np.float64) - self.center) / self.unit

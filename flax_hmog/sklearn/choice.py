@@ -47,7 +47,7 @@ def choose(
     is_whole = ~np.isnan(part).any(axis=1)
     part = part[is_whole] if is_whole.mean() >= ENOUGH else filled_rows(part, random_state)
     kept = ~scattered(part, np.ones(len(part)))
-    part = _without_constants(part[kept], random_state)
+    part = part[kept]
     tried: dict[tuple[int, int], HMoG] = {}
 
     def bic(size: tuple[int, int]) -> float:
@@ -60,7 +60,7 @@ def choose(
     fewest, many = n_clusters or 1, max(n_clusters or 1, min(MANY_COMPONENTS, len(part) // 20 + 1))
     best = many, lat_dim or min(dict.fromkeys(min(f, most) for f in FACTORS), key=lambda f: bic((many, f)))
     best = _least(bic, best, factors=lat_dim is None, most=most)
-    best = min(((k, best[1]) for k in _while_better(bic, fewest, best[1])), key=bic)
+    best = min(((k, best[1]) for k in _while_better(bic, fewest, best[1], min(MOST_COMPONENTS, len(part)))), key=bic)
     best = _least(bic, best, factors=lat_dim is None, most=most)
     for size in sorted(tried, key=bic)[:3]:
         say(f"  {size[0]:>2} components, {size[1]:>2} factors: BIC {bic(size):.7g}")
@@ -88,10 +88,10 @@ def _least(
     return size
 
 
-def _while_better(bic: Callable[[tuple[int, int]], float], fewest: int, lat_dim: int) -> range:
-    """Numbers of components up to two more than the best of them."""
+def _while_better(bic: Callable[[tuple[int, int]], float], fewest: int, lat_dim: int, most: int) -> range:
+    """Numbers of components up to two more than the best of them, or `most`."""
     best, last = fewest, fewest
-    while last < min(best + 2, MOST_COMPONENTS):
+    while last < min(best + 2, most):
         last += 1
         best = min(best, last, key=lambda k: bic((k, lat_dim)))
     return range(fewest, last + 1)
@@ -115,14 +115,6 @@ def n_separate(responsibilities: np.ndarray) -> int:
         responsibilities[:, j] += responsibilities[:, i]
         responsibilities = np.delete(responsibilities, i, axis=1)
     return count
-
-
-def _without_constants(rows: np.ndarray, seed: int) -> np.ndarray:
-    """Rows whose constant columns hold noise: pseudo-samples bound their density, differently for every size."""
-    is_constant = rows.min(axis=0) == rows.max(axis=0)
-    noise = np.random.default_rng(seed).normal(size=rows.shape)
-    moved: np.ndarray = np.where(is_constant, rows + np.maximum(1, np.abs(rows)) * noise, rows)
-    return moved
 
 
 def filled_rows(rows: np.ndarray, seed: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from sklearn.base import ClusterMixin
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted
 
 from flax_hmog.analysis.merging import merge_components
+from flax_hmog.data.tables import index_of
 from flax_hmog.em.batches import Learnt, learnt_from, next_batch
 from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.model.checks import allowing, named
@@ -64,6 +65,8 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
         background_: `Background`: `share`, `center` and `unit`; None for a model without one.
         offset_: see `decision_function`.
         criteria_: `InformationCriteria` on the rows of the fit: `.bic`, `.aic`, `.icl`, `.log_likelihood`.
+        data_min_: smallest value of each column in the fit (D,).
+        data_max_: the largest (D,). A column where they are equal has no part in criteria and `score`.
         cluster_of_component_: (n_components,), or None without a merge.
         classes_: names of the first components (array), where `y` had names; None otherwise.
         objective_history_: penalised mean log-density before the first step and after each.
@@ -184,6 +187,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
         if self.background:
             raise ValueError("partial_fit: `background` must be False; got True. Leave it out, or use fit.")
         learnt: Learnt | None = getattr(self, "_learnt", None)
+        before = None if learnt is None else np.stack([self.data_min_, self.data_max_])
         X = self._checked(X, reset=learnt is None, ensure_min_samples=2)
         weights = None if sample_weight is None else _check_sample_weight(sample_weight, X, ensure_non_negative=True)
         labels = y if self.semi_supervised else None
@@ -209,7 +213,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
         if self.n_clusters is not None:
             rows, _ = self._sampled(DRAWS, 0)
             self.cluster_of_component_ = merge_components(self._inferred(rows).log_responsibilities, self.n_clusters)
-        self._describe(X, self._inferred(X), weights, left_out)
+        self._describe(X, self._inferred(X), weights, left_out, before)
         return self
 
     def summary(self) -> Summary:
@@ -291,7 +295,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
 
         Args:
             path: of the file.
-            X: rows (N, D).
+            X: rows (N, D); the index of a table of pandas, and obs_names, name them on the page.
             y: known labels (N,), for comparison only; some may be missing.
             title: of the page.
             image_shape: (height, width) or (height, width, 3) of a row, where rows are images.
@@ -316,7 +320,8 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
             require(package, "report")
         from flax_hmog.sklearn.report import write_page  # which only this method needs
 
-        return write_page(self, path, rows, y, title=title, image_shape=image_shape, selection=selection)
+        options = {"title": title, "image_shape": image_shape, "selection": selection, "identifier": index_of(X)}
+        return write_page(self, path, rows, y, **options)
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.summary()}" if hasattr(self, "natural_") else repr(self)

@@ -101,13 +101,22 @@ class Fits(FittedMixture):
         self.n_iter_ = len(history) - 1
 
     def _describe(
-        self, X: np.ndarray, output: HMoGOutput, weights: np.ndarray | None, left_out: tuple[int, ...]
+        self,
+        X: np.ndarray,
+        output: HMoGOutput,
+        weights: np.ndarray | None,
+        left_out: tuple[int, ...],
+        before: np.ndarray | None = None,
     ) -> None:
-        """The attributes of the rows, from the output of the model for them."""
+        """The attributes of the rows, from the output of the model for them, and from the bounds of batches before."""
         probabilities = self._probabilities(output)
         share = np.ones(len(probabilities)) if weights is None else weights.astype(np.float64)
         share[list(left_out)] = 0
         self.labels_ = self._clusters(X, output, probabilities)
+        inside = X[(share > 0) & (self.labels_ >= 0)]
+        bounds = np.full((1, X.shape[1]), np.nan) if before is None else before
+        self.data_min_ = np.fmin.reduce(np.concatenate([bounds[:1], inside]), axis=0)
+        self.data_max_ = np.fmax.reduce(np.concatenate([bounds[-1:], inside]), axis=0)
         self.left_out_ = np.flatnonzero(self.labels_ < 0) if self.background else np.asarray(left_out, int)
         self.criteria_ = self._criteria_of(X, output, share)
         if self.contamination == "auto":

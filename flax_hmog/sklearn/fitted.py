@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from flax_hmog.analysis.clusters import cluster_prototypes, merged_responsibilities
-from flax_hmog.analysis.criteria import InformationCriteria, criteria_of
+from flax_hmog.analysis.criteria import InformationCriteria, criteria_of, of_columns
 from flax_hmog.data.containers import is_table
 from flax_hmog.inference.padded import ModelOfFewSizes
 from flax_hmog.inference.posterior import HMoGOutput, sample
@@ -31,6 +31,8 @@ class FittedModel(BaseEstimator):  # type: ignore[misc]
     cluster_of_component_: np.ndarray | None
     background_: Background | None
     offset_: float
+    data_min_: np.ndarray
+    data_max_: np.ndarray
     missing: str
     _cache: dict[str, Any]  # what follows from the model and is computed once; no part of a pickle
 
@@ -137,9 +139,29 @@ class FittedModel(BaseEstimator):  # type: ignore[misc]
         return self.background_.log_odds(X, np.asarray(output.log_density))
 
     def _densities(self, X: np.ndarray, output: HMoGOutput) -> np.ndarray:
-        """Log-densities of rows (N,), with the background."""
-        clusters = np.asarray(output.log_density)
-        return clusters if self.background_ is None else self.background_.mixed(X, clusters)
+        """Log-densities of rows (N,), with the background; of the columns that varied in the fit."""
+        clusters, background = np.asarray(output.log_density), self.background_
+        if self._varying is not None:
+            X = X[:, self._varying]
+            with precision(self.natural_.interaction.dtype):
+                if "varying" not in self._cache:
+                    self._cache["varying"] = ModelOfFewSizes(self._compared, LEAST_ROWS)
+                clusters = np.asarray(self._cache["varying"](X, self.missing).log_density)
+            background = background and background.of_columns(self._varying)
+        return clusters if background is None else background.mixed(X, clusters)
+
+    @property
+    def _varying(self) -> np.ndarray | None:
+        """True for the columns that varied in the fit; None where all did, or none."""
+        if not hasattr(self, "data_min_"):  # of a former version
+            return None
+        varying: np.ndarray = self.data_min_ < self.data_max_
+        return None if varying.all() or not varying.any() else varying
+
+    @property
+    def _compared(self) -> Natural:
+        """The model of the columns that varied, by which sizes are compared."""
+        return self.natural_ if self._varying is None else of_columns(self.natural_, self._varying)
 
     def _evidence(self, X: np.ndarray, output: HMoGOutput) -> np.ndarray:
         """`decision_function` before the offset (N,)."""
@@ -158,6 +180,6 @@ class FittedModel(BaseEstimator):  # type: ignore[misc]
     def _criteria_of(self, X: np.ndarray, output: HMoGOutput, sample_weight: Any) -> InformationCriteria:
         densities: Any = self._densities(X, output).astype(output.log_density.dtype)
         with precision(self.natural_.interaction.dtype):
-            found = criteria_of(self.natural_, dataclasses.replace(output, log_density=densities), sample_weight)
+            found = criteria_of(self._compared, dataclasses.replace(output, log_density=densities), sample_weight)
         extra = self.background_ is not None  # its share
         return dataclasses.replace(found, n_parameters=found.n_parameters + extra)

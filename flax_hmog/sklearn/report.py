@@ -15,6 +15,7 @@ from flax_hmog.analysis.plots import plot_objective
 from flax_hmog.analysis.portrait import Subject, portray
 from flax_hmog.analysis.report import write_report
 from flax_hmog.data.labels import as_vector, is_known
+from flax_hmog.data.tables import Identifier
 from flax_hmog.sklearn.arguments import precision
 
 
@@ -27,6 +28,7 @@ def write_page(
     title: str,
     image_shape: tuple[int, ...] | None,
     selection: Any,
+    identifier: Identifier | None,
 ) -> Path:
     """Write the page of a fitted `HMoG`, as `HMoG.report` says."""
     names = getattr(model, "feature_names_in_", None)
@@ -38,6 +40,7 @@ def write_page(
         numbers=np.arange(len(rows)),
         clusters=np.arange(natural.posterior_location.shape[0]) if merged is None else merged,
         labels=None if y is None else _as_text(y, len(rows)),
+        identifier=identifier,
         column_names=columns,
         image_shape=image_shape,
     )

@@ -123,11 +123,18 @@ def notes_of(model: Any) -> dict[str, Any]:
         "converged": bool(model.converged_),
         "background": None if model.background_ is None else _listed(dataclasses.asdict(model.background_)),
         "offset": model.offset_,
+        "bounds": [
+            [None if np.isnan(v) else v for v in bound.tolist()] for bound in (model.data_min_, model.data_max_)
+        ],
         "left_out": model.left_out_.tolist(),
         "cluster_sizes": model.cluster_sizes_.tolist(),
-        "cluster_certainties": [None if np.isnan(c) else c for c in model.cluster_certainties_.tolist()],
+        "cluster_certainties": _known(model.cluster_certainties_),
         "criteria": {name: _plain(value) for name, value in dataclasses.asdict(model.criteria_).items()},
     }
+
+
+def _known(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else value for value in values.tolist()]
 
 
 def _listed(values: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +173,10 @@ def contents_of(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     background = notes.get("background")  # which files of before do not have
     if background is not None:
         background = Background(background["share"], *(np.asarray(background[name]) for name in ("center", "unit")))
-    attributes: dict[str, Any] = {
+    bounds = {}
+    if "bounds" in notes:
+        bounds = {f"data_{name}_": np.asarray(notes["bounds"][i], float) for i, name in enumerate(("min", "max"))}
+    attributes: dict[str, Any] = bounds | {
         "natural_": saved.natural,
         "cluster_of_component_": saved.clusters,
         "classes_": None if notes["classes"] is None else np.asarray(notes["classes"]),

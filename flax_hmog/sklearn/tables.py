@@ -14,6 +14,8 @@ from flax_hmog.data.files import read_file
 from flax_hmog.data.tables import SUFFIXES, UNNAMED, read_frame
 from flax_hmog.model.optional import require
 from flax_hmog.model_file import load, save
+from flax_hmog.selection.table import Selection
+from flax_hmog.sklearn.arguments import check_contamination
 from flax_hmog.sklearn.choice import choose
 from flax_hmog.sklearn.estimator import HMoG
 from flax_hmog.sklearn.summary import notes_of
@@ -61,9 +63,14 @@ def fit_table(
         ValueError: for a table or an argument that cannot be used.
     """
     _check_out(assignments, path)
+    _check_folder(out)
+    if out is not None and out.suffix != ".npz":
+        raise ValueError(f"fit: `--out` must end in .npz; got {out}. Choose another.")
+    check_contamination(arguments.get("contamination", "auto"))
     table = read_rows(path, layer, obsm)
     columns = choose_columns(table, identifier, one_hot, leave_out)
     rows = rows_of(table, columns)
+    check_table(rows, n_clusters, lat_dim)
     for line in described(path, table, columns, rows):
         say(line)
     say("sizes, compared by BIC:")
@@ -111,11 +118,11 @@ def predict_table(
         ValueError: for a file that cannot be used, or columns that are not there.
     """
     _check_out(out, path)
-    model = HMoG.load(model_path).set_params(missing="nan")
-    table, columns = read_rows(path, layer, obsm), columns_of(model_path)
-    if columns is None:  # a model of `HMoG.save`
-        columns = Columns(None, tuple(getattr(model, "feature_names_in_", map(str, table.columns))))
+    model, table, columns = _loaded(model_path, path, layer, obsm)
     if identifier is not None:
+        if identifier not in table:
+            names = listed([str(name) for name in table.columns])
+            raise ValueError(f"predict: `id` must name a column; got {identifier!r}. Choose one of {names}.")
         columns = dataclasses.replace(columns, identifier=identifier)
     found = assigned(model, columns, table, rows_of(table, columns), each=each)
     if out is not None:
@@ -124,14 +131,49 @@ def predict_table(
     return found
 
 
+def report_table(model_path: Path, path: Path, out: Path, *, layer: str | None = None, obsm: str | None = None) -> Path:
+    """Write the page of a model of `fit_table` on the rows of a file, which their identifiers name.
+
+    Args:
+        model_path: file of the model.
+        path: file of rows, with the columns of the fit by name.
+        out: file of the page.
+        layer: of an .h5ad, instead of X.
+        obsm: of an .h5ad, instead of X.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: for a file that cannot be used, or columns that are not there.
+    """
+    _check_folder(out)
+    model, table, columns = _loaded(model_path, path, layer, obsm)
+    rows = _named(rows_of(table, columns), columns)
+    if columns.identifier in table:
+        rows.index = require("pandas", "train").Index(table[columns.identifier], name=columns.identifier)
+    return model.report(out, rows, title=f"{path.name}, clustered by a hierarchical mixture of Gaussians")
+
+
 def describe_table(model_path: Path) -> str:
-    """The contents of a file of `fit_table` or `HMoG.save`, in lines."""
+    """The contents of a file of `fit_table`, `HMoG.save` or `Selection.save`, in lines."""
+    if "selection" in load(model_path).notes:
+        return str(Selection.load(model_path))
     model, columns = HMoG.load(model_path), columns_of(model_path)
     lines = [str(model)]
     if columns is not None:
         lines += ["", f"identifier {columns.identifier}", f"columns {', '.join(columns.features)}"]
         lines += [f"left out {name}: {why}" for name, why in columns.left_out.items()]
     return "\n".join(lines)
+
+
+def _loaded(model_path: Path, path: Path, layer: str | None, obsm: str | None) -> tuple[HMoG, Any, Columns]:
+    """A model, the table of a file, and the roles of its columns."""
+    model = HMoG.load(model_path).set_params(missing="nan")
+    table, columns = read_rows(path, layer, obsm), columns_of(model_path)
+    if columns is None:  # a model of `HMoG.save`
+        columns = Columns(None, tuple(getattr(model, "feature_names_in_", map(str, table.columns))))
+    return model, table, columns
 
 
 def columns_of(model_path: Path) -> Columns | None:
@@ -158,6 +200,21 @@ def read_rows(path: Path, layer: str | None = None, obsm: str | None = None) -> 
     if path.suffix == ".h5ad":
         table.insert(0, "obs_names", list(require("anndata", "h5ad").read_h5ad(path, backed="r").obs_names))
     return table
+
+
+def check_table(rows: np.ndarray, n_clusters: int | None = None, lat_dim: int | None = None) -> None:
+    """ValueError for rows (N, F) that no model, or none of these sizes, can be fitted to."""
+    sizes = ("clusters", n_clusters, len(rows), "rows"), ("lat-dim", lat_dim, rows.shape[1], "columns")
+    for option, value, most, what in sizes:
+        if value is not None and value > most:
+            raise ValueError(f"fit: `--{option}` must be at most the {most} {what}; got {value}. Lower it.")
+    if len(rows) < 2:
+        raise ValueError(f"fit: the table must have at least 2 rows; got {len(rows)}. Add rows.")
+    if not (np.fmin.reduce(rows, axis=0) < np.fmax.reduce(rows, axis=0)).any():
+        raise ValueError(
+            f"fit: the table must have a column of numbers that vary; got {rows.shape[1]} columns that are constant. "
+            "Add columns."
+        )
 
 
 def described(path: Path, table: Any, columns: Columns, rows: np.ndarray) -> list[str]:
@@ -244,9 +301,15 @@ def _named(rows: np.ndarray, columns: Columns) -> Any:
     return require("pandas", "train").DataFrame(rows, columns=list(columns.features))
 
 
+def _check_folder(out: Path | None) -> None:
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"fit: `--out` must lie in a folder that is there; got {out}. Make the folder.")
+
+
 def _check_out(out: Path | None, source: Path) -> None:
     if out is None:
         return
+    _check_folder(out)
     if out.suffix not in WRITTEN or (out.suffix == ".h5ad" and source.suffix != ".h5ad"):
         raise ValueError(
             f"predict: `--out` must end in .csv, .parquet or, for rows of an .h5ad, .h5ad; got {out}. Choose another."

@@ -199,6 +199,7 @@ class Preprocessing:
     Attributes:
         steps: applied in this order.
         obs_dim: number of columns of the raw data.
+        image_shape: (height, width) or (height, width, channels) where they are images, which are taken as such too.
 
     Example:
         >>> preprocessing = Preprocessing((Log1p(), Affine.constant(2, scale=2.0)), obs_dim=2)
@@ -208,15 +209,16 @@ class Preprocessing:
 
     steps: tuple[Step, ...]
     obs_dim: int
+    image_shape: tuple[int, ...] | None = None
 
     @public
     def __call__(self, raw: Data) -> Any:
-        """Model inputs (..., D), float32, of raw data (..., obs_dim): numpy, jax or a scipy sparse matrix.
+        """Model inputs (..., D), float32, of raw data (..., obs_dim) or (..., *image_shape).
 
         Raises:
-            ValueError: for another number of columns.
+            ValueError: for another number of columns, or images of another shape.
         """
-        given = dense("raw", raw)
+        given = as_rows(dense("raw", raw), self.image_shape)
         mixing = [step.name for step in self.steps if isinstance(step, SizeFactor | Whiten)]
         if may_miss() and mixing:
             raise ValueError(
@@ -224,9 +226,10 @@ class Preprocessing:
                 '"nan". Fit a model to the columns themselves.'
             )
         if np.ndim(given) == 0 or np.shape(given)[-1] != self.obs_dim:
+            images = "" if self.image_shape is None else f" or (..., {', '.join(map(str, self.image_shape))})"
+            remedy = f"Give the {'images' if images else 'columns'} that the model was trained on."
             raise ValueError(
-                f"Preprocessing: `raw` must have shape (..., {self.obs_dim}); got {np.shape(given)}. "
-                "Give the columns that the model was trained on."
+                f"Preprocessing: `raw` must have shape (..., {self.obs_dim}){images}; got {np.shape(given)}. {remedy}"
             )
         x = jnp.asarray(given, jnp.float32) if isinstance(given, jax.Array) else np.asarray(given, np.float32)
         for step in self.steps:
@@ -247,7 +250,8 @@ class Preprocessing:
 
     def describe(self) -> dict[str, Any]:
         """Everything but the arrays, as JSON values."""
-        return {"obs_dim": self.obs_dim, "steps": [step.name for step in self.steps]}
+        images = {} if self.image_shape is None else {"image_shape": list(self.image_shape)}
+        return {"obs_dim": self.obs_dim, "steps": [step.name for step in self.steps]} | images
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the steps, as {"0/offset": ...}."""
@@ -264,7 +268,19 @@ def rebuild_preprocessing(description: dict[str, Any], arrays: dict[str, np.ndar
         STEPS[name](**{field.name: arrays[f"{number}/{field.name}"] for field in dataclasses.fields(STEPS[name])})
         for number, name in enumerate(description["steps"])
     ]
-    return Preprocessing(tuple(steps), description["obs_dim"])
+    shape = description.get("image_shape")
+    return Preprocessing(tuple(steps), description["obs_dim"], shape and tuple(shape))
+
+
+def as_rows(given: Any, image_shape: tuple[int, ...] | None) -> Any:
+    """Images (..., *image_shape) as rows (..., D), one channel with an axis or without; all others as they are."""
+    if image_shape is None:
+        return given
+    for shape in (image_shape, (*image_shape, 1)):
+        leading = np.ndim(given) - len(shape)
+        if leading >= 0 and np.shape(given)[leading:] == shape:
+            return given.reshape(*np.shape(given)[:leading], -1)
+    return given
 
 
 def _moments(blocks: Blocks, total: Total) -> tuple[np.ndarray, np.ndarray, float]:

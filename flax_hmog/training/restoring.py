@@ -68,6 +68,8 @@ class Restored:
         metrics: those by which the best checkpoint is chosen.
         config: the run's configuration.
         versions: of the libraries that saved it.
+        origin: the folder that it was read from, as "runs/mine/checkpoints/seed0/em/30"; of a run in memory the same
+            from "checkpoints" on.
 
     Example:
         >>> import tempfile
@@ -95,6 +97,7 @@ class Restored:
     metrics: dict[str, float]
     config: dict[str, Any]
     versions: dict[str, str]
+    origin: str = ""
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -251,7 +254,8 @@ def restore(
     folder = Path(path).absolute()
     chosen, arrays, description = read_chosen(folder, step)
     try:
-        return _assembled(chosen, arrays, description, allow_import, module)
+        found = _assembled(chosen, arrays, description, allow_import, module)
+        return dataclasses.replace(found, origin=str(Path(path) / str(chosen)))
     except CheckpointError as error:
         raise CheckpointError(f"{error} The checkpoint is {folder / str(chosen)}.") from error.__cause__
     except Exception as error:  # it is as it was saved, by another version

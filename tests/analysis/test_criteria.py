@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture
 
 from flax_hmog import Diagonal, Moments, PositiveDefinite, moments_to_natural
@@ -107,3 +108,35 @@ def test_criteria_equal_those_of_the_same_mixture_in_scikit_learn():
     twice = information_criteria(moments_to_natural(same), x, weights=np.full(100, 2.0))
     doubled = information_criteria(moments_to_natural(same), np.concatenate([x, x]))
     np.testing.assert_allclose([twice.bic, twice.icl], [doubled.bic, doubled.icl], rtol=1e-6)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "scale", "full"])
+def test_columns_that_were_constant_carry_no_density(noise):
+    """Beside dense Gaussians of the other columns; one that is constant in a training part has none in that fold."""
+    sklearn = pytest.importorskip("flax_hmog.sklearn")
+    from sklearn.model_selection import GridSearchCV, KFold
+
+    rng = np.random.default_rng(0)
+    centres = np.array([[-8.0, 0, 8]]).T * [1.0, -1.0, 0.8, 0.9]
+    x = centres[np.arange(120) % 3] + rng.normal(size=(120, 4))
+    rare = (np.arange(120) == 7) * 1.0  # constant in the training part of the first fold
+    still = np.column_stack([x[:, :2], np.full(120, 7e3), x[:, 2:]])
+    model = sklearn.HMoG(2, lat_dim=1, noise=noise, random_state=0).fit(still)
+    kept = [0, 1, 3, 4]
+    blocks = [
+        w * multivariate_normal(m[kept], c[np.ix_(kept, kept)]).pdf(x)
+        for w, m, c in zip(model.weights_, model.means_, model.covariances_, strict=True)
+    ]
+    np.testing.assert_allclose(model.score_samples(still), np.log(np.sum(blocks, axis=0)), rtol=1e-9)
+    count = {"diagonal": 15, "scale": 12, "full": 20}[noise]  # of two clusters and one factor in four columns
+    assert model.criteria_.n_parameters == count
+    assert model.bic(still) == pytest.approx(count * np.log(120) - 2 * np.log(np.sum(blocks, axis=0)).sum())
+    assert (
+        model.outlier_scores(still + np.array([0, 0, 50, 0, 0])) < 1e-3
+    ).all()  # what was constant is expected all the same
+    if noise == "diagonal":
+        grid = GridSearchCV(sklearn.HMoG(lat_dim=1, random_state=0), {"n_components": [2, 3]}, cv=KFold(2), refit=False)
+        plain = grid.fit(x).cv_results_["split0_test_score"]
+        np.testing.assert_allclose(
+            grid.fit(np.column_stack([still, rare])).cv_results_["split0_test_score"], plain, rtol=1e-9
+        )

@@ -30,7 +30,8 @@ def seen():
     natural = random_model(8, 3, 5)
     x, _, z = (np.asarray(part) for part in sample(natural, jax.random.key(0), 5000))
     labels = np.where(z == 3, "", CLUSTERS[z].astype(str))
-    subject = subject_of(natural, x, labels=labels, fitted=np.arange(5000) < 4000, column_names=NAMES)
+    subject = subject_of(natural, x, labels=labels, fitted=np.arange(5000) < 4000, column_names=NAMES,
+                         identifier=("plot", np.array([f"p{n}" for n in range(5000)], object)))  # fmt: skip
     return natural, x, labels, portray(subject)
 
 
@@ -54,7 +55,14 @@ def test_sums_are_those_of_the_rows(seen):
     np.testing.assert_allclose(portrait.column_sds, x.std(axis=0), rtol=0.02)
     counts = [[np.sum((cluster == c) & (labels == name)) for name in "012"] for c in range(3)]
     np.testing.assert_array_equal(portrait.counts, counts)
-    assert portrait.about == {"rows": 5000, "of": 5000, "labels": ["0", "1", "2"], "columns": list(NAMES)}
+    assert portrait.about == {
+        "rows": 5000,
+        "of": 5000,
+        "labels": ["0", "1", "2"],
+        "columns": list(NAMES),
+        "identifier": "plot",
+    }
+    assert portrait.names.tolist() == [f"p{number - 10}" for number in portrait.row]
 
 
 def test_members_are_the_rows_that_they_are_said_to_be(seen):
@@ -187,9 +195,11 @@ def test_an_estimator_writes_its_page(tmp_path):
     with pytest.warns(UserWarning, match="row"):
         model = sklearn.HMoG(4, n_clusters=3, lat_dim=1, missing="nan", max_iter=3, random_state=0).fit(frame)
     labels = np.where(np.arange(90) % 5, np.array(["x", "y", "z"])[np.arange(90) % 3], None)
+    frame.index = pandas.Index([f"<c{n}>" for n in range(90)], name="customer")
     html = model.report(tmp_path / "r.html", frame, labels, title="Customers").read_text()
     for text in ("Customers", "Wild rows, which took no part in the fit: 3.", "EM has not converged", "72 of the 90 rows have a",
-                 "income\u00a0=", "&lt;b&gt;", "HMoG(", "Hierarchy of the merges", "BIC", "log p(x) [nats]"):  # fmt: skip
+                 "income\u00a0=", "&lt;b&gt;", "HMoG(", "Hierarchy of the merges", "BIC", "log p(x) [nats]",
+                 "named by &#39;customer&#39;", "&lt;c3&gt;"):  # fmt: skip
         assert text in html, text
     assert "<b>" not in html
     with pytest.raises(ValueError, match=r"`y` must have shape \(90,\); got \(3,\)"):

@@ -144,6 +144,7 @@ def test_h5ad(tmp_path):
     dataset = load(Data("file", path=str(tmp_path / "a.h5ad"), labels="kind"), 0)
     np.testing.assert_array_equal(dataset.train.labels, [0, 0, 1, 1, 2, 2, 3, 3])
     np.testing.assert_array_equal(dataset.train.rows.toarray(), counts.toarray())
+    assert (dataset.identifier[0], list(dataset.identifier[1][:2])) == ("obs_names", ["0", "1"])
     with pytest.raises(ValueError, match=r"must be a column of obs; got 'type'. Choose one of \['kind'\]"):
         load(Data("file", path=str(tmp_path / "a.h5ad"), labels="type"), 0)
 

@@ -10,10 +10,21 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 from flax_hmog import DifferentiableHMoG, SymmetricHMoG
-from flax_hmog.networks import MLP
-from flax_hmog.recipe import EM, Augmentation, Data, Experiment, Gradient, Model, Rounds, Template, fit_clusterer
+from flax_hmog.networks import MLP, ConvNet
+from flax_hmog.recipe import (
+    EM,
+    Augmentation,
+    Data,
+    Experiment,
+    Gradient,
+    Model,
+    Rounds,
+    Template,
+    fit_clusterer,
+    restore_run,
+)
 from flax_hmog.recipe.train import run
-from flax_hmog.training import export
+from flax_hmog.training import BelowStartWarning, export
 from flax_hmog.training.processes import StopRequest
 
 X = load_digits().data[:300].astype(np.float32)
@@ -74,22 +85,43 @@ def test_any_encoder_will_do():
     output = found(X)
     np.testing.assert_allclose(np.exp(output.log_responsibilities).sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(export(found)(X)["log_density"], output.log_density, rtol=1e-4)
+    for images in (X.reshape(-1, 8, 8), X.reshape(-1, 8, 8, 1)):
+        np.testing.assert_array_equal(found(images).log_density, output.log_density)
+    assert found.features(X.reshape(2, -1, 8, 8)).shape == (2, 150, 5)
+    with pytest.raises(ValueError, match=r"`raw` must have shape \(..., 64\) or \(..., 8, 8\); got \(300, 4, 16\)"):
+        found(X.reshape(-1, 4, 16))
 
 
-def test_without_an_encoder_em_is_all_or_a_head_follows():
+def test_without_an_encoder_em_is_all_or_a_head_follows(tmp_path, caplog):
     found = fit(None)
     assert found.clusters.shape == (6,)
     assert found(X).log_responsibilities.shape == (300, 4)
-    head = DifferentiableHMoG(2, 5, signal_bound=99.0)
+    head = DifferentiableHMoG(2, 5, signal_bound=99.0, pst_rep="full")
     trained = fit(None, head=head)
     assert trained.head == head
     assert trained.clusters.shape == (5,)
+    restricted = head.copy(pst_rep="scale")
+    with pytest.warns(BelowStartWarning):  # and what is returned is what the folder says
+        found = fit(None, head=restricted, workdir=tmp_path)
+    again = restore_run(tmp_path)
+    assert_same(found, again)
+    assert found.origin.startswith(str(tmp_path / "checkpoints/seed0/em"))
+    assert "the head ends below EM, whose model is returned" in caplog.text
+    assert restore_run(tmp_path, stage="differentiable").head == restricted
 
 
 @pytest.mark.parametrize(
     ("encoder", "options", "message"),
     [
-        (None, {"x": X[0]}, r"`x` must have shape \(N, D\) or \(N, H, W\); got \(64,\)"),
+        (None, {"x": X[0]}, r"`x` must have shape \(N, D\), \(N, H, W\) or \(N, H, W, C\); got \(64,\)"),
+        (None, {"x": X.reshape(-1, 1, 1, 8, 8)}, r"or \(N, H, W, C\); got \(300, 1, 1, 8, 8\)"),
+        (
+            ConvNet(6, (4, 16)),
+            {"x": X.reshape(-1, 8, 8)},
+            r"must have shape \(N, 4, 16\) or \(N, 64\), as the encoder's",
+        ),
+        (ConvNet(6, (8, 8)), {"x": X.reshape(-1, 1, 8, 8)}, r"got \(300, 1, 8, 8\). Give the encoder .* channels last"),
+        (ConvNet(6, (7, 8)), {}, r"must have shape \(N, 7, 8\) or \(N, 56\), .*; got \(300, 64\)"),
         (None, {"x": X.astype(str)}, "`x` must hold real numbers"),
         (None, {"x": np.where(X > 15, np.nan, X)}, "the data must be finite"),
         (None, {"model": Model(3, 2)}, "`model.n_clusters` must be at most the 2 components; got 4"),

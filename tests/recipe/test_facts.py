@@ -12,8 +12,9 @@ from flax_hmog.cli import main
 from flax_hmog.recipe import facts as module
 from flax_hmog.recipe.card import changed_options
 from flax_hmog.recipe.config import EM, Data, Gradient, Model
-from flax_hmog.recipe.facts import Facts, best_stage, collect
+from flax_hmog.recipe.facts import Facts, collect
 from flax_hmog.recipe.report import losses, restricted_heads, summary
+from flax_hmog.recipe.saved import best_stage, restore_run
 from flax_hmog.training import CheckpointError
 from flax_hmog.training.logs import Stage
 
@@ -33,7 +34,8 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("facts")
     rng = np.random.default_rng(0)
     rows = (np.arange(120) % 3)[:, None] * np.array([4.0, 3, 2, 1, 0]) + rng.standard_normal((120, 5))
-    np.savetxt(folder / "rows.csv", rows, delimiter=",", header=",".join(NAMES), comments="")
+    named = np.column_stack([rows.astype(object), [f"site <{n}>" for n in range(120)]])
+    np.savetxt(folder / "rows.csv", named, "%s", ",", header=",".join([*NAMES, "site"]), comments="")
     data = Data("file", path=str(folder / "rows.csv"), scale="standard")
     run(folder / "run", data=data, n_seeds=1, command="hmog train file --data.path 'rows.csv'", **OPTIONS)
     return folder
@@ -49,8 +51,11 @@ def test_a_report_needs_the_data_no_more(made, tmp_path, capsys):
     assert main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
     for text in ("hmog train file --data.path &#39;rows.csv&#39;", before.data["sha256"], "distinguished by", "a\u00a0=",
-                 "3 clusters of 4 components", "--seed 0 --stage em", "96 for training, 24 held out"):  # fmt: skip
+                 "3 clusters of 4 components", "named by &#39;site&#39; of the source", "--seed 0 --stage em", "96 for training, 24 held out"):  # fmt: skip
         assert text in page, text
+    for cluster in before.portrait.typical:
+        members = before.portrait.row[cluster[cluster >= 0]]
+        assert ", ".join(f"site &lt;{row}&gt;" for row in members) in page
     for absent in ("Beside the labels", "Training of heads", "NMI", "Agreement", "Selection"):  # which it does not have
         assert absent not in page, absent
     result = json.loads((tmp_path / "run" / "result.json").read_text())
@@ -74,12 +79,20 @@ def test_runs_that_kept_nothing_are_read_from_their_data(made, tmp_path):
 def test_facts_are_noted_anew_where_a_run_goes_on(made, tmp_path, monkeypatch):
     shutil.copytree(made / "run", tmp_path / "run")
     data = Data("file", path=str(made / "rows.csv"), scale="standard")
-    run(tmp_path / "run", data=data, n_seeds=2, **OPTIONS)
+    run(tmp_path / "run", data=data, n_seeds=3, **OPTIONS)
     kept = Facts.load(tmp_path / "run")
-    assert [stage.seed for stage in kept.stages] == [0, 1]
-    assert len(kept.agreement["em"]) == 1
+    models = [restore_run(tmp_path / "run", seed=seed) for seed in range(3)]
+    rows = np.loadtxt(made / "rows.csv", delimiter=",", skiprows=1, usecols=range(5))
+    densities = [m(rows).log_density.mean() - np.log(m.preprocessing.steps[0].scale).sum() for m in models]
+    np.testing.assert_allclose([m.progress["log_density"] for m in models], densities, rtol=1e-5)
+    assert kept.described.seed == int(np.argmax(densities)) > 0
+    (tmp_path / "run" / "report.npz").rename(tmp_path / "report.npz")  # which is not asked
+    assert restore_run(tmp_path / "run").origin.startswith(str(tmp_path / "run" / kept.described.folder))
+    (tmp_path / "report.npz").rename(tmp_path / "run" / "report.npz")
+    assert [stage.seed for stage in kept.stages] == [0, 1, 2]
+    assert len(kept.agreement["em"]) == 3
     monkeypatch.setattr(module, "collect", None)  # nothing is looked at again
-    run(tmp_path / "run", data=data, n_seeds=2, **OPTIONS)
+    run(tmp_path / "run", data=data, n_seeds=3, **OPTIONS)
 
 
 def test_a_run_ends_well_where_its_facts_cannot_be_noted(made, tmp_path, monkeypatch, caplog):
@@ -104,7 +117,12 @@ def test_options_that_were_changed_are_listed():
 
 EM0, EM1 = Stage(0, "em"), Stage(1, "em")
 HEAD0, HEAD1 = Stage(0, "differentiable"), Stage(1, "differentiable")
-SIZES = {0: (80, 20), 1: (80, 20)}
+
+
+def about(held_out, all_rows=None):
+    """Description of a stage with its held-out log-density and that of all rows."""
+    progress = {} if all_rows is None else {"log_density": all_rows}
+    return {"progress": progress, "history": [{"test_log_density": held_out}], "metrics": {}}
 
 
 def densities(*pairs):
@@ -112,40 +130,35 @@ def densities(*pairs):
 
 
 @pytest.mark.parametrize(
-    ("em", "head", "best"),
+    ("values", "best"),
     [
-        (densities((-1.0, -2.0), (-1.0, -1.9)), densities((-2.0, -3.0), (-2.0, -2.5)), EM1),
-        (densities((-1.0, -2.0), (-1.0, -1.9)), densities((-0.5, -1.5), (-0.9, -1.2)), HEAD0),  # of all rows
-        (densities((-1.0, -2.0), (-1.0, -1.0)), densities((-1.0, -1.9), (-1.0, -1.2)), EM1),  # in the mean
+        ({EM0: (-2.0, -1.2), EM1: (-1.9, -1.1), HEAD0: (-3.0, -2.2), HEAD1: (-2.5, -2.1)}, EM1),
+        ({EM0: (-2.0, -1.2), EM1: (-1.9, -1.1), HEAD0: (-1.5, -0.7), HEAD1: (-1.2, -0.9)}, HEAD0),  # of all rows
+        ({EM0: (-2.0, -1.2), EM1: (-1.0, -1.0), HEAD0: (-1.9, -1.1), HEAD1: (-1.2, -1.0)}, EM1),  # in the mean
+        ({EM0: (-2.0, -1.2), HEAD0: (-2.005, -1.3)}, HEAD0),  # no more than rounding below its start
+        ({EM0: (-2.0, 0.0), HEAD0: (-1.0, 0.0), EM1: (5.0, 0.0)}, HEAD0),  # compared where both are
+        ({EM0: (-2.0,), EM1: (-1.0,)}, EM1),  # of a former version
     ],
 )
-def test_the_model_of_highest_held_out_density_is_described(em, head, best):
-    done = {stage: {} for stage in (EM0, HEAD0, EM1, HEAD1)}
-    scores = {"PCA + GMM": densities((9.0, 9.0), (9.0, 9.0)), "em": em, "differentiable": head}
-    assert best_stage(done, scores, ["differentiable"], has_encoder=False, sizes=SIZES) == best
+def test_the_model_of_highest_held_out_density_is_described(values, best):
+    assert best_stage({stage: about(*numbers) for stage, numbers in values.items()}) == best
 
 
 def test_without_held_out_rows_the_rows_of_the_fit_decide():
-    done = {stage: {} for stage in (EM0, HEAD0)}
-    scores = {"em": [{"train_log_density": -2.0}], "differentiable": [{"train_log_density": -1.0}]}
-    assert best_stage(done, scores, ["differentiable"], has_encoder=False, sizes={0: (80, 0)}) == HEAD0
+    em, head = ({"progress": {"log_density": value}, "history": [{}], "metrics": {}} for value in (-2.0, -1.0))
+    assert best_stage({EM0: em, HEAD0: head}) == HEAD0
+    former = {"progress": {}, "history": [{}]}
+    em, head = (former | {"metrics": {name: value}} for name, value in (("objective", -2.0), ("criterion", -3.0)))
+    assert best_stage({EM0: em, HEAD0: head}) == EM0
 
 
-def test_a_head_that_some_seeds_lack_is_compared_where_it_is():
-    done = {stage: {} for stage in (EM0, HEAD0, EM1)}
-    scores = {"em": densities((0.0, -2.0), (0.0, 5.0)), "differentiable": densities((0.0, -1.0))}
-    assert best_stage(done, scores, ["differentiable"], has_encoder=False, sizes=SIZES) == HEAD0
-
-
-def test_on_an_encoder_the_objective_of_the_last_round_decides():
-    last = [Stage(seed, "differentiable", 2) for seed in (0, 1)]
-    first = [Stage(seed, "differentiable", 1) for seed in (0, 1)]
-    about = {
-        stage: {"history": [{"objective": value}]} for stage, value in zip([*first, *last], (9, 9, 1, 2), strict=True)
-    }
-    done = {EM0: {"history": []}} | about
-    assert best_stage(done, {}, ["differentiable"], has_encoder=True, sizes=SIZES) == last[1]
-    assert best_stage({EM0: {"history": []}}, {}, [], has_encoder=True, sizes=SIZES) == EM0
+def test_on_an_encoder_the_criterion_of_the_last_round_decides():
+    rounds = [Stage(seed, "differentiable", number) for number in (1, 2) for seed in (0, 1)]
+    values = zip(rounds, (9, 9, 1, 2), strict=True)
+    done = {stage: {"history": [{"objective": value}], "progress": {}, "metrics": {}} for stage, value in values}
+    assert best_stage({EM0: about(99.0)} | done) == rounds[3]
+    done[rounds[2]]["metrics"] = {"criterion": 3}
+    assert best_stage({EM0: about(99.0)} | done) == rounds[2]
 
 
 def test_losses_of_restricted_heads_are_said_with_numbers(made):

@@ -219,9 +219,20 @@ def test_the_command_prints_the_table_and_writes_model_and_figure(x, tmp_path, c
     assert figure.stat().st_size > 1000
 
 
-def test_constant_columns_are_named():
-    x = np.asarray(np.random.default_rng(0).normal(size=(40, 3)), np.float32)
-    given = {"n_components": 1, "lat_dim": 1, "n_seeds": 1}
-    still = np.column_stack([x[:, :2], np.full(40, 7.0, np.float32), x[:, 2:]])
-    assert "1 of 4 columns are constant, the first is 2" in select(still, jax.random.key(0), **given).reasons[-1]
-    assert "constant" not in select(x, jax.random.key(0), **given).reasons[-1]
+def test_constant_columns_have_no_part_in_the_table(x):
+    """Nor has one that varies in a single row: outside its fold it is constant."""
+    rare = np.zeros(120, np.float32)
+    rare[7] = 1
+    still = np.column_stack([x[:, :2], np.full(120, 7e3, np.float32), x[:, 2:], rare])
+    given = {"n_components": (2, 3), "lat_dim": 1, "n_seeds": 1}
+    plain, found = select(x, KEY, **given), select(still, KEY, **given)
+    for one, other in zip(plain.rows, found.rows, strict=True):
+        for name in ("held_out", "bic", "icl", "n_parameters", "generalisation"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-6), name
+    assert found.natural.interaction.shape == (6, 1)  # of all columns
+    np.testing.assert_array_equal(found.assignments, infer(found.natural, still).log_responsibilities.argmax(axis=1))
+    assert len(set(zip(found.assignments, plain.assignments, strict=True))) == 3
+    assert "2 of 6 columns are constant outside a fold, the first is 2" in found.reasons[-1]
+    assert "constant" not in plain.reasons[-1]
+    with pytest.raises(ValueError, match="columns that vary outside every fold; got none"):
+        select(still[:, [2, 5]], KEY, **given)
