@@ -9,8 +9,8 @@ import tempfile
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # most of the time goes into compiling what runs once
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# level 1 is that of tests that want optimized programs. Emitters of fusions take most of the time; jaxlib 0.10 has others,
-# later ones end at a flag that they do not know
+# level 1 is that of tests that want optimized programs. Emitters of fusions take most of the time;
+# jaxlib 0.10 has others, later ones end at a flag that they do not know
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault(
         "XLA_FLAGS",

@@ -1,4 +1,4 @@
-"""Real processes on loopback: the same result as one process, and a stop that all of them make together."""
+"""Real processes on loopback: the same result as one process, and a stop or a mistake that all of them share."""
 
 import contextlib
 import json
