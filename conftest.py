@@ -9,9 +9,15 @@ import tempfile
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # most of the time goes into compiling what runs once
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# the emitters of fusions take most of that; jaxlib 0.10 has others, later ones end at a flag that they do not know
+# level 1 is that of tests that want optimized programs. Emitters of fusions take most of the time;
+# jaxlib 0.10 has others, later ones end at a flag that they do not know
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
+        "--xla_cpu_parallel_codegen_split_count=1",
+    )
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 # workers, and commands that tests call, share the compiled programs of one run, and none of the user's
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs-of-tests-")

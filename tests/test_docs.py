@@ -20,7 +20,7 @@ import flax_hmog.training
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "api").glob("*.md"))]
-TRAINING = {"encoders.md", "images.md"}  # whose blocks train longer than they compile
+TRAINING = {"images.md"}  # whose blocks train longer than they compile
 PACKAGES = (
     flax_hmog, flax_hmog.networks, flax_hmog.nnx, flax_hmog.analysis, flax_hmog.training, flax_hmog.recipe, flax_hmog.sklearn,
 )  # fmt: skip

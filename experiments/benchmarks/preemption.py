@@ -91,7 +91,7 @@ def table_of(outcomes: list[Outcome]) -> Table:
 def measure(folder: Path, count: int, per_run: int, *, in_saves: bool = False, seed: int = 0) -> list[Outcome]:
     """All outcomes."""
     rng, reference = random.Random(seed), folder / "reference"
-    start(reference).communicate()
+    finish(start(reference))
     wanted, outcomes = fingerprint(reference), []
     for stage in STAGES:
         for name, number in SIGNALS.items():
@@ -119,31 +119,44 @@ def interrupt(
     """Interrupt a run that often in a stage, each time at a random moment or while it saves, then let it end.
 
     Returns:
-        The number of interruptions (fewer, if the stage was over before), and of saves that they left unfinished.
-
-    Raises:
-        RuntimeError: if a run fails.
+        The number of interruptions (fewer, if the run was over before), and of saves that they left unfinished.
     """
     done = left = 0
-    while done < count:
-        process, lines = start(workdir), stage_lines(workdir, stage)
-        while process.poll() is None and stage_lines(workdir, stage) == lines:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, WINDOW / count))
-        while in_saves and process.poll() is None and not unfinished_saves(workdir, stage):
-            pass  # a save takes some hundredths of a second
-        process.send_signal(number)
-        _, errors = process.communicate()
-        if process.returncode not in (0, STOPPED, -signal.SIGKILL):
-            raise RuntimeError(f"the run ended with {process.returncode}: {errors.decode()[-2000:]}")
-        if process.returncode == 0:
-            return done, left
+    while done < count and interrupt_once(workdir, stage, number, rng.uniform(0, WINDOW / count), in_saves=in_saves):
         done, left = done + 1, left + bool(unfinished_saves(workdir, stage))
-    process = start(workdir)
-    _, errors = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"the resumed run ended with {process.returncode}: {errors.decode()[-2000:]}")
+    finish(start(workdir))
     return done, left
+
+
+def interrupt_once(workdir: Path, stage: str, number: int, seconds: float, *, in_saves: bool = False) -> bool:
+    """Start or resume a run and interrupt it so long after its first new line of a stage, or in the next save.
+
+    Returns:
+        True if it was interrupted, False if it came to its end before.
+
+    Raises:
+        RuntimeError: if the run fails.
+    """
+    process, lines = start(workdir), stage_lines(workdir, stage)
+    while process.poll() is None and stage_lines(workdir, stage) == lines:
+        time.sleep(0.02)
+    time.sleep(seconds)
+    while in_saves and process.poll() is None and not unfinished_saves(workdir, stage):
+        pass  # a save takes some hundredths of a second
+    process.send_signal(number)
+    return finish(process, STOPPED, -signal.SIGKILL) != 0
+
+
+def finish(process: subprocess.Popen, *interrupted: int) -> int:
+    """Wait for the end of a run: its exit status, 0 or one of these.
+
+    Raises:
+        RuntimeError: if it is another.
+    """
+    _, errors = process.communicate()
+    if process.returncode not in (0, *interrupted):
+        raise RuntimeError(f"the run ended with {process.returncode}: {errors.decode()[-2000:]}")
+    return int(process.returncode)
 
 
 def unfinished_saves(workdir: Path, stage: str) -> list[Path]:

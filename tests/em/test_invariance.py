@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import on_cpus
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
@@ -140,9 +140,8 @@ print(json.dumps(report))
 
 @pytest.mark.slow
 def test_rows_may_lie_on_eight_devices():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-c", ON_DEVICES], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", ON_DEVICES], env=on_cpus(8), capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr[-3000:]
     for apart, lifted, count in json.loads(run.stdout.splitlines()[-1]).values():

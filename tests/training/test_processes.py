@@ -1,7 +1,9 @@
-"""Real processes on loopback: the same result as one process, and a stop that all of them make together."""
+"""Real processes on loopback: the same result as one process, and a stop or a mistake that all of them share."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,13 +22,13 @@ pytestmark = pytest.mark.slow
 OPTIONS = [
     *("synthetic", "--data.scale", "standard", "--em.n-restarts", "1"),
     *("--em.max-steps", "8", "--checkpoints.em-steps", "4"),
-    *("--gradient.epochs", "2", "--gradient.batch-size", "128"),
+    *("--gradient.epochs", "12", "--gradient.batch-size", "128"),
 ]
 
 # as many components as the data have, or rounding decides which of several equal fits wins; and gentle steps
 ROUNDS = [
     *("--model.n-components", "6", "--model.n-clusters", "4", "--encoder.name", "mlp", "--encoder.features", "6"),
-    *("--heads.differentiable.lat-dim", "3", "--rounds.count", "2", "--rounds.n-components", "6"),
+    *("--heads.differentiable.lat-dim", "3", "--rounds.start", "features", "--rounds.n-components", "6"),
     *("--rounds.distil-epochs", "1"),
     *("--gradient.epochs", "3", "--gradient.learning-rate", "3e-4"),
 ]
@@ -52,9 +54,11 @@ with CheckpointWriter(folder, head=HEAD) as writer:
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Below those that the system gives to outgoing connections, one of which could take it before the run does."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
+            return free.getsockname()[1]
 
 
 def start(workdir, count, devices, *options):
@@ -71,10 +75,18 @@ def start(workdir, count, devices, *options):
     ]  # fmt: skip
 
 
+def outputs(processes):
+    """Text of all, once they have ended; none is left behind where one does not end."""
+    try:
+        return [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def finish(processes):
     """Exit statuses, once all have ended."""
-    output = [process.communicate(timeout=400)[0] for process in processes]
-    for text in output:
+    for text in outputs(processes):
         assert "Traceback" not in text, text[-3000:]
     return [process.returncode for process in processes]
 
@@ -90,18 +102,28 @@ def one_process(tmp_path_factory):
     return workdir
 
 
-def assert_same_course(got, want, nats=0.0, later=None):
-    """To a share of 1e-4, or so many nats where a log-density is near 0; later rounds to so much of everything."""
+def assert_same_course(got, want, nats=0.0):
+    """To a share of 1e-4, or so many nats where a log-density is near 0."""
     for a, b in zip(records(got), records(want), strict=True):
-        is_later = later is not None and b["stage"].startswith("differentiable-2")
         for name, least in (("objective", nats), ("test_log_density", nats), ("nmi", 0.0)):
             if b.get(name) is not None:
-                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=later if is_later else least), (name, b)
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=least), (name, b)
 
 
-@pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
-def test_several_processes_do_what_one_does(count, devices, one_process, tmp_path):
-    assert finish(start(tmp_path, count, devices)) == [0] * count
+def test_several_processes_stop_together_go_on_and_do_what_one_does(one_process, tmp_path):
+    """SIGTERM to the second of two, with two devices each: both save at the same step, from which four go on."""
+    processes = start(tmp_path, 2, 2)
+    metrics = tmp_path / "metrics.jsonl"
+    while not (metrics.exists() and '"epoch": 1,' in metrics.read_text()):
+        if any(process.poll() is not None for process in processes):
+            pytest.fail("\n".join(text[-3000:] for text in outputs(processes)))
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    assert finish(processes) == [STOPPED, STOPPED]
+    stopped = restore(tmp_path / "checkpoints" / "seed0" / "differentiable").step
+    assert 0 < stopped < 12 * 37
+    assert finish(start(tmp_path, 4, 1)) == [0] * 4
+    assert [record["epoch"] for record in records(tmp_path) if "epoch" in record] == list(range(13))
     assert_same_course(tmp_path, one_process)
     assert (tmp_path / "report.npz").is_file()  # which one of them has noted
     # one process restores what several have saved
@@ -110,21 +132,18 @@ def test_several_processes_do_what_one_does(count, devices, one_process, tmp_pat
         np.testing.assert_allclose(states[0].variables["params"][name], leaf, rtol=1e-2, atol=1e-3, err_msg=name)
 
 
-def test_several_processes_train_an_encoder_in_rounds_as_one_does(tmp_path):
-    """Merges and features of rows that lie on two processes included.
-
-    Rounding decides whether EM on learnt features takes a step more; features of other rows would cost all NMI.
-    """
+def test_several_processes_train_an_encoder_as_one_does(tmp_path):
+    """EM on features of rows that lie on two processes, and its merges, included."""
     for name, count in (("one", 1), ("two", 2)):
         assert finish(start(tmp_path / name, count, 1, *ROUNDS)) == [0] * count
-    assert_same_course(tmp_path / "two", tmp_path / "one", nats=1e-3, later=0.1)
-    assert records(tmp_path / "two")[-1]["stage"] == "differentiable-2"
+    assert_same_course(tmp_path / "two", tmp_path / "one", nats=1e-3)
+    assert records(tmp_path / "two")[-1]["stage"] == "differentiable-1"
 
 
 def test_a_mistake_that_one_process_finds_stops_all(one_process):
     """The first process alone looks at the run folder: the others must not wait for it."""
     processes = start(one_process, 2, 1, "--model.lat-dim", "3")
-    output = [process.communicate(timeout=200)[0] for process in processes]
+    output = outputs(processes)
     assert [process.returncode for process in processes] == [1, 1]
     assert "another model.lat_dim" in output[0]
     assert "the first process must succeed" in output[1]
@@ -136,27 +155,10 @@ def test_a_save_that_fails_on_one_process_fails_on_all_at_once(tmp_path):
     command = [sys.executable, "-c", SAVING, str(tmp_path), str(free_port())]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     processes = [subprocess.Popen([*command, str(index)], env=environment, **streams) for index in range(2)]
-    output = [process.communicate(timeout=90)[0] for process in processes]
+    output = outputs(processes)
     assert [process.returncode for process in processes] == [1, 1]
     for text, said in zip(output, ("File too large", "the first process must succeed"), strict=True):
         assert f"checkpoint {tmp_path}/2 must be written; got " in text
         assert said in text
         assert "Traceback" not in text
     assert restore(tmp_path).step == 1
-
-
-def test_a_stop_of_one_process_stops_all_and_the_run_goes_on(one_process, tmp_path):
-    """SIGTERM to the second process only: both save at the same step."""
-    options = "--gradient.epochs", "40", "--gradient.batch-size", "128"
-    processes = start(tmp_path, 2, 1, *options)
-    metrics = tmp_path / "metrics.jsonl"
-    while not (metrics.exists() and '"epoch": 1,' in metrics.read_text()):
-        ended = [process for process in processes if process.poll() is not None]
-        assert not ended, ended[0].communicate()[0][-3000:]
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-    assert finish(processes) == [STOPPED, STOPPED]
-    stopped = restore(tmp_path / "checkpoints" / "seed0" / "differentiable").step
-    assert 0 < stopped < 40 * 37
-    assert finish(start(tmp_path, 2, 1, *options)) == [0, 0]
-    assert [record["epoch"] for record in records(tmp_path) if "epoch" in record] == list(range(41))
