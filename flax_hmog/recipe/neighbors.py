@@ -146,7 +146,7 @@ def _clusters(
 
 
 def _flow(component: Floats, numbers: np.ndarray, weights: np.ndarray) -> Floats:
-    """How often a walk over neighbours leads from one component to another in so many steps (K, K)."""
+    """Number of walks over neighbours from one component to another in so many steps (K, K)."""
     sparse = require("scipy.sparse", "train")
     count = len(numbers)
     rows = np.repeat(np.arange(count), numbers.shape[1])
