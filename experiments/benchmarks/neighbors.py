@@ -1,6 +1,6 @@
 """`fit_neighbors` beside a linear mixture, k-means, UMAP with a mixture and Leiden, on files of rows; scored by labels.
 
-    python -m experiments.benchmarks.neighbors usps_9298.npz --scale none --seeds 3
+    python -m experiments.benchmarks.neighbors --paths usps_9298.npz --scale none --seeds 3
 
 A file holds `X`, or the parts of a CSR matrix, and `y`. Everyone gets the same rows and the number of classes; all but
 `fit_neighbors` and the linear mixture get their first 50 principal components. UMAP and Leiden run where `umap-learn`,
@@ -38,7 +38,12 @@ Found = dict[str, tuple[Any, Any]]
 
 
 def main(
-    paths: tuple[Path, ...], seeds: int = 3, scale: Scale = "standard", most_rows: int = 5000, held_out: float = 0.0
+    paths: tuple[Path, ...],
+    seeds: int = 3,
+    scale: Scale = "standard",
+    most_rows: int = 5000,
+    held_out: float = 0.0,
+    only: tuple[str, ...] = ("fit_neighbors", "linear", "k-means", "UMAP", "Leiden"),
 ) -> None:
     """Compare them.
 
@@ -48,6 +53,7 @@ def main(
         scale: of rows: columns at unit variance; counts with one sum, as log(1 + x); rows of unit length; as they are.
         most_rows: of a file, drawn once.
         held_out: share of the rows.
+        only: methods.
     """
     for path in paths:
         x, y = read(path, scale, most_rows)
@@ -59,6 +65,8 @@ def main(
             rest = len(y) - int(held_out * len(y))
             train, test = order[:rest], order[rest:]
             for name, method in methods(len(np.unique(y))):
+                if name not in only:
+                    continue
                 start = time.process_time()
                 old, new = method(x[train], x[test], seed)
                 row = [*measured(y[train], old), *measured(y[test], new), time.process_time() - start]
@@ -114,9 +122,9 @@ def methods(n_clusters: int) -> Iterator[tuple[str, Callable[[np.ndarray, np.nda
         axes, model = axes_of(x), KMeans(n_clusters, n_init=5, random_state=seed)
         return model.fit_predict(axes.transform(x)), model.predict(axes.transform(new)) if len(new) else new
 
-    yield from {"fit_neighbors": neighbors, "linear, merged": linear, "k-means": kmeans}.items()
+    yield from {"fit_neighbors": neighbors, "linear": linear, "k-means": kmeans}.items()
     if importlib.util.find_spec("umap"):
-        yield "UMAP + GMM", lambda x, new, seed: with_umap(x, new, seed, n_clusters)
+        yield "UMAP", lambda x, new, seed: with_umap(x, new, seed, n_clusters)
     if importlib.util.find_spec("leidenalg"):
         yield "Leiden", lambda x, new, seed: (leiden(x, seed, n_clusters), new[:0])
 

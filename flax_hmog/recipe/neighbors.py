@@ -29,6 +29,7 @@ from flax_hmog.recipe.encoders import features_shape
 from flax_hmog.training import Restored, create_state, make_mesh, make_train_step
 
 AXES = 50  # principal axes in which neighbours are sought
+SAME_LENGTH = 1e-3  # relative difference in length below which rows differ by their angles only
 PLACES = 10  # columns of the embedding, and features of the encoder where none is given
 PER_CLUSTER, LEAST_COMPONENTS, ROWS_PER_COMPONENT = 4, 20, 20
 WALK = 8  # steps over neighbours that say which components belong together
@@ -48,7 +49,8 @@ def fit_neighbors(
     compared with each other: time grows with the square of the rows, memory with their number.
 
     Args:
-        x: rows (N, D), with columns in units that compare.
+        x: rows (N, D), with columns in units that compare; those of one length, as tf-idf and embeddings, are compared
+            by their angles.
         n_clusters: number of clusters.
         key: PRNG key.
         encoder: any linen module from rows (B, D) to features (B, F); None takes `MLP(10, (256, 256), "batch")`.
@@ -128,9 +130,13 @@ def _module(encoder: nn.Module | None, head: Head | None, n_clusters: int, obs_d
 
 
 def _principal_components(rows: Floats) -> Floats:
-    """Coordinates of rows along their first principal axes (N, at most 50)."""
+    """Coordinates of rows along their first principal axes (N, at most 50); of equal length where the rows are."""
     decomposition = require("sklearn.decomposition", "train")
-    return cast(Floats, decomposition.PCA(min(AXES, *rows.shape), random_state=0).fit_transform(rows))
+    axes = decomposition.PCA(min(AXES, *rows.shape), random_state=0).fit_transform(rows)
+    lengths = np.linalg.norm(rows, axis=1)
+    if np.ptp(lengths) < SAME_LENGTH * lengths.mean():
+        axes = axes / np.maximum(np.linalg.norm(axes, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return cast(Floats, axes)
 
 
 def _clusters(

@@ -9,6 +9,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from flax_hmog.networks import MLP
 from flax_hmog.recipe import fit_neighbors
+from flax_hmog.recipe.neighbors import _principal_components
 from flax_hmog.training import export
 
 SMALL = {"n_components": 12, "steps": 300, "encoder": MLP(6, (32,), normalization="batch")}
@@ -45,6 +46,13 @@ def test_a_key_has_one_result(found):
     x, _ = moons(300, 0)
     again = fit_neighbors(x, 2, jax.random.key(0), **SMALL)
     np.testing.assert_array_equal(found(x[:9]).log_responsibilities, again(x[:9]).log_responsibilities)
+
+
+def test_rows_of_one_length_are_compared_by_their_angles():
+    x = np.random.default_rng(0).normal(size=(30, 60)).astype(np.float32)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.linalg.norm(_principal_components(unit), axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.ptp(np.linalg.norm(_principal_components(x), axis=1)), 4, atol=3)
 
 
 @pytest.mark.parametrize(
