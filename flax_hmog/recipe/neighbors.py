@@ -106,12 +106,17 @@ def fit_neighbors(
 
 def _checked(x: object) -> Floats:
     """Rows (N, D), finite, in float32."""
-    rows = np.asarray(x.toarray() if hasattr(x, "toarray") else x, np.float32)
+    given = np.asarray(x.toarray() if hasattr(x, "toarray") else x)
+    if given.dtype.kind not in "biuf":
+        raise ValueError(f"fit_neighbors: `x` must hold real numbers; got dtype {given.dtype}. Convert it first.")
+    rows = given.astype(np.float32)
     if rows.ndim != 2 or not rows.size:
         raise ValueError(f"fit_neighbors: `x` must have shape (N, D); got {rows.shape}. Give one row for each sample.")
     if not np.isfinite(rows).all():
         bad = int((~np.isfinite(rows).all(axis=1)).argmax())
         raise ValueError(f"fit_neighbors: `x` must be finite; got row {bad} with {rows[bad].min()}. Impute or drop it.")
+    if not np.ptp(rows, axis=0).any():
+        raise ValueError("fit_neighbors: `x` must have rows that differ; got copies of one. Give more rows.")
     return cast(Floats, rows)
 
 

@@ -60,9 +60,11 @@ def test_rows_of_one_length_are_compared_by_their_angles():
     [
         (np.ones(5), {}, r"fit_neighbors: `x` must have shape \(N, D\); got \(5,\)"),
         (np.full((20, 3), np.nan), {}, "fit_neighbors: `x` must be finite; got row 0"),
-        (np.ones((10, 3)), {}, "fit_neighbors: `n_neighbors` must be .* at most 9; got 15"),
-        (np.ones((20, 3)), {"n_components": 1}, "fit_neighbors: `n_components` must be .* at least 2"),
-        (np.ones((20, 3)), {"n_clusters": 0}, "fit_neighbors: `n_clusters` must be"),
+        (np.ones((20, 3)), {}, "fit_neighbors: `x` must have rows that differ"),
+        (np.full((20, 3), "a"), {}, "fit_neighbors: `x` must hold real numbers; got dtype <U1"),
+        (np.eye(10), {}, "fit_neighbors: `n_neighbors` must be .* at most 9; got 15"),
+        (np.eye(20), {"n_components": 1}, "fit_neighbors: `n_components` must be .* at least 2"),
+        (np.eye(20), {"n_clusters": 0}, "fit_neighbors: `n_clusters` must be"),
     ],
 )
 def test_mistakes_are_named(x, options, message):
