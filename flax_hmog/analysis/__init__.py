@@ -28,6 +28,7 @@ from flax_hmog.analysis.elements import (
     format_cell,
     mean_and_sd,
 )
+from flax_hmog.analysis.flow import merge_by_flow
 from flax_hmog.analysis.loadings import CanonicalLoadings, LatentAxes, canonical_loadings, discriminant_axes
 from flax_hmog.analysis.merging import information_hierarchy, merge_components, refine_information
 from flax_hmog.analysis.metrics import clustering_metrics, contingency_table
@@ -63,6 +64,7 @@ __all__ = [
     "information_criteria",
     "information_hierarchy",
     "mean_and_sd",
+    "merge_by_flow",
     "merge_clusters",
     "merge_components",
     "merged_responsibilities",

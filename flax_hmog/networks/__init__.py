@@ -3,6 +3,7 @@
 from flax_hmog.inference.posterior import merge_output
 from flax_hmog.networks.adversarial import perturbation_radius, virtual_adversarial
 from flax_hmog.networks.encoders import MLP, Autoencoder, Clusterer, ConvNet, train_arguments
+from flax_hmog.networks.neighbors import nearest_neighbors, neighbor_embedding, neighbor_weights
 from flax_hmog.networks.objectives import (
     combine,
     conditional_entropy,
@@ -30,10 +31,13 @@ __all__ = [
     "loading_penalty",
     "marginal_entropy",
     "merge_output",
+    "nearest_neighbors",
     "negative_joint_information",
     "negative_log_likelihood",
     "negative_mutual_information",
     "negative_weight_entropy",
+    "neighbor_embedding",
+    "neighbor_weights",
     "perturbation_radius",
     "precision_penalty",
     "reconstruction",

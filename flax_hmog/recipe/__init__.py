@@ -8,6 +8,7 @@ from flax_hmog.networks.augment import Augmentation
 from flax_hmog.recipe.clusterer import fit_clusterer
 from flax_hmog.recipe.config import EM, Data, Experiment, Gradient, Model, Rounds
 from flax_hmog.recipe.features import FeatureClusters, fit_features
+from flax_hmog.recipe.neighbors import fit_neighbors
 from flax_hmog.recipe.saved import restore_run
 from flax_hmog.recipe.template import Template
 
@@ -24,5 +25,6 @@ __all__ = [
     "Template",
     "fit_clusterer",
     "fit_features",
+    "fit_neighbors",
     "restore_run",
 ]

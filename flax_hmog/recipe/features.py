@@ -17,10 +17,10 @@ from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.posterior import infer
 from flax_hmog.model.checks import check_size
 from flax_hmog.model.coordinates import Natural
-from flax_hmog.model.kinds import Array, matmul
+from flax_hmog.model.kinds import Array
 from flax_hmog.model.typed import jit
+from flax_hmog.networks.neighbors import nearest_neighbors
 
-BLOCK = 1024  # rows that are compared with all others at once
 MOST_FACTORS, ROWS_PER_COMPONENT = 20, 40
 ROUNDS = 2  # of averages over neighbours
 
@@ -60,7 +60,7 @@ class FeatureClusters:
             return np.zeros((0, self.probabilities.shape[1]), self.probabilities.dtype)
         here, own = rows, float(np.sqrt(2 * self.n_neighbors + 1))
         if self.n_neighbors:
-            nearest = _neighbors(rows, self.layers[0], self.n_neighbors)
+            nearest, _ = nearest_neighbors(rows, self.n_neighbors, among=self.layers[0])  # at unit length, by cosine
             for layer in self.layers:
                 here = _averaged(here / own, nearest, layer / self.hubs[:, None])
         return _probabilities(self.natural, self.cluster_of_component, here)
@@ -111,7 +111,7 @@ def fit_features(
     lat_dim = min(MOST_FACTORS, max(1, obs_dim - 1)) if lat_dim is None else lat_dim
     layers, hubs = [rows], jnp.ones(count, rows.dtype)
     if n_neighbors:
-        nearest = _neighbors(rows, rows, n_neighbors, itself=True)
+        nearest, _ = nearest_neighbors(rows, n_neighbors)
         hubs = jnp.sqrt(1.0 + n_neighbors + jnp.zeros_like(hubs).at[nearest.ravel()].add(1.0))
         for _ in range(ROUNDS):
             scaled = layers[-1] / hubs[:, None]
@@ -146,22 +146,6 @@ def _unit_rows(features: object, columns: int | None = None) -> Array:
             "Leave it out."
         )
     return jnp.asarray(rows / length)
-
-
-def _neighbors(rows: Array, others: Array, count: int, itself: bool = False) -> Array:
-    """Numbers of the nearest of the others by cosine (B, count), never the row itself where it is one of them."""
-    blocks = [(rows[start : start + BLOCK], jnp.asarray(start)) for start in range(0, rows.shape[0], BLOCK)]
-    return jnp.concatenate([_nearest(*block, others, count=count, itself=itself) for block in blocks])
-
-
-@jit(static_argnames=("count", "itself"))
-def _nearest(block: Array, first: Array, others: Array, *, count: int, itself: bool) -> Array:
-    """`_neighbors` of a block whose first row has this number."""
-    likeness = matmul(block, others.T)
-    if itself:
-        own = first + jnp.arange(block.shape[0])
-        likeness = likeness.at[jnp.arange(block.shape[0]), own].set(-jnp.inf)
-    return jax.lax.top_k(likeness, count)[1]
 
 
 @jit(static_argnames="both")

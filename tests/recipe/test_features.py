@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import normalized_mutual_info_score
 
+from flax_hmog.networks import nearest_neighbors
 from flax_hmog.recipe import FeatureClusters, fit_features
-from flax_hmog.recipe.features import _averaged, _neighbors
+from flax_hmog.recipe.features import _averaged
 
 CLUSTERS, DIM = 4, 12
 
@@ -38,7 +39,7 @@ def test_clusters_of_rows_and_of_new_ones(found: FeatureClusters):
 def test_averages_are_those_of_the_normalised_graph():
     rows = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    nearest = np.asarray(_neighbors(jax.numpy.asarray(rows), jax.numpy.asarray(rows), 3, itself=True))
+    nearest = np.asarray(nearest_neighbors(rows, 3)[0])
     likeness = rows @ rows.T - 9 * np.eye(30)
     np.testing.assert_array_equal(np.sort(nearest), np.sort(np.argsort(-likeness)[:, :3]))
     graph = np.zeros((30, 30))

@@ -1,0 +1,73 @@
+"""`fit_neighbors`: bent clusters, new rows, the same result for the same key, and what it refuses."""
+
+import jax
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+from sklearn.datasets import make_moons
+from sklearn.metrics import adjusted_rand_score
+
+from flax_hmog.networks import MLP
+from flax_hmog.recipe import fit_neighbors
+from flax_hmog.recipe.neighbors import _principal_components
+from flax_hmog.training import export
+
+SMALL = {"n_components": 12, "steps": 300, "encoder": MLP(6, (32,), normalization="batch")}
+
+
+def moons(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two half-rings in each other, turned into four columns."""
+    x, z = make_moons(count, noise=0.08, random_state=seed)
+    turn = np.linalg.qr(np.random.default_rng(7).normal(size=(4, 2)))[0].T
+    return (x @ turn + 3).astype(np.float32), z
+
+
+@pytest.fixture(scope="module")
+def found():
+    return fit_neighbors(moons(300, 0)[0], 2, jax.random.key(0), **SMALL)
+
+
+def test_bent_clusters_and_new_rows(found):
+    (x, z), (new, new_z) = moons(300, 0), moons(300, 1)
+    linear = KMeans(2, n_init=3, random_state=0).fit_predict(x)
+    assert adjusted_rand_score(z, linear) < 0.6
+    for rows, labels in ((x, z), (new, new_z)):
+        output = found(rows)
+        assert adjusted_rand_score(labels, output.log_responsibilities.argmax(axis=1)) > 0.95
+        assert np.isfinite(output.log_density).all()
+    assert found.history[0]["agreement"] > 0.98
+    assert found.state["embedding"].shape == (300, 4)
+    assert found.state["taught"].shape == (300, 2)
+    program = export(found, platforms=("cpu",))
+    np.testing.assert_array_equal(program(new)["assignment"], found(new).log_responsibilities.argmax(axis=1))
+
+
+def test_a_key_has_one_result(found):
+    x, _ = moons(300, 0)
+    again = fit_neighbors(x, 2, jax.random.key(0), **SMALL)
+    np.testing.assert_array_equal(found(x[:9]).log_responsibilities, again(x[:9]).log_responsibilities)
+
+
+def test_rows_of_one_length_are_compared_by_their_angles():
+    x = np.random.default_rng(0).normal(size=(30, 60)).astype(np.float32)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.linalg.norm(_principal_components(unit), axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.ptp(np.linalg.norm(_principal_components(x), axis=1)), 4, atol=3)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (np.ones(5), {}, r"fit_neighbors: `x` must have shape \(N, D\); got \(5,\)"),
+        (np.full((20, 3), np.nan), {}, "fit_neighbors: `x` must be finite; got row 0"),
+        (np.ones((20, 3)), {}, "fit_neighbors: `x` must have rows that differ"),
+        (np.full((20, 3), "a"), {}, "fit_neighbors: `x` must hold real numbers; got dtype <U1"),
+        (np.eye(10), {}, "fit_neighbors: `n_neighbors` must be .* at most 9; got 15"),
+        (np.eye(20), {"n_components": 1}, "fit_neighbors: `n_components` must be .* at least 2"),
+        (np.eye(20), {"n_clusters": 0}, "fit_neighbors: `n_clusters` must be"),
+    ],
+)
+def test_mistakes_are_named(x, options, message):
+    given = {"n_clusters": 2, **options}
+    with pytest.raises(ValueError, match=message):
+        fit_neighbors(x, key=jax.random.key(0), **given)
