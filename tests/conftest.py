@@ -90,11 +90,13 @@ def float64():
 
 @pytest.fixture
 def optimized():
-    """Of programs that run long, which are worth the compiler's time."""
+    """Of programs that run long, which are worth the compiler's time; they round otherwise, and serve no other test."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture
