@@ -1,4 +1,4 @@
-"""Clusters of any size: merges by modularity, and how the links within clusters compare with those between them."""
+"""Clusters of any size: merges by links and by modularity, and how the links within clusters compare with those between them."""
 
 from __future__ import annotations
 
@@ -84,6 +84,10 @@ class ClusterLinks(NamedTuple):
     Attributes:
         within: the weakest one that holds a cluster together; infinite where all are of one component.
         between: the strongest one between two clusters; 0 for a single cluster.
+
+    Example:
+        >>> ClusterLinks(within=0.4, between=0.1).coherence
+        4.0
     """
 
     within: float
@@ -97,7 +101,7 @@ class ClusterLinks(NamedTuple):
 
 @public
 def cluster_links(affinity: Samples, labels: Samples) -> ClusterLinks:
-    """How well clusters hold together, and how far they are apart, by the samples between components; without labels.
+    """The weakest link that holds a cluster together, and the strongest one between clusters; no labels are needed.
 
     The link of two groups of components is the affinity between them over all affinity of the smaller one: the share of
     its samples' neighbours that the other one holds. Within a cluster, components are joined by their strongest links,
@@ -135,7 +139,7 @@ def cluster_links(affinity: Samples, labels: Samples) -> ClusterLinks:
 
 
 def geometric_mean(one: Floats, other: Floats) -> Floats:
-    """Of two degrees: between the smaller, by which large groups take in all others, and their product."""
+    """The mean of two degrees; by the smaller one, large groups take in all others, by the product few of them."""
     return np.sqrt(one * other)
 
 
