@@ -82,6 +82,11 @@ def joint_table(affinity: Samples) -> Floats:
     return cast(Floats, (table + table.T) / (2 * table.sum()))
 
 
+def x_log_x(p: Floats) -> Floats:
+    """P log p, and 0 at 0."""
+    return p * np.log(np.where(p > 0, p, 1))
+
+
 def in_order(labels: np.ndarray) -> np.ndarray:
     """The same clusters, numbered in the order of their first members."""
     _, first, numbers = np.unique(labels, return_index=True, return_inverse=True)

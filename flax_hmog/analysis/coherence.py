@@ -1,4 +1,4 @@
-"""Clusters of any size: merges by links and by modularity, and how the links within clusters compare with those between them."""
+"""Clusters of any size: merges by links and by modularity, and the links within and between clusters."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int
 
+from flax_hmog.analysis.affinity import x_log_x
 from flax_hmog.analysis.inputs import as_array
 from flax_hmog.model.checks import check_size, door, public
 from flax_hmog.model.typed import Floats, Samples
@@ -67,13 +68,9 @@ def _gains(table: Floats) -> Floats:
     apart = leaves[:, None] + leaves
     joint = np.maximum(apart - 2 * table, 0)  # leaves both of them
     left = np.maximum(leaves.sum() - apart + joint, 0)
-    own = _x_log_x(share + leaves) - 2 * _x_log_x(leaves)
-    before = _x_log_x(leaves.sum()) + own[:, None] + own
-    gains: Floats = before - _x_log_x(left) + 2 * _x_log_x(joint) - _x_log_x(joint + share[:, None] + share)
+    own = x_log_x(share + leaves) - 2 * x_log_x(leaves)
+    before = x_log_x(leaves.sum()) + own[:, None] + own
+    gains: Floats = before - x_log_x(left) + 2 * x_log_x(joint) - x_log_x(joint + share[:, None] + share)
     empty = share == 0
     gains[empty] = gains[:, empty] = np.inf
     return gains
-
-
-def _x_log_x(p: Floats) -> Floats:
-    return p * np.log(np.where(p > 0, p, 1))

@@ -7,7 +7,14 @@ from typing import cast
 import numpy as np
 from jaxtyping import Float, Int
 
-from flax_hmog.analysis.affinity import TEMPERATURE, affinity_of, as_log_responsibilities, in_order, joint_table
+from flax_hmog.analysis.affinity import (
+    TEMPERATURE,
+    affinity_of,
+    as_log_responsibilities,
+    in_order,
+    joint_table,
+    x_log_x,
+)
 from flax_hmog.analysis.clusters import as_membership, merge_clusters
 from flax_hmog.analysis.coherence import ISOLATED, cluster_links, join_by_links, refine_modularity
 from flax_hmog.model.checks import check_size, public
@@ -156,9 +163,7 @@ def information_hierarchy(affinity: Samples, *, labels: Samples | None = None) -
         marginal[left] += marginal[right]
         linked = np.flatnonzero(table[left])
         own, others = table[left, linked], table[np.ix_(alive, linked)]
-        gain[left, alive] = gain[alive, left] = np.sum(
-            _x_log_x(others + own) - _x_log_x(others) - _x_log_x(own), axis=1
-        )
+        gain[left, alive] = gain[alive, left] = np.sum(x_log_x(others + own) - x_log_x(others) - x_log_x(own), axis=1)
         # other losses than those of the merged one change between two that it is linked with
         loss[np.ix_(linked, linked)] = _information_loss(table, marginal, gain, linked, linked)
         merged = _information_loss(table, marginal, gain, alive[alive == left], alive)
@@ -212,7 +217,7 @@ def refine_information(affinity: Samples, labels: Samples) -> tuple[Int[np.ndarr
                 merged, has_moved, moved[component] = _with_component(rest, new, others, own), True, new
                 linked[:, old] -= table[:, component]
                 linked[:, new] += table[:, component]
-    return in_order(moved), float(_x_log_x(merged).sum() - 2 * _x_log_x(merged.sum(axis=0)).sum())
+    return in_order(moved), float(x_log_x(merged).sum() - 2 * x_log_x(merged.sum(axis=0)).sum())
 
 
 def most_informative(affinity: Floats, n_clusters: int) -> Int[np.ndarray, " K"]:
@@ -234,18 +239,18 @@ def _with_component(merged: Floats, cluster: int, others: Floats, own: float) ->
 
 def _gains(rest: Floats, others: Floats, own: float) -> Floats:
     """Information gained by a component in each of the clusters (C,), up to a constant; its row and column change."""
-    row = _x_log_x(rest + others) - _x_log_x(rest)
+    row = x_log_x(rest + others) - x_log_x(rest)
     corner, linked = np.diag(rest), rest.sum(axis=1) + others
-    joint = 2 * (row.sum(axis=1) - np.diag(row)) + _x_log_x(corner + 2 * others + own) - _x_log_x(corner)
-    return cast(Floats, joint - 2 * (_x_log_x(linked + others.sum() + own) - _x_log_x(linked)))
+    joint = 2 * (row.sum(axis=1) - np.diag(row)) + x_log_x(corner + 2 * others + own) - x_log_x(corner)
+    return cast(Floats, joint - 2 * (x_log_x(linked + others.sum() + own) - x_log_x(linked)))
 
 
 def _add_row_gain(gain: Floats, table: Floats, column: int, sign: int) -> None:
     """Add the gain in P log P of one column from merging two rows to `gain` (K, K): none where an entry is 0."""
     linked = np.flatnonzero(table[:, column])
     entries = table[linked, column]
-    own = _x_log_x(entries)
-    gain[np.ix_(linked, linked)] += sign * (_x_log_x(entries[:, None] + entries) - own[:, None] - own)
+    own = x_log_x(entries)
+    gain[np.ix_(linked, linked)] += sign * (x_log_x(entries[:, None] + entries) - own[:, None] - own)
 
 
 def _information_loss(table: Floats, marginal: Floats, gain: Floats, left: np.ndarray, right: np.ndarray) -> Floats:
@@ -253,15 +258,11 @@ def _information_loss(table: Floats, marginal: Floats, gain: Floats, left: np.nd
     infinite for one with itself.
     """
     pairs, own = table[np.ix_(left, right)], np.diag(table)
-    both, weights, alone = _x_log_x(pairs), _x_log_x(marginal), _x_log_x(own)
+    both, weights, alone = x_log_x(pairs), x_log_x(marginal), x_log_x(own)
     one, other = own[left, None], own[right]
     # rows and columns of the pair itself come together in one entry, P_ii + 2 P_ij + P_jj
-    crossing = _x_log_x(one + pairs) + _x_log_x(other + pairs) - alone[left, None] - alone[right] - 2 * both
-    corner = _x_log_x(one + 2 * pairs + other) - alone[left, None] - alone[right] - 2 * both
-    pair = _x_log_x(marginal[left, None] + marginal[right]) - weights[left, None] - weights[right]
+    crossing = x_log_x(one + pairs) + x_log_x(other + pairs) - alone[left, None] - alone[right] - 2 * both
+    corner = x_log_x(one + 2 * pairs + other) - alone[left, None] - alone[right] - 2 * both
+    pair = x_log_x(marginal[left, None] + marginal[right]) - weights[left, None] - weights[right]
     lost = 2 * pair - 2 * (gain[np.ix_(left, right)] - crossing) - corner
     return np.where(left[:, None] == right, np.inf, lost)
-
-
-def _x_log_x(p: Floats) -> Floats:
-    return p * np.log(np.where(p > 0, p, 1))
