@@ -213,7 +213,7 @@ class Preprocessing:
 
     @public
     def __call__(self, raw: Data) -> Any:
-        """Model inputs (..., D), float32, of raw data (..., obs_dim) or (..., *image_shape).
+        """Model inputs (..., D), float32, of raw data (..., obs_dim) or of images (..., H, W[, C]).
 
         Raises:
             ValueError: for another number of columns, or images of another shape.
