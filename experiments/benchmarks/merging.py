@@ -78,7 +78,7 @@ def main(args: Args) -> None:
     """Print one table for each data set."""
     digits = load_digits(return_X_y=True)
     console = Console(width=170)
-    for name, rows, labels in [("digits", *digits), *((path.stem, *read(path)) for path in args.paths)]:
+    for name, rows, labels in [("digits", *digits), *((path.stem, *labelled_rows(path)) for path in args.paths)]:
         scores: dict[str, dict[int, list[list[float]]]] = {}
         for seed in range(args.seeds):
             kept = unbalanced(labels, seed) if args.unbalanced else np.arange(len(labels))
@@ -99,7 +99,7 @@ def main(args: Args) -> None:
         console.print(table)
 
 
-def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def labelled_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Rows (N, D) and classes (N,), numbered from 0."""
     with np.load(path) as file:
         labels = np.unique(file["y"], return_inverse=True)[1]

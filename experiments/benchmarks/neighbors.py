@@ -28,6 +28,7 @@ from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import kneighbors_graph
 
+from experiments.benchmarks.merging import labelled_rows
 from flax_hmog import AnalyticHMoG, PseudoCounts, fit_em, infer
 from flax_hmog.analysis import clustering_metrics, merge_components, merged_responsibilities
 from flax_hmog.recipe.neighbors import fit_neighbors
@@ -79,19 +80,14 @@ def main(
 
 def read(path: Path, scale: Scale, most_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and labels of a file."""
-    held = np.load(path)
-    if "X" in held:
-        x = held["X"].reshape(len(held["y"]), -1).astype(np.float64)
-    else:
-        x = sparse.csr_matrix((held["data"], held["indices"].astype(np.int32), held["indptr"]), tuple(held["shape"]))
-    y = np.unique(held["y"], return_inverse=True)[1]
+    x, y = labelled_rows(path)
     if scale in ("counts", "unit"):
-        keep = np.asarray(abs(x).sum(axis=1)).ravel() > 0
+        keep = np.abs(x).sum(axis=1) > 0
         x, y = x[keep], y[keep]
     if len(y) > most_rows:
         chosen = np.random.default_rng(0).choice(len(y), most_rows, replace=False)
         x, y = x[chosen], y[chosen]
-    x = x.toarray() if sparse.issparse(x) else x
+    x = x.astype(np.float64)
     if scale == "standard":
         x = (x - x.mean(axis=0)) / np.maximum(x.std(axis=0), 1e-12)
     if scale == "counts":
