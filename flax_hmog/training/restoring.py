@@ -85,17 +85,17 @@ class Restored:
 
     step: int
     module: Any
-    module_variables: dict[str, Any]
-    head: Any
+    module_variables: dict[str, Any] = dataclasses.field(repr=False)
+    head: Any = dataclasses.field(repr=False)
     place: str
     inputs: jax.ShapeDtypeStruct | None
-    preprocessing: Preprocessing | None
-    clusters: Int[np.ndarray, " K"] | None
-    state: dict[str, np.ndarray]
-    progress: dict[str, Any]
-    history: list[dict[str, Any]]
+    preprocessing: Preprocessing | None = dataclasses.field(repr=False)
+    clusters: Int[np.ndarray, " K"] | None = dataclasses.field(repr=False)
+    state: dict[str, np.ndarray] = dataclasses.field(repr=False)
+    progress: dict[str, Any] = dataclasses.field(repr=False)
+    history: list[dict[str, Any]] = dataclasses.field(repr=False)
     metrics: dict[str, float]
-    config: dict[str, Any]
+    config: dict[str, Any] = dataclasses.field(repr=False)
     versions: dict[str, str]
     origin: str = ""
 
