@@ -149,11 +149,11 @@ def table_rows(facts: Facts, done: Stages) -> list[dict[str, Any]]:
     """One row per method, with mean and standard deviation over seeds, and of the agreement over their pairs."""
     found = facts.scores["em"][0]
     own = {key: key for key in found if key not in COLUMNS}
-    columns = {key: title for key, title in (COLUMNS | own).items() if key in found}
+    columns = {key: head for key, head in (COLUMNS | own).items() if key in found}
     rows, titles = [], {stage.name: title(stage) for stage in done}
     for name, seeds in facts.scores.items():
         row: dict[str, Any] = {"method": titles.get(name, name)}
-        row |= {title: _summary([seed.get(key, np.nan) for seed in seeds]) for key, title in columns.items()}
+        row |= {head: _summary([seed.get(key, np.nan) for seed in seeds]) for key, head in columns.items()}
         if facts.agreement:
             row["agreement"] = _summary(facts.agreement[name]) if name in facts.agreement else None
             row["in use"] = float(np.mean(facts.in_use[name])) if name in facts.in_use else None
