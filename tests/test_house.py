@@ -128,6 +128,59 @@ def test_no_assert_and_no_bare_exception(path):
         assert getattr(raised, "id", "") not in ("Exception", "BaseException"), f"line {node.lineno}"
 
 
+INLINED = (ast.ListComp, ast.SetComp, ast.DictComp)
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.GeneratorExp)
+
+
+def confused_names(function):
+    """Names that one comprehension of a function binds and another one takes from around the function."""
+    own, bound, taken = set(), set(), set()
+
+    def visit(node, hidden=None):  # by comprehensions around the node; None outside of them
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            own.add(node.id)
+        elif isinstance(node, ast.Name) and hidden is not None and node.id not in hidden:
+            taken.add(node.id)
+        elif not isinstance(node, ast.keyword):
+            own.update(getattr(node, field, None) for field in ("arg", "asname", "name"))
+        if isinstance(node, INLINED):
+            first, *others = node.generators
+            targets = {
+                name.id for part in node.generators for name in ast.walk(part.target) if isinstance(name, ast.Name)
+            }
+            bound.update(targets)
+            visit(first.iter, hidden)  # which the scope around computes
+            results = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
+            for part in [
+                *results,
+                *first.ifs,
+                *(part.iter for part in others),
+                *(test for part in others for test in part.ifs),
+            ]:
+                visit(part, targets | (hidden or set()))
+        elif not isinstance(node, SCOPES):
+            for child in ast.iter_child_nodes(node):
+                visit(child, hidden)
+
+    for node in ast.iter_child_nodes(function):
+        visit(node)
+    return (bound & taken) - own
+
+
+def test_no_name_of_one_comprehension_is_that_of_something_else_in_another():
+    """Python 3.12 and later compute both in the function: an UnboundLocalError where they do not keep them apart."""
+    functions = lambda tree: (node for node in ast.walk(tree) if isinstance(node, SCOPES[:3]))  # noqa: E731
+    confused = "def f(rows): return [x for x in rows], {row: g(x) for row in rows}"
+    apart = "def f(rows, x): return [y for y in rows], {row: g(x, x=y) for row in rows for y in row}, [x for x in x]"
+    assert [confused_names(f) for text in (confused, apart) for f in functions(ast.parse(text))] == [{"x"}, set()]
+    root = PACKAGE.parent
+    for path in [*FILES, *root.glob("examples/**/*.py"), *root.glob("experiments/**/*.py")]:
+        for function in functions(parse(path)):
+            assert not confused_names(function), (
+                f"{path}: {getattr(function, 'name', 'lambda')}, line {function.lineno}"
+            )
+
+
 def test_names_that_users_were_promised_are_public():
     assert set(PUBLIC) <= set(flax_hmog.__all__)
 
