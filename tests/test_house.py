@@ -150,14 +150,10 @@ def confused_names(function):
             }
             bound.update(targets)
             visit(first.iter, hidden)  # which the scope around computes
-            results = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
-            for part in [
-                *results,
-                *first.ifs,
-                *(part.iter for part in others),
-                *(test for part in others for test in part.ifs),
-            ]:
-                visit(part, targets | (hidden or set()))
+            inner = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
+            inner += first.ifs + [child for part in others for child in (part.iter, *part.ifs)]
+            for child in inner:
+                visit(child, targets | (hidden or set()))
         elif not isinstance(node, SCOPES):
             for child in ast.iter_child_nodes(node):
                 visit(child, hidden)
