@@ -89,8 +89,8 @@ def zeros_for(shapes: Tree, *given: Tree) -> Any:
 
 def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
     """`x.reshape(shape)`, which keeps over what the first axis is split."""
-    mesh, names = _first_axes(x)
-    if not names or not isinstance(x, jax.core.Tracer):
+    mesh, names = _first_axes(x) if isinstance(x, jax.core.Tracer) else (None, ())
+    if not names:
         return x.reshape(shape)
     size = math.prod(x.shape) // max(math.prod(n for n in shape if n > 0), 1)
     return jax.lax.reshape(

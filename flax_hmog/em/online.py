@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_hmog.data.rows import check_observations, check_samples
-from flax_hmog.data.shards import Shards, on_auto_axes, row_shards
+from flax_hmog.data.rows import as_rows, check_given, check_samples
+from flax_hmog.data.shards import Shards, on_auto_axes, reshaped, row_shards, together
 from flax_hmog.em.fit import Fit
 from flax_hmog.em.initialize import random_moments
 from flax_hmog.em.options import EMOptions, Regularizer, chosen_options
@@ -234,7 +234,7 @@ def one_batch(
 
 def stepwise_start(moments: Moments) -> dict[str, Any]:
     """The collection `em` of `AnalyticHMoG` for a model: itself, its own statistics, and no step taken."""
-    return {"moments": moments, "running": ResidualMoments.of(moments), "step": jnp.zeros((), jnp.int32)}
+    return {"model": moments, "running": ResidualMoments.of(moments), "step": jnp.zeros((), jnp.int32)}
 
 
 def first_moments(
@@ -247,8 +247,9 @@ def first_moments(
     moments = random_moments(key, obs_dim, lat_dim, n_components, obs_rep, dtype)
     if x is None or math.prod(jnp.shape(x)[:-1]) < 2:
         return moments
-    x = check_observations(x, obs_dim, dtype)
-    rows = jax.lax.stop_gradient(x).reshape(-1, obs_dim)
+    x = as_rows(check_given(x, obs_dim), dtype, keeps_axes=True)
+    moments, x, _ = together(moments, x)
+    rows = reshaped(jax.lax.stop_gradient(x), (-1, obs_dim))
     center = jnp.mean(rows, axis=0)
     variances = jnp.mean(jnp.square(rows - center[None]), axis=0)
     average = jnp.mean(variances)
@@ -305,7 +306,7 @@ def accepted_update(em: dict[str, Any], x: Array, options: EMOptions, axis_name:
     Returns:
         The new collection.
     """
-    moments, step = em["moments"], em["step"] + 1
+    moments, step = em["model"], em["step"] + 1
     learnt = stepwise_update(moments, em["running"], x, options.rate(em["step"]), options.pseudo_share, axis_name)
     moved, is_jump = _moved_to(moments, x, axis_name)
     states = [dict(zip(em, (*state, step), strict=True)) for state in (learnt, (moved, ResidualMoments.of(moved)))]
@@ -317,7 +318,7 @@ def accepted_update(em: dict[str, Any], x: Array, options: EMOptions, axis_name:
 
 def _exists(em: dict[str, Any]) -> Array:
     """True if all is finite and the model exists ()."""
-    natural = moments_to_natural(em["moments"])
+    natural = moments_to_natural(em["model"])
     # Cholesky factors of what is not positive definite are NaN
     precisions = (natural.observable_precision, natural.prior.precision)
     signs = (natural.prior.log_weights, *(precision.log_det() for precision in precisions))
@@ -327,7 +328,7 @@ def _exists(em: dict[str, Any]) -> Array:
 
 def _moved_to(moments: Moments, x: Array, axis_name: str | None) -> tuple[Moments, Array]:
     """The model with mean and variances of a batch, NaN if it is not finite or does not vary; whether it is far ()."""
-    rows = jax.lax.stop_gradient(x).reshape(-1, x.shape[-1]).astype(moments.bias.dtype)
+    rows = reshaped(jax.lax.stop_gradient(x), (-1, x.shape[-1])).astype(moments.bias.dtype)
     average: Callable[[Array], Array] = lambda values: values if axis_name is None else jax.lax.pmean(values, axis_name)  # noqa: E731
     unit = average(jnp.max(jnp.abs(rows)))  # so that no square overflows
     rows = rows / unit

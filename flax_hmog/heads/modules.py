@@ -79,8 +79,8 @@ class HMoGHead(Answers, nn.Module):
         known = self.obs_dim
         if known is None and self.has_variable("params", "bias"):
             known = meta.unbox(self.get_variable("params", "bias")).shape[-1]
-        elif known is None and self.has_variable("em", "moments"):
-            known = self.get_variable("em", "moments").bias.shape[-1]
+        elif known is None and self.has_variable("em", "model"):
+            known = self.get_variable("em", "model").bias.shape[-1]
         if known is None and x is not None:
             x = in_memory("x", x)
             known = x.shape[-1] if x.ndim else None
@@ -262,7 +262,7 @@ class AnalyticHMoG(HMoGHead):
             sizes = obs_dim, self.lat_dim, self.n_components
             return first_moments(self.make_rng("params"), x, *sizes, obs_rep, self.param_dtype)
 
-        moments = self.variable("em", "moments", first)
+        moments = self.variable("em", "model", first)
         self.variable("em", "running", lambda: ResidualMoments.of(moments.value))
         self.variable("em", "step", lambda: jnp.zeros((), jnp.int32))
         return moments_to_natural(moments.value)
@@ -276,7 +276,7 @@ class AnalyticHMoG(HMoGHead):
         natural = self._natural(x)
         if train and not self.is_initializing():
             x = in_memory("x", x)
-            em: Any = {name: self.get_variable("em", name) for name in ("moments", "running", "step")}
+            em: Any = {name: self.get_variable("em", name) for name in ("model", "running", "step")}
             for name, value in accepted_update(em, x, self.options, self.axis_name).items():
                 self.put_variable("em", name, value)
         return inference.infer(natural, x, missing=missing)
@@ -284,7 +284,7 @@ class AnalyticHMoG(HMoGHead):
     def moments(self) -> Moments:
         """The model in standard form, as the collection `em` holds it."""
         self.natural()
-        return self.get_variable("em", "moments")
+        return self.get_variable("em", "model")
 
     def expectation_maximization(
         self,

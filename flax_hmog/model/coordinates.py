@@ -293,7 +293,7 @@ class ResidualMoments:
         >>> from flax_hmog import mean_to_natural
         >>> from flax_hmog.toy import variables
         >>> em = variables["em"]
-        >>> natural = mean_to_natural(em["running"].to_mean(em["moments"]))
+        >>> natural = mean_to_natural(em["running"].to_mean(em["model"]))
     """
 
     observable_mean: Float[Array, " D"]

@@ -294,7 +294,7 @@ class AnalyticHMoG(HMoGHead[linen.AnalyticHMoG]):
 
     def moments(self) -> Moments:
         """The model in standard form, as `em` holds it."""
-        moments: Moments = self.em.get_value()["moments"]
+        moments: Moments = self.em.get_value()["model"]
         return moments
 
     def expectation_maximization(
@@ -347,7 +347,7 @@ def from_linen(head: linen.HMoGHead, variables: Variables) -> HMoGHead[Any]:
             "modules over by nnx.bridge.ToNNX."
         )
     given = {f.name: getattr(head, f.name) for f in dataclasses.fields(head) if f.name not in ("parent", "name")}
-    bias = meta.unbox(variables["params"]["bias"]) if "params" in variables else variables["em"]["moments"].bias
+    bias = meta.unbox(variables["params"]["bias"]) if "params" in variables else variables["em"]["model"].bias
     native: HMoGHead[Any] = NATIVE[type(head)](**(given | {"obs_dim": bias.shape[0]}), rngs=nnx.Rngs(0))
     native.take(variables)
     return native

@@ -30,7 +30,7 @@ NAMED: dict[str, Any] = {
     )
 }
 """The classes that a checkpoint names without a path."""
-BIASES = ("params/bias", "em/moments/bias")  # leaves of our heads, of length D
+BIASES = ("params/bias", "em/model/bias", "em/moments/bias")  # leaves of our heads, of length D; the last one of before
 TRUSTED = "flax.linen."  # beginning of paths whose modules are loaded already
 REMEDY = (
     "Put the class into a module file, and apply transformations as nn.remat within its `__call__`; or leave the "
@@ -253,10 +253,17 @@ def named_arrays(tree: object) -> dict[str, Any]:
 
 
 def current_names(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Arrays under the names of today: three leaves of a `Natural` were not yet those of its `prior` once."""
+    """Arrays under the names of today.
+
+    Three leaves of a `Natural` were not yet those of its `prior` once, and the model in the collection `em` had the name
+    of a method.
+    """
     moved = {"prior_location": "location", "prior_precision": "precision", "log_weights": "log_weights"}
 
     def today(name: str) -> str:
+        place, is_moments, leaf = name.rpartition("moments/")
+        if is_moments and "em" in place.split("/") and f"{place}step" in arrays:
+            return f"{place}model/{leaf}"
         owner, _, field = name.removesuffix("/entries").rpartition("/")
         if field not in moved or f"{owner}/prior_location" not in arrays:
             return name

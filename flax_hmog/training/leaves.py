@@ -40,7 +40,7 @@ def write_leaves(tree: Tree, path: str | Path) -> None:
         >>> path = Path(tempfile.mkdtemp()) / "head.safetensors"
         >>> write_leaves(variables, path)
         >>> sorted(load_leaves(path))[:2]
-        ['em/moments/bias', 'em/moments/covariances/entries']
+        ['em/model/bias', 'em/model/covariances/entries']
     """
     save = require("safetensors.numpy", "safetensors").save
     tree = nn.unbox(tree)

@@ -320,7 +320,8 @@ def restore_like(template: object, arrays: dict[str, Any], what: str) -> Any:
 
     Args:
         template: tree of arrays, keys or abstract arrays (`jax.ShapeDtypeStruct`).
-        arrays: by name, for example `Restored.state`; names beyond the template's are an error.
+        arrays: by name, for example `Restored.state`; names beyond the template's are an error. Those that leaves had in
+            earlier versions are taken.
         what: says in messages what the tree is.
 
     Returns:
@@ -337,6 +338,8 @@ def restore_like(template: object, arrays: dict[str, Any], what: str) -> Any:
     """
     template = nn.unbox(template)
     wanted = named_arrays(template)
+    if wanted.keys() != arrays.keys():
+        arrays = current_names(arrays)
     for name in sorted(wanted.keys() ^ arrays.keys()):
         where = "is missing in the checkpoint" if name in wanted else "is not in the model"
         raise CheckpointError(

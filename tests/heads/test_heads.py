@@ -134,7 +134,7 @@ def test_logical_axis_names(case, key):
     x = case.x(1).astype(np.float32)
     boxed = jax.eval_shape(case.head("float32").init, key, x)
     if case.family is AnalyticHMoG:
-        assert isinstance(boxed["em"]["moments"], Moments)
+        assert isinstance(boxed["em"]["model"], Moments)
         assert isinstance(boxed["em"]["running"], ResidualMoments)
         assert boxed["em"]["step"].shape == ()
         return

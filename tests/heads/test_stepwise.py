@@ -48,7 +48,7 @@ def test_stepwise_em_updates_its_collection():
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), output, head.apply(variables, x))
     assert (int(variables["em"]["step"]), int(after["em"]["step"])) == (0, 1)
     moved = jax.tree.map(
-        lambda a, b: np.abs(np.asarray(a - b)).max(), variables["em"]["moments"], after["em"]["moments"]
+        lambda a, b: np.abs(np.asarray(a - b)).max(), variables["em"]["model"], after["em"]["model"]
     )
     assert max(jax.tree.leaves(moved)) > 1e-2
     # what the statistics are about is the model itself: its residuals have mean 0 and do not follow y
@@ -64,7 +64,7 @@ def test_stepwise_em_does_not_touch_gradients():
     plain = jax.jit(jax.grad(lambda x: jnp.sum(head.apply(variables, x).log_density)))(x)
     trained = jax.jit(jax.grad(lambda x: jnp.sum(train_step(head, variables, x)[0].log_density)))(x)
     assert_close(trained, plain, 1e-5)
-    leaked = jax.jit(jax.grad(lambda x: jnp.sum(train_step(head, variables, x)[1]["em"]["moments"].loadings)))(x)
+    leaked = jax.jit(jax.grad(lambda x: jnp.sum(train_step(head, variables, x)[1]["em"]["model"].loadings)))(x)
     np.testing.assert_array_equal(leaked, np.zeros_like(x))
 
 

@@ -238,11 +238,11 @@ def test_gradients_over_blocks_are_those_of_one_block(small_blocks, float64):
 def test_check_grads_in_leaves_and_x(case, float64):
     head, variables, x = case.head(), case.variables(), jnp.asarray(case.x(4))
     params, steps = (
-        (variables.get("params"), {}) if "params" in variables else (variables["em"]["moments"], variables["em"])
+        (variables.get("params"), {}) if "params" in variables else (variables["em"]["model"], variables["em"])
     )
 
     def mean_log_density(leaves, x):
-        tree = {"em": steps | {"moments": leaves}} if steps else {"params": leaves}
+        tree = {"em": steps | {"model": leaves}} if steps else {"params": leaves}
         return jnp.mean(head.apply(tree, x, method="log_observable_density"))
 
     check_grads(jax.jit(mean_log_density), (params, x), order=1, modes=("rev",), rtol=1e-5, atol=1e-6)

@@ -265,7 +265,18 @@ def test_in_nnx(head, key):
     if is_analytic:
         bridged(X, train=True, mutable=["em"])
         _, updates = module.apply(variables, X, train=True, mutable=["em"])
-        jax.tree.map(close, bridged.head["moments"].get_value(), updates["em"]["head"]["moments"])
+        jax.tree.map(close, bridged.head["model"].get_value(), updates["em"]["head"]["model"])
+
+
+@ANALYTIC_FIRST
+def test_methods_of_heads_in_nnx(head):
+    """A variable would hide a method of its name."""
+    with nnx.use_eager_sharding(False):
+        bridged = nnx.bridge.ToNNX(head, rngs=nnx.Rngs(0)).lazy_init(X[:, :F])
+    assert not vars(bridged).keys() & {name for name in dir(head) if not name.startswith("_")}
+    for name in ("natural", "moments"):
+        method = functools.partial(bridged, method=name)
+        jax.tree.map(np.testing.assert_array_equal, getattr(bridged, name)(), method())
 
 
 def test_the_likelihood_of_features_collapses_an_encoder_and_information_does_not(key):

@@ -61,7 +61,7 @@ def test_in_network_em_starts_at_the_scale_of_training(key):
     module = Clusterer(MLP(F, (8,), "batch"), AnalyticHMoG(L, K))
     variables = init(module, key, X, train=True)
     features, _ = module.apply(variables, X, train=True, method="features", mutable=["batch_stats"])
-    moments = variables["em"]["head"]["moments"]
+    moments = variables["em"]["head"]["model"]
     np.testing.assert_allclose(moments.noise.entries, np.var(features, axis=0), rtol=1e-3)
     np.testing.assert_allclose(moments.bias, np.mean(features, axis=0), atol=1e-5)
 

@@ -284,7 +284,7 @@ def test_what_cannot_be_saved_is_named(x, tmp_path):
     ("module", "variables", "leaf"),
     [
         (HEADS[0], lambda v: v["params"], "bias"),
-        (HEADS[2], lambda v: {"em": {name: v["em"][name] for name in ("moments", "running")}}, "em/step"),
+        (HEADS[2], lambda v: {"em": {name: v["em"][name] for name in ("model", "running")}}, "em/step"),
         (DifferentiableHMoG(L, K + 1), lambda v: v, "params/logits"),
     ],
     ids=["without their collection", "incomplete", "of another head"],

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from flax_hmog import natural_to_moments
 from flax_hmog import nnx as heads
+from flax_hmog.em.online import stepwise_start
 from flax_hmog.toy import natural, variables
 from flax_hmog.training import CheckpointError, load_leaves, restore_like, write_leaves
+from flax_hmog.training.describe import named_arrays
 
 safetensors = pytest.importorskip("safetensors")
 W = np.arange(6.0).reshape(2, 3)
@@ -37,11 +40,14 @@ def test_models_come_back(tmp_path):
     for tree in (variables, natural):
         write_leaves(tree, path)
         jax.tree.map(np.testing.assert_array_equal, restore_like(tree, load_leaves(path), "the model"), tree)
+    analytic = {"em": stepwise_start(natural_to_moments(natural))}
+    before = {name.replace("em/model/", "em/moments/"): leaf for name, leaf in named_arrays(analytic).items()}
+    jax.tree.map(np.testing.assert_array_equal, restore_like(analytic, before, "the model"), analytic)
     modules = [heads.Clusterer(nnx.Linear(5, 4, rngs=rngs), heads.AnalyticHMoG(2, 3, 4, rngs=rngs)) for rngs in
                (nnx.Rngs(0), nnx.Rngs(1))]  # fmt: skip
     leaves = [nnx.to_pure_dict(nnx.state(module)) for module in modules]
     write_leaves(leaves[0], path)
-    assert {"encoder/kernel", "head/em/moments/loadings"} <= load_leaves(path).keys()
+    assert {"encoder/kernel", "head/em/model/loadings"} <= load_leaves(path).keys()
     nnx.update(modules[1], restore_like(leaves[1], load_leaves(path), "the network"))
     rows = jnp.ones((2, 5))
     np.testing.assert_array_equal(*(module(rows).log_density for module in modules))
