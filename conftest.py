@@ -1,10 +1,14 @@
 """The environment of all tests; examples in docstrings take `jax`, `jnp` and `np` as imported."""
 
 import atexit
+import functools
+import gc
 import importlib.metadata
+import inspect
 import os
 import shutil
 import tempfile
+import types
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # most of the time goes into compiling what runs once
@@ -35,3 +39,64 @@ import pytest
 def imported(doctest_namespace):
     """Names that examples need not import."""
     doctest_namespace.update(jax=jax, jnp=jnp, np=np)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--mesh", metavar="KIND:DEVICES", help="run tests within a mesh, as explicit:4 or auto:1")
+
+
+def pytest_configure(config):
+    if config.getoption("--mesh"):
+        kind, _, count = config.getoption("--mesh").partition(":")
+        within_mesh(jax.sharding.AxisType[kind.capitalize()], int(count))
+
+
+def pytest_runtest_setup(item):
+    one_device = item.get_closest_marker("one_device")
+    if item.config.getoption("--mesh") and one_device:
+        pytest.skip(one_device.kwargs["reason"])
+
+
+def within_mesh(kind, count):
+    """Sets a mesh as a program does at its start; rows that public functions are given are then split over it."""
+    jax.config.update("jax_num_cpu_devices", count)
+    mesh = jax.make_mesh((count,), ("rows",), axis_types=(kind,))
+    jax.set_mesh(mesh)
+    over_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    from flax_hmog.model import checks
+
+    is_inside = []
+
+    def splits(function):
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def entered(*args, **kwargs):
+            if is_inside:
+                return function(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:  # which the function will raise
+                return function(*args, **kwargs)
+            for name in {"x", "data"} & bound.arguments.keys():
+                x = bound.arguments[name]
+                if is_splittable(x):
+                    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))  # as device_put does in one mode of x64 only
+                    bound.arguments[name] = jax.device_put(x, over_rows)
+            is_inside.append(function)
+            try:
+                return function(*bound.args, **bound.kwargs)
+            finally:
+                is_inside.pop()
+
+        return entered
+
+    def is_splittable(x):
+        is_array = type(x) is np.ndarray or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
+        return is_array and x.ndim > 1 and x.shape[0] % count == 0 and jnp.issubdtype(x.dtype, jnp.floating)
+
+    code = checks.public(sorted).__code__
+    for marked in gc.get_objects():
+        if isinstance(marked, types.FunctionType) and marked.__code__ is code:
+            cells = dict(zip(code.co_freevars, marked.__closure__, strict=True))
+            cells["function"].cell_contents = splits(cells["function"].cell_contents)

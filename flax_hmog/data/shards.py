@@ -89,7 +89,9 @@ def zeros_for(shapes: Tree, *given: Tree) -> Any:
 
 def reshaped(x: Array, shape: tuple[int, ...]) -> Array:
     """`x.reshape(shape)`, which keeps over what the first axis is split."""
-    mesh, names = _first_axes(x) if isinstance(x, jax.core.Tracer) else (None, ())
+    if not isinstance(x, jax.core.Tracer):
+        return x.reshape(shape)
+    mesh, names = _first_axes(x)
     if not names:
         return x.reshape(shape)
     size = math.prod(x.shape) // max(math.prod(n for n in shape if n > 0), 1)
@@ -145,7 +147,8 @@ def on_auto_axes(function: Callable[P, R]) -> Callable[P, R]:
     """Mark a loop on the host: it computes outside of the mesh in scope, on arrays whose axes are all Auto.
 
     Arrays among its arguments, and in models among them, are taken over as they lie; so are those of its result, with
-    axes of the kind that came, so that both go together. Nothing is copied.
+    axes of the kind that came, so that both go together. Nothing is copied. What the user wants called after each step
+    runs in the scope of the user, on such arrays.
     """
 
     @functools.wraps(function)
@@ -153,6 +156,8 @@ def on_auto_axes(function: Callable[P, R]) -> Callable[P, R]:
         mesh = _explicit_mesh(*args, *kwargs.values())
         if mesh is None:
             return function(*args, **kwargs)
+        if kwargs.get("on_step") is not None:
+            kwargs["on_step"] = _in_scope(cast(Any, kwargs["on_step"]), mesh)
         with jax.set_mesh(None):
             result = cast(Any, function)(
                 *map(with_auto_axes, args), **{k: with_auto_axes(v) for k, v in kwargs.items()}
@@ -162,22 +167,43 @@ def on_auto_axes(function: Callable[P, R]) -> Callable[P, R]:
     return entered
 
 
-def _with_axes_of(mesh: Mesh, result: Any) -> Any:
-    """A result, a tree or a dataclass of trees, with its arrays on this mesh."""
-    moved = functools.partial(jax.tree.map, functools.partial(_with_mesh, mesh=mesh))
-    if not (dataclasses.is_dataclass(result) and jax.tree_util.all_leaves([result])):
-        return moved(result)
-    fields = [field.name for field in dataclasses.fields(result) if field.init]
-    return dataclasses.replace(cast(Any, result), **{name: moved(getattr(result, name)) for name in fields})
+def _in_scope(function: Callable[[Any], R], mesh: Mesh) -> Callable[[Any], R]:
+    """A function of the user as if it were called from where the loop was."""
+    scope = jax.sharding.get_mesh()
+
+    def called(argument: Any) -> R:
+        with jax.set_mesh(scope):
+            return function(_with_axes_of(mesh, argument))
+
+    return called
 
 
-def with_auto_axes(x: Any) -> Any:
+def _with_axes_of(mesh: Mesh, result: R) -> R:
+    """A result with its arrays on this mesh."""
+    return _moved(functools.partial(_with_mesh, mesh=mesh), result)
+
+
+def with_auto_axes(x: R) -> R:
     """An array, or the arrays of a model, on the same devices, with Auto axes; anything else as it is."""
     if isinstance(x, list | tuple | dict):
         return x
-    return jax.tree.map(
+    return _moved(
         lambda a: _with_mesh(a, Mesh(a.sharding.mesh.devices, a.sharding.mesh.axis_names)) if _is_explicit(a) else a, x
     )
+
+
+def _moved(move: Callable[[Any], Any], tree: R) -> R:
+    """A tree whose leaves are moved, and those of dataclasses in it; a dataclass of which none was is itself."""
+
+    def leaf_moved(leaf: Any) -> Any:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return move(leaf)
+        before = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf) if field.init}
+        after = {name: _moved(move, value) for name, value in before.items()}
+        pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+        return leaf if all(a is b for a, b in pairs) else dataclasses.replace(cast(Any, leaf), **after)
+
+    return cast(R, jax.tree.map(leaf_moved, tree))
 
 
 def _explicit_mesh(*arguments: Any) -> Any:
