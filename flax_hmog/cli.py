@@ -20,6 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from flax_hmog.data.files import File, read_file
+from flax_hmog.data.tables import Identifier
 from flax_hmog.inference.posterior import infer
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.describe import describe_run
@@ -79,7 +80,7 @@ Train: {", ".join(PRESETS)}, each followed by its options (`hmog train file --he
 The run goes to --workdir; what is there already is resumed. Exit status 75: told to stop, and has saved.
 """
 BLOCK_ROWS = 1024  # that a prediction reads at once
-PREDICTED = ("row", "cluster", "probability", "log_density")
+PREDICTED = ("cluster", "probability", "log_density")
 
 
 def main(
@@ -236,6 +237,11 @@ def _predict(options: argparse.Namespace) -> None:
     if options.run.suffix == ".npz":
         predict_command(options)
         return
+    if options.id is not None:
+        raise ValueError(
+            f"predict: `--id` must be left out for a run, which names rows by their index or first column of different "
+            f"texts; got {options.id!r}."
+        )
     model = _restored(options)
     if not options.rows.is_file():
         raise ValueError(f"predict: `rows` must be a file; got {options.rows}, which is not there. Check the path.")
@@ -247,7 +253,7 @@ def _predict(options: argparse.Namespace) -> None:
             np.zeros((1, *file.image_shape), np.float32)
         )  # images of another shape have as many columns
     rows = _rows_of(file, run_columns(options.run))
-    lines = predictions(model, rows, each=options.probabilities)
+    lines = predictions(model, rows, file.identifier, each=options.probabilities)
     lines = itertools.chain([next(lines)], lines)  # rows that do not fit are found before a file is replaced
     if options.out is None:
         csv.writer(sys.stdout, lineterminator="\n").writerows(lines)
@@ -290,17 +296,21 @@ def _dense(block: Any) -> np.ndarray:
     return block.toarray() if hasattr(block, "toarray") else np.asarray(block)
 
 
-def predictions(model: Restored, rows: Any, *, each: bool = False) -> Iterator[list[Any]]:
-    """The header and then a line for each row: its number from 0, cluster, probability and log-density in nats.
+def predictions(
+    model: Restored, rows: Any, identifier: Identifier | None = None, *, each: bool = False
+) -> Iterator[list[Any]]:
+    """The header and then a line for each row: its identifier, cluster, probability and log-density in nats.
 
     Where components are merged to clusters, the most probable component is there too.
 
     Args:
         model: of `restore`.
         rows: raw rows (N, D), an array or a CSR matrix.
+        identifier: name and values (N,) of what names the rows; None for their numbers from 0.
         each: also the probability of every cluster, in columns "p0" and so on.
     """
     natural, is_merged = model.head.apply(model.variables, method="natural"), model.clusters is not None
+    title, names = ("row", range(rows.shape[0])) if identifier is None else identifier
     for start in range(0, rows.shape[0], BLOCK_ROWS):
         components = infer(natural, model.features(_dense(rows[start : start + BLOCK_ROWS])))
         output = model.merged(components)
@@ -308,11 +318,11 @@ def predictions(model: Restored, rows: Any, *, each: bool = False) -> Iterator[l
         found = [np.argmax(probabilities, axis=1), probabilities.max(axis=1), np.asarray(output.log_density)]
         if start == 0:
             columns = [f"p{k}" for k in range(probabilities.shape[1])] if each else []
-            yield [*PREDICTED, *(["component"] if is_merged else []), *columns]
+            yield [title, *PREDICTED, *(["component"] if is_merged else []), *columns]
         found += [np.argmax(np.asarray(components.log_responsibilities), axis=1)] if is_merged else []
         found += list(probabilities.T) if each else []
-        for number, values in enumerate(zip(*found, strict=True)):
-            yield [start + number, *(int(v) if v.dtype.kind == "i" else f"{v:.7g}" for v in values)]
+        for name, *values in zip(names[start : start + BLOCK_ROWS], *found, strict=True):
+            yield [name, *(int(v) if v.dtype.kind == "i" else f"{v:.7g}" for v in values)]
 
 
 def _export(options: argparse.Namespace) -> None:

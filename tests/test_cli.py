@@ -44,6 +44,7 @@ def work(tmp_path_factory):
     named.mask((named.index == 2)[:, None] & (named.columns == "pixel1")).to_csv(folder / "holes.csv", index=False)
     np.save(folder / "wide.npy", named.to_numpy())
     (folder / "ragged.csv").write_text("a,b\n1,2\n1,2,3\n")
+    (folder / "same.csv").write_text("a,b\n" + 20 * "1,2\n")
     (folder / "names.csv").write_text("a,b\n")
     (folder / "empty.csv").touch()
     return folder
@@ -68,6 +69,12 @@ def test_every_row_gets_a_line(work, capsys):
     header, *lines = capsys.readouterr().out.splitlines()
     assert header == "row,cluster,probability,log_density,component,p0,p1,p2,p3"
     assert len(lines) == 400
+    named = pd.read_csv(work / "rows.csv").head(3).assign(shop=["Oslo", "Rome", "Bonn"])
+    named.to_csv(work / "named.csv", index=False)
+    assert main(["predict", str(work / "run"), str(work / "named.csv"), "--stage", "em", "--probabilities"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["shop" + header[3:], *(
+        f"{name}{line[1:]}" for name, line in zip(("Oslo", "Rome", "Bonn"), lines[:3], strict=True)
+    )]  # fmt: skip
     np.testing.assert_allclose([sum(map(float, line.split(",")[5:])) for line in lines], 1, atol=1e-5)
 
 
@@ -113,9 +120,11 @@ def test_help_names_every_command(capsys):
         (["predict", "RUN", "wide.npy"], "`raw` must have shape (..., 64); got (20, 65)"),
         (["predict", "RUN", "holes.csv"], "a missing or infinite value in row 2, counted from 0, and column 'pixel1'"),
         (["predict", "RUN", "ragged.csv"], "Expected 2 fields in line 3, saw 3"),
+        (["predict", "RUN", "ROWS", "--id", "shop"], "`--id` must be left out for a run"),
         (["predict", "RUN", "ROWS", "--out", "RUN"], "`--out` must be a file"),
         (["predict", "RUN", "ROWS", "--out", "ROWS"], "`--out` must be another file than the rows"),
         (["train", "file"], "`data.path` must name a file"),
+        (["train", "file", "--data.path", "same.csv"], "the training rows must vary; got 2 columns of same.csv"),
         (
             ["train", "file", "--data.path", "empty.csv"],
             "empty.csv must be a readable .csv file; got ValueError: an empty",

@@ -177,6 +177,16 @@ def _raw_row_message(dataset: Dataset, count: int, row: int, column: int, value:
     )
 
 
+def check_rows_vary(dataset: Dataset) -> None:
+    """ValueError for training rows that are all the same; blocks are read until one differs, mostly the first."""
+    first = dataset.train.read(slice(0, 1))
+    if not any((block != first).any() for block in dataset.train.blocks(slice(None))):
+        raise ValueError(
+            f"run: the training rows must vary; got {dataset.obs_dim} columns of "
+            f"{dataset.source or dataset.title} that are constant. Add columns."
+        )
+
+
 def prepare_inputs(data: Data, dataset: Dataset, mesh: Mesh) -> Inputs:
     """The inputs of a data set, their preprocessing fitted on the training part; each process reads only its share."""
     check_raw_rows(data, dataset)

@@ -20,7 +20,7 @@ from flax_hmog.recipe.config import Experiment, flat_options
 from flax_hmog.recipe.em import EMStage
 from flax_hmog.recipe.facts import finished_stages, run_facts
 from flax_hmog.recipe.gradient import GradientStage
-from flax_hmog.recipe.inputs import Inputs, input_dim, input_image_shape, prepare_inputs
+from flax_hmog.recipe.inputs import Inputs, check_rows_vary, input_dim, input_image_shape, prepare_inputs
 from flax_hmog.recipe.load import keep_rows, load, read_data
 from flax_hmog.recipe.models import Trainable
 from flax_hmog.recipe.parts import Dataset
@@ -76,6 +76,7 @@ def run(
     mesh = make_mesh(model=config.devices.model)
     file = read_data(config.data) if file is None else file
     dataset = load(config.data, config.first_seed, file)
+    check_rows_vary(dataset)
     config = with_batches(config, mesh, len(dataset.train))
     # mistakes in data and models leave no folder behind
     image_shape = input_image_shape(config.data, dataset.image_shape)

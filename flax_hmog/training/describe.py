@@ -255,8 +255,8 @@ def named_arrays(tree: object) -> dict[str, Any]:
 def current_names(arrays: dict[str, Any]) -> dict[str, Any]:
     """Arrays under the names of today.
 
-    Three leaves of a `Natural` were not yet those of its `prior` once, and the model in the collection `em` had the name
-    of a method.
+    Three leaves of a `Natural` were not yet those of its `prior` once, and the model in the collection `em` was
+    `moments`.
     """
     moved = {"prior_location": "location", "prior_precision": "precision", "log_weights": "log_weights"}
 

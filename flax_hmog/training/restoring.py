@@ -320,7 +320,7 @@ def restore_like(template: object, arrays: dict[str, Any], what: str) -> Any:
 
     Args:
         template: tree of arrays, keys or abstract arrays (`jax.ShapeDtypeStruct`).
-        arrays: by name, for example `Restored.state`; names beyond the template's are an error. Those that leaves had in
+        arrays: by name, for example `Restored.state`; names beyond the template's are an error. Names of
             earlier versions are taken.
         what: says in messages what the tree is.
 

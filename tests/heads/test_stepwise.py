@@ -47,9 +47,7 @@ def test_stepwise_em_updates_its_collection():
     output, after = compiled_step(head, variables, x)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), output, head.apply(variables, x))
     assert (int(variables["em"]["step"]), int(after["em"]["step"])) == (0, 1)
-    moved = jax.tree.map(
-        lambda a, b: np.abs(np.asarray(a - b)).max(), variables["em"]["model"], after["em"]["model"]
-    )
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a - b)).max(), variables["em"]["model"], after["em"]["model"])
     assert max(jax.tree.leaves(moved)) > 1e-2
     # what the statistics are about is the model itself: its residuals have mean 0 and do not follow y
     running = after["em"]["running"]
