@@ -42,16 +42,19 @@ def imported(doctest_namespace):
 
 
 def pytest_addoption(parser):
+    """`--mesh KIND:DEVICES`; `.ci/meshes` runs over all of them."""
     parser.addoption("--mesh", metavar="KIND:DEVICES", help="run tests within a mesh, as explicit:4 or auto:1")
 
 
 def pytest_configure(config):
+    """The mesh of all tests."""
     if config.getoption("--mesh"):
         kind, _, count = config.getoption("--mesh").partition(":")
         within_mesh(jax.sharding.AxisType[kind.capitalize()], int(count))
 
 
 def pytest_runtest_setup(item):
+    """Within a mesh some tests have nothing to say."""
     one_device = item.get_closest_marker("one_device")
     if item.config.getoption("--mesh") and one_device:
         pytest.skip(one_device.kwargs["reason"])
@@ -63,26 +66,33 @@ def within_mesh(kind, count):
     mesh = jax.make_mesh((count,), ("rows",), axis_types=(kind,))
     jax.set_mesh(mesh)
     over_rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    import flax_hmog.networks
+    import flax_hmog.nnx
+    import flax_hmog.training  # noqa: F401  so that all public functions are there
+    from flax_hmog import HMoGOutput
     from flax_hmog.model import checks
 
     is_inside = []
+
+    def split(x):
+        is_array = type(x) is np.ndarray or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
+        if not (is_array and x.ndim and x.shape[0] % count == 0 and jnp.issubdtype(x.dtype, jnp.floating)):
+            return x
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)  # where x64 was off before, `device_put` keeps its dtype of then
+        return jax.device_put(x.astype(dtype), over_rows)
 
     def splits(function):
         signature = inspect.signature(function)
 
         @functools.wraps(function)
         def entered(*args, **kwargs):
-            if is_inside:
-                return function(*args, **kwargs)
             try:
                 bound = signature.bind(*args, **kwargs)
             except TypeError:  # which the function will raise
                 return function(*args, **kwargs)
-            for name in {"x", "data"} & bound.arguments.keys():
-                x = bound.arguments[name]
-                if is_splittable(x):
-                    x = x.astype(jax.dtypes.canonicalize_dtype(x.dtype))  # as device_put does in one mode of x64 only
-                    bound.arguments[name] = jax.device_put(x, over_rows)
+            for name, value in () if is_inside else bound.arguments.items():
+                if isinstance(value, HMoGOutput) or (name in ("x", "data") and np.ndim(value) > 1):
+                    bound.arguments[name] = jax.tree.map(split, value)
             is_inside.append(function)
             try:
                 return function(*bound.args, **bound.kwargs)
@@ -90,10 +100,6 @@ def within_mesh(kind, count):
                 is_inside.pop()
 
         return entered
-
-    def is_splittable(x):
-        is_array = type(x) is np.ndarray or (isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer))
-        return is_array and x.ndim > 1 and x.shape[0] % count == 0 and jnp.issubdtype(x.dtype, jnp.floating)
 
     code = checks.public(sorted).__code__
     for marked in gc.get_objects():

@@ -12,11 +12,12 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from flax_hmog.data.containers import is_in_blocks
 from flax_hmog.data.rows import block_rows, enter, map_rows
-from flax_hmog.data.shards import Shards
+from flax_hmog.data.shards import Shards, on_shards, row_shards
 from flax_hmog.data.sources import entered
 from flax_hmog.inference.missing import infer_incomplete, posterior_precisions
 from flax_hmog.inference.outputs import HMoGOutput as HMoGOutput
@@ -378,9 +379,14 @@ def _sample(natural: Natural, key: Array, n: int) -> tuple[Array, Array, Array]:
 @jit(static_argnames="n_clusters")
 def _log_sums(log_responsibilities: Array, labels: Array, n_clusters: int) -> Array:
     """The log of the sum of exponentials within each cluster (..., n_clusters), relative to its largest term."""
-    rows = jnp.moveaxis(log_responsibilities, -1, 0)  # (K, ...)
-    top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    totals = jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)
-    merged = jnp.where(totals > 0, jnp.log(jnp.where(totals > 0, totals, 1)) + top, -jnp.inf)
-    return jnp.moveaxis(merged, 0, -1)
+
+    def merged(labels: Array, log_responsibilities: Array) -> Array:
+        rows = jnp.moveaxis(log_responsibilities, -1, 0)  # (K, ...)
+        top = jax.lax.stop_gradient(jax.ops.segment_max(rows, labels, n_clusters))
+        top = jnp.where(jnp.isfinite(top), top, 0)
+        totals = jax.ops.segment_sum(jnp.exp(rows - top[labels]), labels, n_clusters)
+        sums = jnp.where(totals > 0, jnp.log(jnp.where(totals > 0, totals, 1)) + top, -jnp.inf)
+        return jnp.moveaxis(sums, 0, -1)
+
+    shards = row_shards(log_responsibilities)
+    return on_shards(merged, labels, log_responsibilities, shards, PartitionSpec(None if shards is None else shards[1]))

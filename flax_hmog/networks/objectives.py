@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from flax_hmog.data.shards import on_shards, reshaped, row_shards
 from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.checks import check_positive, check_type, door, is_concrete, public
 from flax_hmog.model.conversions import natural_to_moments, own_moments
@@ -143,7 +145,7 @@ def negative_joint_information(
             f"{door()}: `marginal_weight` must be above 1/2, below which a single cluster is best; "
             f"got {marginal_weight}. 1 gives the information."
         )
-    table = matmul(first.T, second) / first.shape[0]
+    table = _sums_of_products(first, second) / first.shape[0]
     table = (table + table.T) / 2
     return marginal_weight * 2 * _sum_x_log_x(jnp.sum(table, axis=0)) - _sum_x_log_x(table)
 
@@ -329,7 +331,18 @@ def _check_like(argument: str, value: Any, like: Array) -> None:
 def _rows(output: HMoGOutput, argument: str = "output") -> Array:
     """Log-responsibilities (N, K), from (..., K)."""
     check_type(argument, output, HMoGOutput, ONE_OUTPUT)
-    return output.log_responsibilities.reshape(-1, output.log_responsibilities.shape[-1])
+    return reshaped(output.log_responsibilities, (-1, output.log_responsibilities.shape[-1]))
+
+
+def _sums_of_products(first: Array, second: Array) -> Array:
+    """Sums over rows of the products of columns (K, K') of (N, K) and (N, K'), wherever the rows lie."""
+    shards = row_shards(first)
+
+    def sums(_: tuple[()], rows: tuple[Array, Array]) -> Array:
+        table = matmul(rows[0].T, rows[1])
+        return table if shards is None else jax.lax.psum(table, shards[1])
+
+    return on_shards(sums, (), (first, second), shards, PartitionSpec())
 
 
 def _sum_x_log_x(p: Array) -> Array:

@@ -312,8 +312,10 @@ def find_heads(module: nn.Module, variables: Variables, inputs: Inputs | None) -
     walk(module.bind(variables))
     if inputs is not None:
         positional, named = encoders.train_arguments(module, False)
+        # wherever the variables lie, of which another mesh than the one in scope would refuse the call
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables)
         with nn.intercept_methods(intercept):
-            jax.eval_shape(lambda v, x: module.apply(v, x, *positional, **named), variables, inputs)
+            jax.eval_shape(lambda v, x: module.apply(v, x, *positional, **named), shapes, inputs)
     return found
 
 

@@ -13,8 +13,9 @@ from flax import struct
 from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from flax_hmog.model.checks import is_concrete
 from flax_hmog.model.kinds import Array
-from flax_hmog.model.typed import Inputs, Variables
+from flax_hmog.model.typed import Inputs, Samples, Variables
 from flax_hmog.training.describe import named_arrays
 from flax_hmog.training.mesh import MIN_SHARDED, RULES, batch_sharding, place, tree_shardings
 
@@ -165,7 +166,15 @@ def make_train_step(
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
-    return lambda state, x, extra=None: compiled(state, x, extra)
+
+    def call(state: TrainState, x: Samples, extra: object = None) -> tuple[TrainState, Array]:
+        scope = jax.sharding.get_abstract_mesh()
+        if scope.empty or scope == mesh.abstract_mesh or not is_concrete(state, x):
+            return cast(tuple[TrainState, Array], compiled(state, x, extra))
+        with jax.set_mesh(None):  # another mesh, which would be taken for that of the state
+            return cast(tuple[TrainState, Array], compiled(state, x, extra))
+
+    return call
 
 
 def _checked(result: object, collections: Mapping[str, Any]) -> tuple[Array, Any]:

@@ -73,6 +73,7 @@ def test_what_fulfils_the_protocol_is_a_head(head):
         fit_em(MLP(4), X, KEY)
 
 
+@pytest.mark.one_device(reason="a train state on a mesh of its own")
 def test_a_subclass_of_a_head_is_saved_with_its_default(tmp_path):
     head = SphericalHMoG(2, 3)
     optimizer = optax.adam(1e-2)
