@@ -10,10 +10,11 @@ from devices import on_cpus
 ON_DEVICES = """
 import json, sys, tempfile, jax, jax.numpy as jnp, numpy as np, optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from flax import nnx
+from flax import linen as nn, nnx
 from flax_hmog import *
 from flax_hmog import nnx as native
 from flax_hmog.data import rows
+from flax_hmog.networks import merge_output, negative_joint_information
 from flax_hmog.training import CheckpointWriter, create_state, make_train_step, restore
 
 rows.MIN_ROWS = rows.MAX_ROWS = 16  # so that a device has several blocks
@@ -35,6 +36,7 @@ def results(x, mesh):
         "gradient of rows": jax.jit(jax.grad(mean_log_density, argnums=1))(natural, x),
         "em_step": em_step(natural, x)[0],
         "fit_em": fit_em(analytic, x, jax.random.key(0), max_steps=2).natural,
+        "init": nn.unbox(jax.jit(analytic.init)(jax.random.key(0), x))["em"]["model"],
         "step of EM": analytic.apply(analytic_variables, x, train=True, mutable=["em"])[1],
         "nnx": native.from_linen(*given[0])(x),
     }
@@ -46,6 +48,13 @@ def results(x, mesh):
     state = create_state(head, variables, optax.sgd(1e-2), draws, mesh, min_sharded=1)
     step = make_train_step(lambda variables, x, _: (loss(head)(variables, x), {}), state, mesh)
     trees["train step"] = step(state, draws)[0].params
+    states, key = [], jax.random.key(0)
+    fit_em(analytic, x, key, max_steps=2, on_step=states.append)
+    state = next(state for state in states if state.natural is not None)
+    trees["fit_em, resumed"] = fit_em(analytic, x, key, max_steps=2, state=state).natural
+    trees["penalty"] = penalty(state.natural, state.regularizer)
+    trees["merged"] = merge_output(trees["infer"], [0, 0], 1)
+    trees["joint information"] = negative_joint_information(trees["infer"], trees["infer"])
     trees["warm_start"] = warm_start(head, natural, x)[0]
     return trees
 
