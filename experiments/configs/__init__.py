@@ -3,7 +3,8 @@
 import importlib
 import pkgutil
 
-import experiments.images  # noqa: F401  registers the image sets
+import experiments.images  # noqa: F401  registers its data sets
+import experiments.sentences  # noqa: F401  the same
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.presets import PRESETS
 
