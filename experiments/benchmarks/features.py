@@ -1,7 +1,8 @@
 """`fit_features` beside k-means and Gaussian mixtures, on embeddings of sentences; scored by labels, seeds 0 to 4.
 
     python -m experiments.benchmarks.features                 # the table of docs/features.md, extra sentences
-    python -m experiments.benchmarks.features --held-out .2   # NMI of new rows
+    python -m experiments.benchmarks.features --held-out .2   # scores of new rows
+    python -m experiments.benchmarks.features --sizes         # held-out log-density beside NMI, by factors and noise
 
 Everyone gets the same rows of unit length and the number of classes. UMAP runs where `umap-learn` is installed.
 """
@@ -9,10 +10,12 @@ Everyone gets the same rows of unit length and the number of classes. UMAP runs 
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import experiments  # noqa: F401  sets the environment before jax is imported
 
@@ -27,10 +30,13 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import kneighbors_graph
 
 from experiments.sentences import SETS, load_sentences
-from flax_hmog.analysis import clustering_metrics
-from flax_hmog.recipe import fit_features
+from flax_hmog import AnalyticHMoG, PseudoCounts, fit_em, infer
+from flax_hmog.analysis import clustering_metrics, merge_components, merged_responsibilities
+from flax_hmog.recipe import fit_features, fit_neighbors
+from flax_hmog.recipe.features import ROWS_PER_COMPONENT
 
 AXES, NEIGHBORS, ROUNDS, STARTS = 50, 10, 2, 10
+FACTORS = 5, 10, 20, 30, 40
 PACKAGES = "jax", "numpy", "scipy", "scikit-learn", "sentence-transformers", "umap-learn"
 Found = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
@@ -41,6 +47,7 @@ def main(
     held_out: float = 0.0,
     folder: Path = Path("data"),
     only: tuple[str, ...] = (),
+    sizes: bool = False,
 ) -> None:
     """Compare them.
 
@@ -50,28 +57,61 @@ def main(
         held_out: share of the rows that are put into clusters of the others, and scored.
         folder: where embeddings are kept.
         only: beginnings of the names of methods; all without it.
+        sizes: compare numbers of factors and kinds of noise instead.
     """
     print(*(f"{name} {metadata.version(name)}" for name in PACKAGES if _is_there(name)), sep=", ")
     for name in sets:
         x, y, digest = load_sentences(name, folder)
-        n_clusters = len(np.unique(y))
-        print(f"{name}, texts {digest}: {x.shape[0]} rows, {x.shape[1]} columns, {n_clusters} classes", flush=True)
-        for method, function in methods(n_clusters):
-            if only and not method.startswith(only):
-                continue
-            rows, start = [], time.process_time()
-            for seed in range(seeds):
-                order = np.random.default_rng(seed).permutation(len(y))
-                test, train = np.split(order, [int(held_out * len(y))])
-                found, of_new = function(x[train], seed)
-                scores = (
-                    clustering_metrics(y[test], of_new(x[test])) if held_out else clustering_metrics(y[train], found)
-                )
-                rows.append([scores["nmi"], scores["ari"], scores["accuracy"]])
-            seconds = (time.process_time() - start) / seeds
-            shown = zip(("NMI", "ARI", "ACC"), np.mean(rows, axis=0), np.std(rows, axis=0), strict=True)
-            text = "  ".join(f"{score} {mean:.3f}±{spread:.3f}" for score, mean, spread in shown)
-            print(f"  {method:36s} {text} {seconds:5.0f} CPU-seconds", flush=True)
+        counts = f"{x.shape[0]} rows, {x.shape[1]} columns, {len(np.unique(y))} classes"
+        print(f"{name}, texts {digest}: {counts}", flush=True)
+        if sizes:
+            compare_sizes(x, y, seeds)
+        else:
+            compare_methods(x, y, seeds, held_out, only)
+
+
+def compare_methods(x: np.ndarray, y: np.ndarray, seeds: int, held_out: float, only: tuple[str, ...]) -> None:
+    """A line for each method."""
+    for method, function in methods(len(np.unique(y))):
+        if only and not method.startswith(only):
+            continue
+        rows, start = [], time.process_time()
+        for seed in range(seeds):
+            order = np.random.default_rng(seed).permutation(len(y))
+            test, train = np.split(order, [int(held_out * len(y))])
+            found, of_new = function(x[train], seed)
+            scores = clustering_metrics(y[test], of_new(x[test])) if held_out else clustering_metrics(y[train], found)
+            rows.append([scores["nmi"], scores["ari"], scores["accuracy"]])
+        seconds = (time.process_time() - start) / seeds
+        shown = zip(("NMI", "ARI", "ACC"), np.mean(rows, axis=0), np.std(rows, axis=0), strict=True)
+        text = "  ".join(f"{score} {mean:.3f}±{spread:.3f}" for score, mean, spread in shown)
+        print(f"  {method:36s} {text} {seconds:5.0f} CPU-seconds", flush=True)
+
+
+def compare_sizes(x: np.ndarray, y: np.ndarray, seeds: int) -> None:
+    """A line for each number of factors and kind of noise, of the rows and of their averages; a fifth is held out.
+
+    The log-density of a row is in nats. Averages are over neighbours among all rows, so that they are no independent
+    draws.
+    """
+    n_clusters = len(np.unique(y))
+    n_components = max(n_clusters, min(2 * n_clusters, len(y) * 4 // 5 // ROWS_PER_COMPONENT))
+    options: dict[str, Any] = {"regularizer": PseudoCounts(shrinkage="auto"), "tolerance": 1e-2}
+    cases = itertools.product({"rows": x, "averages": averaged(x)}.items(), ("scale", "diagonal"), FACTORS)
+    for (name, rows), kind, lat_dim in cases:
+        found = []
+        for seed in range(seeds):
+            test, train = np.split(np.random.default_rng(seed).permutation(len(y)), [len(y) // 5])
+            head = AnalyticHMoG(lat_dim, n_components, obs_rep=kind)
+            natural = fit_em(head, rows[train], jax.random.key(seed), **options).natural
+            output = infer(natural, rows[train])
+            clusters = merge_components(output.log_responsibilities, n_clusters)
+            merged = merged_responsibilities(np.exp(np.asarray(output.log_responsibilities)), clusters)
+            nmi = clustering_metrics(y[train], np.asarray(merged).argmax(axis=1))["nmi"]
+            found.append([float(infer(natural, rows[test]).log_density.mean()), nmi])
+        (density, nmi), (_, spread) = np.mean(found, axis=0), np.std(found, axis=0)
+        text = f"log-density {density:7.1f}  NMI {nmi:.3f}±{spread:.3f}"
+        print(f"  {name:9s} {kind:9s} L {lat_dim:2d}  {text}", flush=True)
 
 
 def _is_there(distribution: str) -> bool:
@@ -85,6 +125,11 @@ def methods(n_clusters: int) -> Iterator[tuple[str, Callable[[np.ndarray, int], 
     def ours(x: np.ndarray, seed: int, n_neighbors: int = NEIGHBORS) -> Found:
         found = fit_features(x, n_clusters, jax.random.key(seed), n_neighbors=n_neighbors)
         return found.assignments, lambda new: found(new).argmax(axis=1)
+
+    def encoder(x: np.ndarray, seed: int) -> Found:
+        found = fit_neighbors(x, n_clusters, jax.random.key(seed))
+        of = lambda rows: np.asarray(found(rows).log_responsibilities).argmax(axis=1)  # noqa: E731
+        return of(x), of
 
     def mixture(x: np.ndarray, seed: int, kind: str) -> Found:
         axes = PCA(AXES, random_state=seed).fit(x)
@@ -102,6 +147,7 @@ def methods(n_clusters: int) -> Iterator[tuple[str, Callable[[np.ndarray, int], 
 
     yield "fit_features", ours
     yield "fit_features(n_neighbors=0)", lambda x, seed: ours(x, seed, 0)
+    yield "fit_neighbors, an encoder", encoder
     yield "spherical k-means", lambda x, seed: spherical_kmeans(x, seed, n_clusters)
     yield f"PCA ({AXES}) + GMM, full", lambda x, seed: mixture(x, seed, "full")
     yield f"PCA ({AXES}) + GMM, diagonal", lambda x, seed: mixture(x, seed, "diag")
