@@ -36,7 +36,7 @@ from flax_hmog.recipe import fit_features, fit_neighbors
 from flax_hmog.recipe.features import ROWS_PER_COMPONENT
 
 AXES, NEIGHBORS, ROUNDS, STARTS = 50, 10, 2, 10
-FACTORS = 5, 10, 20, 30, 40
+FACTORS = 10, 20, 40
 PACKAGES = "jax", "numpy", "scipy", "scikit-learn", "sentence-transformers", "umap-learn"
 Found = tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]
 
