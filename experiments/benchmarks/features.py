@@ -91,7 +91,7 @@ def compare_methods(x: np.ndarray, y: np.ndarray, seeds: int, held_out: float, o
 def compare_sizes(x: np.ndarray, y: np.ndarray, seeds: int) -> None:
     """A line for each number of factors and kind of noise, of the rows and of their averages; a fifth is held out.
 
-    The log-density of a row that is held out is in nats; averages are no independent draws, so that theirs says nothing.
+    The log-density of a row that is held out is in nats; averages are no independent draws: theirs says nothing.
     """
     n_clusters = len(np.unique(y))
     n_components = max(n_clusters, min(2 * n_clusters, (len(y) - len(y) // 5) // ROWS_PER_COMPONENT))
