@@ -43,7 +43,19 @@ PUBLIC = (
     "whiten_prior", "split_conjugated", "join_conjugated", "log_partition", "negative_entropy", "kl_divergence",
     "fit_em", "em_step", "initialize_moments", "warm_start",
 )  # fmt: skip
-EXTRAS = ("cluster", "plots", "report", "train", "images", "export", "h5ad", "logs", "safetensors", "sweep")
+EXTRAS = (
+    "cluster",
+    "plots",
+    "report",
+    "train",
+    "images",
+    "export",
+    "h5ad",
+    "logs",
+    "safetensors",
+    "sentences",
+    "sweep",
+)
 MAX_FILE, MAX_TEST_FILE, MAX_FUNCTION = 400, 450, 60
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-import experiments.images  # noqa: F401  registers the image sets
+from experiments import images, sentences  # noqa: F401  register their data sets
 from flax_hmog.recipe.config import Experiment
 from flax_hmog.recipe.presets import PRESETS
 

@@ -98,12 +98,12 @@ class ConvNet(nn.Module):
                 f"shape {x.shape}. Give the data's image_shape."
             )
         height, width, *channels = self.image_shape
-        x = x.reshape(-1, height, width, *(channels or [1]))
+        x = x.reshape(x.shape[0], height, width, *(channels or [1]))
         for number, count in enumerate(self.widths):
             kernel = (3, 3) if number else (5, 5)
             x = nn.Conv(count, kernel, strides=(2, 2), dtype=self.dtype)(x)
             x = nn.relu(_normalized(self, x, train))
-        x = x.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         x = nn.relu(_normalized(self, nn.Dense(self.hidden, dtype=self.dtype)(x), train))
         return _normalized(self, nn.Dense(self.features, dtype=self.dtype)(x), train)
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import uuid
 from collections.abc import Callable
@@ -45,6 +46,8 @@ class Program:
         by_row: True if each answer is known to be that of its row alone: then rows are filled up to a power of two, at
             most some thousand at once, so that few sizes are compiled. Otherwise each number of rows is.
         function: the same function of rows like `rows`, for converters to other formats; None if it comes from a file.
+        image_shape: (height, width) or (height, width, channels) where rows are images: then a call takes them in this
+            shape, with an axis of one channel, and flat, (B, D); None where they are not known to be any.
 
     Example:
         >>> from flax_hmog.toy import natural
@@ -57,6 +60,7 @@ class Program:
     exported: jax_export.Exported
     by_row: bool = False
     function: Callable[[Any], Tree] | None = None
+    image_shape: tuple[int, ...] | None = None
 
     @property
     def rows(self) -> jax.ShapeDtypeStruct:
@@ -73,13 +77,14 @@ class Program:
             ValueError: for another shape, or whole numbers that the program's dtype does not hold.
         """
         wanted, given = self.rows, dense("rows", rows)
-        if given.ndim != len(wanted.shape) or given.shape[1:] != wanted.shape[1:]:
-            shape = ", ".join(("B", *map(str, wanted.shape[1:])))
+        shapes = shapes_of_rows(wanted.shape[1:], self.image_shape)
+        if not given.ndim or given.shape[1:] not in shapes:
+            shape = " or ".join("(" + ", ".join(("B", *map(str, shape))) + ")" for shape in shapes)
             raise ValueError(
-                f"{door()}: `rows` must have shape ({shape}); got {given.shape}. Give rows like those of training."
+                f"{door()}: `rows` must have shape {shape}; got {given.shape}. Give rows like those of training."
             )
         with self._precision():
-            x = _converted(given, wanted.dtype)
+            x = _converted(given, wanted.dtype).reshape(given.shape[0], *wanted.shape[1:])
             if not len(x):
                 output = self._compiled(np.zeros((1, *x.shape[1:]), x.dtype))
                 return jax.tree.map(lambda leaf: leaf[:0] if leaf.ndim else leaf, output)
@@ -133,6 +138,7 @@ def write_program(program: Program, path: str | Path) -> None:
         "platforms": list(exported.platforms),
         "calling_convention": exported.calling_convention_version,
         "by_row": program.by_row,
+        "image_shape": program.image_shape,
     }
     body = json.dumps(about).encode() + b"\n" + bytes(exported.serialize())
     write_whole(path, MAGIC + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
@@ -204,17 +210,28 @@ def load_program(path: str | Path) -> Program:
             f"load_program: `path` must be as it was written; got {path} with another SHA-256. It is damaged: export "
             "the model again."
         )
-    about, _, program = body.partition(b"\n")
+    first, _, program = body.partition(b"\n")
+    about = json.loads(first)
     try:
-        loaded = Program(jax_export.deserialize(bytearray(program)), json.loads(about).get("by_row", False))
+        loaded = Program(
+            jax_export.deserialize(bytearray(program)),
+            about.get("by_row", False),
+            image_shape=tuple(about.get("image_shape") or ()) or None,
+        )
         loaded.check()
     except Exception as error:  # it is as it was written, by another jax
         raise CheckpointError(
             f"load_program: `path` must be a program that jax {jax.__version__} runs here; got {path}, "
-            f"{type(error).__name__}: {str(error)[:200].rstrip('.')}. It was written with {json.loads(about)}: export "
+            f"{type(error).__name__}: {str(error)[:200].rstrip('.')}. It was written with {about}: export "
             "the model again with this jax."
         ) from error
     return loaded
+
+
+def shapes_of_rows(shape: tuple[int, ...], image_shape: tuple[int, ...] | None) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a row: this one, and of an image all that `Preprocessing` takes."""
+    images = () if image_shape is None else (image_shape, (*image_shape, 1), (math.prod(image_shape),))
+    return tuple(dict.fromkeys((shape, *images)))
 
 
 def _converted(given: Any, dtype: np.dtype[Any]) -> Any:

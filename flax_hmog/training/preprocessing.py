@@ -7,6 +7,7 @@ arrays and under `jit`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
@@ -279,7 +280,7 @@ def as_rows(given: Any, image_shape: tuple[int, ...] | None) -> Any:
     for shape in (image_shape, (*image_shape, 1)):
         leading = np.ndim(given) - len(shape)
         if leading >= 0 and np.shape(given)[leading:] == shape:
-            return given.reshape(*np.shape(given)[:leading], -1)
+            return given.reshape(*np.shape(given)[:leading], math.prod(shape))
     return given
 
 

@@ -28,7 +28,7 @@ from flax_hmog.networks.encoders import Clusterer, train_arguments
 from flax_hmog.nnx import heads as native
 from flax_hmog.nnx.networks import Clusterer as NativeClusterer
 from flax_hmog.training.describe import observed_dim
-from flax_hmog.training.exported import WIDE, Program
+from flax_hmog.training.exported import WIDE, Program, shapes_of_rows
 from flax_hmog.training.folding import folded
 from flax_hmog.training.restoring import Restored
 
@@ -54,7 +54,8 @@ def export(
             `Natural`; a linen or NNX module, ours or one's own, which is called out of training; or a function of rows.
         variables: of a linen module.
         inputs: rows (B, ...) as the model takes them, of which only shape and dtype count; needed where the model does
-            not say them, as networks and functions.
+            not say them, as networks and functions. A checkpoint of images says their shape, (B, H, W) or
+            (B, H, W, C); with rows (B, D) here, or an axis of one channel, the program is of these.
         platforms: those that it can run on, "cpu", "cuda", "rocm", "tpu"; this machine need not have them.
         missing: "nan" for programs that take NaN for missing entries, as `infer` does; of modules those of `restore`.
 
@@ -94,7 +95,7 @@ def export(
                 f"{door()}: `model` must take any number of rows; got {str(error).splitlines()[0]} Let it not compare "
                 "x.shape[0] or cut rows into parts of one size, as lax.map(..., batch_size=...) does."
             ) from error
-    return Program(exported, served.by_row, function)
+    return Program(exported, served.by_row, function, served.image_shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,6 +108,7 @@ class _Served:
         row: shape (1, ...) and dtype of rows, or None.
         clusters: of the components of its output (K,), or None.
         by_row: True if what it says of a row is known not to depend on the others.
+        image_shape: of a row, where rows are images.
     """
 
     function: Callable[[Any], Any]
@@ -114,6 +116,7 @@ class _Served:
     row: jax.ShapeDtypeStruct | None = None
     clusters: Any = None
     by_row: bool = False
+    image_shape: tuple[int, ...] | None = None
 
 
 def _served(model: Any, variables: Variables | None) -> _Served:
@@ -131,9 +134,11 @@ def _served(model: Any, variables: Variables | None) -> _Served:
     if isinstance(model, Restored):
         columns = None if model.place else observed_dim(model.imported(), model.variables)
         row = model.inputs if model.place or columns is None else _floats(columns)
-        row = row if model.preprocessing is None else _floats(model.preprocessing.obs_dim)
+        image_shape = None if model.preprocessing is None else model.preprocessing.image_shape
+        if model.preprocessing is not None:
+            row = _floats(*(image_shape or (model.preprocessing.obs_dim,)))
         parts = dataclasses.replace(model, clusters=None)
-        return _Served(parts, model.module_variables, row, model.clusters, model.infers)
+        return _Served(parts, model.module_variables, row, model.clusters, model.infers, image_shape)
     if isinstance(model, nn.Module):
         positional, named = train_arguments(model, False)
         by_row, variables = isinstance(model, linen.HMoGHead | Clusterer), _on_host(variables)
@@ -174,8 +179,8 @@ def _out_of_training(module: Any) -> Any:
     return module
 
 
-def _floats(columns: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, columns), np.float32)
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *shape), np.float32)
 
 
 def _row(served: _Served, inputs: Any) -> tuple[jax.ShapeDtypeStruct, bool]:
@@ -191,10 +196,11 @@ def _row(served: _Served, inputs: Any) -> tuple[jax.ShapeDtypeStruct, bool]:
             f"{door()}: `inputs` must be rows (B, ...) where the model does not say which it takes; got {inputs!r}. "
             'Give some, or jax.ShapeDtypeStruct((1, columns), "float32").'
         )
-    if served.row is not None and given.shape[1:] != served.row.shape[1:]:
+    shapes = () if served.row is None else shapes_of_rows(served.row.shape[1:], served.image_shape)
+    if shapes and given.shape[1:] not in shapes:
         raise ValueError(
-            f"{door()}: `inputs` must be rows of the model's shape {served.row.shape[1:]}; got {given.shape[1:]}. "
-            "Leave them out."
+            f"{door()}: `inputs` must be rows of the model's shape {' or '.join(map(str, shapes))}; got "
+            f"{given.shape[1:]}. Leave them out."
         )
     dtype = jax.dtypes.canonicalize_dtype(given.dtype)
     leaves = jax.tree.leaves(served.arrays)

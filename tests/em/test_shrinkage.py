@@ -77,6 +77,8 @@ def test_the_strength_follows_the_data_and_helps_on_new_rows(alike: np.ndarray, 
     plain = fit_em(head, x, key, **options)
     assert infer(found.natural, new).log_density.mean() > infer(plain.natural, new).log_density.mean() + 0.05
     assert found.optimism < plain.optimism
+    gap = infer(plain.natural, x).log_density.mean() - infer(plain.natural, new).log_density.mean()
+    assert plain.optimism == pytest.approx(float(gap), rel=0.2)
 
 
 def test_strong_shrinkage_makes_one_shape_of_all_and_batches_do_it_too(differing: np.ndarray):
@@ -93,10 +95,22 @@ def test_strong_shrinkage_makes_one_shape_of_all_and_batches_do_it_too(differing
 
 
 def test_a_fit_of_few_rows_per_entry_warns_with_the_numbers_and_the_remedy(alike: np.ndarray):
-    x, few = rows_of(200, alike), (np.arange(200) < 40).astype(np.float32)
-    with pytest.warns(OverfitWarning, match=r"fit_em: half of the components hold .*\(shrinkage=\"auto\"\)"):
-        found = fit_em(AnalyticHMoG(L, K), x, jax.random.key(0), weights=few, max_steps=3, tolerance=-np.inf)
-    assert found.optimism > 4
+    """Eight rows for each component: assignments that are sure, and new rows that are far less likely."""
+    x, few, head, key = (
+        rows_of(200, alike),
+        (np.arange(200) < 40).astype(np.float32),
+        AnalyticHMoG(L, K),
+        jax.random.key(0),
+    )
+    said = r"fit_em: half of the components hold .* for 21 entries .*{} Use PseudoCounts\(shrinkage=\"auto\"\)"
+    with pytest.warns(OverfitWarning, match=said.format("average, and EM has not converged.")):
+        fit_em(head, x, key, weights=few, max_steps=3, tolerance=-np.inf)
+    with pytest.warns(OverfitWarning, match=said.format("on average.")):
+        found = fit_em(head, x, key, weights=few)
+    assert found.converged
+    fitted, new = (infer(found.natural, rows) for rows in (x[:40], x[40:]))
+    assert np.exp(fitted.log_responsibilities).max(axis=1).mean() > 0.99
+    assert fitted.log_density.mean() - new.log_density.mean() > found.optimism > 4
     with warnings.catch_warnings():
         warnings.simplefilter("error", OverfitWarning)
         fit_em(AnalyticHMoG(L, K), x, jax.random.key(0), weights=few, max_steps=3, regularizer=AUTO)

@@ -31,7 +31,7 @@ from flax_hmog import nnx as heads
 from flax_hmog.em.initialize import random_moments
 from flax_hmog.model.frames import Frame
 from flax_hmog.model.kinds import Diagonal, PositiveDefinite, Scale
-from flax_hmog.networks.encoders import MLP, Clusterer
+from flax_hmog.networks.encoders import MLP, Clusterer, ConvNet
 from flax_hmog.training import (
     Affine,
     CheckpointError,
@@ -140,6 +140,45 @@ def test_an_exported_model_says_what_the_checkpoint_says(head, encoder, preproce
     assert want.log_responsibilities.shape[1] == (K if clusters is None else 2)
     for rows in (slice(0, 1), slice(0, 7), slice(None)):
         same(program(X[rows]), jax.tree.map(lambda leaf, rows=rows: leaf[rows], want))
+
+
+class Pictures(nn.Module):
+    """An encoder that takes images (B, H, W, C) only."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.relu(nn.Conv(4, (3, 3))(x)).reshape(x.shape[0], -1))
+
+
+def test_a_model_of_images_takes_images(tmp_path):
+    """Their number a symbol, as a restored model takes them: with an axis of channels or without, and flat."""
+    images = np.random.default_rng(0).integers(0, 256, (7, 6, 6, 1)).astype(np.uint8)
+    preprocessing = Preprocessing((Affine.constant(36, scale=255.0),), 36, (6, 6))
+    module = Clusterer(ConvNet(4, (6, 6), widths=(3,), hidden=8), DifferentiableHMoG(L, K))
+    with CheckpointWriter(tmp_path / "flat", module, preprocessing=preprocessing) as writer:
+        writer.save(1, init(module, jax.random.key(0), preprocessing(images)))
+    restored = restore(tmp_path / "flat")
+    write_program(export(restored, platforms=("cpu",)), tmp_path / "file")
+    program = load_program(tmp_path / "file")
+    assert str(program.rows.shape) == "(batch, 6, 6)"
+    for given in (images, images[..., 0], images.reshape(7, 36), images[:1], images[:0]):
+        same(program(given), restored(given))
+    same(program.exported.call(np.float32(images[:5, ..., 0])), restored(images[:5]))  # without this library
+    with pytest.raises(ValueError, match=r"shape \(B, 6, 6\) or \(B, 6, 6, 1\) or \(B, 36\); got \(7, 4, 9\)"):
+        program(images.reshape(7, 4, 9))
+    with pytest.raises(ValueError, match=r"`inputs` must be rows of the model's shape \(6, 6\) or .*; got \(4, 9\)"):
+        export(restored, inputs=images.reshape(7, 4, 9))
+    flat = export(restored, inputs=images.reshape(7, 36), platforms=("cpu",))  # as is said
+    assert str(flat.rows.shape) == "(batch, 36)"
+    same(flat(images), restored(images))
+
+    module, images = Clusterer(Pictures(), DifferentiableHMoG(L, K)), images.astype(np.float32) / 255
+    with CheckpointWriter(tmp_path / "own", module, inputs=images, describe=False) as writer:
+        writer.save(1, init(module, jax.random.key(0), images))
+    restored = restore(tmp_path / "own", module=module)
+    program = export(restored, platforms=("cpu",))
+    assert str(program.rows.shape) == "(batch, 6, 6, 1)"
+    same(program(images), restored(images))
 
 
 class Net(nnx.Module):
