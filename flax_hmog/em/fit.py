@@ -201,7 +201,10 @@ class Fit:
             wrong = "keep the likelihood bounded on these data; got no start whose objective is finite"
             remedy = "Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
             raise ValueError(f"{door()}: `regularizer` must {wrong}. {remedy}")
-        return self._estimated(*best[1:])
+        # wild entries were drawn in for the start: the rows as they are may spread much farther
+        _, natural, regularizer = best
+        natural, regularizer = _in_whitened_basis(natural, regularizer, self.used)
+        return self._estimated(natural, regularizer)
 
     def _estimated(self, natural: Natural, regularizer: Regularizer | None) -> tuple[Natural, Regularizer | None]:
         """The same with the shrinkage that one step from the model finds, where it is to be found."""
@@ -326,7 +329,7 @@ class Fit:
         """A model in the frame, after `evaluate`, as a result: in the latent basis in which y has mean 0 and
         covariance I, and with diagnostics whose densities are those of x.
         """
-        natural, regularizer = _whitened_at_the_end(natural, regularizer)
+        natural, regularizer = _in_whitened_basis(natural, regularizer)
         if self.sizes is not None:
             natural, regularizer = self.sizes.crop(natural), self.sizes.crop(regularizer)
             occupancy = jax.device_put(np.asarray(info.occupancy)[: self.head.n_components])
@@ -381,8 +384,10 @@ def _as_natural(moments: Moments, used: InUse | None) -> Natural:
 
 
 @jit
-def _whitened_at_the_end(natural: Natural, regularizer: Regularizer | None) -> tuple[Natural, Regularizer | None]:
+def _in_whitened_basis(
+    natural: Natural, regularizer: Regularizer | None, used: InUse | None = None
+) -> tuple[Natural, Regularizer | None]:
     """The same p(x) and penalty in the latent basis in which y has mean 0 and covariance I."""
     moments = own_moments(natural)
     regularizer = None if regularizer is None else whiten_regularizer(regularizer, moments)
-    return moments_to_natural(whiten_moments(moments)).in_frame(natural.frame), regularizer
+    return _as_natural(whiten_moments(moments), used).in_frame(natural.frame), regularizer

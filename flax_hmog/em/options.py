@@ -27,21 +27,26 @@ class Regularizer:
 
     They are fixed before the first step, so that the penalised log-likelihood
 
-        sum_i log p(x_i) + weights sum_k log w_k + components sum_k E[log N(y; m_k, S_k)] + noise E[log N(e; 0, Psi)]
+        sum_i log p(x_i) + weights sum_k log w_k + noise E[log N(e; 0, Psi)]
+            + components sum_k (mean_share E[log N(y; m_k, S_k)] + (1 - mean_share) E[log N(y; m_*, S_k)])
             - shrinkage min_{Omega, s} sum_k KL(N(0, s_k Omega) || N(0, S_k)),
-        y ~ N(component_mean, component_covariance),  e ~ N(0, noise_covariance),
+        y ~ N(m_*, component_covariance),  m_* = component_mean,  e ~ N(0, noise_covariance),
 
     never decreases, and an empty component or a constant column does no harm. Pseudo-samples of `shrinkage` follow the
     model: they have the shape that its components share, at the scale of each, about its own mean.
 
     Attributes:
         weights: pseudo-count added to each component's weight ().
-        components: pseudo-samples added to each component's mean and covariance ().
+        components: pseudo-samples added to each component's covariance ().
         noise: pseudo-samples added to the noise ().
         component_mean: (L,), in the latent basis of the model.
         component_covariance: `PositiveDefinite` (L, L), in the latent basis of the model.
         noise_covariance: of kind `obs_rep`, in squared units of x; of a model with a frame, in those of its frame.
-        shrinkage: pseudo-samples of each component's covariance about its mean (); None for none.
+        shrinkage: pseudo-samples of each component's covariance, of the shape that all share (); None for none.
+        mean_share: the share of `components` that lies at `component_mean` and counts for the mean of the component
+            (); the others lie about its own mean. None for all of them.
+        component_floor: least variance of a component in any direction, as a share of that of the whole latent space
+            (); None for none.
 
     Example:
         >>> from flax_hmog.toy import moments
@@ -57,6 +62,8 @@ class Regularizer:
     component_covariance: PositiveDefinite
     noise_covariance: Kind
     shrinkage: Float[Array, ""] | None = None
+    mean_share: Float[Array, ""] | None = None
+    component_floor: Float[Array, ""] | None = None
 
     def shrinking(self, count: float) -> Regularizer:
         """The same with so many pseudo-samples of each component's covariance."""
@@ -69,8 +76,8 @@ class PseudoCounts:
 
     Attributes:
         weights: added to each component's weight.
-        components: added to each component's mean and covariance; such a sample has the pooled within-component
-            covariance and lies at the mean of the latent space.
+        components: added to each component's covariance, about its own mean; such a sample has the pooled
+            within-component covariance.
         noise: added to the noise; such a sample has the noise variances of the initial model, but no less than
             `noise_floor` times their average (of full noise, along its principal axes).
         noise_floor: see `noise`; a share, not a number of samples.
@@ -92,6 +99,8 @@ class PseudoCounts:
     noise_floor: float = 1e-2
     noise_share: float = 0.0
     shrinkage: float | Literal["auto"] = 0.0
+    mean_share: float = 0.01
+    component_floor: float = 1e-5
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -107,6 +116,11 @@ class PseudoCounts:
                 raise ValueError(
                     f"PseudoCounts: `{field.name}` must be at least 0; got {value!r}. Use 0 for none of this kind."
                 )
+        if not 0 < self.mean_share <= 1:
+            raise ValueError(
+                f"PseudoCounts: `mean_share` must be above 0 and at most 1; got {self.mean_share!r}. Without any pull "
+                "the mean of an empty component would be undefined."
+            )
 
     def regularizer(self, moments: Moments, n_samples: float = 0.0) -> Regularizer:
         """The pseudo-statistics of this strength for EM that starts from `moments`, on so many samples.
@@ -114,7 +128,8 @@ class PseudoCounts:
         For shrinkage "auto" those of the step from which a fit finds the number: two for each factor.
         """
         noise = max(self.noise, self.noise_share * n_samples)
-        regularizer = _pseudo_statistics(moments, (self.weights, self.components, noise), self.noise_floor)
+        counts = self.weights, self.components, noise, self.mean_share
+        regularizer = _pseudo_statistics(moments, counts, (self.noise_floor, self.component_floor))
         count = self.shrinkage
         if count == "auto":
             count = FIRST_STRENGTH * moments.loadings.shape[1]
@@ -122,15 +137,17 @@ class PseudoCounts:
 
 
 @jit
-def _pseudo_statistics(moments: Moments, counts: tuple[float, float, float], noise_floor: float) -> Regularizer:
-    weights, components, noise = (jnp.asarray(count, moments.loadings.dtype) for count in counts)
+def _pseudo_statistics(moments: Moments, counts: tuple[float, ...], floors: tuple[float, float]) -> Regularizer:
+    weights, components, noise, mean_share = (jnp.asarray(count, moments.loadings.dtype) for count in counts)
     return Regularizer(
         weights=weights,
         components=components,
         noise=noise,
         component_mean=matmul(moments.weights, moments.means),
         component_covariance=within_covariance(moments),
-        noise_covariance=moments.noise.floored(noise_floor),
+        noise_covariance=moments.noise.floored(floors[0]),
+        mean_share=mean_share,
+        component_floor=jnp.asarray(floors[1], weights.dtype),
     )
 
 

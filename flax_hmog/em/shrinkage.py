@@ -1,15 +1,17 @@
-"""Shrinkage of component covariances toward the shape that they share, each at a scale of its own, and its strength."""
+"""Shrinkage of component covariances toward the shape that they share, how much of it, and their floor."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_hmog.model.coordinates import Moments, outer
-from flax_hmog.model.kinds import Array, PositiveDefinite, identity_like, inverse_and_log_det
+from flax_hmog.model.algebra import inverse_lower, symmetrize
+from flax_hmog.model.coordinates import Moments, outer, prior_moments
+from flax_hmog.model.kinds import Array, PositiveDefinite, identity_like, inverse_and_log_det, matmul
 from flax_hmog.model.typed import jit
 
 if TYPE_CHECKING:
@@ -66,6 +68,26 @@ def shrunk(covariances: PositiveDefinite, rows: Array, shrinkage: Array, common:
     """Covariances of components of so many rows (K,), with pseudo-samples about their own means."""
     rows = rows[:, None, None]
     return PositiveDefinite((rows * covariances.entries + shrinkage * common) / (rows + shrinkage))
+
+
+def floored(moments: Moments, floor: Array) -> Moments:
+    """The model with components of at least this share of the variance of the latent space, in every direction.
+
+    The likeliest such covariances keep their larger eigenvalues, in units of the whole; smaller ones are raised.
+    """
+    factor, given = prior_moments(moments)[1].cholesky().entries, moments.covariances.entries
+    inverse = inverse_lower(factor)
+    inner = symmetrize(matmul(matmul(inverse[None], given), inverse.T[None]))
+    is_above = jnp.all(jnp.isfinite(jnp.linalg.cholesky(inner - floor * identity_like(inner))), axis=(-1, -2))
+
+    def raised(inner: Array) -> Array:
+        values, vectors = jnp.linalg.eigh(inner)
+        turned = matmul(factor[None], vectors)
+        lifted = matmul(turned * jnp.maximum(values, floor)[:, None, :], jnp.swapaxes(turned, -1, -2))
+        return jnp.where(is_above[:, None, None], given, symmetrize(lifted))
+
+    covariances = jax.lax.cond(jnp.all(is_above), lambda _: given, raised, inner)
+    return dataclasses.replace(moments, covariances=PositiveDefinite(covariances))
 
 
 def estimated_shrinkage(before: Moments, after: Moments, rows: Any, shrinkage: float) -> float:

@@ -15,7 +15,7 @@ from flax_hmog.data.shards import Shards, row_shards
 from flax_hmog.em.missing import IncompleteStatistics
 from flax_hmog.em.options import Regularizer
 from flax_hmog.em.padding import InUse
-from flax_hmog.em.shrinkage import common_covariances, shrunk
+from flax_hmog.em.shrinkage import common_covariances, floored, shrunk
 from flax_hmog.em.statistics import (
     Densities,
     Statistics,
@@ -223,18 +223,25 @@ def maximize(
         noise = jax.tree.map(
             lambda data, pseudo: (count * data + r.noise * pseudo) / (count + r.noise), noise, r.noise_covariance
         )
-        share = r.components / count
-        mass = weights + share
-        first = first + share * r.component_mean[None]
+        pulled = (1.0 if r.mean_share is None else r.mean_share) * r.components / count
+        mass = weights + pulled
+        first = first + pulled * r.component_mean[None]
         pseudo_square = r.component_covariance.entries + outer(r.component_mean, r.component_mean)
-        second = second + share * pseudo_square[None]
+        second = second + pulled * pseudo_square[None]
         n_components = weights.shape[0] if used is None else used.n_components
         weights = (weights + r.weights / count) / (1 + n_components * r.weights / count)
     means, covariances = component_moments(mass, first, second)
+    if regularizer is not None and regularizer.mean_share is not None:
+        own = (1 - regularizer.mean_share) * regularizer.components / count
+        covariances = shrunk(covariances, mass, own, regularizer.component_covariance.entries[None])
+        mass = mass + own
     if common is not None and regularizer is not None:
         covariances = shrunk(covariances, count * mass, regularizer.shrinkage, common)  # type: ignore[arg-type]
     moments = Moments(loadings + turn, bias + shift, noise, weights, means, covariances)
-    return moments if used is None else used.masked(moments)
+    if used is not None:
+        moments = used.masked(moments)
+    floor = None if regularizer is None else regularizer.component_floor
+    return moments if floor is None else floored(moments, floor)
 
 
 @public
@@ -269,7 +276,8 @@ def _penalty(
     obs_dim, log_weights = natural.interaction.shape[0], natural.prior.log_weights
     lat_dim = natural.interaction.shape[1] if used is None else used.n_factors
     gap = means - r.component_mean[None]
-    spread = r.component_covariance.entries[None] + outer(gap, gap)
+    share = 1.0 if r.mean_share is None else r.mean_share
+    spread = r.component_covariance.entries[None] + share * outer(gap, gap)
     if used is not None:
         spread = jnp.where(outer(used.factors, used.factors)[None], spread, 0)
     log_2pi = math.log(2 * math.pi)

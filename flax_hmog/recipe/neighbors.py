@@ -32,7 +32,7 @@ AXES = 50  # principal axes in which neighbours are sought
 SAME_LENGTH = 1e-3  # relative difference in length below which rows differ by their angles only
 PLACES = 10  # columns of the embedding, and features of the encoder where none is given
 PER_CLUSTER, LEAST_COMPONENTS, ROWS_PER_COMPONENT = 4, 20, 20
-WALK = 8  # steps over neighbours that say which components belong together
+WALK = 6  # steps over neighbours that say which components belong together
 HIDDEN = (256, 256)
 STEPS, BATCH, RATE, LIKELIHOOD_WEIGHT = 1000, 256, 1e-3, 0.05
 
@@ -148,7 +148,7 @@ def _clusters(
     places: Array, numbers: np.ndarray, weights: np.ndarray, n_clusters: int, n_components: int, key: Array
 ) -> Floats:
     """Probabilities of clusters (N, C): components of places, merged by the walk from neighbour to neighbour."""
-    head = AnalyticHMoG(places.shape[1], n_components)
+    head = AnalyticHMoG(places.shape[1], n_components, obs_rep="scale")  # all axes of places have one unit
     natural = fit_em(head, places, key, regularizer=PseudoCounts(), tolerance=1e-2, max_distance=np.inf).natural
     responsibilities = np.exp(np.asarray(infer(natural, places).log_responsibilities))
     component = np.eye(n_components)[responsibilities.argmax(axis=1)]

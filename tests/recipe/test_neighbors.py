@@ -8,9 +8,9 @@ from sklearn.datasets import make_moons
 from sklearn.metrics import adjusted_rand_score
 from sklearn.neighbors import NearestNeighbors
 
-from flax_hmog.networks import MLP
+from flax_hmog.networks import MLP, nearest_neighbors, neighbor_embedding, neighbor_weights
 from flax_hmog.recipe import fit_neighbors
-from flax_hmog.recipe.neighbors import _principal_components
+from flax_hmog.recipe.neighbors import _clusters, _principal_components
 from flax_hmog.training import export
 
 SMALL = {"n_components": 12, "steps": 300, "encoder": MLP(6, (32,), normalization="batch")}
@@ -28,23 +28,38 @@ def found():
     return fit_neighbors(moons(300, 0)[0], 2, jax.random.key(0), **SMALL)
 
 
-def test_places_keep_bent_clusters_apart_and_new_rows_go_with_their_neighbors(found):
-    """Which clusters the places are merged to depends on draw and key for thin ones: docs/neighbours.md."""
-    (x, z), (new, _) = moons(300, 0), moons(300, 1)
+def test_bent_clusters_are_found_and_new_rows_go_with_their_neighbors(found):
+    (x, z), (new, new_z) = moons(300, 0), moons(300, 1)
     linear = KMeans(2, n_init=3, random_state=0).fit_predict(x)
     assert adjusted_rand_score(z, linear) < 0.6
     places = NearestNeighbors(n_neighbors=5).fit(found.state["embedding"]).kneighbors(return_distance=False)
     assert np.mean(z[places] == z[:, None]) > 0.98
+    assert adjusted_rand_score(z, found.state["taught"].argmax(axis=1)) > 0.95
     output = found(new)
     nearest = NearestNeighbors(n_neighbors=1).fit(x).kneighbors(new, return_distance=False)[:, 0]
     taught = found.state["taught"].argmax(axis=1)
-    assert np.mean(np.asarray(output.log_responsibilities).argmax(axis=1) == taught[nearest]) > 0.9
+    clusters = np.asarray(output.log_responsibilities).argmax(axis=1)
+    assert np.mean(clusters == taught[nearest]) > 0.9
+    assert adjusted_rand_score(new_z, clusters) > 0.8
     assert np.isfinite(output.log_density).all()
     assert found.history[0]["agreement"] > 0.9
     assert found.state["embedding"].shape == (300, 4)
     assert found.state["taught"].shape == (300, 2)
     program = export(found, platforms=("cpu",))
     np.testing.assert_array_equal(program(new)["assignment"], found(new).log_responsibilities.argmax(axis=1))
+
+
+@pytest.mark.parametrize("draw", range(1, 4))
+def test_thin_clusters_are_found_with_any_draw_and_key(draw):
+    """Before the encoder learns them: other starts and merges had components across both, or cut one of them."""
+    x, z = moons(300, draw)
+    axes = _principal_components(x)
+    numbers, distances = nearest_neighbors(axes, 15)
+    weights = neighbor_weights(distances)
+    for key in jax.random.split(jax.random.key(draw), 2):
+        places = neighbor_embedding(axes, numbers, weights, key)
+        taught = _clusters(places, np.asarray(numbers), np.asarray(weights), 2, 15, key)
+        assert adjusted_rand_score(z, taught.argmax(axis=1)) > 0.95
 
 
 def test_a_key_has_one_result(found):
