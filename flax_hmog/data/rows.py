@@ -148,7 +148,8 @@ def check_weights(weights: Samples | None, shape: tuple[int, ...], dtype: DTypeL
     with jax.ensure_compile_time_eval():
         weights = jnp.asarray(given, dtype)
         # on the devices, since the rows may be spread over processes, all of which must raise
-        smallest, largest = float(jnp.min(weights)), float(jnp.max(weights))
+        has_nan = jnp.any(jnp.isnan(weights))  # which least and largest entry of a sharded array leave out
+        smallest, largest = (float(jnp.where(has_nan, jnp.nan, end(weights))) for end in (jnp.min, jnp.max))
     if not (smallest >= 0 and 0 < largest < math.inf):
         raise ValueError(
             f"{door()}: `weights` must be finite, at least 0 and not all 0; got weights from {smallest:.3g} to "

@@ -81,6 +81,9 @@ def test_integers_stay_numbers_of_components():
         codes, classes = check_labels(labels, (90,), 3)
         np.testing.assert_array_equal(codes, want)
         assert classes is None
+    few_bits = check_labels(jnp.array([5, 200], jnp.uint8), (2,), 300)[0]  # in which 300 would be 44
+    assert few_bits.dtype == jnp.int32
+    np.testing.assert_array_equal(few_bits, [5, 200])
     assert check_labels([None] * 5, (5,), 3)[1] is None
     np.testing.assert_array_equal(check_labels([None] * 5, (5,), 3)[0], [-1] * 5)
 

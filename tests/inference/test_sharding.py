@@ -81,6 +81,13 @@ assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 explicit = jax.device_put(draws, NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec("data")))
 report["explicit"] = float(np.max(np.abs(np.asarray(infer(natural, explicit).log_density) - want["infer"][0])))
 mean_log_density(natural, explicit), em_step(natural, explicit), fit_em(head, explicit, jax.random.key(0), max_steps=1)
+report["NaN"] = []
+for row in (0, 1500):
+    weights = jax.device_put(np.where(np.arange(2048) == row, np.nan, 1).astype(np.float32), over_data)
+    try:
+        report["NaN"].append(str(mean_log_density(natural, x[:2048], weights)))
+    except ValueError as error:
+        report["NaN"].append(str(error))
 report["step"] = {"collectives": step_collectives, "statistics": size}
 print(json.dumps(report))
 """
@@ -122,3 +129,9 @@ def test_a_gradient_step_reduces_its_statistics_once(report):
 
 def test_axes_of_a_mesh_may_be_explicit(report):
     assert report["explicit"] < 1e-4
+
+
+def test_a_weight_that_is_nan_is_noticed_on_every_device(report):
+    """`jnp.max` of a sharded array on CPUs gives the largest number of the other devices."""
+    assert len(report["NaN"]) == 2
+    assert all("`weights` must be finite" in got for got in report["NaN"]), report["NaN"]
