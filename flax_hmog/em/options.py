@@ -130,6 +130,8 @@ class PseudoCounts:
         noise = max(self.noise, self.noise_share * n_samples)
         counts = self.weights, self.components, noise, self.mean_share
         regularizer = _pseudo_statistics(moments, counts, (self.noise_floor, self.component_floor))
+        if not self.component_floor:
+            regularizer = dataclasses.replace(regularizer, component_floor=None)
         count = self.shrinkage
         if count == "auto":
             count = FIRST_STRENGTH * moments.loadings.shape[1]

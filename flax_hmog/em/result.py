@@ -141,11 +141,13 @@ def warn_of_overfit(result: EMResult, stacklevel: int) -> None:
     obs_dim, lat_dim = result.natural.interaction.shape
     if not result.optimism > max(MOST_OPTIMISM, MOST_PER_COLUMN * obs_dim):
         return
+    is_shrunk = result.regularizer is not None and result.regularizer.shrinkage is not None
+    remedy = "Lower" if is_shrunk else 'Use PseudoCounts(shrinkage="auto"), or lower'
     warnings.warn(
         f"{door()}: half of the components hold fewer than {np.median(np.asarray(result.info.occupancy)):.0f} rows for "
         f"{lat_dim * (lat_dim + 1) // 2} entries of a covariance: new rows are about {result.optimism:.1f} nats less "
-        f"likely than these on average{'' if result.converged else ', and EM has not converged'}. Use "
-        'PseudoCounts(shrinkage="auto"), or lower lat_dim or n_components; `select` compares them on held-out rows.',
+        f"likely than these on average{'' if result.converged else ', and EM has not converged'}. {remedy} lat_dim or "
+        "n_components; `select` compares them on held-out rows.",
         OverfitWarning,
         stacklevel=stacklevel,
     )

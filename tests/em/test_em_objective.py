@@ -63,6 +63,7 @@ def degenerate_data(rng):
     }
 
 
+@pytest.mark.filterwarnings("ignore::flax_hmog.ConvergenceWarning")  # without a tolerance rounding has the last word
 @pytest.mark.parametrize("kind", ["constant columns", "all constant", "duplicated rows", "K = N", "far apart"])
 def test_degenerate_data_do_no_harm(kind, key):
     x = degenerate_data(np.random.default_rng(0))[kind]
@@ -75,10 +76,10 @@ def test_degenerate_data_do_no_harm(kind, key):
 
 
 def test_empty_components_keep_a_valid_model(float64):
-    """A component far from all data has no samples, and takes the shape of the pseudo-samples."""
+    """A component far from all data has no samples, and takes the shape of the pseudo-samples, narrow as it is."""
     moments, x, _ = problem(SMALL, 60, 13)
     moments = dataclasses.replace(moments, means=moments.means + np.array([[0.0], [0.0], [1e4]]))
-    result = fit(SMALL, x, init=moments, max_steps=20)
+    result = fit(SMALL, x, init=moments, max_steps=20, regularizer=PseudoCounts(component_floor=0.0))
     assert_never_decreases(result.objective_history)
     assert_close(result.info.occupancy[2], 0, 1e-12)
     assert_close(Dense.of_natural(result.natural).S[2], result.regularizer.component_covariance.entries, 1e-8)

@@ -111,6 +111,10 @@ def test_a_fit_of_few_rows_per_entry_warns_with_the_numbers_and_the_remedy(alike
     fitted, new = (infer(found.natural, rows) for rows in (x[:40], x[40:]))
     assert np.exp(fitted.log_responsibilities).max(axis=1).mean() > 0.99
     assert fitted.log_density.mean() - new.log_density.mean() > found.optimism > 4
+    with pytest.warns(
+        OverfitWarning, match=r"converged\. Lower lat_dim or n_components; "
+    ):  # what is used is no remedy
+        fit_em(head, x, key, weights=few, max_steps=3, regularizer=PseudoCounts(shrinkage=0.1), tolerance=-np.inf)
     with warnings.catch_warnings():
         warnings.simplefilter("error", OverfitWarning)
         fit_em(AnalyticHMoG(L, K), x, jax.random.key(0), weights=few, max_steps=3, regularizer=AUTO)
