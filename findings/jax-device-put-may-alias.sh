@@ -8,7 +8,7 @@
 #
 # The page says of may_alias: "If False, `x` will be copied" (jax-ml/jax issue 37830, open in 2026).
 #
-# Do instead: `jnp.array(x)`, which copies; reuse no buffer that went to device_put.
+# Do instead: `x.copy()` first; reuse no buffer that went to device_put. (`jnp.array(x)` copies, but later: jax-array-copies-later.)
 #
 # Seen (Python 3.11, x86-64):
 #   device_put                   sum before the write 0.0, after 8000.0

@@ -3,7 +3,7 @@
 #
 # It inverts the distribution function in float32, which is 1 from 5.3 on: a normal truncated to 4 and above is a lattice that
 # ends at float32's largest number, one truncated to (6, 8) is 7.9999995 in every draw. No warning, and no NaN: the draws stay
-# within the bounds. Truncated to below 0.5, or to (-2, 2), draws are right. jax 0.12.0.1 does the same.
+# within the bounds. Bounds of (-2, 2), those of initial weights, are fine. jax 0.12.0.1 does the same.
 #
 # Do instead: ndtri of a uniform probability on the side where it is small: -ndtri(u * ndtr(-a) + (1 - u) * ndtr(-b)).
 #

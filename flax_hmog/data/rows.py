@@ -143,6 +143,7 @@ def check_weights(weights: Samples | None, shape: tuple[int, ...], dtype: DTypeL
         return jnp.ones(shape, dtype)
     given = in_memory("weights", weights)
     check_shape("weights", given, shape)
+    given = given.copy() if isinstance(given, np.ndarray) else given  # as in `as_rows`
     if not is_concrete(given):
         return jnp.asarray(given, dtype)
     with jax.ensure_compile_time_eval():
@@ -249,18 +250,20 @@ def as_rows(
     row_numbers: np.ndarray | None = None,
     is_finite: bool = False,
     keeps_axes: bool = False,
+    in_place: bool = False,
 ) -> Array:
     """Observations of `check_given` in the working dtype: the one place where they are converted.
 
     Those that were seen to be finite before are not looked at again (`is_finite`). NaN is a missing entry where there
-    may be such (`may_miss`). Explicit axes become Auto, but where `keeps_axes`.
+    may be such (`may_miss`). Explicit axes become Auto, but where `keeps_axes`. Rows on the host are copied, since
+    programs read them after the caller has them back and may write to them; not `in_place`, where the caller waits.
 
     Raises:
         ValueError: for entries that are not finite in this dtype.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        if type(x) is np.ndarray:  # looked at where it is, without a program
-            x = np.asarray(x, dtype)
+        if isinstance(x, np.ndarray):  # looked at where it is, without a program
+            x = np.array(x, dtype, copy=None if in_place else True)
             is_finite = is_finite or bool(np.isfinite(x.sum()))
         rows = jnp.asarray(x, dtype)
     rows = rows if keeps_axes else with_auto_axes(rows)

@@ -50,7 +50,7 @@ class RowsOnDevice:
         n_components: int,
     ) -> None:
         self.data = check_given(data, obs_dim, argument="data")
-        self.x = as_rows(self.data, dtype, argument="data")
+        self.x = as_rows(self.data, dtype, argument="data", in_place=True)
         check_rows(self.x)
         self.count, self.obs_dim = self.x.shape
         self.weights = _effective(weights, self.count, self.x.dtype)

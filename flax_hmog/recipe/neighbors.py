@@ -29,7 +29,7 @@ from flax_hmog.recipe.encoders import features_shape
 from flax_hmog.training import Restored, create_state, make_mesh, make_train_step
 
 AXES = 50  # principal axes in which neighbours are sought
-SAME_LENGTH = 1e-3  # relative difference in length below which rows differ by their angles only
+SAME_LENGTH = 1e-3  # of how far rows are apart: differences in length below which rows differ by their angles only
 PLACES = 10  # columns of the embedding, and features of the encoder where none is given
 PER_CLUSTER, LEAST_COMPONENTS, ROWS_PER_COMPONENT = 4, 20, 20
 WALK = 6  # steps over neighbours that say which components belong together
@@ -137,9 +137,11 @@ def _module(encoder: nn.Module | None, head: Head | None, n_clusters: int, obs_d
 def _principal_components(rows: Floats) -> Floats:
     """Coordinates of rows along their first principal axes (N, at most 50); of equal length where the rows are."""
     decomposition = require("sklearn.decomposition", "train")
-    axes = decomposition.PCA(min(AXES, *rows.shape), random_state=0).fit_transform(rows)
+    centred = rows - rows.mean(axis=0, dtype=np.float64).astype(np.float32)  # PCA squares rows first: no digits far out
+    axes = decomposition.PCA(min(AXES, *rows.shape), random_state=0).fit_transform(centred)
     lengths = np.linalg.norm(rows, axis=1)
-    if np.ptp(lengths) < SAME_LENGTH * lengths.mean():
+    # far from the origin all lengths are much the same
+    if np.ptp(lengths) < SAME_LENGTH * np.sqrt(np.mean(np.sum(np.square(centred), axis=1))):
         axes = axes / np.maximum(np.linalg.norm(axes, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     return cast(Floats, axes)
 

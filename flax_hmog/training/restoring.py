@@ -210,7 +210,8 @@ class Restored:
         return jnp.asarray(self._inputs(raw))
 
     def _inputs(self, raw: Data) -> Any:
-        return dense("raw", raw) if self.preprocessing is None else self.preprocessing(raw)
+        x = dense("raw", raw) if self.preprocessing is None else self.preprocessing(raw)
+        return x.copy() if isinstance(x, np.ndarray) else x  # programs read it after the caller has it back
 
 
 @public

@@ -18,6 +18,7 @@ from flax_hmog import (
     infer,
     latent_mean,
     log_observable_density,
+    mean_log_density,
     moments_to_natural,
     natural_to_mean,
     natural_to_moments,
@@ -289,3 +290,28 @@ def test_draws_are_reproduced_by_the_key(key):
     first, again, other = (sample(natural, k, 50) for k in (key, key, jax.random.key(1)))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert not np.any(np.asarray(first[0]) == np.asarray(other[0]))
+
+
+def test_rows_may_be_written_to_once_a_function_has_returned():
+    """As by readers that fill one buffer again and again, while programs still run."""
+    case = Case(AnalyticHMoG, "diagonal", "full", 16, 3, 5)
+    natural = prepare(moments_to_natural(random_moments(case)))
+    blocks = np.random.default_rng(0).normal(size=(8, 2**14, 16)).astype(np.float32)
+    memory = np.empty(blocks[0].nbytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64  # from where on jax takes it as it is
+    buffer = memory[start : start + blocks[0].nbytes].view(np.float32).reshape(blocks[0].shape)
+
+    def filled():
+        for block in blocks:
+            buffer[:] = block
+            yield buffer
+
+    class Batches:
+        __iter__ = staticmethod(filled)
+
+    for function in (log_observable_density, mean_log_density, posterior_hard_assignment):
+        want = [np.asarray(function(natural, block)) for block in blocks]
+        given = [function(natural, buffer) for _ in filled()]
+        buffer[:] = 0
+        np.testing.assert_array_equal(np.stack(given), want)
+    np.testing.assert_allclose(mean_log_density(natural, Batches()), mean_log_density(natural, list(blocks)), rtol=1e-6)

@@ -73,6 +73,8 @@ def test_rows_of_one_length_are_compared_by_their_angles():
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     np.testing.assert_allclose(np.linalg.norm(_principal_components(unit), axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(np.ptp(np.linalg.norm(_principal_components(x), axis=1)), 4, atol=3)
+    far = _principal_components(x + np.float32(1000))  # all of much the same length, which says nothing there
+    np.testing.assert_allclose(far.std(axis=0), _principal_components(x).std(axis=0), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
