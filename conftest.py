@@ -91,7 +91,7 @@ def within_mesh(kind, count):
             except TypeError:  # which the function will raise
                 return function(*args, **kwargs)
             for name, value in () if is_inside else bound.arguments.items():
-                if isinstance(value, HMoGOutput) or (name in ("x", "data") and np.ndim(value) > 1):
+                if isinstance(value, HMoGOutput) or (name in ("x", "data") and getattr(value, "ndim", 0) > 1):
                     bound.arguments[name] = jax.tree.map(split, value)
             is_inside.append(function)
             try:
