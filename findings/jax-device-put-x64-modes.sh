@@ -2,8 +2,7 @@
 # jax 0.10.2, 0.12.0.1: device_put of float64 rows over several devices keeps the dtype that it had in the other mode of x64.
 #
 # `jax.device_put(x, sharding)` of a NumPy array of float64, once while 64 bits are off and once while they are on: the second result
-# says float64 and holds float32. A program that takes it gets buffers of another size than it was compiled for: an error of the
-# runtime in the log, and then a segmentation fault. On one device all is well.
+# says float64 and holds float32, and nothing that is computed from it can be relied on. On one device all is well.
 #
 # Do instead: `jax.device_put(x.astype(jax.dtypes.canonicalize_dtype(x.dtype)), sharding)`.
 #
