@@ -318,7 +318,8 @@ def predictions(
         found = [np.argmax(probabilities, axis=1), probabilities.max(axis=1), np.asarray(output.log_density)]
         if start == 0:
             columns = [f"p{k}" for k in range(probabilities.shape[1])] if each else []
-            yield [title, *PREDICTED, *(["component"] if is_merged else []), *columns]
+            answers = [*PREDICTED, *(["component"] if is_merged else []), *columns]
+            yield ["row" if title in answers else title, *answers]
         found += [np.argmax(np.asarray(components.log_responsibilities), axis=1)] if is_merged else []
         found += list(probabilities.T) if each else []
         for name, *values in zip(names[start : start + BLOCK_ROWS], *found, strict=True):

@@ -78,6 +78,9 @@ def test_every_row_gets_a_line(work, capsys):
     assert [line.split(",")[:2] for line in named_lines] == [
         list(pair) for pair in zip(named["shop"], clusters, strict=True)
     ]
+    named.rename(columns={"shop": "cluster"}).to_csv(work / "named.csv", index=False)  # the name of an answer
+    assert main(["predict", str(work / "run"), str(work / "named.csv"), "--stage", "em", "--probabilities"]) == 0
+    assert capsys.readouterr().out.splitlines() == [header, *named_lines]
     np.testing.assert_allclose([sum(map(float, line.split(",")[5:])) for line in lines], 1, atol=1e-5)
 
 

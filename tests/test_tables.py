@@ -79,6 +79,14 @@ def test_new_rows_are_found_by_the_names_of_their_columns(work, capsys):
         float(value) for name, value in zip(header.split(","), first.split(","), strict=True) if name[1:].isdigit()
     ]
     assert sum(shares) == pytest.approx(1, abs=1e-3)
+    renamed = pd.read_parquet(work / "new.parquet").rename(columns={"customer": "cluster"})
+    renamed.to_parquet(work / "renamed.parquet")
+    files = [str(work / "renamed.parquet"), "--id", "cluster", "--out", str(work / "renamed.csv")]
+    assert main(["predict", str(work / "model.npz"), *files]) == 0
+    clusters = pd.read_csv(work / "renamed.csv")
+    assert list(clusters.row) == list(renamed.cluster)
+    np.testing.assert_array_equal(clusters.cluster, new.cluster)
+    capsys.readouterr()
     assert main(["describe", str(work / "model.npz")]) == 0
     said = capsys.readouterr().out
     assert "identifier customer" in said

@@ -239,8 +239,9 @@ def described(path: Path, table: Any, columns: Columns, rows: np.ndarray) -> lis
 def assigned(model: HMoG, columns: Columns, table: Any, rows: np.ndarray, *, each: bool = False) -> Any:
     """One line for every row: identifier, cluster, its probability, the second choice, outlier score and factors.
 
-    Rows of the background are of cluster -1, and their probability is that of the background. With `each` there are
-    columns p0, p1 and so on of the probabilities of all clusters.
+    Identifiers keep their name, but one that an answer has: then it is "row". Rows of the background are of cluster
+    -1, and their probability is that of the background. With `each` there are columns p0, p1 and so on of the
+    probabilities of all clusters.
     """
     pandas = require("pandas", "train")
     X = _named(rows, columns)
@@ -255,7 +256,6 @@ def assigned(model: HMoG, columns: Columns, table: Any, rows: np.ndarray, *, eac
     if columns.identifier is not None and columns.identifier in table:
         label, shown = columns.identifier, table[columns.identifier].to_numpy()
     found = {
-        label: shown,
         "cluster": clusters,
         "probability": probability,
         "second_cluster": np.where(second == every.shape[1] - 1, -1, second),
@@ -266,7 +266,7 @@ def assigned(model: HMoG, columns: Columns, table: Any, rows: np.ndarray, *, eac
     latent = model.transform(X)
     found |= {f"factor_{i}": latent[:, i] for i in range(latent.shape[1])}
     found |= {f"p{k}": every[:, k] for k in range(every.shape[1] - 1)} if each else {}
-    return pandas.DataFrame(found)
+    return pandas.DataFrame({"row" if label in found else label: shown, **found})
 
 
 def write(found: Any, out: Path, source: Path) -> None:
