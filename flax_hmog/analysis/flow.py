@@ -127,7 +127,7 @@ def _between(table: Floats, labels: Int[np.ndarray, " K"], n_clusters: int) -> F
 
 
 def _term(share: Any, leaves: Any) -> Any:
-    """What a cluster adds to the description."""
+    """The part of a cluster in the description."""
     leaves = np.maximum(leaves, 0)  # of rounding
     return x_log_x(share + leaves) - 2 * x_log_x(leaves)
 
