@@ -76,8 +76,8 @@ class PseudoCounts:
 
     Attributes:
         weights: added to each component's weight.
-        components: added to each component's covariance, about its own mean; such a sample has the pooled
-            within-component covariance.
+        components: added to each component's mean and covariance; such a sample has the pooled within-component
+            covariance and lies at the mean of the latent space.
         noise: added to the noise; such a sample has the noise variances of the initial model, but no less than
             `noise_floor` times their average (of full noise, along its principal axes).
         noise_floor: see `noise`; a share, not a number of samples.
@@ -85,6 +85,13 @@ class PseudoCounts:
         shrinkage: added to each component's covariance about its own mean; such a sample has the shape that all
             components share, at the scale of this one. "auto" takes the number under which the scatter of the
             components is most likely, as a fit finds it from its start: one to fifty for each factor.
+        mean_share: the share of `components` that lies at the mean of the latent space; the others lie about the
+            component's own mean, and do not widen what is far apart. In (0, 1]; .01 makes new rows likelier on most
+            tables.
+        component_floor: least variance of a component in any direction, as a share of that of the whole latent space:
+            float32 cannot tell much less from none. 0 for no floor.
+
+    Source: Fraley and Raftery 2007 (mean_share).
 
     Example:
         >>> from flax_hmog.toy import moments
@@ -99,7 +106,7 @@ class PseudoCounts:
     noise_floor: float = 1e-2
     noise_share: float = 0.0
     shrinkage: float | Literal["auto"] = 0.0
-    mean_share: float = 0.01
+    mean_share: float = 1.0
     component_floor: float = 1e-5
 
     def __post_init__(self) -> None:

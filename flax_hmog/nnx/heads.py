@@ -41,7 +41,7 @@ class EMState(nnx.Variable[Any]):
         >>> from flax_hmog import nnx as heads
         >>> head = heads.AnalyticHMoG(lat_dim=2, n_components=3, obs_dim=4, rngs=nnx.Rngs(0))
         >>> sorted(nnx.state(head, EMState)["em"].get_value())
-        ['moments', 'running', 'step']
+        ['model', 'running', 'step']
     """
 
 

@@ -138,7 +138,7 @@ class Rounds:
     """Components of EM on features, before they are merged to clusters."""
     refit: bool = True
     """Later rounds find clusters by EM on the learnt features; if not, they merge those of the head as they are."""
-    em: EM = EM(max_steps=30, tolerance=1e-2, regularizer=PseudoCounts(1.0, 10.0, noise_share=0.01, mean_share=1.0))
+    em: EM = EM(max_steps=30, tolerance=1e-2, regularizer=PseudoCounts(components=10.0, noise_share=0.01))
     """EM on features, of which those of one cluster are nearly alike; it takes the rows of EM on the inputs."""
     fresh: bool = True
     """Every round starts with an untrained encoder; if not, with that of the round before."""

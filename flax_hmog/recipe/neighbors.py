@@ -33,6 +33,7 @@ SAME_LENGTH = 1e-3  # of how far rows are apart: differences in length below whi
 PLACES = 10  # columns of the embedding, and features of the encoder where none is given
 PER_CLUSTER, LEAST_COMPONENTS, ROWS_PER_COMPONENT = 4, 20, 20
 WALK = 6  # steps over neighbours that say which components belong together
+COUNTS = PseudoCounts(mean_share=0.01)  # at the centre they would widen components towards each other
 HIDDEN = (256, 256)
 STEPS, BATCH, RATE, LIKELIHOOD_WEIGHT = 1000, 256, 1e-3, 0.05
 
@@ -151,7 +152,7 @@ def _clusters(
 ) -> Floats:
     """Probabilities of clusters (N, C): components of places, merged by the walk from neighbour to neighbour."""
     head = AnalyticHMoG(places.shape[1], n_components, obs_rep="scale")  # all axes of places have one unit
-    natural = fit_em(head, places, key, regularizer=PseudoCounts(), tolerance=1e-2, max_distance=np.inf).natural
+    natural = fit_em(head, places, key, regularizer=COUNTS, tolerance=1e-2, max_distance=np.inf).natural
     responsibilities = np.exp(np.asarray(infer(natural, places).log_responsibilities))
     component = np.eye(n_components)[responsibilities.argmax(axis=1)]
     clusters = merge_by_flow(_flow(component, numbers, weights), n_clusters)

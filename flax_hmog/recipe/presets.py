@@ -17,7 +17,7 @@ DIGITS = Experiment(
     workdir="runs/digits",
     data=Data("digits", scale="range"),
     model=Model(lat_dim=10, n_components=40, n_clusters=10, obs_rep="full"),
-    em=EM(n_restarts=3, regularizer=PseudoCounts(components=0.2, noise_floor=0.005, noise_share=1.0, mean_share=1.0)),
+    em=EM(n_restarts=3, regularizer=PseudoCounts(components=0.2, noise_floor=0.005, noise_share=1.0)),
     gradient=Gradient(epochs=20, batch_size=256, learning_rate=1e-3),
     heads=(Template("differentiable", pst_rep="full"), Template("symmetric", lat_rep="full")),
     n_seeds=5,

@@ -1,4 +1,4 @@
-"""Components that are far apart for their width: pseudo-samples do not widen them, and float32 holds them."""
+"""Components that are far apart for their width: pseudo-samples need not widen them, and float32 holds them."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,13 @@ from flax_hmog.model.kinds import Scale
 APART, WIDTH, ROWS = 20.0, 0.5, 30
 
 
-def test_pseudo_samples_do_not_widen_components_that_are_far_apart(key):
-    """A pseudo-sample at the centre, one in 31, would make components seven times as wide as they are."""
+def test_pseudo_samples_about_the_means_do_not_widen_components_that_are_far_apart(key):
+    """One at the centre, in 31, makes components seven times as wide as they are."""
     rng = np.random.default_rng(0)
     centers = APART * np.array([[-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     x = np.repeat(centers, ROWS, axis=0) + WIDTH * rng.normal(size=(3 * ROWS, 2))
-    result = fit_em(AnalyticHMoG(2, 3, obs_rep="scale"), x, key, max_distance=np.inf)
+    counts = PseudoCounts(mean_share=0.01)
+    result = fit_em(AnalyticHMoG(2, 3, obs_rep="scale"), x, key, regularizer=counts, max_distance=np.inf)
     moments = natural_to_moments(result.natural)
     turned = np.einsum("dl,kle,fe->kdf", moments.loadings, moments.covariances.entries, moments.loadings)
     widths = np.sqrt(np.linalg.eigvalsh(turned + float(moments.noise.entries) * np.eye(2)))
