@@ -103,9 +103,9 @@ def one_process(tmp_path_factory):
 
 
 def assert_same_course(got, want, nats=0.0):
-    """To a share of 1e-4, or so many nats where a log-density is near 0."""
+    """To a share of 1e-4, or so many nats where a log-density is near 0; with these a row or two may go elsewhere."""
     for a, b in zip(records(got), records(want), strict=True):
-        for name, least in (("objective", nats), ("test_log_density", nats), ("nmi", 0.0)):
+        for name, least in (("objective", nats), ("test_log_density", nats), ("nmi", 10 * nats)):
             if b.get(name) is not None:
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=least), (name, b)
 
