@@ -33,7 +33,7 @@ from flax_hmog.model.conversions import (
     own_moments,
     reframe,
 )
-from flax_hmog.model.coordinates import Moments, Natural, Prepared, check_full, check_natural
+from flax_hmog.model.coordinates import Moments, Natural, Prepared, check_full, check_natural, prior_moments
 from flax_hmog.model.frames import Frame, has_more_digits
 from flax_hmog.model.head import HeadSizes, check_head_and_key
 from flax_hmog.model.kinds import Array, as_rep
@@ -41,6 +41,7 @@ from flax_hmog.model.prepared import prepare
 from flax_hmog.model.prior import with_prior
 from flax_hmog.model.typed import Block, Data, Samples, jit
 
+FAR = 100.0  # variance of a factor, 1 at the start, from which float32 needs another basis
 ROUNDING = 100  # units in the last place of objective and dimension that objectives of one model may differ by
 
 
@@ -201,9 +202,10 @@ class Fit:
             wrong = "keep the likelihood bounded on these data; got no start whose objective is finite"
             remedy = "Use PseudoCounts(), raise its counts, or leave `max_distance` finite."
             raise ValueError(f"{door()}: `regularizer` must {wrong}. {remedy}")
-        # wild entries were drawn in for the start: the rows as they are may spread much farther
         _, natural, regularizer = best
-        natural, regularizer = _in_whitened_basis(natural, regularizer, self.used)
+        # wild entries were drawn in for the start: the rows as they are may spread much farther
+        if float(np.max(prior_moments(own_moments(natural))[1].diagonal())) > FAR:
+            natural, regularizer = _in_whitened_basis(natural, regularizer, self.used)
         return self._estimated(natural, regularizer)
 
     def _estimated(self, natural: Natural, regularizer: Regularizer | None) -> tuple[Natural, Regularizer | None]:
