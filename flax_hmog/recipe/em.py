@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -46,9 +47,8 @@ class EMStage:
         if restored is None or not restored.progress["done"]:
             self._fit(restored)
             restored = self.run.kept(self.stage)
-        template = self._abstract(
-            jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), has_frame="natural/frame/unit" in restored.state
-        )
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        template = self._abstract(one_device, restored.state, has_frame="natural/frame/unit" in restored.state)
         state = restore_like({name: template[name] for name in ("natural", "regularizer")}, restored.state, "EM")
         natural, regularizer = (jax.tree.map(np.asarray, state[name]) for name in ("natural", "regularizer"))
         if natural.frame is not None:  # heads have their noise in units of x
@@ -134,7 +134,7 @@ class EMStage:
 
     def _state(self, restored: Restored) -> EMState:
         """The state that was saved, on the mesh."""
-        abstract = self._abstract(NamedSharding(self.run.mesh, PartitionSpec()), has_frame=True)
+        abstract = self._abstract(NamedSharding(self.run.mesh, PartitionSpec()), restored.state, has_frame=True)
         names = {name.split("/")[0] for name in restored.state}
         arrays = restore_like({name: abstract[name] for name in abstract if name in names}, restored.state, "EM")
         p, best = restored.progress, None
@@ -162,10 +162,13 @@ class EMStage:
             cycles=cycles,
         )
 
-    def _abstract(self, sharding: jax.sharding.Sharding, *, has_frame: bool) -> dict[str, Any]:
-        """Arrays that `_arrays_of` a state may hold, without values."""
+    def _abstract(self, sharding: jax.sharding.Sharding, saved: Iterable[str], *, has_frame: bool) -> dict[str, Any]:
+        """Arrays that `_arrays_of` a state may hold, without values; the regulariser of before had two fewer."""
         fit = abstract_fit(self.head, self.run.config, self.inputs.obs_dim, sharding, has_frame)
         natural, regularizer, info = fit
+        owned = {name.rpartition("regularizer/")[2] for name in saved}
+        absent = {"mean_share", "component_floor"} - owned
+        regularizer = dataclasses.replace(regularizer, **dict.fromkeys(absent))
         best = {"best_natural": natural, "best_info": info, "best_regularizer": regularizer}
         models = dict.fromkeys(("natural", "top"), natural)
         return models | {"regularizer": regularizer} | best
