@@ -21,7 +21,7 @@ from experiments.configs import EXPERIMENTS
 from experiments.train import main
 from flax_hmog.analysis.baselines import fit_baselines
 from flax_hmog.em.options import NAMES, USED
-from flax_hmog.recipe import models, train
+from flax_hmog.recipe import em, models, train
 from flax_hmog.recipe import report as analyze
 from flax_hmog.recipe.config import EM, Augmentation, Checkpoints, Data, Experiment, Gradient, Model, flat_options
 from flax_hmog.recipe.gradient import GradientStage
@@ -46,9 +46,9 @@ def test_metrics_cover_every_step_of_em_and_every_epoch_of_both_heads(folder):
         assert [record["epoch"] for record in records] == [0, 1, 2, 3, 4]
         assert [record["step"] for record in records] == [0, 5, 10, 15, 20]
         assert all(np.isfinite([record["test_log_density"], record["nmi"]]).all() for record in records)
-    em = read_metrics(folder, seed=1, stage="em")
-    assert [record["step"] for record in em] == list(range(1, 12))  # five models in each of two starts, and the result
-    assert "test_log_density" in em[-1]
+    of_em = read_metrics(folder, seed=1, stage="em")
+    assert [record["step"] for record in of_em] == list(range(1, 12))  # five models of two starts, and the result
+    assert "test_log_density" in of_em[-1]
 
 
 def test_a_finished_run_does_nothing_more(folder):
@@ -114,6 +114,29 @@ def test_an_interrupted_accelerated_fit_ends_as_the_uninterrupted_one(steps, acc
     assert got.progress["objective"] == want.progress["objective"]
     for leaf in want.state:
         np.testing.assert_array_equal(got.state[leaf], want.state[leaf], err_msg=leaf)
+
+
+def test_a_fit_that_an_older_version_began_goes_on(folder, tmp_path, monkeypatch):
+    """Its regulariser had neither a share of the means nor a floor of components; None stands for what it did."""
+    arrays_of = em._arrays_of
+
+    def older(state):
+        absent = dict.fromkeys(("mean_share", "component_floor"))
+        return {
+            name: dataclasses.replace(tree, **absent) if "regularizer" in name else tree
+            for name, tree in arrays_of(state).items()
+        }
+
+    with monkeypatch.context() as before:
+        before.setattr(em, "_arrays_of", older)
+        with pytest.raises(processes.Stopped):  # within the second start, beside the best fit so far
+            run(tmp_path, n_seeds=1, heads=(), stop_at=7)
+    run(tmp_path, n_seeds=1, heads=())
+    got, want = (restore(path / "checkpoints" / "seed0" / "em") for path in (tmp_path, folder))
+    assert "regularizer/mean_share" in want.state
+    assert "regularizer/mean_share" not in got.state
+    np.testing.assert_allclose(got.progress["objective"], want.progress["objective"], rtol=1e-5)
+    run(tmp_path, n_seeds=1, heads=DIFFERENTIABLE)
 
 
 def test_another_config_is_refused(folder):
