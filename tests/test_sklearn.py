@@ -433,3 +433,10 @@ def test_cells_are_rows():
     np.testing.assert_array_equal(model.predict(cells), model.predict(cells.to_df()))
     with pytest.raises(ValueError, match="feature names should match"):
         model.predict(cells[:, ::-1])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_few_columns_none_is_left_to_the_noise(seed):
+    """Two of these clusters lie behind each other on the axis along which all of them vary most."""
+    x, y = make_blobs(50, random_state=1)
+    assert adjusted_rand_score(y, HMoG(n_clusters=3, random_state=seed).fit_predict(x)) > 0.85

@@ -73,7 +73,7 @@ def fit_clusterer(
             takes a `DifferentiableHMoG` with an encoder, and without one EM is all. A head by itself that ends below
             EM gives way to it (`restore_run(workdir, stage=...)` has both).
         model: latent dimension, number of components and kinds of the mixture that EM fits to x; None takes 10
-            dimensions and four components for each cluster.
+            dimensions, or as many as columns, and four components for each cluster.
         em: options of EM on x.
         rounds: options of the rounds with an encoder.
         gradient: options of training by gradients; None: as they are, with 1,000 steps of a round at least.
@@ -109,7 +109,8 @@ def fit_clusterer(
     seed = int(np.bitwise_xor.reduce(np.asarray(jax.random.key_data(key)).ravel()))
     file = _as_file(x, encoder)
     folder = "" if workdir is None else str(workdir)
-    model = model or Model(n_components=min(PER_CLUSTER * n_clusters, file.rows.shape[0]))
+    n_rows, n_columns = file.rows.shape
+    model = model or Model(min(Model.lat_dim, n_columns), min(PER_CLUSTER * n_clusters, n_rows))
     model = dataclasses.replace(model, n_clusters=n_clusters)
     if head is not None:  # EM's mixture on x is of its kind, and of its size where it is on x as well
         model = dataclasses.replace(model, obs_rep=cast(Kind, as_rep(head.obs_rep).name))

@@ -56,7 +56,7 @@ def choose(
             tried[size] = model.fit(part)
         return float(tried[size].criteria_.bic)
 
-    most = max(1, min(part.shape[1] - 1, len(part) // 10))
+    most = max(1, min(part.shape[1], len(part) // 10))
     fewest, many = n_clusters or 1, max(n_clusters or 1, min(MANY_COMPONENTS, len(part) // 20 + 1))
     best = many, lat_dim or min(dict.fromkeys(min(f, most) for f in FACTORS), key=lambda f: bic((many, f)))
     best = _least(bic, best, factors=lat_dim is None, most=most)

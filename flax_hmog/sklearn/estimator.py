@@ -34,7 +34,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
     Args:
         n_components: number of components K; as many as clusters at least.
         n_clusters: number of clusters that the components are merged to; None for components as clusters.
-        lat_dim: number of factors L, at most that of columns; "auto" takes half of the columns, at most 10 and at
+        lat_dim: number of factors L, at most that of columns; "auto" takes as many as columns, at most 10 and at
             most a quarter of the distinct rows.
         noise: kind of noise: "diagonal", own variances of the columns; "scale", one for all; "full".
         regularizer: strength of the pseudo-samples that keep components from degenerating, in rows; "auto" takes

@@ -132,7 +132,7 @@ class Fits(FittedMixture):
 
 def default_factors(X: np.ndarray, weights: np.ndarray | None) -> int:
     """The number of factors of rows (N, D) where none is said."""
-    wanted: int = min(MOST_FACTORS, (X.shape[1] + 1) // 2)
+    wanted: int = min(MOST_FACTORS, X.shape[1])
     rows = X if weights is None else X[weights > 0]
     # distinct ones are counted, as a weight stands for copies; in the first few, as that is enough of them
     distinct: int = len(np.unique(rows[: 100 * MOST_FACTORS], axis=0))

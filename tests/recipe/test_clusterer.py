@@ -96,6 +96,7 @@ def test_without_an_encoder_em_is_all_or_a_head_follows(tmp_path, caplog):
     found = fit(None)
     assert found.clusters.shape == (6,)
     assert found(X).log_responsibilities.shape == (300, 4)
+    assert fit_clusterer(None, X[:, 2:5], 4, jax.random.key(0), em=FEW["em"]).head.lat_dim == 3  # of ten by default
     head = DifferentiableHMoG(2, 5, signal_bound=99.0, pst_rep="full")
     trained = fit(None, head=head)
     assert trained.head == head
