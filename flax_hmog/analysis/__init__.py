@@ -5,6 +5,7 @@ all of these and jinja2 (extra `report`).
 """
 
 from flax_hmog.analysis.affinity import component_affinity
+from flax_hmog.analysis.calibration import fit_temperature, scale_temperature
 from flax_hmog.analysis.clusters import (
     ComponentSummary,
     cluster_differences,
@@ -60,6 +61,7 @@ __all__ = [
     "component_summary",
     "contingency_table",
     "discriminant_axes",
+    "fit_temperature",
     "format_cell",
     "information_criteria",
     "information_hierarchy",
@@ -78,5 +80,6 @@ __all__ = [
     "plot_prototypes",
     "refine_information",
     "refine_modularity",
+    "scale_temperature",
     "write_report",
 ]

@@ -15,6 +15,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from flax_hmog.analysis.calibration import fit_temperature, scale_temperature
 from flax_hmog.analysis.portrait import MOST_ROWS, Portrait, Subject, portray
 from flax_hmog.data.files import File
 from flax_hmog.inference.padded import in_few_sizes
@@ -46,6 +47,8 @@ class Facts:
         date: of the last checkpoint, ISO 8601.
         seconds: of training, or None where the log is not there.
         portrait: rows as the described model sees them.
+        calibration: "temperature" of the described model by the other seeds, and its mean largest probability before,
+            "certainty", and at it, "scaled", on held-out rows, if there are any; None for one seed.
     """
 
     stages: dict[Stage, int]
@@ -57,6 +60,7 @@ class Facts:
     date: str
     seconds: float | None
     portrait: Portrait
+    calibration: dict[str, float] | None = None
 
     def of_seeds(self, name: str) -> dict[int, dict[str, float]]:
         """Scores of a model by the seeds that have it."""
@@ -173,7 +177,22 @@ def collect(folder: Path, *, file: File | None = None, allow_import: bool = Fals
         date=run_date(folder),
         seconds=run_seconds(folder),
         portrait=portray(subject(models[described], datasets[described.seed])),
+        calibration=calibration(models, described, datasets[described.seed]),
     )
+
+
+def calibration(models: dict[Stage, Restored], described: Stage, dataset: Dataset) -> dict[str, float] | None:
+    """The certainty of a model about the clusters of rows, as it is and at the temperature that other seeds give."""
+    others = [model for stage, model in models.items() if stage.name == described.name and stage.seed != described.seed]
+    if not others:
+        return None
+    part = _some(dataset.test if len(dataset.test) else dataset.train)
+    own, *rest = (output_of(model, part).log_responsibilities for model in (models[described], *others))
+    temperature = fit_temperature(own, *rest)
+    certainty, scaled = (
+        float(np.exp(log_r.max(axis=-1)).mean()) for log_r in (own, scale_temperature(own, temperature))
+    )
+    return {"temperature": temperature, "certainty": certainty, "scaled": scaled}
 
 
 def subject(restored: Restored, dataset: Dataset) -> Subject:

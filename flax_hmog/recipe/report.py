@@ -76,6 +76,7 @@ def report_run(folder: Path, *, allow_import: bool = False) -> None:
     result = {
         "scores": facts.scores,
         "agreement": facts.agreement,
+        "calibration": facts.calibration,
         "clusters_in_use": facts.in_use,
         "described": {"seed": facts.described.seed, "stage": facts.described.name},
         "config": config,
@@ -248,6 +249,13 @@ def scores_section(config: dict[str, Any], facts: Facts, done: Stages, rows: lis
         parts.append(
             "Agreement is the adjusted Rand index between the clusters that two seeds find in the training rows of the "
             "first; in use are as many clusters there as exp of the entropy of their sizes says."
+        )
+    if facts.calibration:
+        certain = facts.calibration
+        parts.append(
+            f"The largest probability of a row is {certain['certainty']:.2f} on average under the described model, "
+            f"and {certain['scaled']:.2f} at the temperature {certain['temperature']:.2g}, at which it says how often "
+            "other seeds agree (flax_hmog.analysis.scale_temperature)."
         )
     if config["encoder"]["name"] != "none":
         parts.append("Log-densities of rounds with an encoder are of its features, and compare with no other.")

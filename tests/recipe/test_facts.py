@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small_runs import SMALL, run
 
+from flax_hmog.analysis import clustering_metrics
 from flax_hmog.cli import main
 from flax_hmog.recipe import facts as module
 from flax_hmog.recipe.card import changed_options
@@ -91,6 +92,12 @@ def test_facts_are_noted_anew_where_a_run_goes_on(made, tmp_path, monkeypatch):
     (tmp_path / "report.npz").rename(tmp_path / "run" / "report.npz")
     assert [stage.seed for stage in kept.stages] == [0, 1, 2]
     assert len(kept.agreement["em"]) == 3
+    best, *others = np.roll([m(rows).log_responsibilities.argmax(axis=1) for m in models], -kept.described.seed, axis=0)
+    shares = [clustering_metrics(best, other)["accuracy"] for other in others]  # of all rows, not the 24 held out alone
+    assert kept.calibration["scaled"] == pytest.approx(np.mean(shares), abs=0.15)
+    assert Facts.load(made / "run").calibration is None
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert f"at the temperature {kept.calibration['temperature']:.2g}" in (tmp_path / "run" / "report.html").read_text()
     monkeypatch.setattr(module, "collect", None)  # nothing is looked at again
     run(tmp_path / "run", data=data, n_seeds=3, **OPTIONS)
 
