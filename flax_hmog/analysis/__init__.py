@@ -32,7 +32,7 @@ from flax_hmog.analysis.elements import (
 from flax_hmog.analysis.flow import merge_by_flow
 from flax_hmog.analysis.loadings import CanonicalLoadings, LatentAxes, canonical_loadings, discriminant_axes
 from flax_hmog.analysis.merging import information_hierarchy, merge_components, refine_information
-from flax_hmog.analysis.metrics import clustering_metrics, contingency_table
+from flax_hmog.analysis.metrics import clustering_metrics, contingency_table, fit_agreement
 from flax_hmog.analysis.plots import plot_latent_space, plot_loadings, plot_objective, plot_prototypes
 from flax_hmog.analysis.relations import plot_co_assignment, plot_contingency, plot_dendrogram
 from flax_hmog.analysis.report import write_report
@@ -61,6 +61,7 @@ __all__ = [
     "component_summary",
     "contingency_table",
     "discriminant_axes",
+    "fit_agreement",
     "fit_temperature",
     "format_cell",
     "information_criteria",

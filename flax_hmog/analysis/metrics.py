@@ -1,8 +1,12 @@
-"""Agreement of clusters with known labels."""
+"""Agreement of clusters with known labels, and with those of other fits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations
+
 import numpy as np
+from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 
 from flax_hmog.analysis.inputs import as_labels
@@ -75,6 +79,45 @@ def clustering_metrics(labels: Samples, assignments: Samples) -> dict[str, float
         "accuracy": float(matched / labels.size),
     }
     return metrics if labels.size == count else metrics | {"labelled": int(labels.size)}
+
+
+@public
+def fit_agreement(assignments: Sequence[Samples]) -> Float[np.ndarray, "S S"]:
+    """The adjusted Rand index between every two of several clusterings of the same rows, without labels.
+
+    Clusters that fits with other seeds find again are no chance of the start. Of several fits, that which agrees most
+    with the others, the largest row sum, mostly is among the good ones, where log-densities say little of clusters
+    (docs/results.md). Two clusterings that put all rows into one cluster agree on nothing: 0.
+
+    Args:
+        assignments: clusters (N,) of each of S fits, numbered in any way.
+
+    Returns:
+        Agreement (S, S), symmetric, from -0.5 to 1; 1 on its diagonal.
+
+    Raises:
+        ImportError: without scikit-learn.
+        ValueError: unless all are of the same rows, and there is one at least.
+
+    Source: Hubert and Arabie 1985; Ben-Hur, Elisseeff and Guyon 2002 (what is found again).
+
+    Example:
+        >>> agreement = fit_agreement([[0, 0, 1, 1, 2, 2], [1, 1, 0, 0, 2, 2], [0, 1, 0, 1, 0, 1]])
+        >>> agreement.round(2).tolist()[0], int(agreement.sum(axis=1).argmax())
+        ([1.0, 1.0, -0.36], 0)
+    """
+    scores = require("sklearn.metrics", "cluster")
+    if not len(assignments):
+        raise ValueError(f"{door()}: `assignments` must hold one clustering at least; got none. Fit first.")
+    rows = len(as_labels("assignments[0]", assignments[0]))
+    clusters = [as_labels(f"assignments[{s}]", found, rows) for s, found in enumerate(assignments)]
+    is_one = [bool((found == found[0]).all()) for found in clusters]
+    agreement = np.eye(len(clusters))
+    for one, other in combinations(range(len(clusters)), 2):
+        if not (is_one[one] and is_one[other]):
+            score = scores.adjusted_rand_score(clusters[one], clusters[other])
+            agreement[one, other] = agreement[other, one] = score
+    return agreement
 
 
 def _labelled(labels: Samples, assignments: Samples) -> tuple[np.ndarray, np.ndarray]:

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from flax_hmog.analysis.calibration import fit_temperature, scale_temperature
+from flax_hmog.analysis.metrics import fit_agreement
 from flax_hmog.analysis.portrait import MOST_ROWS, Portrait, Subject, portray
 from flax_hmog.data.files import File
 from flax_hmog.inference.padded import in_few_sizes
 from flax_hmog.inference.posterior import HMoGOutput, infer
-from flax_hmog.model.optional import require
 from flax_hmog.recipe.config import Data
 from flax_hmog.recipe.load import load, read_data
 from flax_hmog.recipe.parts import Dataset, Part
@@ -254,13 +254,9 @@ def clusters_of(models: list[Restored], part: Part) -> list[np.ndarray]:
 
 
 def pair_agreement(clusters: list[np.ndarray]) -> list[float]:
-    """The adjusted Rand index between every two models' clusters of the same rows: 1 where they say the same.
-
-    Clusters that another seed finds again are no chance of the initialisation; that needs no labels. Two models that
-    put all rows in one cluster agree on nothing: 0.
-    """
-    pairs, metrics = combinations(clusters, 2), require("sklearn.metrics", "cluster")
-    return [float(metrics.adjusted_rand_score(*pair)) if all(map(np.ptp, pair)) else 0.0 for pair in pairs]
+    """`fit_agreement` of every two models, as a list."""
+    agreement = fit_agreement(clusters)
+    return [float(agreement[pair]) for pair in combinations(range(len(clusters)), 2)]
 
 
 def clusters_in_use(clusters: list[np.ndarray]) -> list[float]:

@@ -51,4 +51,9 @@ def check_contamination(contamination: Any) -> None:
 
 def seed_of(random_state: Any) -> int:
     """A seed of jax for any `random_state` of scikit-learn."""
-    return int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+    return seeds_of(random_state, 1)[0]
+
+
+def seeds_of(random_state: Any, count: int) -> list[int]:
+    """So many seeds, as as many calls of `seed_of` with one generator give them."""
+    return [int(seed) for seed in check_random_state(random_state).randint(np.iinfo(np.int32).max, size=count)]

@@ -18,7 +18,7 @@ from flax_hmog.model.checks import allowing, named
 from flax_hmog.model.optional import require
 from flax_hmog.model_file import save
 from flax_hmog.sklearn.arguments import check_contamination, precision
-from flax_hmog.sklearn.fits import Fits
+from flax_hmog.sklearn.fits import FEWEST_FITS, Fits
 from flax_hmog.sklearn.outliers import DRAWS
 from flax_hmog.sklearn.summary import Summary, contents_of, notes_of, summary_of
 
@@ -34,14 +34,15 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
     Args:
         n_components: number of components K; as many as clusters at least.
         n_clusters: number of clusters that the components are merged to; None for components as clusters.
-        lat_dim: number of factors L, at most that of columns; "auto" takes as many as columns, at most 10 and at
+        lat_dim: number of factors L, at most that of columns; "auto" takes as many as columns, at most 20 and at
             most a quarter of the distinct rows.
         noise: kind of noise: "diagonal", own variances of the columns; "scale", one for all; "full".
         regularizer: strength of the pseudo-samples that keep components from degenerating, in rows; "auto" takes
             `PseudoCounts()`, None none.
         column_units: as in `fit_em`: "own" where columns have units of their own, "common" for pixels and counts.
         init: "pca" or "fa".
-        n_init: number of starts, of which the best is kept.
+        n_init: number of starts, of which the best is kept: that of the highest objective; of three or more with
+            `n_clusters`, that whose merged clusters agree most with those of the others, unless there is a background.
         max_iter: steps of EM at most.
         tol: gain of the mean log-density, in nats, below which EM has converged.
         warm_start: start from the model of the last fit.
@@ -150,7 +151,11 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
             self._keep(beside.found.natural, beside.objectives, beside.converged, beside.found.classes)
             self.background_ = beside.background
         else:
-            found = self._found(X, y, weights)
+            goes_on = self.warm_start and hasattr(self, "natural_")
+            if self.n_clusters is None or self.n_init < FEWEST_FITS or goes_on:
+                found = self._found(X, y, weights)
+            else:
+                found = self._most_agreed(X, y, weights, self.n_clusters)
             self._keep(found.natural, found.objective_history, found.converged, found.classes)
             left_out = found.left_out
         output = self._inferred(X)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from flax_hmog.analysis.merging import merge_components
+from flax_hmog.analysis.metrics import fit_agreement
 from flax_hmog.data.labels import encode_labels
 from flax_hmog.em.batches import Learnt
 from flax_hmog.em.fit import fit_em
@@ -18,11 +20,12 @@ from flax_hmog.inference.posterior import HMoGOutput
 from flax_hmog.model.checks import check_size
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.sklearn.answers import FittedMixture
-from flax_hmog.sklearn.arguments import precision, seed_of
+from flax_hmog.sklearn.arguments import precision, seed_of, seeds_of
 from flax_hmog.sklearn.background import FitBeside, fit_beside
 from flax_hmog.sklearn.outliers import DRAWS
 
-MOST_FACTORS = 10  # where their number is not said
+FEWEST_FITS = 3  # that can agree
+MOST_FACTORS = 20  # where their number is not said
 ROWS_PER_FACTOR = 4  # distinct ones, at least: among fewer, all rows are equally far from each other along the factors
 
 
@@ -51,8 +54,16 @@ class Fits(FittedMixture):
         n_components = max(self.n_components, self.n_clusters or 1)
         return AnalyticHMoG(lat_dim, n_components, obs_dim=X.shape[1], obs_rep=self.noise, param_dtype=X.dtype)
 
-    def _found(self, X: np.ndarray, y: Any, weights: np.ndarray | None, before: EMResult | None = None) -> EMResult:
-        """The fit of rows, from its starts or from where another one ended."""
+    def _found(
+        self,
+        X: np.ndarray,
+        y: Any,
+        weights: np.ndarray | None,
+        before: EMResult | None = None,
+        *,
+        seed: int | None = None,
+    ) -> EMResult:
+        """The fit of rows, from its starts or from where another one ended; with a seed from one start."""
         if self.n_clusters is not None:
             check_size("n_clusters", self.n_clusters)
         lat_dim = default_factors(X, weights) if self.lat_dim == "auto" else self.lat_dim
@@ -63,13 +74,13 @@ class Fits(FittedMixture):
             return fit_em(
                 self._head(X, lat_dim),
                 X,
-                jax.random.key(seed_of(self.random_state)),
+                jax.random.key(seed_of(self.random_state) if seed is None else seed),
                 weights=weights,
                 labels=y if self.semi_supervised else None,
                 init=self.init if init is None else init,
                 regularizer=regularizer if before is None else before.regularizer,
                 column_units=self.column_units,
-                n_restarts=self.n_init if init is None else 1,
+                n_restarts=self.n_init if init is None and seed is None else 1,
                 max_steps=self.max_iter,
                 tolerance=self.tol,
                 missing=self.missing,
@@ -89,6 +100,19 @@ class Fits(FittedMixture):
 
         with precision(X.dtype):
             return fit_beside(X, weights, known, fit, log_density, self.tol)
+
+    def _most_agreed(self, X: np.ndarray, y: Any, weights: np.ndarray | None, n_clusters: int) -> EMResult:
+        """Of `n_init` fits the one whose merged clusters agree most with those of the others."""
+        fits = [self._found(X, y, weights, seed=seed) for seed in seeds_of(self.random_state, self.n_init)]
+        return fits[int(fit_agreement([self._merged(X, found, n_clusters) for found in fits]).sum(axis=1).argmax())]
+
+    def _merged(self, X: np.ndarray, found: EMResult, n_clusters: int) -> np.ndarray:
+        """Merged clusters of the rows under a fit (N,), which becomes that of the estimator."""
+        self._keep(found.natural, found.objective_history, found.converged, found.classes)
+        output = self._inferred(X)
+        self.cluster_of_component_ = merge_components(output.log_responsibilities, n_clusters)
+        clusters: np.ndarray = self._probabilities(output).argmax(axis=1)
+        return clusters
 
     def _keep(self, natural: Natural, history: np.ndarray, converged: bool, classes: tuple[str, ...] | None) -> None:
         """The attributes that a fit has, but for those of the rows."""
