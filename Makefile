@@ -7,7 +7,7 @@ RUN_DIR ?= runs/digits
 # which tests: the fast ones; `make test TESTS=` runs all
 TESTS ?= -m "not slow"
 
-.PHONY: demo test onnx check lint format types docs clean
+.PHONY: demo test onnx extras check lint format types docs clean
 
 demo: $(VENV)/.experiments
 	$(BIN)/hmog train digits --workdir $(RUN_DIR)
@@ -46,8 +46,16 @@ $(VENV)/.%: $(BIN)/python pyproject.toml
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --no-compile --disable-pip-version-check -e ".[$*]"
 	touch $@
 
-.venv-onnx/.ready: pyproject.toml
+# what all checks need, at once
+extras: $(BIN)/python
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --no-compile --disable-pip-version-check -e ".[lint,experiments,docs,test]"
+	touch $(VENV)/.lint $(VENV)/.experiments $(VENV)/.docs $(VENV)/.test
+
+.venv-onnx/.converter: pyproject.toml
 	$(PYTHON) -m venv --without-pip .venv-onnx
 	$(PYTHON) -m pip --python .venv-onnx/bin/python install --quiet --no-compile --disable-pip-version-check "jax2onnx~=0.17.1" jaxtyping rich
+	touch $@
+
+.venv-onnx/.ready: .venv-onnx/.converter
 	$(PYTHON) -m pip --python .venv-onnx/bin/python install --quiet --no-compile --disable-pip-version-check --no-deps -e .
 	touch $@

@@ -9,13 +9,12 @@ from experiments.benchmarks.preemption import SIGNALS, STAGES, fingerprint, fini
 
 @pytest.mark.slow
 def test_interruptions_leave_no_trace(tmp_path):
-    """One of each signal in each stage, all of one run; docs/training.md has the record of twenty of each."""
+    """One of each signal, in a stage each, all of one run; docs/training.md has the record of twenty in each stage."""
     rng = random.Random(0)
     reference, interrupted = tmp_path / "reference", tmp_path / "interrupted"
     finish(start(reference))
-    for stage in STAGES:
-        for number in SIGNALS.values():
-            # of a stage of at least three seconds
-            assert interrupt_once(interrupted, stage, number, rng.uniform(0, 1))
+    for stage, number in zip(STAGES, SIGNALS.values(), strict=True):
+        # of a stage of at least three seconds
+        assert interrupt_once(interrupted, stage, number, rng.uniform(0, 1))
     finish(start(interrupted))
     assert fingerprint(interrupted) == fingerprint(reference)

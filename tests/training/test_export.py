@@ -233,6 +233,7 @@ def natural():
     return model("full")[0]
 
 
+@pytest.mark.one_device(reason="the function holds arrays of the mesh, which a program has none of")
 def test_functions_of_ours_are_exported(natural):
     def answers(x):
         return {"mean": mean_log_density(natural, x), "at": posterior_at(natural, x), "one": jnp.ones(K)}
@@ -273,6 +274,7 @@ def test_rows_of_any_dtype_and_number_are_answered(natural):
             program(rows)
 
 
+@pytest.mark.one_device(reason="the function holds arrays of the mesh, which a program has none of")
 def test_whole_numbers_stay_whole_numbers():
     table = jax.random.normal(jax.random.key(0), (256, 2))
     program = export(lambda x: table[x].sum(axis=1), inputs=np.zeros((1, 3), np.uint8), platforms=("cpu",))
