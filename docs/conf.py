@@ -14,6 +14,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_title = f"flax-hmog {version}"
+highlight_language = "none"  # blocks of code name their language; others are output and formulas
 smartquotes = False  # a prime is a transpose here
 
 myst_enable_extensions = ["dollarmath"]

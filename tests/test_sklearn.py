@@ -211,6 +211,8 @@ def test_what_is_no_number_is_named_by_its_column():
         match=r"HMoG: `X` must hold real numbers in every column; got .* in column 'city'. Leave .* or encode it",
     ):
         small().fit(x.assign(city="Oslo"))
+    with pytest.raises(TypeError, match=r"got category in column 'city'"):
+        small().fit(x.assign(city=pd.Categorical(["Oslo"] * 60)))
     x.loc[4, "income"] = np.nan
     with pytest.raises(ValueError, match=r"HMoG: `X` must hold no missing values \(NaN\); got 1 in column 'income'"):
         small().fit(x)
@@ -350,6 +352,14 @@ def test_the_summary_names_what_distinguishes(fitted):
     assert str(small()) == repr(small())
     many = make_blobs(200, 3, centers=4, random_state=0)[0]
     assert "... and 2 more" in str(small(n_components=32).fit(many).summary())
+    one = str(small(n_components=1, lat_dim=1).fit(many[:, :1]))
+    assert "1 cluster of 1 component, 1 factor of 1 column; converged after" in one
+
+
+@pytest.mark.parametrize("n_components", [0, "3", 2.5, True])
+def test_a_number_of_components_is_whole(n_components):
+    with pytest.raises(ValueError, match=r"`n_components` must be a whole number of at least 1; got"):
+        small(n_components=n_components).fit(table(60)[0])
 
 
 def with_gaps():

@@ -48,6 +48,7 @@ class Fits(FittedMixture):
     _learnt: Learnt | None  # of `partial_fit`
 
     def _head(self, X: np.ndarray, lat_dim: int) -> AnalyticHMoG:
+        check_size("n_components", self.n_components)
         n_components = max(self.n_components, self.n_clusters or 1)
         return AnalyticHMoG(lat_dim, n_components, obs_dim=X.shape[1], obs_rep=self.noise, param_dtype=X.dtype)
 

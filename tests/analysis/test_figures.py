@@ -141,6 +141,12 @@ def test_dendrogram_of_one_component_is_drawn():
     assert not drawn(plot_dendrogram(np.zeros((0, 4)))).axes[0].lines
 
 
+def test_dendrogram_of_two_components_begins_at_zero():
+    axes = drawn(plot_dendrogram(np.array([[0, 1, 2.0, 2]]))).axes[0]
+    assert axes.get_xlim()[0] == 0
+    assert axes.get_xlim()[1] > 2
+
+
 def test_many_components_are_drawn():
     rng = np.random.default_rng(0)
     r = rng.dirichlet(np.full(60, 0.05), size=600)
