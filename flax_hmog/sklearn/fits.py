@@ -15,10 +15,9 @@ from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.em.result import EMResult
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.posterior import HMoGOutput
-from flax_hmog.model.checks import check_size
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.sklearn.answers import FittedMixture
-from flax_hmog.sklearn.arguments import precision, seed_of
+from flax_hmog.sklearn.arguments import check_sizes, precision, seed_of
 from flax_hmog.sklearn.background import FitBeside, fit_beside
 from flax_hmog.sklearn.outliers import DRAWS
 
@@ -48,14 +47,12 @@ class Fits(FittedMixture):
     _learnt: Learnt | None  # of `partial_fit`
 
     def _head(self, X: np.ndarray, lat_dim: int) -> AnalyticHMoG:
-        check_size("n_components", self.n_components)
         n_components = max(self.n_components, self.n_clusters or 1)
         return AnalyticHMoG(lat_dim, n_components, obs_dim=X.shape[1], obs_rep=self.noise, param_dtype=X.dtype)
 
     def _found(self, X: np.ndarray, y: Any, weights: np.ndarray | None, before: EMResult | None = None) -> EMResult:
         """The fit of rows, from its starts or from where another one ended."""
-        if self.n_clusters is not None:
-            check_size("n_clusters", self.n_clusters)
+        check_sizes(self, X.shape[1])
         lat_dim = default_factors(X, weights) if self.lat_dim == "auto" else self.lat_dim
         previous: Natural | None = getattr(self, "natural_", None) if self.warm_start else None
         init = previous if before is None else before.natural
