@@ -356,25 +356,6 @@ def test_the_summary_names_what_distinguishes(fitted):
     assert "1 cluster of 1 component, 1 factor of 1 column; converged after" in one
 
 
-@pytest.mark.parametrize(
-    ("argument", "value", "rule"),
-    [
-        ("n_components", 0, "a whole number of at least 1; got 0"),
-        ("n_components", "3", "a whole number of at least 1; got '3'"),
-        ("n_clusters", 0, "a whole number of at least 1; got 0"),
-        ("lat_dim", None, "a whole number of at least 1 and at most 5; got None"),
-        ("lat_dim", 9, "a whole number of at least 1 and at most 5; got 9"),
-        ("n_init", 0, "a whole number of at least 1; got 0"),
-        ("max_iter", 2.5, "a whole number of at least 1; got 2.5"),
-        ("noise", "diag", 'one of "scale"'),
-        ("tol", "small", "a number of at least 0; got 'small'"),
-    ],
-)
-def test_mistakes_carry_the_names_of_the_estimator(argument, value, rule):
-    with pytest.raises(ValueError, match=f"HMoG: `{argument}` must be {rule}"):
-        small(**{argument: value}).fit(table(60)[0])
-
-
 def with_gaps():
     """Rows of three clusters in columns of different units, the same with gaps, and the clusters."""
     rng = np.random.default_rng(0)
