@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import numbers
 from typing import Any
 
 import jax
@@ -52,7 +51,11 @@ def check_sizes(model: Any, columns: int) -> None:
         check_size("n_init", model.n_init)
         check_size("max_iter", model.max_iter)
         as_rep(model.noise, argument="noise")
-    if isinstance(model.tol, bool) or not isinstance(model.tol, numbers.Real) or not model.tol >= 0:
+    if (
+        isinstance(model.tol, bool)
+        or not isinstance(model.tol, int | float | np.integer | np.floating)
+        or not model.tol >= 0
+    ):
         raise ValueError(f"HMoG: `tol` must be a number of at least 0; got {model.tol!r}. The default is 1e-3.")
 
 
