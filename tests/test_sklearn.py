@@ -199,8 +199,10 @@ def test_tables_in_and_out(fitted):
 
 
 def test_polars_out(fitted):
-    pytest.importorskip("polars")
+    polars = pytest.importorskip("polars")
     x, _ = table()
+    with pytest.raises(TypeError, match=r"got LazyFrame. Give what its `collect` returns"):
+        fitted.predict(polars.from_pandas(x).lazy())
     assert clone(fitted).set_output(transform="polars").fit(x).transform(x).columns == ["hmog0", "hmog1"]
 
 
