@@ -14,6 +14,7 @@ html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_title = f"flax-hmog {version}"
+highlight_language = "none"  # blocks of code name their language; others are output and formulas
 smartquotes = False  # a prime is a transpose here
 
 myst_enable_extensions = ["dollarmath"]
@@ -56,7 +57,16 @@ def shorten_signature(
     return signature, returns
 
 
+def keep_spread(app: Any, name: str, source: list[str]) -> None:
+    """Keep a figure and its spread in one line of a table."""
+    lines = source[0].split("\n")
+    source[0] = "\n".join(
+        line.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") if line[:1] == "|" else line for line in lines
+    )
+
+
 def setup(app: Any) -> None:
-    """Register the two rules above, the first before napoleon reads the docstrings."""
+    """Register the rules above, the first before napoleon reads the docstrings."""
+    app.connect("source-read", keep_spread)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)
     app.connect("autodoc-process-signature", shorten_signature)

@@ -46,6 +46,7 @@ from flax_hmog import (
 )
 from flax_hmog.heads.modules import HMoGHead
 from flax_hmog.networks.encoders import MLP, Clusterer
+from flax_hmog.sklearn import HMoG
 
 CASE = CASES["analytic-diagonal-full-4.2.3"]
 RESTRICTED = CASES["differentiable-diagonal-diagonal-4.2.3"]
@@ -152,6 +153,12 @@ HEADS = {
     "bounds the wrong way": (lambda: DifferentiableHMoG(2, 3, 4, noise_bounds=(1, 0.1)), ValueError, r"DifferentiableHMoG: `noise_bounds` must be a pair 0 < lower < upper; got \(1, 0.1\)"),
     "bounds that are no pair": (lambda: SymmetricHMoG(2, 3, 4, precision_bounds=3.0), ValueError, "SymmetricHMoG: `precision_bounds` must be a pair"),
     "negative bound": (lambda: DifferentiableHMoG(2, 3, 4, signal_bound=-1.0), ValueError, "DifferentiableHMoG: `signal_bound` must be positive; got -1"),
+    "no components in HMoG": (lambda: HMoG(0).fit(X), ValueError, "HMoG: `n_components` must be a whole number of at least 1; got 0"),
+    "components of HMoG in text": (lambda: HMoG("3").fit(X), ValueError, "HMoG: `n_components` must be a whole number"),
+    "lat_dim of HMoG": (lambda: HMoG(3, lat_dim=9).fit(X), ValueError, "HMoG: `lat_dim` must be a whole number of at least 1 and at most 4; got 9"),
+    "steps of HMoG": (lambda: HMoG(3, max_iter=2.5).fit(X), ValueError, "HMoG: `max_iter` must be a whole number"),
+    "noise of HMoG": (lambda: HMoG(3, noise="diag").fit(X), ValueError, "HMoG: `noise` must be one of"),
+    "tolerance of HMoG": (lambda: HMoG(3, tol="small").fit(X), ValueError, "HMoG: `tol` must be a number of at least 0; got 'small'"),
     "lat_dim above obs_dim": (lambda: AnalyticHMoG(5, 3, 4), ValueError, "`lat_dim` must be a whole number of at least 1 and at most 4; got 5"),
     "lat_dim above the data's": (lambda: DifferentiableHMoG(5, 3).init(KEY, X), ValueError, "`lat_dim` must .* at most 4; got 5"),
     "lat_dim above the data's, Analytic": (lambda: AnalyticHMoG(5, 3).init(KEY, X), ValueError, "`lat_dim` must .* at most 4; got 5"),

@@ -14,12 +14,14 @@ from flax_hmog.data.files import read_file
 from flax_hmog.data.tables import read_frame
 from flax_hmog.sklearn import HMoG
 from flax_hmog.sklearn.choice import filled_rows, n_separate
+from flax_hmog.sklearn.tables import described
 
 MISTAKEN = {
     "one.csv": "a\n1\n",
     "still.csv": "a\n1\n1\n1\n",
     "wild.csv": "a,b\n1,2\n3,-inf\n",
     "latin.csv": "näme\n1\n2\n",
+    "ragged.csv": "a\n1\n2,3\n",
 }
 COLUMNS = ["cluster", "probability", "second_cluster", "second_probability", "outlier_score", "is_outlier"]
 
@@ -141,6 +143,8 @@ def test_roles_of_columns():
             "town": ["Bern", "Oslo"] * 25,
             "note": [f"n{i % 40}" for i in range(50)],
             "none": [None] * 50,
+            "index": range(50),
+            "same": ["x"] * 50,
         }
     )
     columns = choose_columns(table)
@@ -152,6 +156,8 @@ def test_roles_of_columns():
         "day": "dates",
         "town": "text of 2 values, which --one-hot town takes",
         "note": "text of 40 values",
+        "index": "a count of the rows",
+        "same": "text, always 'x'",
         "none": "empty",
     }
     rows = rows_of(table, columns)
@@ -159,10 +165,11 @@ def test_roles_of_columns():
     hot = choose_columns(table, "name", one_hot=["all"], leave_out=["price"])
     assert (hot.identifier, hot.numbers, hot.categories) == (
         "name",
-        ("order", "age", "is_new"),
-        {"town": ("Bern", "Oslo")},
+        ("age", "is_new"),
+        {"town": ("Bern", "Oslo"), "same": ("x",)},
     )
-    np.testing.assert_array_equal(rows_of(table, hot)[:2, 3:], [[1, 0], [0, 1]])
+    np.testing.assert_array_equal(rows_of(table, hot)[:2, 2:4], [[1, 0], [0, 1]])
+    assert "  two values   is_new; may be" in "\n".join(described(Path("rows.csv"), table, columns, rows))
     assert Columns(None, ("a",)).features == ("a",)
 
 
@@ -173,7 +180,13 @@ def test_roles_of_columns():
         (["fit", "rows.csv", "--id", "name"], "`id` must name a column; got 'name'. Choose one of customer"),
         (["fit", "rows.csv", "--assignments", "out.txt"], "must end in .csv, .parquet or"),
         (["fit", "rows.csv", "--assignments", "rows.csv"], "`--out` must be another file than the rows"),
-        (["fit", "text.csv"], "the table must have columns of numbers; got name"),
+        (["fit", "."], "`rows` must be a file; got ., which is a folder"),
+        (["predict", "model.npz", "nowhere.csv"], "predict: `rows` must be a file; got nowhere.csv"),
+        (
+            ["fit", "text.csv"],
+            "the table must have columns of numbers; got name. Encode them as numbers, or take --one",
+        ),
+        (["fit", "ragged.csv"], "Expected 1 fields in line 3, saw 2. Correct it"),
         (["fit", "rows.csv", "--out", "model.txt"], "`--out` must end in .npz; got model.txt"),
         (
             ["fit", "rows.csv", "--out", "nowhere/model.npz"],
@@ -222,7 +235,7 @@ def test_tables_as_others_write_them(tmp_path, caplog):
         assert (columns.identifier, columns.numbers) == ("id", ("a",))
         assert list(found.id) == ["007", "012", "100"]
         np.testing.assert_array_equal(rows_of(found, columns)[:, 0], [1.5, 2.25, -3])
-        assert columns.left_out["zip"] == "text of 1 values, which --one-hot zip takes"
+        assert columns.left_out["zip"] == "text, always '0100'"
         assert columns.left_out["rate"] == "text of 3 values as '1.5%'; write plain numbers to have it take part"
         assert columns.left_out.get("nested", "lists or records") == "lists or records"
         file = read_file(tmp_path / name)  # as hmog train does

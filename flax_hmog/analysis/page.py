@@ -337,8 +337,8 @@ def prototypes_section(
     figure = style.heat_rows(rows, called, [_named(names, d) for d in columns], **texts)
     alt = f"Heat map of {len(order)} components by {len(columns)} columns"
     caption = (
-        "Differences of the components from the average row, in standard deviations of the prototypes over rows, "
-        f"{LARGEST_GAP} at most"
+        "Differences of the components from the average row, in each column divided by their standard deviation over "
+        f"rows; cut at {LARGEST_GAP}"
     )
     return Section("Prototypes", text + shown, pictures=[Picture(figure, caption, alt)])
 

@@ -171,7 +171,7 @@ def plot_prototypes(
         images = as_images(prototypes, image_shape)
         return style.image_grid(images, names, title=title, label="E[x | cluster]", diverging=False)
     rows = prototypes - prototypes.mean(axis=0)
-    texts = {"title": title, "xlabel": "Feature", "ylabel": "Cluster", "label": "Difference from the average"}
+    texts = {"title": title, "xlabel": "Column", "ylabel": "Cluster", "label": "Difference from the average"}
     return style.heat_rows(rows, names, _columns(feature_names, rows), **texts)
 
 
@@ -211,7 +211,7 @@ def plot_loadings(
     if image_shape is not None:
         images = as_images(rows, image_shape[:2])
         return style.image_grid(images, names, title=title, label=label, diverging=True)
-    texts = {"title": title, "xlabel": "Feature", "ylabel": "Axis (share of variance)", "label": label}
+    texts = {"title": title, "xlabel": "Column", "ylabel": "Axis (share of variance)", "label": label}
     return style.heat_rows(rows, names, _columns(feature_names, rows), **texts)
 
 

@@ -224,7 +224,8 @@ def _draw_tree(axes: Axes, linkage: np.ndarray, numbers: np.ndarray | None) -> n
             axes.plot([0, linkage[merge, 2]], [height, height], color=style.color(numbers[leaf]), linewidth=1.6)
     axes.set_ylim(10 * count, 0)
     first, last = linkage[0, 2], linkage[-1, 2] or 1.0
-    start = 0 if first < last / 2 else first - (last - first) / 4  # the stems of the leaves carry no information
+    # the stems of the leaves carry no information, unless there is nothing else
+    start = 0 if first < last / 2 or first == last else first - (last - first) / 4
     axes.set_xlim(start, last + 0.02 * (last - start))
     return np.array(tree["leaves"])
 

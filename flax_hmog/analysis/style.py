@@ -42,6 +42,7 @@ DARK_PALETTE = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 TITLE, TEXT, SMALL = 12, 10, 8  # points
+LONGEST = 32  # characters of a name below a heat map
 WIDTH = 8.0  # inches
 DIVERGING, SEQUENTIAL = "RdBu_r", "Blues"
 
@@ -164,15 +165,18 @@ def heat_rows(
 ) -> Figure:
     """Rows (n, D) as a heat map with 0 in white."""
     count, width = rows.shape
-    figure = new_figure(WIDTH, 1.6 + np.clip(0.3 * count, 0.9, 11) + (0.6 if column_names else 0))
+    names = [name if len(name) <= LONGEST else name[: LONGEST - 1] + "…" for name in column_names or ()]
+    longest = max(map(len, names), default=0)
+    many = width > 12 or longest > 8
+    room = 0.0 if not names else max(0.6, 0.06 * longest) if many else 0.6
+    figure = new_figure(WIDTH, 1.6 + np.clip(0.3 * count, 1.6, 11) + room)  # the bar's label needs 1.6 inches
     axes = figure.subplots()
     limit = float(np.abs(rows).max()) or 1.0
     shown = axes.imshow(rows, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
     decorate(axes, title=title, xlabel=xlabel, ylabel=ylabel)
     axes.spines[:].set_visible(False)
     axes.set_yticks(np.arange(count), row_names)
-    if column_names is not None:
-        many = width > 12 or max(map(len, column_names)) > 8
-        axes.set_xticks(np.arange(width), column_names, rotation=60 if many else 0, ha="right" if many else "center")
+    if names:
+        axes.set_xticks(np.arange(width), names, rotation=60 if many else 0, ha="right" if many else "center")
     add_colorbar(figure, shown, axes, label)
     return figure

@@ -50,7 +50,8 @@ def choose_columns(
     """The roles of the columns of a table.
 
     Numbers take part, those in text too; a constant column does no harm. Text is left out unless `one_hot` names it, or
-    is the identifier where no two rows share a value, as is a count of the rows. Dates and empty columns are left out.
+    is the identifier where no two rows share a value, as is a count of the rows. A second count of them, dates and
+    empty columns are left out.
 
     Args:
         table: of pandas.
@@ -89,8 +90,11 @@ def choose_columns(
             if values and (len(values) <= MOST_CATEGORIES or name in one_hot):
                 categories[name] = values
                 continue
-        if is_numeric and identifier is None and is_count(column):
-            identifier = name
+        if is_numeric and is_count(column):
+            if identifier is None:
+                identifier = name
+            else:
+                left_out[name] = "a count of the rows"
         elif is_numeric:
             numbers.append(name)
             words |= {name: others} if others else {}
@@ -99,7 +103,10 @@ def choose_columns(
         else:
             left_out[name] = reason(name, column)
     if not numbers and not categories:
-        raise ValueError(f"fit: the table must have columns of numbers; got {listed(names)}. Encode them as numbers.")
+        raise ValueError(
+            f"fit: the table must have columns of numbers; got {listed(names)}. Encode them as numbers, or take "
+            "--one-hot all."
+        )
     return Columns(identifier, tuple(numbers), categories, words, left_out)
 
 
@@ -177,6 +184,8 @@ def reason(name: str, column: Any) -> str:
     if is_date(column):
         return "dates"
     count, first = column.nunique(), str(column.dropna().iloc[0])
+    if count == 1:
+        return f"text, always {first!r}"
     if re.fullmatch(r"[-+]?[^\w\s]?\s?\d[\d.,' ]*\s?[^\w\s]?", first) and not first.isdecimal():
         return f"text of {count} values as {first!r}; write plain numbers to have it take part"
     return f"text of {count} values" + (f", which --one-hot {name} takes" if count <= MOST_CATEGORIES else "")

@@ -239,7 +239,7 @@ def _from_table(argument: str, table: Any) -> np.ndarray:
     for name, column in zip(names, columns, strict=True):
         values = in_memory(f"{argument}[{str(name)!r}]", column)
         if values.dtype.kind not in "biuf" or values.ndim != 1:
-            held = values.dtype if values.ndim == 1 else "lists"
+            held = getattr(column, "dtype", values.dtype) if values.ndim == 1 else "lists"
             raise TypeError(
                 f"{door()}: `{argument}` must hold real numbers in every column; got {held} in column {name!r}. "
                 "Leave this column out, or encode it as numbers."

@@ -108,10 +108,10 @@ def _read(path: Path) -> Any:
             f"Install it: pip install {packages.replace(' and', '')}."
         ) from None
     except ValueError as error:  # pandas' and pyarrow's parser errors are ValueErrors
-        remedy = "Save it as UTF-8." if isinstance(error, UnicodeDecodeError) else "Copy it again."
-        raise ValueError(
-            f"read_file: {path} must be a readable {path.suffix} file; got {type(error).__name__}: {error}. {remedy}"
-        ) from error
+        remedy = "Copy it again." if path.suffix != ".csv" else "Correct it, or copy it again."
+        remedy = "Save it as UTF-8." if isinstance(error, UnicodeDecodeError) else remedy
+        got = f"{type(error).__name__}: {str(error).strip()}"
+        raise ValueError(f"read_file: {path} must be a readable {path.suffix} file; got {got}. {remedy}") from error
 
 
 def _dialect(path: Path, pd: Any) -> dict[str, Any]:

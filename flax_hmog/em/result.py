@@ -123,7 +123,7 @@ class WildRowsWarning(UserWarning):
         ...     warnings.simplefilter("always")
         ...     result = fit_em(head, rows, jax.random.key(0), init=natural, max_steps=1)
         >>> str(caught[0].message)
-        'fit_em: 1 rows are left out, ...the first is row 5. Check them, or raise max_distance.'
+        'fit_em: 1 rows are left out, ...the first is row 5. Check them, or raise max_distance...'
     """
 
 
@@ -159,7 +159,7 @@ def wild_rows(framing: Framing, stacklevel: int) -> tuple[int, ...]:
         warnings.warn(
             f"{door()}: {len(framing.wild)} rows are left out, as an entry is more than `max_distance` = "
             f"{framing.max_distance:g} typical distances from the median; the first is row {min(framing.wild)}. "
-            "Check them, or raise max_distance.",
+            "Check them, or raise max_distance (HMoG: background=True takes them along).",
             WildRowsWarning,
             stacklevel=stacklevel,
         )

@@ -101,7 +101,7 @@ def _rows_to_compare(options: argparse.Namespace) -> tuple[np.ndarray, list[str]
     tables = _tables()
     from flax_hmog.sklearn.background import scattered
 
-    table = tables.read_rows(options.rows, options.layer, options.obsm)
+    table = tables.read_rows(options.rows, options.layer, options.obsm, command="select")
     columns = choose_columns(table, options.id, options.one_hot, options.leave_out)
     rows = rows_of(table, columns)
     tables.check_table(rows)

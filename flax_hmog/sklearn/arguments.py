@@ -10,7 +10,8 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from flax_hmog.data.containers import in_memory
-from flax_hmog.model.checks import allowing, named
+from flax_hmog.model.checks import allowing, check_size, named
+from flax_hmog.model.kind import as_rep
 
 
 def precision(dtype: Any) -> contextlib.AbstractContextManager[Any]:
@@ -37,6 +38,25 @@ def check_columns(X: Any, allows_missing: bool) -> None:
             f"HMoG: `X` must hold no missing values (NaN); got {missing[column]} in column "
             f'{list(X.columns)[column]!r}. Take missing="nan", impute them, or drop these rows.'
         )
+
+
+def check_sizes(model: Any, columns: int) -> None:
+    """ValueError or TypeError for arguments of `HMoG` that a fit would refuse under names of its own."""
+    with named("HMoG"):
+        check_size("n_components", model.n_components)
+        if model.n_clusters is not None:
+            check_size("n_clusters", model.n_clusters)
+        if model.lat_dim != "auto":
+            check_size("lat_dim", model.lat_dim, at_most=columns)
+        check_size("n_init", model.n_init)
+        check_size("max_iter", model.max_iter)
+        as_rep(model.noise, argument="noise")
+    if (
+        isinstance(model.tol, bool)
+        or not isinstance(model.tol, int | float | np.integer | np.floating)
+        or not model.tol >= 0
+    ):
+        raise ValueError(f"HMoG: `tol` must be a number of at least 0; got {model.tol!r}. The default is 1e-3.")
 
 
 def check_contamination(contamination: Any) -> None:

@@ -18,7 +18,7 @@ from flax_hmog.model.checks import allowing, named
 from flax_hmog.model.optional import require
 from flax_hmog.model_file import save
 from flax_hmog.sklearn.arguments import check_contamination, precision
-from flax_hmog.sklearn.fits import FEWEST_FITS, Fits
+from flax_hmog.sklearn.fits import Fits
 from flax_hmog.sklearn.outliers import DRAWS
 from flax_hmog.sklearn.summary import Summary, contents_of, notes_of, summary_of
 
@@ -151,11 +151,7 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
             self._keep(beside.found.natural, beside.objectives, beside.converged, beside.found.classes)
             self.background_ = beside.background
         else:
-            goes_on = self.warm_start and hasattr(self, "natural_")
-            if self.n_clusters is None or self.n_init < FEWEST_FITS or goes_on:
-                found = self._found(X, y, weights)
-            else:
-                found = self._most_agreed(X, y, weights, self.n_clusters)
+            found = self._best_found(X, y, weights)
             self._keep(found.natural, found.objective_history, found.converged, found.classes)
             left_out = found.left_out
         output = self._inferred(X)

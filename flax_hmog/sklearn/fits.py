@@ -17,10 +17,9 @@ from flax_hmog.em.options import PseudoCounts, Regularizer
 from flax_hmog.em.result import EMResult
 from flax_hmog.heads.modules import AnalyticHMoG
 from flax_hmog.inference.posterior import HMoGOutput
-from flax_hmog.model.checks import check_size
 from flax_hmog.model.coordinates import Natural
 from flax_hmog.sklearn.answers import FittedMixture
-from flax_hmog.sklearn.arguments import precision, seed_of, seeds_of
+from flax_hmog.sklearn.arguments import check_sizes, precision, seed_of, seeds_of
 from flax_hmog.sklearn.background import FitBeside, fit_beside
 from flax_hmog.sklearn.outliers import DRAWS
 
@@ -64,8 +63,7 @@ class Fits(FittedMixture):
         seed: int | None = None,
     ) -> EMResult:
         """The fit of rows, from its starts or from where another one ended; with a seed from one start."""
-        if self.n_clusters is not None:
-            check_size("n_clusters", self.n_clusters)
+        check_sizes(self, X.shape[1])
         lat_dim = default_factors(X, weights) if self.lat_dim == "auto" else self.lat_dim
         previous: Natural | None = getattr(self, "natural_", None) if self.warm_start else None
         init = previous if before is None else before.natural
@@ -101,10 +99,15 @@ class Fits(FittedMixture):
         with precision(X.dtype):
             return fit_beside(X, weights, known, fit, log_density, self.tol)
 
-    def _most_agreed(self, X: np.ndarray, y: Any, weights: np.ndarray | None, n_clusters: int) -> EMResult:
-        """Of `n_init` fits the one whose merged clusters agree most with those of the others."""
+    def _best_found(self, X: np.ndarray, y: Any, weights: np.ndarray | None) -> EMResult:
+        """The best of the starts: of several that are merged, the one whose clusters agree most with the others'."""
+        check_sizes(self, X.shape[1])
+        goes_on = self.warm_start and hasattr(self, "natural_")
+        if self.n_clusters is None or self.n_init < FEWEST_FITS or goes_on:
+            return self._found(X, y, weights)
         fits = [self._found(X, y, weights, seed=seed) for seed in seeds_of(self.random_state, self.n_init)]
-        return fits[int(fit_agreement([self._merged(X, found, n_clusters) for found in fits]).sum(axis=1).argmax())]
+        agreement = fit_agreement([self._merged(X, found, self.n_clusters) for found in fits])
+        return fits[int(agreement.sum(axis=1).argmax())]
 
     def _merged(self, X: np.ndarray, found: EMResult, n_clusters: int) -> np.ndarray:
         """Merged clusters of the rows under a fit (N,), which becomes that of the estimator."""

@@ -95,6 +95,10 @@ class FittedModel(BaseEstimator):  # type: ignore[misc]
 
     def _checked(self, X: Any, **options: Any) -> np.ndarray:
         """Rows (N, D) of float64 or float32; of an AnnData those of its `X`, under the names of its variables."""
+        if hasattr(type(X), "collect") and not hasattr(type(X), "__array__"):
+            raise TypeError(
+                f"HMoG: `X` must be a table in memory; got {type(X).__name__}. Give what its `collect` returns."
+            )
         allows = self.missing == "nan"
         X = X.to_df() if hasattr(type(X), "var_names") and hasattr(type(X), "to_df") else X
         if is_table(X) and hasattr(X, "columns"):

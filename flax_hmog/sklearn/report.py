@@ -73,11 +73,11 @@ def _numbers(rows: np.ndarray, most: int = 30) -> str:
 
 
 def _fit(model: Any) -> Section:
-    criteria = model.criteria_
+    criteria, count = model.criteria_, model.criteria_.n_samples
     row = {
         "steps": model.n_iter_,
         "converged": model.converged_,
-        "rows": float(criteria.n_samples),
+        "rows": float(count) if count % 1 else int(count),
         "log-likelihood [nats]": float(criteria.log_likelihood),
         "parameters": criteria.n_parameters,
         "AIC": float(criteria.aic),

@@ -56,7 +56,14 @@ class Summary:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "-" if np.isnan(value) else f"{value:.4g}"
+    return str(value)
+
+
+def counted(count: float, what: str) -> str:
+    """A count with its noun, "1 row" and "2 rows"."""
+    return f"{count:g} {what}" + ("" if count == 1 else "s")
 
 
 def summary_of(model: Any) -> Summary:
@@ -77,13 +84,15 @@ def summary_of(model: Any) -> Summary:
         }
         for c in np.argsort(-model.cluster_sizes_, kind="stable").tolist()
     ]
-    end = f"converged after {model.n_iter_} steps" if model.converged_ else f"not converged, {model.n_iter_} steps"
+    steps = counted(model.n_iter_, "step")
+    end = f"converged after {steps}" if model.converged_ else f"not converged, {steps}"
     kind = "wild ones left out" if model.background_ is None else "of the background"
     without = f" ({len(model.left_out_)} {kind})" if len(model.left_out_) else ""
-    lat_dim = model.loadings_.shape[1]
+    sizes = f"{counted(count, 'cluster')} of {counted(len(weights), 'component')}"
+    factors = f"{counted(model.loadings_.shape[1], 'factor')} of {counted(model.n_features_in_, 'column')}"
     heading = (
-        f"{count} clusters of {len(weights)} components, {lat_dim} factors of {model.n_features_in_} columns; {end}",
-        f"{criteria.n_samples:g} rows{without}, {criteria.n_parameters} parameters",
+        f"{sizes}, {factors}; {end}",
+        f"{counted(criteria.n_samples, 'row')}{without}, {counted(criteria.n_parameters, 'parameter')}",
         f"log-likelihood {criteria.log_likelihood:.7g}, BIC {criteria.bic:.7g}, ICL {criteria.icl:.7g}",
     )
     return Summary(heading, tuple(rows))

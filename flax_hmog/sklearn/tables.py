@@ -118,7 +118,7 @@ def predict_table(
         ValueError: for a file that cannot be used, or columns that are not there.
     """
     _check_out(out, path)
-    model, table, columns = _loaded(model_path, path, layer, obsm)
+    model, table, columns = _loaded("predict", model_path, path, layer, obsm)
     if identifier is not None:
         if identifier not in table:
             names = listed([str(name) for name in table.columns])
@@ -148,7 +148,7 @@ def report_table(model_path: Path, path: Path, out: Path, *, layer: str | None =
         ValueError: for a file that cannot be used, or columns that are not there.
     """
     _check_folder(out)
-    model, table, columns = _loaded(model_path, path, layer, obsm)
+    model, table, columns = _loaded("report", model_path, path, layer, obsm)
     rows = _named(rows_of(table, columns), columns)
     if columns.identifier in table:
         rows.index = require("pandas", "train").Index(table[columns.identifier], name=columns.identifier)
@@ -167,10 +167,12 @@ def describe_table(model_path: Path) -> str:
     return "\n".join(lines)
 
 
-def _loaded(model_path: Path, path: Path, layer: str | None, obsm: str | None) -> tuple[HMoG, Any, Columns]:
+def _loaded(
+    command: str, model_path: Path, path: Path, layer: str | None, obsm: str | None
+) -> tuple[HMoG, Any, Columns]:
     """A model, the table of a file, and the roles of its columns."""
     model = HMoG.load(model_path).set_params(missing="nan")
-    table, columns = read_rows(path, layer, obsm), columns_of(model_path)
+    table, columns = read_rows(path, layer, obsm, command=command), columns_of(model_path)
     if columns is None:  # a model of `HMoG.save`
         columns = Columns(None, tuple(getattr(model, "feature_names_in_", map(str, table.columns))))
     return model, table, columns
@@ -186,10 +188,11 @@ def columns_of(model_path: Path) -> Columns | None:
     return Columns(about["identifier"], tuple(about["numbers"]), tuples, words, about["left_out"])
 
 
-def read_rows(path: Path, layer: str | None = None, obsm: str | None = None) -> Any:
+def read_rows(path: Path, layer: str | None = None, obsm: str | None = None, *, command: str = "fit") -> Any:
     """A file as a table of pandas; rows of an .h5ad have their names, those of arrays columns x0, x1 and so on."""
     if not path.is_file():
-        raise ValueError(f"fit: `rows` must be a file; got {path}, which is not there. Check the path.")
+        found = "is a folder" if path.is_dir() else "is not there"
+        raise ValueError(f"{command}: `rows` must be a file; got {path}, which {found}. Check the path.")
     if path.suffix in SUFFIXES:
         table = read_frame(path)
         table = table if type(table.index).__name__ == "RangeIndex" else table.reset_index()
@@ -232,8 +235,17 @@ def described(path: Path, table: Any, columns: Columns, rows: np.ndarray) -> lis
         lines += [f"  missing      {share}; rows are judged by what they show"]
     lines += [f"  as missing   {name}: {listed(words)}" for name, words in columns.words.items()]
     lines += [f"  constant     {listed(still)}; carried along"] if still else []
+    two = [name for name, column in zip(columns.features, rows.T, strict=True) if has_two_values(column)]
+    two = [name for name in two if name in columns.numbers]
+    lines += [f"  two values   {listed(two)}; may be taken for clusters, unless --leave-out names them"] if two else []
     lines += [f"  left out     {name}: {why}" for name, why in columns.left_out.items()]
     return [*lines, "  units        every column has its own, by median and typical distance from it"]
+
+
+def has_two_values(column: np.ndarray) -> bool:
+    """True for a column (N,) with two different entries beside NaN."""
+    known = column[~np.isnan(column)]
+    return len(known) > 2 and len(np.unique(known)) == 2
 
 
 def assigned(model: HMoG, columns: Columns, table: Any, rows: np.ndarray, *, each: bool = False) -> Any:

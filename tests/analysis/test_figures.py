@@ -120,6 +120,10 @@ def test_heat_map_names_its_features():
     figure = drawn(plot_prototypes(np.eye(3), feature_names=["height", "weight", "age"], names=["a", "b", "c"]))
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["height", "weight", "age"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b", "c"]
+    long = drawn(plot_prototypes(np.eye(2), feature_names=["nonflavanoid_phenols_of_the_wine", "x" * 90]))
+    assert [len(label.get_text()) for label in long.axes[0].get_xticklabels()] == [32, 32]
+    bar = long.axes[1].yaxis.label.get_window_extent()  # within the picture, not cut
+    assert 0 <= bar.y0 < bar.y1 <= long.bbox.height
 
 
 def test_dendrogram_lists_every_component_and_brackets_every_cluster():
@@ -139,6 +143,12 @@ def test_dendrogram_lists_every_component_and_brackets_every_cluster():
 
 def test_dendrogram_of_one_component_is_drawn():
     assert not drawn(plot_dendrogram(np.zeros((0, 4)))).axes[0].lines
+
+
+def test_dendrogram_of_two_components_begins_at_zero():
+    axes = drawn(plot_dendrogram(np.array([[0, 1, 2.0, 2]]))).axes[0]
+    assert axes.get_xlim()[0] == 0
+    assert axes.get_xlim()[1] > 2
 
 
 def test_many_components_are_drawn():

@@ -48,6 +48,7 @@ D, L, K, N = 8, 2, 3, 40
 PLATFORMS = ("cpu", "cuda", "tpu")
 X = np.abs(np.random.default_rng(0).standard_normal((N, D))).astype(np.float32)
 REPS = {"scale": Scale, "diagonal": Diagonal, "full": PositiveDefinite}
+HOLDS_ARRAYS = pytest.mark.one_device(reason="the function holds arrays of the mesh, which a program has none of")
 
 
 def model(obs_rep):
@@ -233,7 +234,7 @@ def natural():
     return model("full")[0]
 
 
-@pytest.mark.one_device(reason="the function holds arrays of the mesh, which a program has none of")
+@HOLDS_ARRAYS
 def test_functions_of_ours_are_exported(natural):
     def answers(x):
         return {"mean": mean_log_density(natural, x), "at": posterior_at(natural, x), "one": jnp.ones(K)}
@@ -274,7 +275,7 @@ def test_rows_of_any_dtype_and_number_are_answered(natural):
             program(rows)
 
 
-@pytest.mark.one_device(reason="the function holds arrays of the mesh, which a program has none of")
+@HOLDS_ARRAYS
 def test_whole_numbers_stay_whole_numbers():
     table = jax.random.normal(jax.random.key(0), (256, 2))
     program = export(lambda x: table[x].sum(axis=1), inputs=np.zeros((1, 3), np.uint8), platforms=("cpu",))
@@ -425,12 +426,7 @@ def test_what_cannot_be_exported_is_named(natural, tmp_path):
         ((head,), {"inputs": X}, ValueError, "`variables` must be given with a linen module"),
         ((natural, variables), {}, ValueError, "`variables` must be given with a linen module, and with nothing else"),
         ((head, variables), {}, ValueError, "`inputs` must be rows"),
-        (
-            (natural,),
-            {"inputs": X[:, :3]},
-            ValueError,
-            r"`inputs` must be rows of the model's shape \(8,\); got \(3,\)",
-        ),
+        ((natural,), {"inputs": X[:, :3]}, ValueError, r"`inputs` must be rows of .* shape \(8,\); got \(3,\)"),
         ((natural,), {"platforms": "cpu"}, ValueError, r"`platforms` must be a sequence.*Write \('cpu',\)"),
     ]:
         with pytest.raises(error, match=f"export: {said}"):
