@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, ValuesView
 from typing import Any, TypeAlias, cast
 
 import jax
@@ -20,9 +20,11 @@ from flax_hmog.model.checks import is_concrete
 from flax_hmog.model.kinds import Array
 from flax_hmog.model.typed import P, R, Tree
 
-COLLECTIONS = (list, tuple, dict, Iterator)  # of rows: they are not looked into
 Shards: TypeAlias = tuple[Mesh | AbstractMesh, tuple[str, ...]] | None
 """A mesh and those of its axes over which rows are split; None for rows in one place."""
+
+# what batches come in stays as it is; JAX takes iterators and views for leaves with a warning, and will refuse them
+OF_BATCHES = (list, tuple, dict, Iterator, ValuesView)
 
 
 def row_shards(x: Array) -> Shards:
@@ -186,7 +188,7 @@ def _with_axes_of(mesh: Mesh, result: R) -> R:
 
 def with_auto_axes(x: R) -> R:
     """An array, or the arrays of a model, on the same devices, with Auto axes; anything else as it is."""
-    if isinstance(x, COLLECTIONS):
+    if isinstance(x, OF_BATCHES):
         return x
     return _moved(
         lambda a: _with_mesh(a, Mesh(a.sharding.mesh.devices, a.sharding.mesh.axis_names)) if _is_explicit(a) else a, x
@@ -209,7 +211,7 @@ def _moved(move: Callable[[Any], Any], tree: R) -> R:
 
 def _explicit_mesh(*arguments: Any) -> Any:
     """The mesh with Explicit axes that is in scope, or on which any of the arguments lies; None for no such mesh."""
-    leaves = jax.tree.leaves([a for a in arguments if not isinstance(a, COLLECTIONS)])
+    leaves = jax.tree.leaves([a for a in arguments if not isinstance(a, OF_BATCHES)])
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return None
     if _axes(jax.sharding.get_abstract_mesh(), AxisType.Explicit):

@@ -34,8 +34,8 @@ class HMoG(ClusterMixin, Fits):  # type: ignore[misc]
     Args:
         n_components: number of components K; as many as clusters at least.
         n_clusters: number of clusters that the components are merged to; None for components as clusters.
-        lat_dim: number of factors L, at most that of columns; "auto" takes as many as columns, at most 20 and at
-            most a quarter of the distinct rows.
+        lat_dim: number of factors L, at most that of columns; "auto" takes as many as columns, at most 10, or 20
+            where components have twice as many rows, and at most a quarter of the distinct rows.
         noise: kind of noise: "diagonal", own variances of the columns; "scale", one for all; "full".
         regularizer: strength of the pseudo-samples that keep components from degenerating, in rows; "auto" takes
             `PseudoCounts()`, None none.

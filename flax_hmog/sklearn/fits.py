@@ -24,7 +24,7 @@ from flax_hmog.sklearn.background import FitBeside, fit_beside
 from flax_hmog.sklearn.outliers import DRAWS
 
 FEWEST_FITS = 3  # that can agree
-MOST_FACTORS = 20  # where their number is not said
+FEW_FACTORS, MOST_FACTORS = 10, 20  # where their number is not said
 ROWS_PER_FACTOR = 4  # distinct ones, at least: among fewer, all rows are equally far from each other along the factors
 
 
@@ -49,9 +49,13 @@ class Fits(FittedMixture):
     verbose: bool
     _learnt: Learnt | None  # of `partial_fit`
 
+    @property
+    def _n_sought(self) -> int:
+        """Number of components, of which there are as many as clusters at least."""
+        return max(self.n_components, self.n_clusters or 1)
+
     def _head(self, X: np.ndarray, lat_dim: int) -> AnalyticHMoG:
-        n_components = max(self.n_components, self.n_clusters or 1)
-        return AnalyticHMoG(lat_dim, n_components, obs_dim=X.shape[1], obs_rep=self.noise, param_dtype=X.dtype)
+        return AnalyticHMoG(lat_dim, self._n_sought, obs_dim=X.shape[1], obs_rep=self.noise, param_dtype=X.dtype)
 
     def _found(
         self,
@@ -64,7 +68,7 @@ class Fits(FittedMixture):
     ) -> EMResult:
         """The fit of rows, from its starts or from where another one ended; with a seed from one start."""
         check_sizes(self, X.shape[1])
-        lat_dim = default_factors(X, weights) if self.lat_dim == "auto" else self.lat_dim
+        lat_dim = default_factors(X, weights, self._n_sought) if self.lat_dim == "auto" else self.lat_dim
         previous: Natural | None = getattr(self, "natural_", None) if self.warm_start else None
         init = previous if before is None else before.natural
         regularizer = PseudoCounts() if self.regularizer == "auto" else self.regularizer
@@ -157,10 +161,10 @@ class Fits(FittedMixture):
         self.cluster_certainties_ = np.where(empty, np.nan, sums / np.where(empty, 1, self.cluster_sizes_))
 
 
-def default_factors(X: np.ndarray, weights: np.ndarray | None) -> int:
-    """The number of factors of rows (N, D) where none is said."""
-    wanted: int = min(MOST_FACTORS, X.shape[1])
+def default_factors(X: np.ndarray, weights: np.ndarray | None, n_components: int) -> int:
+    """The number of factors of rows (N, D) where none is said: more than a few where components have rows for them."""
     rows = X if weights is None else X[weights > 0]
-    # distinct ones are counted, as a weight stands for copies; in the first few, as that is enough of them
-    distinct: int = len(np.unique(rows[: 100 * MOST_FACTORS], axis=0))
-    return max(1, min(wanted, distinct // ROWS_PER_FACTOR))
+    # distinct ones are counted, as a weight stands for copies; in the first ones, as that is enough of them
+    distinct: int = len(np.unique(rows[: 2 * MOST_FACTORS * max(n_components, 50)], axis=0))
+    most = min(MOST_FACTORS, max(FEW_FACTORS, distinct // (2 * n_components)))
+    return max(1, min(X.shape[1], most, distinct // ROWS_PER_FACTOR))

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from held_rows import COUNTS, KEY, OnDisk, Tensor, X, Y, fit, same_fit
+from held_rows import COUNTS, KEY, Tensor, X, Y, fit, same_fit
 
 from flax_hmog import AnalyticHMoG, fit_em, posterior_hard_assignment
 from flax_hmog.analysis import clustering_metrics
@@ -47,12 +47,11 @@ def test_batches_of_any_kind(tmp_path):
     first, second = COUNTS.toarray()[:45], COUNTS.toarray()[45:]
     for batches in (
         [pd.DataFrame(first), COUNTS[45:]],
-        [Tensor(first), OnDisk(second)],
+        [Tensor(first), second],
         [first.tolist(), jnp.asarray(second)],
         [first.astype(int), second.astype(np.float64)],
+        {"first": first, "second": second}.values(),
     ):
-        if isinstance(batches[1], OnDisk):
-            batches[1] = batches[1].rows
         same_fit(batches, [first, second])
 
 
