@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any, Literal
 
@@ -109,9 +110,16 @@ class Fits(FittedMixture):
         goes_on = self.warm_start and hasattr(self, "natural_")
         if self.n_clusters is None or self.n_init < FEWEST_FITS or goes_on:
             return self._found(X, y, weights)
-        fits = [self._found(X, y, weights, seed=seed) for seed in seeds_of(self.random_state, self.n_init)]
-        agreement = fit_agreement([self._merged(X, found, self.n_clusters) for found in fits])
-        return fits[int(agreement.sum(axis=1).argmax())]
+        fits, said = [], []
+        for seed in seeds_of(self.random_state, self.n_init):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                fits.append(self._found(X, y, weights, seed=seed))
+            said.append(caught)
+        best = int(fit_agreement([self._merged(X, found, self.n_clusters) for found in fits]).sum(axis=1).argmax())
+        for warning in said[best]:  # of the others none is of interest
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return fits[best]
 
     def _merged(self, X: np.ndarray, found: EMResult, n_clusters: int) -> np.ndarray:
         """Merged clusters of the rows under a fit (N,), which becomes that of the estimator."""
@@ -167,4 +175,4 @@ def default_factors(X: np.ndarray, weights: np.ndarray | None, n_components: int
     # distinct ones are counted, as a weight stands for copies; in the first ones, as that is enough of them
     distinct: int = len(np.unique(rows[: 2 * MOST_FACTORS * max(n_components, 50)], axis=0))
     most = min(MOST_FACTORS, max(FEW_FACTORS, distinct // (2 * n_components)))
-    return max(1, min(X.shape[1], most, distinct // ROWS_PER_FACTOR))
+    return int(max(1, min(X.shape[1], most, distinct // ROWS_PER_FACTOR)))
