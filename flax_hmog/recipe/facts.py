@@ -67,6 +67,15 @@ class Facts:
         seeds = [stage.seed for stage in self.stages if stage.name == name]
         return dict(zip(seeds, self.scores.get(name, []), strict=True))
 
+    def agreement_of_seeds(self, name: str) -> dict[int, float]:
+        """The mean agreement of each seed of a model with the others; empty for one seed."""
+        seeds = [stage.seed for stage in self.stages if stage.name == name]
+        found: dict[int, list[float]] = {seed: [] for seed in seeds}
+        for (one, other), agreement in zip(combinations(seeds, 2), self.agreement.get(name, []), strict=False):
+            found[one].append(agreement)
+            found[other].append(agreement)
+        return {seed: float(np.mean(values)) for seed, values in found.items() if values}
+
     def save(self, folder: Path) -> None:
         """Write them into the folder of the run, in place of those that are there."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "portrait"}

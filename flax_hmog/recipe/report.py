@@ -248,7 +248,9 @@ def scores_section(config: dict[str, Any], facts: Facts, done: Stages, rows: lis
         )
         parts.append(
             "Agreement is the adjusted Rand index between the clusters that two seeds find in the training rows of the "
-            "first; in use are as many clusters there as exp of the entropy of their sizes says."
+            "first, of a seed the mean over the others: where a density says little of clusters, a seed that agrees "
+            "with few others is mostly a bad one. In use are as many clusters there as exp of the entropy of their "
+            "sizes says."
         )
     if facts.calibration:
         certain = facts.calibration
@@ -268,7 +270,9 @@ def scores_section(config: dict[str, Any], facts: Facts, done: Stages, rows: lis
         each = [
             {"method": titles.get(name, name), "seed": seed}
             | {COLUMNS.get(key, key): None if np.isnan(value) else value for key, value in of_seed.items()}
+            | {"agreement": with_others.get(seed)}
             for name, of_seeds in scores.items()
+            for with_others in [facts.agreement_of_seeds(name)]
             for seed, of_seed in zip(seeds, of_seeds, strict=False)
         ]
         tables.append(Table(each, "Scores of every seed", folded=True))

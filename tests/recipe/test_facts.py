@@ -91,7 +91,9 @@ def test_facts_are_noted_anew_where_a_run_goes_on(made, tmp_path, monkeypatch):
     assert restore_run(tmp_path / "run").origin.startswith(str(tmp_path / "run" / kept.described.folder))
     (tmp_path / "report.npz").rename(tmp_path / "run" / "report.npz")
     assert [stage.seed for stage in kept.stages] == [0, 1, 2]
-    assert len(kept.agreement["em"]) == 3
+    first, second, third = kept.agreement["em"]  # of seeds 0 and 1, 0 and 2, 1 and 2
+    means = {0: (first + second) / 2, 1: (first + third) / 2, 2: (second + third) / 2}
+    assert kept.agreement_of_seeds("em") == pytest.approx(means)
     best, *others = np.roll([m(rows).log_responsibilities.argmax(axis=1) for m in models], -kept.described.seed, axis=0)
     shares = [clustering_metrics(best, other)["accuracy"] for other in others]  # of all rows, not the 24 held out alone
     assert kept.calibration["scaled"] == pytest.approx(np.mean(shares), abs=0.15)
