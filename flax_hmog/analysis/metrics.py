@@ -86,8 +86,8 @@ def fit_agreement(assignments: Sequence[Samples]) -> Float[np.ndarray, "S S"]:
     """The adjusted Rand index between every two of several clusterings of the same rows, without labels.
 
     Clusters that fits with other seeds find again are no chance of the start. Of several fits, that which agrees most
-    with the others, the largest row sum, mostly is among the good ones, where log-densities say little of clusters
-    (docs/results.md). Two clusterings that put all rows into one cluster agree on nothing: 0.
+    with the others, the largest row sum, is mostly better than the average one, where log-densities say nothing of
+    clusters (docs/results.md). Two clusterings that put all rows into one cluster agree on nothing: 0.
 
     Args:
         assignments: clusters (N,) of each of S fits, numbered in any way.
