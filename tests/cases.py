@@ -190,4 +190,7 @@ assert CASES.keys() >= FAST
 SOME = over(FEW, lambda case: case != FEW[0])
 ALL = over(CASES.values(), is_slow)
 # gradients take three times as many operations: every kind of each family, and every edge
-GRADIENTS = over([CASES[name] for name in sorted(FAST)], lambda case: case not in FEW[:2])
+GRADIENTS = over(
+    [CASES[name] for name in sorted(FAST | {"analytic-full-full-4.2.3", "differentiable-full-diagonal-3.1.2"})],
+    lambda case: case not in FEW[:2],
+)

@@ -249,7 +249,7 @@ def scores_section(config: dict[str, Any], facts: Facts, done: Stages, rows: lis
         parts.append(
             "Agreement is the adjusted Rand index between the clusters that two seeds find in the training rows of the "
             "first, of a seed the mean over the others: where a density says little of clusters, a seed that agrees "
-            "with few others is mostly a bad one. In use are as many clusters there as exp of the entropy of their "
+            "with few others is often a worse one. In use are as many clusters there as exp of the entropy of their "
             "sizes says."
         )
     if facts.calibration:
